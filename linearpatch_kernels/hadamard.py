@@ -1,0 +1,267 @@
+"""Which orthonormal Hadamard matrix belongs to a width, and its fast transform.
+
+``H_d = kron(H_m, S_{2^k}) / sqrt(d)``: ``S`` is Sylvester's matrix in natural order, ``H_m`` the smallest Hadamard
+matrix that R. E. A. C. Paley's two constructions (*On orthogonal matrices*, 1933) give with ``d / m`` a power of two.
+``H_m`` is not symmetric when it comes from the first construction, so ``H`` and ``H.T`` must not be exchanged.
+
+This file needs nothing but torch, because it travels inside the modeling file of a patched checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, reduce
+from itertools import product
+from operator import index
+
+import torch
+from torch import Tensor
+
+from linearpatch_kernels.errors import InputError
+
+# A matrix product by a factor of up to this order costs little more than the pass over memory that it makes anyway.
+_WIDEST_FACTOR = 64
+
+
+# --- which order -----------------------------------------------------------------------------------------------------
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """``(p, n)`` with ``q == p**n`` and p prime, else None."""
+    if q < 2:
+        return None
+    p = next((p for p in range(2, math.isqrt(q) + 1) if q % p == 0), q)
+    n = 0
+    while q % p == 0:
+        q, n = q // p, n + 1
+    return (p, n) if q == 1 else None
+
+
+def _paley_field(m: int) -> tuple[int, bool] | None:
+    """``(q, first)``: the field GF(q) of Paley's first (m = q + 1) or second (m = 2 q + 2) construction, else None."""
+    if m % 4:
+        return None
+    if _prime_power(m - 1):
+        return m - 1, True
+    if (m // 2 - 1) % 4 == 1 and _prime_power(m // 2 - 1):
+        return m // 2 - 1, False
+    return None
+
+
+def _paley_orders(m: int) -> tuple[int, ...] | None:
+    """Orders of Paley matrices whose Kronecker product has order m, as few as possible, else None."""
+    if _paley_field(m):
+        return (m,)
+    for a in range(4, math.isqrt(m) + 1, 4):
+        if m % a == 0 and _paley_field(a) and (rest := _paley_orders(m // a)):
+            return (a, *rest)
+    return None
+
+
+@cache
+def _decompose(d: int) -> tuple[int, int]:
+    """``(m, k)``: the largest constructible order that divides d is ``m * 2**k``, with the smallest such m."""
+    for order in (d // blocks for blocks in range(1, d + 1) if d % blocks == 0):
+        odd = order // (order & -order)
+        m = 1 if odd == 1 else 4 * odd
+        while order % m == 0:
+            if m == 1 or _paley_orders(m):
+                return m, (order // m).bit_length() - 1
+            m *= 2
+    raise AssertionError("order 1 divides everything")
+
+
+# A compiler takes the results of the functions that are marked so as constants, instead of tracing number theory.
+@torch.compiler.assume_constant_result
+def _order(d: int) -> tuple[int, int]:
+    if d < 1:
+        raise InputError(f"a Hadamard matrix needs a width of at least 1, not {d}")
+    return _decompose(d)
+
+
+def hadamard_order(d: int) -> int:
+    """The order of the Hadamard matrix used for width d: d itself, or the size of the diagonal blocks.
+
+    It is d wherever ``d = m * 2**k`` with m = 1, a Paley order (``q + 1`` with q = 3 mod 4, or ``2 (q + 1)`` with
+    q = 1 mod 4; q a prime or a prime power), or a product of Paley orders. Every other width takes the largest such
+    order that divides it (2 for 6, 1 for 7), repeated along the diagonal.
+
+    Raises:
+        InputError: d is not positive.
+    """
+    m, k = _order(index(d))
+    return m << k
+
+
+# --- the matrices ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _quadratic_character(q: int) -> tuple[int, ...]:
+    """chi[a] is 0, 1 or -1 as element a of GF(q), q = p**n odd, is zero, a square, or neither.
+
+    An element's number is its polynomial's coefficients read as digits in base p. The powers of a primitive element
+    run through all elements but zero, and the even ones are the squares.
+    """
+    p, n = _prime_power(q) or (q, 1)
+    for modulus in product(range(p), repeat=n):  # x**n == sum(c * x**i for i, c in enumerate(modulus))
+        chi = [0] * q
+        power, sign = [1, *[0] * (n - 1)], 1
+        for _ in range(q - 1):
+            number = sum(c * p**i for i, c in enumerate(power))
+            if number == 0 or chi[number]:
+                break
+            chi[number] = sign
+            power = [(low + power[-1] * c) % p for low, c in zip([0, *power[:-1]], modulus, strict=True)]
+            sign = -sign
+        else:
+            return tuple(chi)
+    raise AssertionError(f"GF({q}) has a primitive element")
+
+
+@torch.compiler.assume_constant_result
+def _kronecker_orders(m: int) -> tuple[int, ...]:
+    return _paley_orders(m) or ()
+
+
+@torch.compiler.assume_constant_result
+def _field(m: int) -> tuple[int, int, bool, tuple[int, ...]]:
+    q, first = _paley_field(m) or (0, False)
+    p, _ = _prime_power(q) or (0, 0)
+    return p, q, first, _quadratic_character(q)
+
+
+def _paley_matrix(m: int, device: torch.device) -> Tensor:
+    """Paley's matrix of order m, entries +-1 (int8), by operations that every tracer can follow."""
+    p, q, first, chi = _field(m)
+    element = torch.arange(q, device=device)
+    difference = torch.zeros(q, q, dtype=torch.int64, device=device)
+    place = 1
+    while place < q:
+        digit = element // place % p
+        difference += (digit[:, None] - digit) % p * place
+        place *= p
+    conference = torch.zeros(q + 1, q + 1, dtype=torch.int8, device=device)
+    conference[0, 1:] = 1
+    conference[1:, 0] = -1 if first else 1
+    conference[1:, 1:] = torch.tensor(chi, dtype=torch.int8, device=device)[difference]
+    identity = torch.eye(q + 1, dtype=torch.int8, device=device)
+    if first:
+        return conference + identity
+    sums = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device=device)
+    differences = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8, device=device)
+    return torch.kron(conference, sums) + torch.kron(identity, differences)
+
+
+def _sylvester_matrix(k: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix of order 2**k in natural order, entries +-1 (int8): entry (i, j) is the parity of i & j."""
+    row = torch.arange(2**k, device=device)
+    parity = row[:, None] & row
+    for shift in (32, 16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return (1 - 2 * (parity & 1)).to(torch.int8)
+
+
+def _signs(m: int, k: int, device: torch.device) -> Tensor:
+    """``kron(H_m, S_{2^k})``, entries +-1 (int8)."""
+    factors = [_paley_matrix(order, device) for order in _kronecker_orders(m)]
+    return reduce(torch.kron, [*factors, _sylvester_matrix(k, device)])
+
+
+def paley_factor(d: int) -> tuple[Tensor, int]:
+    """The small factor of width d's matrix: ``(H_m, k)`` with ``hadamard_order(d) == m * 2**k``.
+
+    Returns:
+        ``H_m``: int8 [m, m] on the CPU, entries +-1, ``H_m @ H_m.T == m * I``; ``[[1]]`` for a power of two. ``k``.
+
+    Raises:
+        InputError: d is not positive.
+    """
+    m, k = _order(index(d))
+    return _signs(m, 0, torch.device("cpu")), k
+
+
+def hadamard_matrix(d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
+    """The orthonormal matrix of width d, ``H @ H.T == I``, [d, d].
+
+    ``kron(I, H_m, S_{2^k}) / sqrt(m * 2**k)``, where the identity is of order 1 unless `hadamard_order` says that H is
+    block-diagonal. Its d * d entries are for looking at and for tests; `hadamard_transform` multiplies without them.
+
+    Raises:
+        InputError: d is not positive, or dtype is not a floating one.
+    """
+    if not dtype.is_floating_point:
+        raise InputError(f"an orthonormal matrix needs a floating dtype, not {dtype}")
+    m, k = _order(index(d))
+    place = torch.device(device) if device is not None else torch.get_default_device()
+    block = _signs(m, k, place).to(torch.float64) / math.sqrt(m << k)
+    return torch.kron(torch.eye(d // (m << k), dtype=torch.float64, device=place), block).to(dtype)
+
+
+# --- the transform ---------------------------------------------------------------------------------------------------
+
+
+def _split(m: int, k: int) -> list[tuple[int, int]]:
+    """``m * 2**k`` as a Kronecker product of few factors ``(m or 1, exponent)``, each of about `_WIDEST_FACTOR`."""
+    widest = _WIDEST_FACTOR.bit_length() - 1
+    absorbed = 0
+    if m > 1:
+        room = range(1 + min(k, max(0, (_WIDEST_FACTOR // m).bit_length() - 1)))
+        absorbed = min(room, key=lambda j: (math.ceil((k - j) / widest), j))
+    rest = k - absorbed
+    count = math.ceil(rest / widest)
+    return [(m, absorbed)] * (m > 1) + [(1, (rest + i) // count) for i in range(count)]
+
+
+_FACTORS: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _factor(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal ``kron(H_m, S_{2^k}) / sqrt(m * 2**k)``."""
+
+    def build() -> Tensor:
+        return _signs(m, k, device).to(dtype) / math.sqrt(m << k)
+
+    # A tensor made while a tracer or a fake-tensor mode watches belongs to it and must not outlive it, and an
+    # ordinary one must not enter a trace; one made in inference mode could not be saved for a later backward.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return build()
+    key = (m, k, dtype, device)
+    if key not in _FACTORS:
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+            _FACTORS[key] = build()
+    return _FACTORS[key]
+
+
+def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
+    """``x @ H`` along the last dimension, or ``x @ H.T`` with ``inverse``, in O(d (m + log d)) per row.
+
+    Equivalent to ``x @ hadamard_matrix(d)``, without the d x d matrix: x is viewed as [..., blocks, m, 2, ..., 2] and
+    multiplied along each axis by that axis' factor, a few factors at a time.
+
+    Args:
+        x: [..., d], any floating dtype, device and strides. float32 and float64 are transformed as they are; float16
+            and bfloat16 in float32, rounded once at the end.
+        inverse: multiply by ``H.T``, which undoes ``H``.
+
+    Returns:
+        [..., d] in x's dtype. Differentiable: the gradient is the transform in the other direction.
+
+    Raises:
+        InputError: x is not floating or has no last dimension.
+    """
+    if x.dim() == 0 or not x.dtype.is_floating_point:
+        raise InputError(f"hadamard_transform needs a floating tensor [..., d], not {x.dtype} {list(x.shape)}")
+    d = index(x.shape[-1])  # a symbolic width becomes a constant: the matrix depends on it
+    m, k = _order(d)
+    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    trailing = m << k
+    for order_m, exponent in _split(m, k):
+        order = order_m << exponent
+        trailing //= order
+        factor = _factor(order_m, exponent, y.dtype, y.device)
+        if trailing == 1:
+            y = y.reshape(-1, order) @ (factor.T if inverse else factor)
+        else:
+            y = torch.matmul(factor if inverse else factor.T, y.reshape(-1, order, trailing))
+    return y.reshape(x.shape).to(x.dtype)
