@@ -1,0 +1,1 @@
+"""Transformers models with patched joints."""

@@ -1,0 +1,294 @@
+"""Where the layers, norms and embeddings of a decoder live: the one place that knows Transformers' classes.
+
+A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
+hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
+part of the layer behind it).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from linearpatch_kernels.errors import InputError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+PATCHED_PREFIX = "linearpatch_"
+
+# Config attributes with one entry per decoder layer. Named, not guessed from their length: a list of special token ids
+# may well have as many entries as the model has layers.
+_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, by its stock classes.
+
+    Attributes:
+        name: as it appears in class names, ``"Llama"``.
+        model_type: of the stock config, ``"llama"``.
+        config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes.
+    """
+
+    name: str
+    model_type: str
+    config_class: type[PretrainedConfig]
+    layer_class: type[nn.Module]
+    decoder_class: type[PreTrainedModel]
+    causal_lm_class: type[PreTrainedModel]
+
+
+STOCK_FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "Llama",
+            "llama",
+            modeling_llama.LlamaConfig,
+            modeling_llama.LlamaDecoderLayer,
+            modeling_llama.LlamaModel,
+            modeling_llama.LlamaForCausalLM,
+        ),
+        Family(
+            "Mistral",
+            "mistral",
+            modeling_mistral.MistralConfig,
+            modeling_mistral.MistralDecoderLayer,
+            modeling_mistral.MistralModel,
+            modeling_mistral.MistralForCausalLM,
+        ),
+        Family(
+            "Qwen2",
+            "qwen2",
+            modeling_qwen2.Qwen2Config,
+            modeling_qwen2.Qwen2DecoderLayer,
+            modeling_qwen2.Qwen2Model,
+            modeling_qwen2.Qwen2ForCausalLM,
+        ),
+        Family(
+            "Qwen3",
+            "qwen3",
+            modeling_qwen3.Qwen3Config,
+            modeling_qwen3.Qwen3DecoderLayer,
+            modeling_qwen3.Qwen3Model,
+            modeling_qwen3.Qwen3ForCausalLM,
+        ),
+        Family(
+            "Gemma3Text",
+            "gemma3_text",
+            modeling_gemma3.Gemma3TextConfig,
+            modeling_gemma3.Gemma3DecoderLayer,
+            modeling_gemma3.Gemma3TextModel,
+            modeling_gemma3.Gemma3ForCausalLM,
+        ),
+        Family(
+            "Phi3",
+            "phi3",
+            modeling_phi3.Phi3Config,
+            modeling_phi3.Phi3DecoderLayer,
+            modeling_phi3.Phi3Model,
+            modeling_phi3.Phi3ForCausalLM,
+        ),
+    )
+}
+
+FAMILIES: tuple[str, ...] = (*STOCK_FAMILIES, *(PATCHED_PREFIX + model_type for model_type in STOCK_FAMILIES))
+
+
+def family_of(model_or_config: nn.Module | PretrainedConfig) -> Family:
+    """The family of a model or config; a patched twin (``linearpatch_llama``) belongs to its stock family.
+
+    Raises:
+        InputError: the model type is not supported.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None)
+    family = STOCK_FAMILIES.get(str(model_type).removeprefix(PATCHED_PREFIX))
+    if family is None:
+        raise InputError(f"models of type {model_type!r} are not supported: use one of {', '.join(STOCK_FAMILIES)}")
+    return family
+
+
+def decoder(model: nn.Module) -> Any:
+    """The stack with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``, also inside a PEFT wrapper."""
+    family_of(model)
+    get_decoder: Any = model.get_decoder
+    return get_decoder()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, in order."""
+    layers: nn.ModuleList = decoder(model).layers
+    return layers
+
+
+def num_layers(model: nn.Module) -> int:
+    """How many decoder layers the model has."""
+    return len(decoder_layers(model))
+
+
+def hidden_size(model: nn.Module) -> int:
+    """The width d of the residual stream."""
+    return int(decoder(model).config.hidden_size)
+
+
+def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = False, norm: bool = False) -> nn.Module:
+    """A view of the decoder that runs only the layers ``[start, end)``.
+
+    It shares every parameter with ``model``, changes nothing in it, and costs about a millisecond. Call it as
+    ``view(inputs_embeds=h, use_cache=False).last_hidden_state`` with h ``[batch, tokens, d]``, the stream entering
+    layer ``start`` (or with ``input_ids=`` where ``embed``); ``attention_mask`` and ``position_ids`` are as in the
+    whole decoder. With ``norm=False`` the final norm is left out: the result is the stream entering layer ``end``.
+    ``partial_decoder(m, 0, s, embed=True)`` followed by ``partial_decoder(m, s, L, norm=True)`` equals the whole
+    decoder bit for bit.
+
+    The view has no key/value cache (its layers keep their numbers) and is made for the attention implementation the
+    model has now.
+
+    Raises:
+        InputError: not ``0 <= start <= end <= L``.
+    """
+    stack = decoder(model)
+    layers = decoder_layers(model)
+    if not 0 <= start <= end <= len(layers):
+        raise InputError(f"layers {start}:{end} are not in this model: it has layers 0:{len(layers)}")
+    config = _config_for_layers(stack.config, range(start, end))
+    config.use_cache = False
+    view: PreTrainedModel = _shallow_copy(stack)
+    view.config = config
+    view._modules["layers"] = nn.ModuleList(layers[start:end])
+    if not embed:
+        view._modules["embed_tokens"] = None
+    if not norm:
+        view._modules["norm"] = nn.Identity()
+    return view
+
+
+def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A model of the same class with only the layers ``keep``, in their order.
+
+    Layers are renumbered, every per-layer entry of the (copied) config follows, the key/value cache has one slot per
+    kept layer. Parameters are shared with ``model``; nothing in it changes. A patch belongs to the layer whose input
+    (or, behind the last layer, output) it acts on: it stays with a kept layer and goes with a removed one
+    (``patched.carried_patches`` returns those worth keeping).
+
+    Raises:
+        InputError: ``keep`` is empty, not strictly increasing or out of range; the model is quantised, spread over
+            several devices, or wrapped.
+    """
+    count = num_layers(model)
+    kept = list(keep)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
+        raise InputError(f"layers to keep must be increasing numbers from 0 to {count - 1}, at least one: got {kept}")
+    return rebuild(model, type(model), _config_for_layers(model.config, kept), kept)
+
+
+def rebuild(
+    model: PreTrainedModel, model_class: type[PreTrainedModel], config: PretrainedConfig, kept: Sequence[int]
+) -> PreTrainedModel:
+    """``model_class(config)`` around the modules of ``model``: layer ``i`` of the result is layer ``kept[i]`` there.
+
+    Whatever a class derives from its config (layer numbers, windows, masks) is derived anew; the leaves (projections,
+    norms, embeddings, rotary tables, patches) are shallow copies that share their parameters with ``model``. A leaf
+    that ``model`` does not have stays on the meta device, for the caller to fill.
+
+    Raises:
+        InputError: the model is wrapped (PEFT), quantised, or dispatched over several devices.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"a {type(model).__name__} cannot be cut: merge or unload the wrapper first")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
+    if any("_hf_hook" in module.__dict__ for module in model.modules()):
+        raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
+    with torch.device("meta"), no_init_weights():
+        twin = model_class(config)
+    sources = dict(model.named_modules())
+    layer_path = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
+    leaves = [path for path, module in twin.named_modules() if not module._modules]
+    for path in leaves:
+        source = sources.get(_source_path(path, layer_path, kept))
+        if source is not None:
+            _replace(twin, path, _shared_copy(source))
+    twin.train(model.training)
+    if getattr(model, "generation_config", None) is not None:
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, candidate in model.named_modules() if candidate is module)
+
+
+def _source_path(path: str, layer_path: str, kept: Sequence[int]) -> str:
+    if not path.startswith(layer_path + "."):
+        return path
+    index, _, rest = path.removeprefix(layer_path + ".").partition(".")
+    return ".".join(filter(None, [layer_path, str(kept[int(index)]), rest]))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _shallow_copy(module: ModuleT) -> ModuleT:
+    """A copy with containers of its own (children, parameters, buffers, hooks) that hold the same things."""
+    clone = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.startswith("_") and isinstance(value, (dict, set)):
+            vars(clone)[name] = copy.copy(value)
+    return clone
+
+
+def _shared_copy(module: ModuleT) -> ModuleT:
+    """A copy of the module and all its children that shares their parameters but not their buffers or their mode."""
+    clone = _shallow_copy(module)
+    # A rotary table is updated in place by some scalings: two models must not write to the same one.
+    clone._buffers.update({name: None if b is None else b.clone() for name, b in clone._buffers.items()})
+    clone._modules.update({name: None if m is None else _shared_copy(m) for name, m in clone._modules.items()})
+    return clone
+
+
+def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """A copy of the config for a model of the layers ``kept`` of this one."""
+    count = config.num_hidden_layers
+    sliced = copy.deepcopy(config)
+    if len(kept) == count:
+        return sliced
+    for name in _PER_LAYER_LISTS:
+        entries = getattr(config, name, None)
+        if entries is not None:
+            setattr(sliced, name, [entries[i] for i in kept])
+    if getattr(config, "max_window_layers", None) is not None:
+        # Qwen: the first `max_window_layers` layers attend to everything.
+        sliced.max_window_layers = sum(i < config.max_window_layers for i in kept)
+    # Every sixth layer of Gemma 3 is global before a cut; afterwards only `layer_types` tells.
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        vars(sliced).pop(name, None)
+    sliced.num_hidden_layers = len(kept)
+    joints = (getattr(config, "linearpatch", None) or {}).get("joints")
+    if joints:
+        sliced.linearpatch["joints"] = _joints_of_layers(joints, kept, count)
+    return sliced
+
+
+def _joints_of_layers(joints: dict[str, object], kept: Sequence[int], count: int) -> dict[str, object]:
+    follows = {str(old): str(new) for new, old in enumerate(kept)}
+    if kept and kept[-1] == count - 1:
+        follows[str(count)] = str(len(kept))
+    return {follows[joint]: patch for joint, patch in joints.items() if joint in follows}
