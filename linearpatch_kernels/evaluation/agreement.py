@@ -1,0 +1,189 @@
+"""How good a model is, and how close it stays to its teacher, in one pass over the windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import (
+    Model,
+    Progress,
+    batches,
+    check_windows,
+    evaluation_mode,
+    exp_loss,
+    model_logits,
+    over_predictions,
+    require_finite,
+    token_losses,
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one pass over held-out windows says about a model.
+
+    Attributes:
+        perplexity: exp(loss), as :func:`~linearpatch_kernels.evaluation.perplexity.perplexity` defines it.
+        loss: mean negative log-likelihood, nats per predicted token.
+        loss_standard_error: standard deviation of the windows' mean losses / sqrt(number of windows); None for fewer
+            than two windows. It says how far another sample of the same text may be off; two models on the *same*
+            windows differ more reliably than this, since most of it is shared.
+        top1_agreement: share of the predicted positions (0 to 1) where model and teacher put the same token first;
+            None without a teacher.
+        kl: mean KL(teacher || model) over the full vocabulary, nats per token; None without a teacher.
+        tokens: predicted tokens, windows·(length - 1).
+    """
+
+    perplexity: float
+    loss: float
+    loss_standard_error: float | None
+    top1_agreement: float | None
+    kl: float | None
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def token_agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Whether both put the same token first, at every predicted position: bool ``[B, T-1]`` of ``[B, T, V]`` logits.
+
+    Equivalent to ``(logits.argmax(-1) == teacher_logits.argmax(-1))[:, :-1]``.
+    """
+    return over_predictions(lambda rows, teacher, _: rows.argmax(-1) == teacher.argmax(-1), logits, teacher_logits)
+
+
+def token_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) in nats at every predicted position: ``[B, T-1]`` of ``[B, T, V]`` logits.
+
+    Equivalent to ``F.kl_div(log_softmax(logits), log_softmax(teacher_logits), log_target=True).sum(-1)[:, :-1]``, in
+    float32 (float64 for float64 logits).
+    """
+
+    def kl(rows: Tensor, teacher: Tensor, _: tuple[int, slice]) -> Tensor:
+        log_p = teacher.log_softmax(-1)
+        return (log_p.exp() * (log_p - rows.log_softmax(-1))).sum(-1)
+
+    return over_predictions(kl, logits, teacher_logits)
+
+
+class QualityMeter:
+    """Accumulates :class:`Quality` over batches of logits, for whoever runs the model in their own way.
+
+    Memory beyond the logits passed in: at most about 100 MB of float32 chunks, and one float per window.
+    """
+
+    def __init__(self, name: str = "the model") -> None:
+        self._name = name
+        self._window_losses: list[float] = []
+        self._tokens = 0
+        self._loss = 0.0
+        self._agreeing = 0
+        self._kl = 0.0
+        self._with_teacher: bool | None = None
+
+    def update(self, logits: Tensor, windows: Tensor, teacher_logits: Tensor | None = None) -> None:
+        """Add windows ``[B, T]`` with the model's and, in every call or in none, the teacher's logits ``[B, T, V]``.
+
+        Raises:
+            InputError: logits that are not finite, or a teacher with another vocabulary.
+        """
+        if self._with_teacher not in (None, teacher_logits is not None):
+            raise InputError("some windows came with the teacher's logits and some without: give them always or never")
+        self._with_teacher = teacher_logits is not None
+        losses = token_losses(logits, windows)
+        require_finite(losses, len(self._window_losses), self._name)
+        if teacher_logits is not None:
+            self._add_teacher(logits, teacher_logits.to(logits.device))
+        self._loss += float(losses.double().sum())
+        self._tokens += losses.numel()
+        self._window_losses += losses.double().mean(1).tolist()
+
+    def _add_teacher(self, logits: Tensor, teacher_logits: Tensor) -> None:
+        if logits.shape != teacher_logits.shape:
+            raise InputError(
+                f"the teacher's logits are {[*teacher_logits.shape]} and {self._name}'s {[*logits.shape]}: "
+                "they need one vocabulary"
+            )
+        kl = token_kl(logits, teacher_logits)
+        # The model's own logits passed already, so what is not finite here is the teacher's.
+        require_finite(kl, len(self._window_losses), "the teacher")
+        self._kl += float(kl.double().sum())
+        self._agreeing += int(token_agreement(logits, teacher_logits).sum())
+
+    def result(self) -> Quality:
+        """The quality over all windows so far.
+
+        Raises:
+            InputError: no window was added.
+        """
+        if not self._tokens:
+            raise InputError("no window was evaluated: give at least one of at least 2 tokens")
+        loss, count = self._loss / self._tokens, len(self._window_losses)
+        deviation = float(torch.tensor(self._window_losses, dtype=torch.float64).std()) if count > 1 else None
+        return Quality(
+            perplexity=exp_loss(loss),
+            loss=loss,
+            loss_standard_error=None if deviation is None else deviation / math.sqrt(count),
+            top1_agreement=self._agreeing / self._tokens if self._with_teacher else None,
+            kl=self._kl / self._tokens if self._with_teacher else None,
+            tokens=self._tokens,
+        )
+
+
+def evaluate_quality(
+    model: Model,
+    windows: Tensor,
+    teacher: Model | None = None,
+    *,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Quality:
+    """Perplexity, and with a teacher top-1 agreement and KL, over windows ``[W, T]`` in one pass.
+
+    Raises:
+        InputError: windows that do not fit the model, or logits that are not finite.
+    """
+    named = {"the model": model}
+    return compare_quality(named, windows, teacher, batch_size=batch_size, progress=progress)["the model"]
+
+
+def compare_quality(
+    models: Mapping[str, Model],
+    windows: Tensor,
+    teacher: Model | None = None,
+    *,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Quality]:
+    """:func:`evaluate_quality` of several models on the same windows; the teacher runs once per batch for all of them.
+
+    The teacher's logits live as long as their batch: batch_size·T·V numbers, never those of all windows. A model that
+    *is* the teacher object is not run twice.
+    """
+    for model in (*models.values(), *((teacher,) if teacher is not None else ())):
+        check_windows(model, windows)
+    meters = {name: QualityMeter(name) for name in models}
+    with evaluation_mode(*models.values(), *((teacher,) if teacher is not None else ())):
+        for _, batch in batches(windows, batch_size, "evaluating", progress):
+            teacher_logits = None if teacher is None else model_logits(teacher, batch)
+            for name, model in models.items():
+                logits = teacher_logits if model is teacher and teacher is not None else model_logits(model, batch)
+                meters[name].update(logits, batch, teacher_logits)  # type: ignore[arg-type]
+    return {name: meter.result() for name, meter in meters.items()}
+
+
+def healed_share(dense: Quality, dropped: Quality, patched: Quality) -> float:
+    """How much of the log-perplexity that plain removal cost a patch wins back: 0 none, 1 all, negative if it harms.
+
+    ``(dropped.loss - patched.loss) / (dropped.loss - dense.loss)``; nan where plain removal cost nothing.
+    """
+    lost = dropped.loss - dense.loss
+    return (dropped.loss - patched.loss) / lost if lost else math.nan
