@@ -39,12 +39,10 @@ class Family:
     """One architecture, by its stock classes.
 
     Attributes:
-        name: as it appears in class names, ``"Llama"``.
         model_type: of the stock config, ``"llama"``.
         config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes.
     """
 
-    name: str
     model_type: str
     config_class: type[PretrainedConfig]
     layer_class: type[nn.Module]
@@ -56,7 +54,6 @@ STOCK_FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "Llama",
             "llama",
             modeling_llama.LlamaConfig,
             modeling_llama.LlamaDecoderLayer,
@@ -64,7 +61,6 @@ STOCK_FAMILIES: dict[str, Family] = {
             modeling_llama.LlamaForCausalLM,
         ),
         Family(
-            "Mistral",
             "mistral",
             modeling_mistral.MistralConfig,
             modeling_mistral.MistralDecoderLayer,
@@ -72,7 +68,6 @@ STOCK_FAMILIES: dict[str, Family] = {
             modeling_mistral.MistralForCausalLM,
         ),
         Family(
-            "Qwen2",
             "qwen2",
             modeling_qwen2.Qwen2Config,
             modeling_qwen2.Qwen2DecoderLayer,
@@ -80,7 +75,6 @@ STOCK_FAMILIES: dict[str, Family] = {
             modeling_qwen2.Qwen2ForCausalLM,
         ),
         Family(
-            "Qwen3",
             "qwen3",
             modeling_qwen3.Qwen3Config,
             modeling_qwen3.Qwen3DecoderLayer,
@@ -88,7 +82,6 @@ STOCK_FAMILIES: dict[str, Family] = {
             modeling_qwen3.Qwen3ForCausalLM,
         ),
         Family(
-            "Gemma3Text",
             "gemma3_text",
             modeling_gemma3.Gemma3TextConfig,
             modeling_gemma3.Gemma3DecoderLayer,
@@ -96,7 +89,6 @@ STOCK_FAMILIES: dict[str, Family] = {
             modeling_gemma3.Gemma3ForCausalLM,
         ),
         Family(
-            "Phi3",
             "phi3",
             modeling_phi3.Phi3Config,
             modeling_phi3.Phi3DecoderLayer,
@@ -175,6 +167,19 @@ def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = Fal
         view._modules["embed_tokens"] = None
     if not norm:
         view._modules["norm"] = nn.Identity()
+    return view
+
+
+def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
+    """A view of the causal LM that runs only the layers from ``start`` on, the final norm and the head.
+
+    Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering layer
+    ``start``; everything else is as for :func:`partial_decoder`. ``start = L`` is the final norm and the head alone.
+    """
+    view = _shallow_copy(model)
+    part = partial_decoder(model, start, num_layers(model), norm=True)
+    name = next(name for name, child in model._modules.items() if child is decoder(model))
+    view._modules[name] = part
     return view
 
 

@@ -1,0 +1,1 @@
+"""From statistics to a shallower model: score, fit, choose, plan, apply."""

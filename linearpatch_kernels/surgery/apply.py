@@ -1,0 +1,29 @@
+"""A plan put into practice: the shallower model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
+from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.surgery.plan import PrunePlan
+
+
+def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
+    """The shallower model: the plan's spans removed, its patches at the joints.
+
+    ``model`` is not changed; the result shares its parameters. Layers are renumbered, per-layer config lists and the key/value
+    cache follow. Without any patch (``--fit none``) the result is of the stock class and saves as a stock checkpoint.
+
+    Raises:
+        InputError: a plan for another depth or width.
+    """
+    if num_layers(model) != plan.num_layers:
+        raise InputError(f"the plan is for a model of {plan.num_layers} layers and this one has {num_layers(model)}")
+    for joint in plan.joints:
+        if joint.patch is not None and joint.patch.dim != hidden_size(model):
+            raise InputError(f"the plan's patches have width {joint.patch.dim} and the model {hidden_size(model)}")
+    cut = keep_layers(model, plan.kept_layers)
+    patches = {at: joint.patch for at, joint in plan.joint_positions().items() if joint.patch is not None}
+    return patched_model(cut, patches) if patches else cut

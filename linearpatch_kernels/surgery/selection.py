@@ -1,0 +1,172 @@
+"""Which fit to keep: by loss on held-out calibration windows, every candidate run from the dense model's own states.
+
+Nothing before a candidate's first joint changes, so all candidates share the dense model's pass over those layers: a window
+costs one dense forward pass and, per candidate, the layers behind its first joint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import CalibrationStatistics, Span, residual_stream
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
+from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.modeling.families import num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, FITS, NEEDS_MOMENTS, fit_patch
+from linearpatch_kernels.surgery.plan import Joint, checked_spans
+
+DENSE = "dense"
+"""The name under which :func:`compare_candidates` reports the model itself."""
+
+# A cheaper patch wins when it heals at least this share of what the best one heals.
+_AS_GOOD = 0.98
+
+
+def compare_candidates(
+    model: PreTrainedModel,
+    windows: Tensor,
+    candidates: Mapping[str, Sequence[Joint]],
+    *,
+    batch_size: int = 1,
+    description: str = "comparing",
+    progress: Progress | None = None,
+) -> dict[str, Quality]:
+    """The quality of every candidate, and of the dense model under ``"dense"``, in one pass over ``windows`` [W, T].
+
+    A candidate is the joints of one pruned model. Its quality is that of the model :func:`apply_plan` would build, with
+    agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits twice, and
+    its residual stream at every candidate's first joint.
+
+    Raises:
+        InputError: windows that do not fit the model, spans that do not, activations that are not finite.
+    """
+    check_windows(model, windows)
+    layers = num_layers(model)
+    for joints in candidates.values():
+        checked_spans([joint.span for joint in joints], layers)
+    starts = sorted({joints[0].span.start for joints in candidates.values()})
+    meters = {name: QualityMeter(name) for name in (DENSE, *candidates)}
+    runs = {name: _Suffix(model, joints) for name, joints in candidates.items()}
+    head = suffix_model(model, layers)
+    with torch.no_grad(), evaluation_mode(model):
+        for _, batch in batches(windows, batch_size, description, progress):
+            states = residual_stream(model, batch, [*starts, layers])
+            teacher = head(inputs_embeds=states[layers], use_cache=False).logits
+            meters[DENSE].update(teacher, batch, teacher)
+            for name, joints in candidates.items():
+                meters[name].update(runs[name](states[joints[0].span.start]), batch, teacher)
+    return {name: meter.result() for name, meter in meters.items()}
+
+
+class _Suffix:
+    """What a pruned model does from its first joint on, as views of the dense model's layers."""
+
+    def __init__(self, model: PreTrainedModel, joints: Sequence[Joint]) -> None:
+        ends = [following.span.start for following in joints[1:]]
+        self.patches = [joint.patch for joint in joints]
+        self.between = [
+            partial_decoder(model, joint.span.end, end) for joint, end in zip(joints[:-1], ends, strict=True)
+        ]
+        self.last = suffix_model(model, joints[-1].span.end)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        for patch, part in zip(self.patches, [*self.between, None], strict=True):
+            state = state if patch is None else _on(patch, state)(state)
+            if part is not None:
+                state = part(inputs_embeds=state, use_cache=False).last_hidden_state
+        return self.last(inputs_embeds=state, use_cache=False).logits
+
+
+def _on(patch: nn.Module, state: Tensor) -> nn.Module:
+    return patch.to(state.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitChoice:
+    """What ``--fit auto`` decided and why.
+
+    Attributes:
+        fit: the name of the fit that was kept.
+        joints: the joints with that fit's patches.
+        table: one row a candidate, best loss first: ``fit``, ``loss`` and ``perplexity`` on the held-out calibration windows,
+            ``healed`` (share of what plain removal lost), ``parameters`` and ``flops_per_token`` of all its patches, ``kept``.
+    """
+
+    fit: str
+    joints: tuple[Joint, ...]
+    table: tuple[dict[str, Any], ...]
+
+
+def choose_fit(
+    model: PreTrainedModel,
+    windows: Tensor,
+    statistics: CalibrationStatistics,
+    spans: Sequence[Span],
+    *,
+    rank: int = DEFAULT_RANK,
+    structured: bool = False,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> FitChoice:
+    """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
+
+    The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98 % as much
+    of the loss that plain removal costs. ``structured`` leaves the dense d x d map out.
+
+    Raises:
+        InputError: moments that were not collected, or what :func:`compare_candidates` raises.
+    """
+    names = [name for name in FITS if not (structured and name == "least-squares")]
+    candidates = {name: fitted_joints(statistics, spans, name, rank=rank) for name in names}
+    found = compare_candidates(
+        model, windows, candidates, batch_size=batch_size, description="choosing the fit", progress=progress
+    )
+    return decide(candidates, found)
+
+
+def decide(candidates: Mapping[str, tuple[Joint, ...]], found: Mapping[str, Quality]) -> FitChoice:
+    """The choice of :func:`choose_fit` from qualities that are known already; ``candidates`` must hold ``none``."""
+    dense, dropped = found[DENSE].loss, found["none"].loss
+    best = min(found[name].loss for name in candidates)
+    good = [name for name in candidates if found[name].loss <= dropped - _AS_GOOD * (dropped - best)]
+    fit = min(good, key=lambda name: (cost(candidates[name])[1], found[name].loss))
+    table = [
+        {
+            "fit": name,
+            "loss": found[name].loss,
+            "perplexity": found[name].perplexity,
+            "healed": (dropped - found[name].loss) / (dropped - dense) if dropped > dense else 0.0,
+            "parameters": cost(joints)[0],
+            "flops_per_token": cost(joints)[1],
+            "kept": name == fit,
+        }
+        for name, joints in candidates.items()
+    ]
+    return FitChoice(fit, candidates[fit], tuple(sorted(table, key=lambda row: row["loss"])))
+
+
+def fitted_joints(
+    statistics: CalibrationStatistics, spans: Sequence[Span], fit: str, *, rank: int = DEFAULT_RANK
+) -> tuple[Joint, ...]:
+    """The joints of ``spans``, each healed by ``fit``."""
+    return tuple(Joint(span, fit_patch(statistics, span, fit, rank=rank), fit) for span in sorted(spans))
+
+
+def cost(joints: Sequence[Joint]) -> tuple[int, int]:
+    """(parameters, floating point operations per token) of the joints' patches together."""
+    patches = [joint.patch for joint in joints if joint.patch is not None]
+    return sum(patch.num_parameters for patch in patches), sum(patch.flops_per_token for patch in patches)
+
+
+def needs_moments(fit: str) -> bool:
+    """Whether a fit (or ``auto``) needs a pass for second moments. InputError for an unknown one."""
+    if fit not in (*FITS, "auto"):
+        raise InputError(f"no fit is called {fit!r}: choose one of {', '.join(FITS)}, auto")
+    return fit == "auto" or fit in NEEDS_MOMENTS
