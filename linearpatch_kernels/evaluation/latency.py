@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -71,10 +72,9 @@ def compare_speed(
     """
     if min(prompt_tokens, new_tokens, repeats, batch_size) < 1:
         raise InputError("prompt tokens, new tokens, repeats and batch size must each be at least 1")
-    vocabulary = min(m.config.vocab_size for m in models.values())
-    context = min(
-        getattr(m.config, "max_position_embeddings", None) or prompt_tokens + new_tokens for m in models.values()
-    )
+    configs: list[Any] = [model.config for model in models.values()]
+    vocabulary = min(config.vocab_size for config in configs)
+    context = min(getattr(config, "max_position_embeddings", math.inf) for config in configs)
     if prompt_tokens + new_tokens > context:
         raise InputError(f"{prompt_tokens} + {new_tokens} tokens exceed the model's {context} positions: ask for fewer")
     prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))

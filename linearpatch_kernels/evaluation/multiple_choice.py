@@ -77,6 +77,8 @@ def evaluate_tasks(
         InputError: lm-eval is not installed, or an unknown task.
     """
     check_tasks(tasks)
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} questions leaves none: it must be at least 1")
     local, remote = _split_tasks(tasks)
     scores: dict[str, dict[str, float | int]] = {}
     with evaluation_mode(model), _quietly(), tempfile.TemporaryDirectory(prefix="linearpatch-tasks-") as directory:
@@ -196,7 +198,7 @@ def _harness(model: Any, tokenizer: Any, batch_size: int, progress: Progress | N
 def _quietly() -> Iterator[None]:
     """No bars and remarks of lm-eval and datasets: whoever called shows progress in one way only."""
     import datasets
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     bars, original = datasets.are_progress_bars_disabled(), tqdm.__init__
     logger = logging.getLogger("lm_eval")
