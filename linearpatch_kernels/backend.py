@@ -1,0 +1,99 @@
+"""What is built, what is there, what was asked for, and why not.
+
+The compiled kernels are one file, ``linearpatch_kernels/_C.abi3.so``. Loading it registers its kernels under the
+dispatch keys of their devices, above the reference that every operator has; nothing in Python chooses afterwards.
+
+``LINEARPATCH_BACKEND=reference|cpu|triton|cuda``, read once when this module is imported, forces one implementation.
+It raises where that one is not available, and so does an operator on a tensor that the forced one cannot serve.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from linearpatch_kernels.errors import InputError
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+FORCED = os.environ.get("LINEARPATCH_BACKEND") or None
+
+_PACKAGE = Path(__file__).parent
+_EXTENSION = _PACKAGE / "_C.abi3.so"
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; the reason if they are not there."""
+    if FORCED in ("reference", "triton"):
+        return f"not loaded, because LINEARPATCH_BACKEND={FORCED}"
+    if not _EXTENSION.exists():
+        return f"{_EXTENSION.name} is not built: reinstall with a C++ compiler to have it"
+    try:
+        torch.ops.load_library(_EXTENSION)
+    except OSError as error:
+        return f"{_EXTENSION.name} does not load: {' '.join(str(error).split())}"
+    return None
+
+
+def _compiled_for(key: str) -> bool:
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return "linearpatch::hadamard_patch" in registered
+
+
+def _cpu() -> bool | str:
+    return _EXTENSION_MISSING or _compiled_for("CPU") or f"{_EXTENSION.name} has no CPU kernels"
+
+
+def _cuda() -> bool | str:
+    if _EXTENSION_MISSING:
+        return _EXTENSION_MISSING
+    if not _compiled_for("CUDA"):
+        return f"{_EXTENSION.name} was built without nvcc"
+    return torch.cuda.is_available() or "torch finds no CUDA device"
+
+
+def _triton() -> bool | str:
+    if not any(_PACKAGE.glob("ops/*/triton.py")):
+        return "this version has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted or torch.cuda.is_available() or "torch finds no GPU for Triton"
+
+
+def backends() -> dict[str, bool | str]:
+    """Every implementation by name: True where it can run here, else one line that says why not.
+
+    ``reference`` is plain PyTorch and always there; ``cpu`` and ``cuda`` are the compiled kernels of the extension.
+    """
+    return {"reference": True, "cpu": _cpu(), "triton": _triton(), "cuda": _cuda()}
+
+
+def _check_forced() -> None:
+    if FORCED is None:
+        return
+    if FORCED not in NAMES:
+        raise InputError(f"LINEARPATCH_BACKEND={FORCED} is none of {', '.join(NAMES)}")
+    if (available := backends()[FORCED]) is not True:
+        raise InputError(f"LINEARPATCH_BACKEND={FORCED} is not available: {available}")
+
+
+def check_reference_allowed(operator: str, device: torch.device) -> None:
+    """Raise where a compiled backend was forced and the reference would run in its place.
+
+    Raises:
+        RuntimeError: the forced backend has no kernel of this operator for this device.
+    """
+    if FORCED not in (None, "reference"):
+        raise RuntimeError(
+            f"LINEARPATCH_BACKEND={FORCED} has no {operator} for {device.type} tensors: unset it, or move the tensors"
+        )
+
+
+_EXTENSION_MISSING = _load_extension()
+if _EXTENSION_MISSING and FORCED is None:
+    warnings.warn(f"linearpatch_kernels runs on plain PyTorch: {_EXTENSION_MISSING}", stacklevel=2)
+_check_forced()

@@ -1,0 +1,67 @@
+"""How an operator gets into torch's dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch.library import custom_op
+
+from linearpatch_kernels.backend import check_reference_allowed
+
+
+def define_operator(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    mutates_args: Iterable[str] = (),
+) -> CustomOpDef:
+    """Define ``linearpatch::name`` with its reference on every device, and ``linearpatch::name_reference``.
+
+    A compiled kernel registered for a device (``STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, m)``, before or after)
+    takes the place of the reference there: no Python runs below ``torch.ops`` then, except for autograd's record. Where
+    the kernel does not cover a case, such as float64, it calls ``linearpatch::name_reference`` through the dispatcher.
+
+    Args:
+        schema: arguments and returns, ``(Tensor x, ...) -> Tensor``.
+        reference: the operator in plain PyTorch; takes every argument of the schema positionally.
+        fake: the shapes, dtypes and strides of the result; the same arguments.
+        mutates_args: names of the arguments that are written to.
+    """
+
+    def where_no_kernel_is(*arguments: Any) -> Any:
+        check_reference_allowed(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)))
+        return reference(*arguments)
+
+    for variant, implementation in ((name + "_reference", reference), (name, where_no_kernel_is)):
+        operator = custom_op(f"linearpatch::{variant}", implementation, mutates_args=tuple(mutates_args), schema=schema)
+        operator.register_fake(fake)
+    return operator
+
+
+def batch_by_rows(operator: CustomOpDef, rows: Sequence[int]) -> None:
+    """Register the vmap rule: a batch of row arguments is more rows, any other batch is a loop.
+
+    Args:
+        rows: positions of the arguments [..., d] that the operator maps row by row onto results [..., d].
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        leading = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arguments, in_dims, strict=True)]
+        batched = [position for position, dim in enumerate(in_dims) if dim is not None]
+        if batched == list(rows):
+            results = operator(*leading)
+        else:
+            each = [
+                operator(*[a[i] if position in batched else a for position, a in enumerate(leading)])
+                for i in range(info.batch_size)
+            ]
+            several = isinstance(each[0], tuple)
+            results = tuple(map(torch.stack, zip(*each, strict=True))) if several else torch.stack(each)
+        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+
+    operator.register_vmap(rule)
