@@ -255,6 +255,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _token_ids(tokenizer: Any, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    if not texts:
+        return []
     # verbose=False: a text longer than the model's context is what is wanted here, not a mistake to warn about.
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, truncation=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]

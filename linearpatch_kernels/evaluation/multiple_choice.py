@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ def _split_tasks(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     return local, [t for t in tasks if t not in local]
 
 
+@cache
 def _default_tasks() -> Any:
+    """lm-eval's index of its own tasks, which takes it seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()

