@@ -1,0 +1,88 @@
+"""Make a language model shallower and heal the joint with a map that costs O(d log d).
+
+The public names below are imported when they are first used: importing the package alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linearpatch_kernels.backend import backends
+    from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
+    from linearpatch_kernels.errors import InputError
+    from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
+    from linearpatch_kernels.nn import (
+        DensePatch,
+        HadamardPatch,
+        LinearTopKKLLoss,
+        LowRankPatch,
+        Patch,
+        TopKKLLoss,
+        build_patch,
+    )
+    from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
+    from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+    from linearpatch_kernels.surgery.apply import apply_plan
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationStatistics",
+    "DensePatch",
+    "HadamardPatch",
+    "InputError",
+    "LinearTopKKLLoss",
+    "LowRankPatch",
+    "Patch",
+    "PrunePlan",
+    "Span",
+    "TopKKLLoss",
+    "add_patch_rms_norm",
+    "apply_plan",
+    "backends",
+    "build_patch",
+    "calibrate",
+    "hadamard_matrix",
+    "hadamard_order",
+    "hadamard_patch",
+    "hadamard_transform",
+    "linear_topk_kl_loss",
+    "paley_factor",
+    "topk_kl_loss",
+]
+
+_HOME = {
+    "backend": ("backends",),
+    "calibration": ("CalibrationStatistics", "Span", "calibrate"),
+    "errors": ("InputError",),
+    "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
+    "nn": (
+        "DensePatch",
+        "HadamardPatch",
+        "LinearTopKKLLoss",
+        "LowRankPatch",
+        "Patch",
+        "TopKKLLoss",
+        "build_patch",
+    ),
+    "ops.hadamard_patch": ("add_patch_rms_norm", "hadamard_patch"),
+    "ops.topk_kl": ("linear_topk_kl_loss", "topk_kl_loss"),
+    "surgery.apply": ("apply_plan",),
+    "surgery.plan": ("PrunePlan",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

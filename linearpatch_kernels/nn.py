@@ -1,0 +1,342 @@
+"""The patches that can stand at a joint, and the distillation losses, as modules.
+
+Every patch is linear, ``y = x @ P`` with row vectors, and is rebuilt from its `Patch.description` by `build_patch`. A
+new kind of patch is one class here, named in `PATCH_KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.hadamard import hadamard_transform, paley_factor
+from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+
+
+class Patch(nn.Module):
+    """A linear map on the residual stream: x [..., dim] to x @ P [..., dim], in x's dtype.
+
+    Parameters are float32 unless asked or cast otherwise; a new patch is the identity.
+    """
+
+    kind: str
+    dim: int
+
+    def description(self) -> dict[str, Any]:
+        """What `build_patch` needs to make an empty patch of the same kind and shape; JSON-able."""
+        return {"kind": self.kind, "dim": self.dim}
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the patch holds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations for one token: additions and multiplications."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """P [dim, dim] in float64, on the parameters' device."""
+        device = next(self.parameters()).device
+        dense: Tensor = self(torch.eye(self.dim, dtype=torch.float64, device=device))
+        return dense
+
+
+class HadamardPatch(Patch):
+    """``P = diag(pre) H diag(scale) H.T diag(post) + down @ up`` (LinearPatch, section 3.2; pre, post, down, up ours).
+
+    Args:
+        dim: width d of the residual stream.
+        rank: r of the low-rank term; 0 for none.
+        pre_scale, post_scale: also scale the channels before and after.
+        device, dtype: of the parameters ``scale``, ``pre_scale``, ``post_scale`` [d], ``down`` [d, r], ``up`` [r, d];
+            those that are not there are None.
+
+    Raises:
+        InputError: a width below 1 or a rank below 0.
+    """
+
+    kind = "hadamard"
+    pre_scale: nn.Parameter | None
+    post_scale: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int = 0,
+        *,
+        pre_scale: bool = False,
+        post_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_size(dim, rank)
+        self.dim, self.rank = dim, rank
+        ones = [nn.Parameter(torch.ones(dim, device=device, dtype=dtype)) for _ in range(1 + pre_scale + post_scale)]
+        self.scale = ones[0]
+        self.register_parameter("pre_scale", ones[1] if pre_scale else None)
+        self.register_parameter("post_scale", ones[-1] if post_scale else None)
+        down, up = _empty_low_rank(dim, rank, device, dtype) if rank else (None, None)
+        self.register_parameter("down", down)
+        self.register_parameter("up", up)
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, rank: int = 0) -> Self:
+        """The patch (``scale`` and, for a rank, ``down`` and ``up``) nearest to a matrix [d, d] in Frobenius norm.
+
+        H leaves the norm as it is, so this is the diagonal plus rank-r matrix nearest to ``M = H.T @ matrix @ H``.
+        For rank 0 that is ``scale = diag(M)``, the global minimum. For a rank, `nearest_diagonal_plus_low_rank` says
+        which minimum is found. Computed in float64 on the matrix's device; the parameters are float32.
+
+        Raises:
+            InputError: not a square floating matrix, or a rank that is not in [0, d].
+        """
+        dim = _check_square(matrix, rank)
+        rotated = hadamard_transform(hadamard_transform(matrix.detach().double()).mT).mT
+        scale, down, up = nearest_diagonal_plus_low_rank(rotated, rank)
+        patch = cls(dim, rank, device=matrix.device)
+        with torch.no_grad():
+            patch.scale.copy_(scale)
+            if patch.down is not None and patch.up is not None:
+                patch.down.copy_(hadamard_transform(down.mT, inverse=True).mT)
+                patch.up.copy_(hadamard_transform(up, inverse=True))
+        return patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hadamard_patch(
+            x, self.scale, pre_scale=self.pre_scale, post_scale=self.post_scale, down=self.down, up=self.up
+        )
+
+    def description(self) -> dict[str, Any]:
+        present = {"pre_scale": self.pre_scale is not None, "post_scale": self.post_scale is not None}
+        return {**super().description(), "rank": self.rank, **present}
+
+    @property
+    def flops_per_token(self) -> int:
+        """Two transforms of ``m - 1 + k`` additions per channel (d = m 2^k), the scales, and the low-rank products."""
+        signs, k = paley_factor(self.dim)
+        scales = 1 + (self.pre_scale is not None) + (self.post_scale is not None)
+        low_rank = 4 * self.rank + 1 if self.rank else 0
+        return self.dim * (2 * (len(signs) - 1 + k) + scales + low_rank)
+
+
+class LowRankPatch(Patch):
+    """``P = I + down @ up``: y = x + (x @ down) @ up, with ``down`` [d, r] and ``up`` [r, d].
+
+    Args:
+        dim: width d of the residual stream.
+        rank: r, at least 1.
+        device, dtype: of the parameters.
+
+    Raises:
+        InputError: a width or a rank below 1.
+    """
+
+    kind = "low-rank"
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_size(dim, rank, least_rank=1)
+        self.dim, self.rank = dim, rank
+        self.down, self.up = _empty_low_rank(dim, rank, device, dtype)
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, rank: int) -> Self:
+        """The patch nearest to a matrix [d, d] in Frobenius norm: the truncated SVD of ``matrix - I`` (Eckart-Young).
+
+        Raises:
+            InputError: not a square floating matrix, or a rank that is not in [1, d].
+        """
+        dim = _check_square(matrix, rank)
+        rest = matrix.detach().double() - torch.eye(dim, dtype=torch.float64, device=matrix.device)
+        patch = cls(dim, rank, device=matrix.device)
+        left, values, right = torch.linalg.svd(rest)
+        with torch.no_grad():
+            patch.down.copy_(left[:, :rank] * values[:rank].sqrt())
+            patch.up.copy_(values[:rank, None].sqrt() * right[:rank])
+        return patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, self.down.dtype))
+        return (wide + (wide @ self.down.to(wide.dtype)) @ self.up.to(wide.dtype)).to(x.dtype)
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "rank": self.rank}
+
+    @property
+    def flops_per_token(self) -> int:
+        """Two thin products and the sum."""
+        return self.dim * (4 * self.rank + 1)
+
+
+class DensePatch(Patch):
+    """``P = weight`` [d, d]: y = x @ weight.
+
+    Args:
+        dim: width d of the residual stream.
+        device, dtype: of the parameter.
+
+    Raises:
+        InputError: a width below 1.
+    """
+
+    kind = "dense"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_size(dim)
+        self.dim = dim
+        self.weight = nn.Parameter(torch.eye(dim, device=device, dtype=dtype))
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> Self:
+        """The patch that is this matrix [d, d], rounded to float32.
+
+        Raises:
+            InputError: not a square floating matrix.
+        """
+        patch = cls(_check_square(matrix), device=matrix.device)
+        with torch.no_grad():
+            patch.weight.copy_(matrix)
+        return patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return (wide @ self.weight.to(wide.dtype)).to(x.dtype)
+
+    @property
+    def flops_per_token(self) -> int:
+        """One matrix-vector product."""
+        return 2 * self.dim**2
+
+
+PATCH_KINDS: dict[str, type[Patch]] = {one.kind: one for one in (HadamardPatch, LowRankPatch, DensePatch)}
+
+
+def build_patch(description: Mapping[str, Any]) -> Patch:
+    """An untrained patch of the kind and shape that `Patch.description` told.
+
+    Raises:
+        InputError: an unknown kind, or fields that this kind does not have.
+    """
+    fields = dict(description)
+    kind = fields.pop("kind", None)
+    if kind not in PATCH_KINDS:
+        raise InputError(f"unknown kind of patch {kind!r}: this version knows {', '.join(PATCH_KINDS)}")
+    try:
+        return PATCH_KINDS[kind](**fields)
+    except TypeError as error:
+        raise InputError(f"a description that does not fit a {kind} patch: {error}") from None
+
+
+def nearest_diagonal_plus_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(diagonal [d], down [d, r], up [r, d])`` that minimise ``||matrix - diag(diagonal) - down @ up||_F``.
+
+    For rank 0 the minimum is ``diag(matrix)``. For a rank the problem is not convex, and this is block coordinate
+    descent: ``down`` for given ``up`` and diagonal, then ``up``, then the diagonal, each in closed form, so that the
+    norm never rises. It starts from rank 0 and a fixed random subspace and ends at a stationary point: when a round
+    takes less than 1e-9 of the matrix's squared norm off, or after 500 rounds. A round costs O(d^2 r).
+
+    Args:
+        matrix: [d, d], float64.
+        rank: r in [0, d].
+    """
+    d = matrix.shape[0]
+    diagonal = matrix.diagonal().clone()
+    if rank == 0:
+        return diagonal, matrix.new_empty(d, 0), matrix.new_empty(0, d)
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(rank, d, generator=generator, dtype=torch.float64).to(matrix)
+    enough = 1e-9 * float(matrix.square().sum())
+    before = float("inf")
+    for _ in range(500):
+        rest = matrix - torch.diag(diagonal)
+        basis = torch.linalg.qr(rest @ up.mT)[0]
+        up = basis.mT @ rest
+        rest = matrix - basis @ up
+        diagonal = rest.diagonal().clone()
+        error = float(rest.square().sum() - diagonal.square().sum())
+        if before - error <= enough:
+            break
+        before = error
+    left, values, right = torch.linalg.svd(up, full_matrices=False)
+    return diagonal, basis @ left * values.sqrt(), values.sqrt()[:, None] * right
+
+
+def _empty_low_rank(
+    dim: int, rank: int, device: torch.device | str | None, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """``down`` random with about unit rows of x @ down, ``up`` zero: nothing at first, and trainable."""
+    down = torch.empty(dim, rank, device=device, dtype=dtype).normal_(std=dim**-0.5)
+    return nn.Parameter(down), nn.Parameter(torch.zeros(rank, dim, device=device, dtype=dtype))
+
+
+def _check_size(dim: int, rank: int = 0, *, least_rank: int = 0) -> None:
+    if dim < 1 or rank < least_rank:
+        raise InputError(
+            f"a patch needs a width of at least 1 and a rank of at least {least_rank}, not {dim} and {rank}"
+        )
+
+
+def _check_square(matrix: Tensor, rank: int = 0) -> int:
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.dtype.is_floating_point:
+        raise InputError(f"a patch is made from a floating matrix [d, d], not {matrix.dtype} {list(matrix.shape)}")
+    if rank > len(matrix):
+        raise InputError(f"rank {rank} is more than the width {len(matrix)}")
+    return len(matrix)
+
+
+class TopKKLLoss(nn.Module):
+    """`linearpatch_kernels.topk_kl_loss` with its options fixed."""
+
+    def __init__(self, normalization: str = "topk", temperature: float = 1.0) -> None:
+        super().__init__()
+        self.normalization, self.temperature = normalization, temperature
+
+    def forward(self, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor) -> Tensor:
+        return topk_kl_loss(
+            logits, teacher_probs, teacher_ids, normalization=self.normalization, temperature=self.temperature
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalization={self.normalization!r}, temperature={self.temperature}"
+
+
+class LinearTopKKLLoss(TopKKLLoss):
+    """`linearpatch_kernels.linear_topk_kl_loss` with its options fixed: takes the head's input and weight."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, weight: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return linear_topk_kl_loss(
+            hidden,
+            weight,
+            teacher_probs,
+            teacher_ids,
+            bias=bias,
+            normalization=self.normalization,
+            temperature=self.temperature,
+        )

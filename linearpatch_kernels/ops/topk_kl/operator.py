@@ -1,0 +1,180 @@
+"""Contract and registration of the Top-K distillation losses; the maths is in `reference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearpatch_kernels.ops.registration import define_operator
+from linearpatch_kernels.ops.topk_kl.reference import (
+    arithmetic_dtype,
+    check_operands,
+    linear_topk_kl_loss_reference,
+    topk_kl_loss_backward_reference,
+    topk_kl_loss_reference,
+)
+
+
+def _fake_loss(
+    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
+    dtype = arithmetic_dtype(logits)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0], 2), dtype=dtype)
+
+
+def _fake_loss_backward(grad: Tensor, logits: Tensor, *others: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    bias: Tensor | None,
+    normalization: str,
+    temperature: float,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
+    dtype = arithmetic_dtype(hidden, weight)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden_grad else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if weight_grad else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if bias_grad else (0,), dtype=dtype),
+    )
+
+
+_loss = define_operator(
+    "topk_kl_loss",
+    "(Tensor logits, Tensor teacher_probs, Tensor teacher_ids, str normalization, float temperature)"
+    " -> (Tensor loss, Tensor normalizers)",
+    topk_kl_loss_reference,
+    _fake_loss,
+)
+_loss_backward = define_operator(
+    "topk_kl_loss_backward",
+    "(Tensor grad, Tensor logits, Tensor teacher_probs, Tensor teacher_ids, Tensor normalizers, str normalization,"
+    " float temperature) -> Tensor",
+    topk_kl_loss_backward_reference,
+    _fake_loss_backward,
+)
+_linear = define_operator(
+    "linear_topk_kl_loss",
+    "(Tensor hidden, Tensor weight, Tensor teacher_probs, Tensor teacher_ids, Tensor? bias, str normalization,"
+    " float temperature, bool hidden_grad, bool weight_grad, bool bias_grad)"
+    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    linear_topk_kl_loss_reference,
+    _fake_linear,
+)
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, teacher_probs, teacher_ids, ctx.normalization, ctx.temperature = inputs
+    ctx.save_for_backward(logits, teacher_probs, teacher_ids, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    call = torch.ops.linearpatch.topk_kl_loss_backward.default
+    return call(grad, *ctx.saved_tensors, ctx.normalization, ctx.temperature), None, None, None, None
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _, bias, *_ = inputs
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.computed = inputs[-3:]
+
+
+def _backward_linear(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    if any(need and not computed for need, computed in zip(needed, ctx.computed, strict=True)):
+        raise RuntimeError("linear_topk_kl_loss was called without the gradient that is asked for now: set its flag")
+    dhidden, dweight, dbias = (
+        (gradient * grad).to(dtype) if need else None
+        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+    )
+    return dhidden, dweight, None, None, dbias, *[None] * 5
+
+
+_loss.register_autograd(_backward_loss, setup_context=_save_loss)
+_linear.register_autograd(_backward_linear, setup_context=_save_linear)
+
+_call = torch.ops.linearpatch.topk_kl_loss.default
+_call_linear = torch.ops.linearpatch.linear_topk_kl_loss.default
+
+
+def topk_kl_loss(
+    logits: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    normalization: str = "topk",
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student), the mean over the tokens, in nats (LinearPatch, section 3.3, is ``"topk"``).
+
+    For ids that are all there, ``"topk"`` is equivalent to::
+
+        student = (logits.float() / temperature).gather(1, teacher_ids).log_softmax(1)
+        torch.nn.functional.kl_div(student, teacher_probs.float(), reduction="batchmean")
+
+    ``"full"`` takes the ``log_softmax`` before the ``gather``: the student is normalised over the vocabulary.
+    ``"tail"`` adds to that one bucket, ``t * (log(t) - log(s))``, with t and s what the teacher's and the student's
+    probabilities of these ids leave to the rest of the vocabulary.
+
+    Args:
+        logits: [N, V], floating. Divided by the temperature; there is no factor temperature**2.
+        teacher_probs: [N, K], floating: for ``"topk"`` they sum to 1 over the K, else they are the true probabilities.
+        teacher_ids: [N, K], int32 or int64, in [0, V). -1 is an absent slot (its probability counts as 0); a token
+            whose ids are all -1 is ignored. An id that stands twice is two slots.
+        normalization: ``"topk"``, ``"full"`` or ``"tail"``.
+        temperature: of the student's softmax, > 0.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits); 0 if all tokens are ignored. Differentiable once in the logits.
+
+    Raises:
+        InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU.
+    """
+    return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
+
+
+def linear_topk_kl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    normalization: str = "topk",
+    temperature: float = 1.0,
+) -> Tensor:
+    """`topk_kl_loss` of ``hidden @ weight.T + bias`` without those logits [N, V] in memory.
+
+    ``"topk"`` reads no more than the N * K rows of the weight that the ids name; the others make the logits of some
+    tokens at a time. The gradients that will be needed are computed in the same pass, and kept in float32.
+
+    Args:
+        hidden: [N, d], floating: what enters the head.
+        weight: [V, d], floating: the head.
+        teacher_probs, teacher_ids, normalization, temperature: as `topk_kl_loss`.
+        bias: [V] or None.
+
+    Returns:
+        A scalar, float32 (float64 where hidden or weight is). Differentiable once in hidden, weight and bias.
+
+    Raises:
+        InputError: as `topk_kl_loss`.
+    """
+    recording = torch.is_grad_enabled()
+    flags = [recording and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    return _call_linear(hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags)[0]

@@ -1,0 +1,301 @@
+"""The maths of the Top-K distillation losses in plain PyTorch: what every kernel is held to.
+
+One token has K slots (p_k, id_k), kept from the teacher, and student logits z_v over the vocabulary, already divided by
+the temperature T. A slot with id -1 is absent, a token without a slot is ignored. With S = sum p_k over the slots:
+
+    loss = sum_k p_k (log p_k - (z_{id_k} - Z))  [+ t (log t - (R - Z))  for "tail"]        where 0 log 0 = 0
+    Z = logsumexp of z over the slots ("topk", as in LinearPatch, arXiv 2505.24680, section 3.3), or over the vocabulary
+        ("full", "tail")
+    R = logsumexp of z over the vocabulary without the slots' ids
+    t = max(0, 1 - S), what the teacher left out; 0 where the ids are the whole vocabulary
+
+    dloss/dz_v = S exp(z_v - Z) - p_v                                    "topk" over the slots, "full"
+    dloss/dz_v = (S + t) exp(z_v - Z) - p_v - t exp(z_v - R) [v is no slot's id]                "tail"
+
+Slots are taken as they come: an id that stands twice is two slots. The loss of a batch is the mean over its tokens that
+are not ignored, 0 if there are none. The gradient of the logits is that of z divided by T and by their number.
+
+Arithmetic is in float64 for float64 input, else in float32; only the linear loss over a whole vocabulary multiplies
+``hidden @ weight.T`` in the dtype of the two, because a float32 copy of a half-precision head would not be small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearpatch_kernels.errors import InputError
+
+NORMALIZATIONS = ("topk", "full", "tail")
+
+# Numbers in the largest temporary: 64 MiB of float32 logits, and gathered rows that stay in a core's cache.
+_LOGITS_AT_ONCE = 2**24
+_ROWS_AT_ONCE = 2**18
+
+
+def check_operands(
+    scores: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    normalization: str,
+    temperature: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Shapes, dtypes and options of both losses; ``scores`` are the logits, or the hidden states with a weight."""
+    name = "logits" if weight is None else "hidden"
+    if scores.dim() != 2 or not scores.dtype.is_floating_point:
+        raise InputError(f"{name} must be floating [N, {'V' if weight is None else 'd'}], not {_told(scores)}")
+    if weight is not None:
+        if weight.dim() != 2 or weight.shape[1] != scores.shape[1] or not weight.dtype.is_floating_point:
+            raise InputError(f"weight must be floating [V, {scores.shape[1]}] as hidden's width, not {_told(weight)}")
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+            raise InputError(f"bias must be [{weight.shape[0]}] as weight's rows, not {_told(bias)}")
+    if teacher_probs.dim() != 2 or teacher_probs.shape[0] != scores.shape[0] or not teacher_probs.is_floating_point():
+        raise InputError(f"teacher_probs must be floating [{scores.shape[0]}, K], not {_told(teacher_probs)}")
+    if teacher_ids.shape != teacher_probs.shape or teacher_ids.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"teacher_ids must be int32 or int64, shaped as teacher_probs, not {_told(teacher_ids)}")
+    if normalization not in NORMALIZATIONS:
+        raise InputError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, not {normalization!r}")
+    if not temperature > 0:
+        raise InputError(f"temperature must be positive, not {temperature}")
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if one of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    # On a GPU the answer would cost a synchronisation; an id that is out of range stops the gather there.
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocabulary):
+        wrong = int(ids.min()) if int(ids.min()) < -1 else int(ids.max())
+        raise InputError(f"teacher id {wrong} is outside the vocabulary of {vocabulary}: the tokenizers must agree")
+
+
+def _slots(probs: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``(p, index, present)`` [N, K]: an absent slot weighs 0 and points at an id of its token, so adds none."""
+    present = ids >= 0
+    index = torch.where(present, ids, ids.amax(1, keepdim=True).clamp(min=0)).long() if ids.shape[1] else ids.long()
+    return torch.where(present, probs.to(dtype), 0), index, present
+
+
+def _normalizers(z: Tensor, index: Tensor, present: Tensor, normalization: str) -> Tensor:
+    """``(Z, R)`` [N, 2]; R only for "tail", else -inf. z is [N, K] for "topk" and [N, V] otherwise."""
+    whole = (torch.where(present, z, -torch.inf) if normalization == "topk" else z).logsumexp(1)
+    rest = z.scatter(1, index, -torch.inf).logsumexp(1) if normalization == "tail" else whole.new_full((), -torch.inf)
+    return torch.stack((whole, rest.expand_as(whole)), dim=1)
+
+
+def _left_out(p: Tensor, rest: Tensor) -> Tensor:
+    """t [N]: what the teacher's slots leave out, where the student has anything left (R is not -inf)."""
+    return torch.where(rest == -torch.inf, 0, (1 - p.sum(1)).clamp(min=0))
+
+
+def _token_losses(slot_z: Tensor, p: Tensor, normalizers: Tensor) -> Tensor:
+    """The loss of each token [N], from its slots' z [N, K]."""
+    whole, rest = normalizers.unbind(1)
+    slots = torch.where(p == 0, 0, p * (p.log() - (slot_z - whole[:, None]))).sum(1)
+    t = _left_out(p, rest)
+    return slots + torch.where(t == 0, 0, t * (t.log() - (rest - whole)))
+
+
+def _slot_gradient(slot_z: Tensor, p: Tensor, present: Tensor, normalizers: Tensor) -> Tensor:
+    """dloss/dz over the slots [N, K] of "topk"."""
+    student = (slot_z - normalizers[:, :1]).exp()
+    return torch.where(present, p.sum(1, keepdim=True) * student - p, 0)
+
+
+def _vocabulary_gradient(z: Tensor, p: Tensor, index: Tensor, normalizers: Tensor, normalization: str) -> Tensor:
+    """dloss/dz over the vocabulary [N, V] of "full" and "tail"."""
+    whole, rest = normalizers.unbind(1)
+    t = _left_out(p, rest)
+    gradient = (p.sum(1) + t)[:, None] * (z - whole[:, None]).exp()
+    if normalization == "tail":
+        outside = (z - rest[:, None]).exp().scatter(1, index, 0)
+        gradient -= torch.where((t == 0)[:, None], 0, t[:, None] * outside)
+    return gradient.scatter_add_(1, index, -p)
+
+
+def _chunks(tokens: int, numbers_per_token: int, at_once: int) -> Iterator[slice]:
+    step = max(1, at_once // max(1, numbers_per_token))
+    return (slice(start, min(tokens, start + step)) for start in range(0, tokens, step))
+
+
+def topk_kl_loss_reference(
+    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of given logits, in the arithmetic's dtype.
+
+    Returns:
+        ``(loss, normalizers)``: a scalar, and (Z, R) of each token [N, 2], which the backward would else compute again.
+    """
+    check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
+    _check_ids(teacher_ids, logits.shape[1])
+    dtype = arithmetic_dtype(logits)
+    normalizers = logits.new_full((len(logits), 2), -math.inf, dtype=dtype)
+    counted = (teacher_ids >= 0).any(1)
+    total = normalizers.new_zeros(())
+    for tokens in _chunks(len(logits), logits.shape[1], _LOGITS_AT_ONCE):
+        p, index, present = _slots(teacher_probs[tokens], teacher_ids[tokens], dtype)
+        slot_z = logits[tokens].gather(1, index).to(dtype) / temperature
+        z = slot_z if normalization == "topk" else logits[tokens].to(dtype) / temperature
+        normalizers[tokens] = _normalizers(z, index, present, normalization)
+        total += torch.where(counted[tokens], _token_losses(slot_z, p, normalizers[tokens]), 0).sum()
+    return total / counted.sum().clamp(min=1), normalizers
+
+
+def topk_kl_loss_backward_reference(
+    grad: Tensor,
+    logits: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    normalizers: Tensor,
+    normalization: str,
+    temperature: float,
+) -> Tensor:
+    """The logits' gradient [N, V] in their dtype, from ``grad``, the loss', and the forward's normalizers."""
+    dtype = normalizers.dtype
+    counted = (teacher_ids >= 0).any(1)
+    factor = grad.to(dtype) / counted.sum().clamp(min=1) / temperature
+    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for tokens in _chunks(len(logits), logits.shape[1], _LOGITS_AT_ONCE):
+        p, index, present = _slots(teacher_probs[tokens], teacher_ids[tokens], dtype)
+        if normalization == "topk":
+            slot_z = logits[tokens].gather(1, index).to(dtype) / temperature
+            dz = torch.zeros(logits[tokens].shape, dtype=dtype, device=logits.device)
+            dz.scatter_add_(1, index, _slot_gradient(slot_z, p, present, normalizers[tokens]))
+        else:
+            dz = _vocabulary_gradient(
+                logits[tokens].to(dtype) / temperature, p, index, normalizers[tokens], normalization
+            )
+        gradient[tokens] = torch.where(counted[tokens, None], dz * factor, 0)
+    return gradient
+
+
+class _Sums(NamedTuple):
+    """What the chunks of the linear loss add up to; a gradient that is not wanted is None."""
+
+    loss: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def _add_gathered(
+    sums: _Sums,
+    tokens: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: tuple[Tensor, Tensor, Tensor],
+    temperature: float,
+) -> None:
+    """Some tokens of the linear loss for "topk", by the weight's rows of their slots."""
+    p, index, present = slots
+    h, rows = hidden[tokens].to(p.dtype), weight[index].to(p.dtype)
+    z = (rows @ h[:, :, None]).squeeze(2)
+    z = (z if bias is None else z + bias[index].to(p.dtype)) / temperature
+    normalizers = _normalizers(z, index, present, "topk")
+    sums.loss.add_(_token_losses(z, p, normalizers).sum())
+    dz = _slot_gradient(z, p, present, normalizers)
+    if sums.hidden is not None:
+        sums.hidden[tokens] = (dz[:, None] @ rows).squeeze(1)
+    if sums.weight is not None:
+        sums.weight.index_add_(0, index.flatten(), (dz[:, :, None] * h[:, None]).flatten(0, 1))
+    if sums.bias is not None:
+        sums.bias.index_add_(0, index.flatten(), dz.flatten())
+
+
+def _add_whole(
+    sums: _Sums,
+    tokens: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: tuple[Tensor, Tensor, Tensor],
+    temperature: float,
+    normalization: str,
+) -> None:
+    """Some tokens of the linear loss for "full" and "tail", by the logits of the whole vocabulary."""
+    p, index, present = slots
+    h = hidden[tokens]
+    z = (h @ weight.mT).to(p.dtype)
+    z = (z if bias is None else z + bias.to(p.dtype)) / temperature
+    normalizers = _normalizers(z, index, present, normalization)
+    sums.loss.add_(_token_losses(z.gather(1, index), p, normalizers).sum())
+    if sums.hidden is None and sums.weight is None and sums.bias is None:
+        return
+    dz = _vocabulary_gradient(z, p, index, normalizers, normalization)
+    if sums.bias is not None:
+        sums.bias.add_(dz.sum(0))
+    dz = dz.to(h.dtype)
+    if sums.hidden is not None:
+        sums.hidden[tokens] = (dz @ weight).to(p.dtype)
+    if sums.weight is not None:
+        sums.weight.add_((dz.mT @ h).to(p.dtype))
+
+
+def linear_topk_kl_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_probs: Tensor,
+    teacher_ids: Tensor,
+    bias: Tensor | None,
+    normalization: str,
+    temperature: float,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of ``logits = hidden @ weight.T + bias``, and in the same pass the gradients that are asked for.
+
+    A chunk of tokens is met once: its logits, of all the vocabulary or of the slots' rows alone, live from the product
+    that makes them to the products that use their gradient.
+
+    Returns:
+        ``(loss, dhidden [N, d], dweight [V, d], dbias [V])`` in the arithmetic's dtype; empty where not asked for.
+    """
+    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
+    _check_ids(teacher_ids, len(weight))
+    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    weight = weight.to(product_dtype)
+    dtype = arithmetic_dtype(weight)
+    kept = (teacher_ids >= 0).any(1).nonzero().squeeze(1)
+    kept_hidden, probs, ids = hidden[kept].to(product_dtype), teacher_probs[kept], teacher_ids[kept]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=hidden.device)
+
+    sums = _Sums(
+        zeros(),
+        zeros(*kept_hidden.shape) if hidden_grad else None,
+        zeros(*weight.shape) if weight_grad else None,
+        zeros(len(weight)) if bias_grad else None,
+    )
+    if normalization == "topk":
+        chunks = _chunks(len(kept), ids.shape[1] * hidden.shape[1], _ROWS_AT_ONCE)
+    else:
+        chunks = _chunks(len(kept), len(weight), _LOGITS_AT_ONCE)
+    for tokens in chunks:
+        slots = _slots(probs[tokens], ids[tokens], dtype)
+        if normalization == "topk":
+            _add_gathered(sums, tokens, kept_hidden, weight, bias, slots, temperature)
+        else:
+            _add_whole(sums, tokens, kept_hidden, weight, bias, slots, temperature, normalization)
+
+    count = max(1, len(kept))
+    dhidden, dweight, dbias = (
+        zeros(0) if gradient is None else gradient.div_(count * temperature) for gradient in sums[1:]
+    )
+    if hidden_grad:
+        dhidden = zeros(*hidden.shape).index_copy_(0, kept, dhidden)
+    return sums.loss / count, dhidden, dweight, dbias
