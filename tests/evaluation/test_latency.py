@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,17 @@ def test_models_take_turns_and_generate_with_the_cache(student: LlamaForCausalLM
         assert speed.prefill_tokens_per_second > 0
         assert speed.decode_tokens_per_second > 0
         assert speed.to_dict()["prompt_tokens"] == 9
+
+
+def test_speed_is_the_median_of_the_measured_repeats(
+    student: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills, decodes = [100.0, 2.0, 1.0, 40.0], [100.0, 8.0, 30.0, 4.0]  # the first is the warm-up
+    clock = iter(t for pair in zip(prefills, decodes, strict=True) for t in (0.0, pair[0], pair[0] + pair[1]))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    speed = compare_speed({"m": student}, prompt_tokens=10, new_tokens=4, repeats=3, batch_size=2)["m"]
+    assert speed.prefill_tokens_per_second == 2 * 10 / 2.0
+    assert speed.decode_tokens_per_second == 2 * 4 / 8.0
 
 
 def test_the_tokens_are_those_of_generate(student: LlamaForCausalLM) -> None:
