@@ -101,14 +101,13 @@ STOCK_FAMILIES: dict[str, Family] = {
 FAMILIES: tuple[str, ...] = (*STOCK_FAMILIES, *(PATCHED_PREFIX + model_type for model_type in STOCK_FAMILIES))
 
 
-def family_of(model_or_config: nn.Module | PretrainedConfig) -> Family:
-    """The family of a model or config; a patched twin (``linearpatch_llama``) belongs to its stock family.
+def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
+    """The family of a model, a config or a model type; a patched twin (``linearpatch_llama``) is of its stock family.
 
     Raises:
         InputError: the model type is not supported.
     """
-    config = getattr(model_or_config, "config", model_or_config)
-    model_type = getattr(config, "model_type", None)
+    model_type = source if isinstance(source, str) else getattr(getattr(source, "config", source), "model_type", None)
     family = STOCK_FAMILIES.get(str(model_type).removeprefix(PATCHED_PREFIX))
     if family is None:
         raise InputError(f"models of type {model_type!r} are not supported: use one of {', '.join(STOCK_FAMILIES)}")
@@ -173,8 +172,8 @@ def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = Fal
 def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     """A view of the causal LM that runs only the layers from ``start`` on, the final norm and the head.
 
-    Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering layer
-    ``start``; everything else is as for :func:`partial_decoder`. ``start = L`` is the final norm and the head alone.
+    Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering
+    layer ``start``; everything else is as in `partial_decoder`. ``start = L`` is the final norm and the head alone.
     """
     view = _shallow_copy(model)
     part = partial_decoder(model, start, num_layers(model), norm=True)

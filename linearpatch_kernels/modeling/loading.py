@@ -1,0 +1,200 @@
+"""A model and its tokenizer from a directory, the hub or a GGUF file, or one line that says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.families import family_of, num_layers, rebuild
+from linearpatch_kernels.modeling.saving import is_ours, no_progress_bar, save_checkpoint
+from linearpatch_kernels.text import cache_dir
+
+# Architecture names inside GGUF files (mistral is written as llama).
+_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+_GGUF_MAGIC = b"GGUF"
+_FINGERPRINT_BYTES = 1 << 20
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """The model, in evaluation mode, and its tokenizer.
+
+    A GGUF file is dequantised to float32 once and kept as a checkpoint under `text.cache_dir`.
+
+    Args:
+        source: a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``).
+        dtype: of the weights; None is the checkpoint's own.
+        device: ``"auto"`` is the accelerator if there is one; None is the CPU.
+        trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
+
+    Raises:
+        InputError: not a model, an unsupported family, damaged or incomplete files, a tokenizer that is missing or
+            belongs to another model, a hub that cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        place = str(_converted_gguf(path))
+    elif path.is_dir():
+        _check_directory(path)
+        place = str(path)
+    else:
+        place = _hub_id(str(source))
+    model = _load_weights(place, dtype, trust_remote_code)
+    tokenizer = _load_tokenizer(place, trust_remote_code)
+    rows = model.get_input_embeddings().num_embeddings
+    # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it belongs "
+            "to another model"
+        )
+    return model.to(_device(device)).eval(), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.device(device or "cpu")
+        except RuntimeError as error:
+            raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1, ...") from error
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _hub_id(source: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", source) or source.endswith(".gguf"):
+        raise InputError(f"{source} does not exist: give a model directory, a .gguf file, or a hub id (owner/name)")
+    return source
+
+
+def _check_directory(path: Path) -> None:
+    """Whether a directory holds a model of a supported family with sound weights."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not a model: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}/config.json cannot be read ({error}): copy the model again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path}/config.json is not a model's: it names no model_type")
+    family_of(str(config["model_type"]))
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is incomplete: {file.name} is missing") from error
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is damaged or cut short ({error}): copy the model again") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    if not index.exists():
+        raise InputError(f"{path} has no safetensors weights (model.safetensors, or shards with an index)")
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({error}): copy the model again") from error
+
+
+def _load_weights(place: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        family_of(config)
+        with no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{place} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"{place} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
+    return model
+
+
+def _load_tokenizer(place: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Tokenizer files fail in as many ways as there are formats; whatever it was, this is not a tokenizer.
+        raise InputError(f"{place} has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def _converted_gguf(path: Path) -> Path:
+    """The checkpoint that a GGUF file was converted to, now or by an earlier call."""
+    stat = path.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        head = file.read(_FINGERPRINT_BYTES)
+        digest.update(head)
+        file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
+        digest.update(file.read())
+    if head[:4] != _GGUF_MAGIC:
+        raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
+    converted = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if not is_ours(converted):
+        _check_gguf(path)
+        _convert_gguf(path, converted)
+    return converted
+
+
+def _check_gguf(path: Path) -> None:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged or cut short: download it again") from error
+    if architecture not in _GGUF_ARCHITECTURES:
+        raise InputError(
+            f"{path} holds a model of architecture {architecture!r}, which is not supported: use one of "
+            + ", ".join(_GGUF_ARCHITECTURES)
+        )
+
+
+def _convert_gguf(path: Path, converted: Path) -> None:
+    files = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        with no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**files)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(f"{path} cannot be converted: {_first_line(error)}") from error
+    # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    plain = rebuild(model, type(model), model.config, range(num_layers(model)))
+    save_checkpoint(plain, tokenizer, converted, overwrite=True)
