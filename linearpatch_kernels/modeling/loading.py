@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import family_of, num_layers, rebuild
+from linearpatch_kernels.modeling.families import decoder, family_of, num_layers, rebuild
 from linearpatch_kernels.modeling.saving import is_ours, no_progress_bar, save_checkpoint
 from linearpatch_kernels.text import cache_dir
 
@@ -38,7 +41,7 @@ def load_model(
     Args:
         source: a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``).
         dtype: of the weights; None is the checkpoint's own.
-        device: ``"auto"`` is the accelerator if there is one; None is the CPU.
+        device: None or ``"auto"`` is the accelerator if there is one, else the CPU.
         trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
 
     Raises:
@@ -55,7 +58,7 @@ def load_model(
         place = _hub_id(str(source))
     model = _load_weights(place, dtype, trust_remote_code)
     tokenizer = _load_tokenizer(place, trust_remote_code)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = decoder(model).embed_tokens.num_embeddings
     # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
     if tokenizer.vocab_size > rows:
         raise InputError(
@@ -66,9 +69,9 @@ def load_model(
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    if device != "auto":
+    if device is not None and device != "auto":
         try:
-            return torch.device(device or "cpu")
+            return torch.device(device)
         except RuntimeError as error:
             raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1, ...") from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -187,8 +190,10 @@ def _check_gguf(path: Path) -> None:
 
 def _convert_gguf(path: Path, converted: Path) -> None:
     files = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with no_progress_bar():
+        with no_progress_bar(), quiet:
             model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**files)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -29,6 +29,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import (
     STOCK_FAMILIES,
     Family,
+    decoder,
     decoder_layers,
     family_of,
     num_layers,
@@ -217,7 +218,7 @@ def patched_model(
     config.linearpatch = dict(config.linearpatch)
     if provenance is not None:
         config.linearpatch["provenance"] = [*config.linearpatch.get("provenance", []), dict(provenance)]
-    chains: dict[int, list[nn.Module]] = {}
+    chains: dict[int, list[Any]] = {}
     for joint, patch in sorted(joints.items()):
         if not 0 <= joint <= depth:
             raise InputError(f"there is no joint {joint} in a model with {depth} layers")
@@ -228,8 +229,7 @@ def patched_model(
         descriptions = [link.description() for link in chains[joint]]
         config.linearpatch["joints"][str(joint)] = descriptions if len(descriptions) > 1 else descriptions[0]
     twin = rebuild(model, causal_lm_class, config, range(depth))
-    embedding: Any = model.get_input_embeddings()
-    weight = embedding.weight
+    weight = decoder(model).embed_tokens.weight
     for joint, chain in chains.items():
         copies = [copy.deepcopy(link).to(device=weight.device, dtype=weight.dtype) for link in chain]
         layer = decoder_layers(twin)[min(joint, depth - 1)]
