@@ -15,11 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.nn import build_patch
+from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
 PLAN_VERSION = 1
@@ -30,7 +30,7 @@ class Joint:
     """One removed span and the patch that takes its place (None: plain removal)."""
 
     span: Span
-    patch: nn.Module | None = None
+    patch: Patch | None = None
     fit: str = "none"
 
 

@@ -49,7 +49,7 @@ def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dic
     """
     if score not in PAIR_SCORES:
         raise InputError(f"no score of contiguous spans is called {score!r}: choose one of {', '.join(PAIR_SCORES)}")
-    _check_drop(drop, statistics.num_layers)
+    check_drop(drop, statistics.num_layers)
     pairs = PAIR_SCORES[score](statistics)
     spans = [Span(start, start + drop) for start in range(1, statistics.num_layers - drop)]
     return dict(sorted(((span, float(pairs[span.start, span.end])) for span in spans), key=lambda item: -item[1]))
@@ -68,7 +68,7 @@ def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cos
         raise InputError(f"no score is called {score!r}: choose one of {', '.join(SCORES)}")
     if score != "bi":
         return [next(iter(score_spans(statistics, drop, score)))]
-    _check_drop(drop, statistics.num_layers)
+    check_drop(drop, statistics.num_layers)
     removable = statistics.block_influence()[1:-1]
     layers = (torch.argsort(removable, stable=True)[:drop] + 1).sort().values.tolist()
     return spans_of_layers(layers)
@@ -85,8 +85,9 @@ def spans_of_layers(layers: list[int]) -> list[Span]:
     return spans
 
 
-def _check_drop(drop: int, layers: int) -> None:
-    if not 1 <= drop <= layers - 2:
+def check_drop(drop: int | None, layers: int) -> None:
+    """InputError unless ``drop`` layers of ``layers`` can go with the first and the last one staying."""
+    if drop is None or not 1 <= drop <= layers - 2:
         raise InputError(
             f"{drop} of {layers} layers cannot be dropped: the first and the last stay, so give a number from 1 to {layers - 2}"
         )

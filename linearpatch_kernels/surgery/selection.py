@@ -19,7 +19,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
 from linearpatch_kernels.modeling.families import num_layers, partial_decoder, suffix_model
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, FITS, NEEDS_MOMENTS, fit_patch
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, checked_spans
 
 DENSE = "dense"
@@ -94,14 +94,24 @@ class FitChoice:
 
     Attributes:
         fit: the name of the fit that was kept.
-        joints: the joints with that fit's patches.
         table: one row a candidate, best loss first: ``fit``, ``loss`` and ``perplexity`` on the held-out calibration windows,
             ``healed`` (share of what plain removal lost), ``parameters`` and ``flops_per_token`` of all its patches, ``kept``.
+        candidates: every fit's joints; found: their qualities and the dense model's.
     """
 
     fit: str
-    joints: tuple[Joint, ...]
     table: tuple[dict[str, Any], ...]
+    candidates: Mapping[str, tuple[Joint, ...]]
+    found: Mapping[str, Quality]
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """The joints with the kept fit's patches."""
+        return self.candidates[self.fit]
+
+    def structured(self) -> FitChoice:
+        """The choice there would be without the dense maps; nothing is measured again."""
+        return decide({fit: joints for fit, joints in self.candidates.items() if fit not in DENSE_FITS}, self.found)
 
 
 def choose_fit(
@@ -123,7 +133,7 @@ def choose_fit(
     Raises:
         InputError: moments that were not collected, or what :func:`compare_candidates` raises.
     """
-    names = [name for name in FITS if not (structured and name == "least-squares")]
+    names = [name for name in FITS if not (structured and name in DENSE_FITS)]
     candidates = {name: fitted_joints(statistics, spans, name, rank=rank) for name in names}
     found = compare_candidates(
         model, windows, candidates, batch_size=batch_size, description="choosing the fit", progress=progress
@@ -149,7 +159,7 @@ def decide(candidates: Mapping[str, tuple[Joint, ...]], found: Mapping[str, Qual
         }
         for name, joints in candidates.items()
     ]
-    return FitChoice(fit, candidates[fit], tuple(sorted(table, key=lambda row: row["loss"])))
+    return FitChoice(fit, tuple(sorted(table, key=lambda row: row["loss"])), candidates, found)
 
 
 def fitted_joints(

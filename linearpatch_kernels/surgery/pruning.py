@@ -1,0 +1,161 @@
+"""From a model and windows of text to a plan, and to the quality of many plans at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate, collect_moments
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.agreement import Quality
+from linearpatch_kernels.evaluation.perplexity import Progress
+from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK
+from linearpatch_kernels.surgery.plan import PrunePlan, checked_spans
+from linearpatch_kernels.surgery.scoring import check_drop, choose_spans
+from linearpatch_kernels.surgery.selection import (
+    DENSE,
+    FitChoice,
+    choose_fit,
+    compare_candidates,
+    fitted_joints,
+    needs_moments,
+)
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """A plan, the statistics it was made from (with the moments of its spans, where collected), and what auto saw."""
+
+    plan: PrunePlan
+    statistics: CalibrationStatistics
+    choice: FitChoice | None = None
+
+
+def plan_pruning(
+    model: PreTrainedModel,
+    fit_windows: Tensor,
+    heldout_windows: Tensor | None = None,
+    *,
+    drop: int | None = None,
+    spans: Sequence[Span] = (),
+    score: str = "cosine",
+    fit: str = AUTO,
+    rank: int = DEFAULT_RANK,
+    structured: bool = False,
+    about: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> Pruning:
+    """Decide what to remove and what heals it.
+
+    One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter one;
+    ``fit="auto"`` adds one over ``heldout_windows``.
+
+    Args:
+        model: the dense causal LM; not changed.
+        fit_windows: token ids [S, T] that scores and fits are computed on.
+        heldout_windows: token ids [W, T], other text, that ``auto`` chooses on; needed for ``auto`` only.
+        drop: how many layers go; or ``spans``: which. Exactly one of the two.
+        score, fit, rank, structured: see :mod:`~linearpatch_kernels.surgery.scoring`,
+            :mod:`~linearpatch_kernels.surgery.fitting` and :func:`~linearpatch_kernels.surgery.selection.choose_fit`.
+        about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
+
+    Raises:
+        InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
+    """
+    layers = num_layers(model)
+    moments = needs_moments(fit)
+    if (drop is None) == (not spans):
+        raise InputError("give either the number of layers to drop or the spans to remove")
+    if fit == AUTO and heldout_windows is None:
+        raise InputError("the fit auto chooses on held-out windows: give some, or name a fit")
+    if spans:
+        chosen, score = checked_spans(spans, layers), "given"
+        statistics = calibrate(
+            model, fit_windows.split(batch_size), moments=chosen if moments else (), progress=progress
+        )
+    else:
+        check_drop(drop, layers)
+        statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+        chosen = choose_spans(statistics, drop, score)
+        if moments:
+            found = collect_moments(model, fit_windows.split(batch_size), chosen, progress=progress)
+            statistics = statistics.with_moments(found)
+    if fit == AUTO and heldout_windows is not None:
+        choice = choose_fit(
+            model, heldout_windows, statistics, chosen, rank=rank, structured=structured, progress=progress
+        )
+        plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
+        return Pruning(plan, statistics, choice)
+    joints = fitted_joints(statistics, chosen, fit, rank=rank)
+    return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One depth and one fit: the plan and its quality."""
+
+    drop: int
+    fit: str
+    plan: PrunePlan
+    quality: Quality
+
+
+def sweep(
+    model: PreTrainedModel,
+    fit_windows: Tensor,
+    evaluation_windows: Tensor,
+    drops: Sequence[int],
+    fits: Sequence[str],
+    *,
+    score: str = "cosine",
+    rank: int = DEFAULT_RANK,
+    statistics: CalibrationStatistics | None = None,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
+    """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
+
+    The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2`` bytes
+    each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+
+    Returns:
+        The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
+    """
+    layers = num_layers(model)
+    for drop in drops:
+        check_drop(drop, layers)
+    wanted = any(needs_moments(fit) for fit in fits)
+    if AUTO in fits:
+        raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
+    if statistics is None:
+        statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+    spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
+    missing = sorted({span for chosen in spans.values() for span in chosen} - set(statistics.moments))
+    if wanted and missing:
+        found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
+        statistics = statistics.with_moments(found)
+    joints = {
+        (drop, fit): fitted_joints(statistics, spans[drop], fit, rank=rank) for drop in drops for fit in fits
+    }
+    names = {key: f"{key[0]} layers dropped, {key[1]}" for key in joints}
+    found_quality = compare_candidates(
+        model,
+        evaluation_windows,
+        {names[key]: candidate for key, candidate in joints.items()},
+        description="evaluating the sweep",
+        progress=progress,
+    )
+    points = [
+        SweepPoint(drop, fit, PrunePlan(layers, candidate, score=score), found_quality[names[drop, fit]])
+        for (drop, fit), candidate in joints.items()
+    ]
+    return found_quality[DENSE], points, statistics
