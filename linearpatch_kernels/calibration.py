@@ -1,12 +1,12 @@
 """One pass over text that serves every span, every score and every fit.
 
-A decoder of L layers has L + 1 *depths*: depth i < L is the input of layer i, depth L the output of the last layer before
-the final norm. Removing the span [start, end) replaces the residual stream at depth ``end`` by a map of the one at depth
-``start``, so pairs of depths are all that scores and fits ask about. :func:`calibrate` looks at every depth of every
-window once and keeps sums; nothing of the text's size is stored.
+A decoder of L layers has L + 1 *depths*: depth i < L is the input of layer i, depth L the output of the last layer
+before the final norm. Removing the span [start, end) replaces the residual stream at depth ``end`` by a map of the one
+at depth ``start``, so pairs of depths are all that scores and fits ask about. :func:`calibrate` looks at every depth
+of every window once and keeps sums; nothing of the text's size is stored.
 
-The first token of a window is told apart. In most decoders it is an attention sink whose norm is hundreds of times that of
-the others, so that a mean with it and a mean without it can disagree; both are kept (:class:`Positions`).
+The first token of a window is told apart. In most decoders it is an attention sink whose norm is hundreds of times
+that of the others, so that a mean with it and a mean without it can disagree; both are kept (:class:`Positions`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Span(NamedTuple):
         """``"13:19"`` -> ``Span(13, 19)``; InputError for anything that is not START:END with START < END."""
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
         if match is None:
-            raise InputError(f"{text!r} is not a span: write START:END, half-open, for example 13:19 for layers 13 to 18")
+            raise InputError(
+                f"{text!r} is not a span: write START:END, half-open, for example 13:19 for layers 13 to 18"
+            )
         span = cls(int(match[1]), int(match[2]))
         if span.length < 1:
             raise InputError(f"the span {span} is empty or reversed: write START:END with START < END (half-open)")
@@ -87,8 +89,8 @@ class Moments:
 class CalibrationStatistics:
     """What :func:`calibrate` keeps: sums and per-sample means, on the CPU. ``a + b`` is the statistics of both texts.
 
-    S windows, L layers, width d. Memory: ``8 S (L+1) d * 2 + 24 (L+1)^2 * 2`` bytes (the two per-sample means are float32,
-    with and without the first token), plus ``16 d^2`` per span of ``moments``.
+    S windows, L layers, width d. Memory: ``8 S (L+1) d * 2 + 24 (L+1)^2 * 2`` bytes (the two per-sample means are
+    float32, with and without the first token), plus ``16 d^2`` per span of ``moments``.
 
     Attributes:
         samples: S, the number of windows.
@@ -96,8 +98,8 @@ class CalibrationStatistics:
         token_cosine: float64 [2, L+1, L+1], sum over the tokens of cos(x_i, x_j).
         token_angle: float64 [2, L+1, L+1], sum over the tokens of arccos(cos(x_i, x_j)) / pi.
         last_token_angle: float64 [L+1, L+1], sum over the windows of the same at their last token.
-        channel_cosine: float64 [2, L+1, L+1], sum over the windows of the mean over the d channels of the cosine along the
-            window's tokens.
+        channel_cosine: float64 [2, L+1, L+1], sum over the windows of the mean over the d channels of the cosine along
+            the window's tokens.
         mean_abs: float32 [2, S, L+1, d], per window the mean over its tokens of |x|.
         hadamard_mean_abs: float32 [2, S, L+1, d], the same of |x H|.
         moments: second moments of the spans that were asked for.
@@ -181,7 +183,9 @@ class CalibrationStatistics:
                 about: dict[str, str] = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a readable statistics file ({error}): delete it and calibrate again") from error
+            raise InputError(
+                f"{path} is not a readable statistics file ({error}): delete it and calibrate again"
+            ) from error
         if about.get("format") != _FILE_FORMAT:
             raise InputError(f"{path} is not a statistics file of this version: delete it and calibrate again")
         if about["fingerprint"] != fingerprint:
@@ -209,23 +213,25 @@ def calibrate(
     """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.surgery` needs.
 
     Memory beyond the model and its forward pass of B windows of T tokens: the residual stream at every depth,
-    ``B T (L+1) d`` values of the model's dtype; ``3 min(T, 256) (L+1) d + 2 d (L+1)^2`` float32 values of working space; and
-    the statistics themselves (see :class:`CalibrationStatistics`; their sums are float64). It does not grow with the number
-    of batches but for the per-sample means. The results do not depend on how windows are batched (up to the rounding of the
-    model's own batched matrix products).
+    ``B T (L+1) d`` values of the model's dtype; ``3 min(T, 256) (L+1) d + 2 d (L+1)^2`` float32 values of working
+    space; and the statistics themselves (see :class:`CalibrationStatistics`; their sums are float64). It does not grow
+    with the number of batches but for the per-sample means. The results do not depend on how windows are batched (up
+    to the rounding of the model's own batched matrix products).
 
     Args:
         model: a causal LM of a supported family, on any device(s); its parameters are not touched.
-        batches: LongTensors [B, T] of token ids, or mappings with ``input_ids``; no padding, T at least 2. B and T may vary.
-        moments: spans whose second moments are kept in the same pass (``16 d^2`` bytes each). Where the spans are only known
-            from this pass's scores, use :func:`collect_moments` for a second one.
+        batches: LongTensors [B, T] of token ids, or mappings with ``input_ids``; no padding, T at least 2. B and T may
+            vary.
+        moments: spans whose second moments are kept in the same pass (``16 d^2`` bytes each). Where the spans are only
+            known from this pass's scores, use :func:`collect_moments` for a second one.
         progress: called after each batch.
 
     Raises:
-        InputError: a NaN or infinity in the activations (the layer is named), no batch, a padded batch, or a window too short.
+        InputError: a NaN or infinity in the activations (the layer is named), no batch, a padded batch, or a window
+            too short.
 
-    Source: LinearPatch (arXiv 2505.24680) sections 3.1 and 3.2 for the cosines and the Hadamard-domain means, ShortGPT (arXiv
-    2403.03853) eq. 1 for block influence, arXiv 2403.17887 section 3.2 for the angular distance.
+    Source: LinearPatch (arXiv 2505.24680) sections 3.1 and 3.2 for the cosines and the Hadamard-domain means, ShortGPT
+    (arXiv 2403.03853) eq. 1 for block influence, arXiv 2403.17887 section 3.2 for the angular distance.
     """
     spans = _checked_spans(moments, num_layers(model))
     sums = _Sums(num_layers(model), hidden_size(model), spans)
@@ -251,8 +257,8 @@ def collect_moments(
 ) -> dict[Span, Moments]:
     """The second moments of ``spans``, in a pass that runs no layer behind the last of them.
 
-    Memory beyond the forward pass: the residual stream of the batch at the depths the spans name, and ``16 d^2`` bytes a span.
-    Arguments and errors as for :func:`calibrate`.
+    Memory beyond the forward pass: the residual stream of the batch at the depths the spans name, and ``16 d^2`` bytes
+    a span. Arguments and errors as for :func:`calibrate`.
     """
     wanted = _checked_spans(spans, num_layers(model))
     if not wanted:
@@ -275,7 +281,7 @@ def collect_moments(
 
 
 def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
-    """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last of them is run."""
+    """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
     last = max(depths)
     view = partial_decoder(model, 0, last, embed=True)
     found: dict[int, Tensor] = {}
@@ -331,7 +337,9 @@ def _ids(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
 def _checked_spans(spans: Sequence[Span], layers: int) -> list[Span]:
     for span in spans:
         if not 0 <= span.start < span.end <= layers:
-            raise InputError(f"the span {span} does not lie in the model's {layers} layers: give 0 <= START < END <= {layers}")
+            raise InputError(
+                f"the span {span} does not lie in the model's {layers} layers: give 0 <= START < END <= {layers}"
+            )
     return list(dict.fromkeys(spans))
 
 
@@ -430,9 +438,7 @@ def _add_both(sums: Tensor, values: Tensor, *, first: bool) -> None:
     """Add the sum over the tokens (the first axis) of ``values``, with and without the window's first token."""
     total = values.sum(dim=0).to("cpu", torch.float64)
     sums[Positions.ALL] += total
-    sums[Positions.WITHOUT_FIRST] += (
-        values[1:].sum(dim=0).to("cpu", torch.float64) if first else total
-    )
+    sums[Positions.WITHOUT_FIRST] += values[1:].sum(dim=0).to("cpu", torch.float64) if first else total
 
 
 def _add_channel_gram(gram: Tensor, chunk: Tensor, *, first: bool) -> None:

@@ -13,8 +13,9 @@ from linearpatch_kernels.surgery.plan import PrunePlan
 def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
     """The shallower model: the plan's spans removed, its patches at the joints.
 
-    ``model`` is not changed; the result shares its parameters. Layers are renumbered, per-layer config lists and the key/value
-    cache follow. Without any patch (``--fit none``) the result is of the stock class and saves as a stock checkpoint.
+    ``model`` is not changed; the result shares its parameters. Layers are renumbered, per-layer config lists and the
+    key/value cache follow. Without any patch (``--fit none``) the result is of the stock class and saves as a stock
+    checkpoint.
 
     Raises:
         InputError: a plan for another depth or width.

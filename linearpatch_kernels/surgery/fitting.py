@@ -21,25 +21,28 @@ from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patc
 PatchT = TypeVar("PatchT", bound=Patch)
 
 DEFAULT_RANK = 64
-# Relative to the mean eigenvalue of the second moments: enough for directions that the text never visited, too little to
-# be seen in the others.
+# Relative to the mean eigenvalue of the second moments: enough for directions that the text never visited, too little
+# to be seen in the others.
 _RIDGE = 1e-4
-# On SmolLM2-135M the loss on the text that was calibrated on is flat between 0.7 and 1, on another text it falls down to 0.6.
+# On SmolLM2-135M the loss on the text that was calibrated on is flat between 0.7 and 1, on another text it falls down
+# to 0.6.
 SHRINKAGE = 0.75
 
 
 def _ratio_of_means(mean_abs: Tensor, span: Span) -> Tensor:
     """Mean over the windows of (mean over tokens |x_end|) / (mean over tokens |x_start|), per channel, float64 [d].
 
-    ``mean_abs`` is [samples, L+1, d]. LinearPatch (arXiv 2505.24680), eq. 5, as its public code computes it: the ratio is
-    taken in every window and the ratios are averaged.
+    ``mean_abs`` is [samples, L+1, d]. LinearPatch (arXiv 2505.24680), eq. 5, as its public code computes it: the ratio
+    is taken in every window and the ratios are averaged.
     """
     after, before = mean_abs[:, span.end].double(), mean_abs[:, span.start].double()
     return (after / before).mean(dim=0)
 
 
-def fit_linearpatch(statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL) -> HadamardPatch:
-    """The paper's P = H diag(s) H^T, s the ratio of mean magnitudes in the Hadamard domain (arXiv 2505.24680, section 3.2)."""
+def fit_linearpatch(
+    statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL
+) -> HadamardPatch:
+    """The paper's P = H diag(s) H^T, s the ratio of mean magnitudes in the Hadamard domain (arXiv 2505.24680, 3.2)."""
     patch = HadamardPatch(statistics.width)
     return _filled(patch, scale=_ratio_of_means(statistics.hadamard_mean_abs[positions], span))
 
@@ -77,8 +80,9 @@ def fit_low_rank(statistics: CalibrationStatistics, span: Span, rank: int = DEFA
 def fit_hadamard_low_rank(statistics: CalibrationStatistics, span: Span, rank: int = DEFAULT_RANK) -> HadamardPatch:
     """P = H diag(s) H^T + down up: one turn of alternating least squares from :func:`fit_low_rank` (s = 1) on.
 
-    Given a low-rank term, the best s is the ratio of covariance to variance, per channel of the Hadamard domain, of what that
-    term leaves; then the low-rank term is fitted again. More turns lower the sum further and the held-out loss no more.
+    Given a low-rank term, the best s is the ratio of covariance to variance, per channel of the Hadamard domain, of
+    what that term leaves; then the low-rank term is fitted again. More turns lower the sum further and the held-out
+    loss no more.
     """
     moments = _moments(statistics, span)
     width = statistics.width
@@ -121,9 +125,7 @@ NEEDS_MOMENTS = DENSE_FITS | {"low-rank", "hadamard-low-rank", "shrunk-low-rank"
 """The fits that need ``statistics.moments[span]``."""
 
 
-def fit_patch(
-    statistics: CalibrationStatistics, span: Span, fit: str, *, rank: int = DEFAULT_RANK
-) -> Patch | None:
+def fit_patch(statistics: CalibrationStatistics, span: Span, fit: str, *, rank: int = DEFAULT_RANK) -> Patch | None:
     """The patch of one joint (None for ``none``), its parameters float32.
 
     Raises:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -131,7 +132,9 @@ class PrunePlan:
             about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "plan.safetensors")
         except FileNotFoundError as error:
-            raise InputError(f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing)") from error
+            raise InputError(
+                f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing)"
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise InputError(f"the plan in {folder} is broken ({error}): prune again") from error
         if not isinstance(about, dict) or about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
@@ -176,7 +179,7 @@ def checked_spans(spans: Sequence[Span], num_layers: int) -> list[Span]:
             raise InputError(
                 f"the span {span} does not fit a model of {num_layers} layers: give 0 <= START < END <= {num_layers}"
             )
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if after.start < before.end:
             raise InputError(f"the spans {before} and {after} overlap: a layer can be removed once")
         if after.start == before.end:

@@ -56,8 +56,8 @@ def plan_pruning(
 ) -> Pruning:
     """Decide what to remove and what heals it.
 
-    One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter one;
-    ``fit="auto"`` adds one over ``heldout_windows``.
+    One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter
+    one; ``fit="auto"`` adds one over ``heldout_windows``.
 
     Args:
         model: the dense causal LM; not changed.
@@ -85,7 +85,7 @@ def plan_pruning(
     else:
         check_drop(drop, layers)
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
-        chosen = choose_spans(statistics, drop, score)
+        chosen = choose_spans(statistics, drop or 0, score)
         if moments:
             found = collect_moments(model, fit_windows.split(batch_size), chosen, progress=progress)
             statistics = statistics.with_moments(found)
@@ -124,8 +124,8 @@ def sweep(
 ) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
     """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
 
-    The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2`` bytes
-    each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+    The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2``
+    bytes each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
 
     Returns:
         The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
@@ -143,9 +143,7 @@ def sweep(
     if wanted and missing:
         found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
         statistics = statistics.with_moments(found)
-    joints = {
-        (drop, fit): fitted_joints(statistics, spans[drop], fit, rank=rank) for drop in drops for fit in fits
-    }
+    joints = {(drop, fit): fitted_joints(statistics, spans[drop], fit, rank=rank) for drop in drops for fit in fits}
     names = {key: f"{key[0]} layers dropped, {key[1]}" for key in joints}
     found_quality = compare_candidates(
         model,

@@ -58,7 +58,8 @@ def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
     spans = ",".join(map(str, plan.spans))
     # A multiplication and an addition are two operations.
     return [
-        CandidateRow(spans, row["fit"], row["loss"], row["flops_per_token"] // 2, row["kept"]) for row in plan.candidates
+        CandidateRow(spans, row["fit"], row["loss"], row["flops_per_token"] // 2, row["kept"])
+        for row in plan.candidates
     ]
 
 
@@ -66,7 +67,8 @@ def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
 def joint_magnitudes(model: PreTrainedModel, windows: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """Mean |x| per channel [d] over ``windows`` [W, T]: before the patch, after it, and what the layer behind expects.
 
-    The first token of each window is left out: it is hundreds of times the others in most models and would be all one sees.
+    The first token of each window is left out: it is hundreds of times the others in most models and would be all one
+        sees.
     """
     with evaluation_mode(model):
         sums = [torch.zeros((), dtype=torch.float64)] * 3
@@ -74,7 +76,10 @@ def joint_magnitudes(model: PreTrainedModel, windows: Tensor, joint: Joint) -> t
             states = residual_stream(model, window, list(joint.span))
             before, target = (states[depth][:, 1:].float().cpu() for depth in joint.span)
             after = before if joint.patch is None else joint.patch.cpu()(before)
-            sums = [total + x.abs().double().mean(dim=(0, 1)) for total, x in zip(sums, (before, after, target), strict=True)]
+            sums = [
+                total + x.abs().double().mean(dim=(0, 1))
+                for total, x in zip(sums, (before, after, target), strict=True)
+            ]
     return sums[0] / len(windows), sums[1] / len(windows), sums[2] / len(windows)
 
 
@@ -85,21 +90,25 @@ def prune_report(
     magnitudes: tuple[Tensor, Tensor, Tensor] | None = None,
     model_name: str = "",
 ) -> dict[str, bytes]:
-    """File name -> content of a report directory: ``report.md`` with the depth heatmap and the magnitudes at the first joint."""
+    """The files of a report directory: ``report.md``, the depth heatmap and the magnitudes at the first joint."""
     plots = {HEATMAP: "Cosine between the residual stream at every two depths; the removed span is the marked corner."}
     if magnitudes is not None:
-        plots[MAGNITUDES] = f"Channel magnitudes at the joint {plan.spans[0]} on held-out windows (first token left out)."
+        plots[MAGNITUDES] = (
+            f"Channel magnitudes at the joint {plan.spans[0]} on held-out windows (first token left out)."
+        )
     with tempfile.TemporaryDirectory() as folder:
         cosine = statistics.mean_token_cosine(Positions.ALL)
-        plot_depth_cosine(Path(folder, HEATMAP), cosine, [tuple(span) for span in plan.spans], model_name)
+        plot_depth_cosine(Path(folder, HEATMAP), cosine, [(span.start, span.end) for span in plan.spans], model_name)
         if magnitudes is not None:
             first = plan.joints[0]
-            plot_joint_magnitudes(Path(folder, MAGNITUDES), *magnitudes, tuple(first.span), first.fit)
+            plot_joint_magnitudes(Path(folder, MAGNITUDES), *magnitudes, (first.span.start, first.span.end), first.fit)
         write_report(folder, dataclasses.replace(data, plots=plots))
         return _contents(folder)
 
 
-def sweep_report(data: ReportData, dense: float, points: Sequence[SweepPoint], model_name: str = "") -> dict[str, bytes]:
+def sweep_report(
+    data: ReportData, dense: float, points: Sequence[SweepPoint], model_name: str = ""
+) -> dict[str, bytes]:
     """The same for a sweep: ``report.md`` with the plot of perplexity against the number of dropped layers."""
     lines: dict[str, dict[int, float]] = {}
     for point in points:

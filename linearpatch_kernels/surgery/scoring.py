@@ -38,7 +38,8 @@ PAIR_SCORES: Mapping[str, Callable[[CalibrationStatistics], Tensor]] = {
 """Scores of one contiguous span, from a [L+1, L+1] matrix over pairs of depths."""
 
 SCORES = (*PAIR_SCORES, "bi")
-"""All names that :func:`choose_spans` takes; ``bi`` removes the single layers of the lowest block influence (ShortGPT)."""
+"""All names that :func:`choose_spans` takes; ``bi`` removes the single layers of the lowest block influence
+(ShortGPT)."""
 
 
 def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dict[Span, float]:
@@ -58,8 +59,8 @@ def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dic
 def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cosine") -> list[Span]:
     """The spans whose removal the score prefers, ``drop`` layers together, in the order of the model.
 
-    ``cosine``, ``channel-cosine`` and ``angular`` give one contiguous span. ``bi`` gives the ``drop`` layers of the lowest
-    block influence (ShortGPT, arXiv 2403.03853), neighbours joined to one span.
+    ``cosine``, ``channel-cosine`` and ``angular`` give one contiguous span. ``bi`` gives the ``drop`` layers of the
+    lowest block influence (ShortGPT, arXiv 2403.03853), neighbours joined to one span.
 
     Raises:
         InputError: an unknown score, or more layers than can go.
@@ -89,5 +90,6 @@ def check_drop(drop: int | None, layers: int) -> None:
     """InputError unless ``drop`` layers of ``layers`` can go with the first and the last one staying."""
     if drop is None or not 1 <= drop <= layers - 2:
         raise InputError(
-            f"{drop} of {layers} layers cannot be dropped: the first and the last stay, so give a number from 1 to {layers - 2}"
+            f"{drop} of {layers} layers cannot be dropped: the first and the last stay, so give a number from 1 to "
+            f"{layers - 2}"
         )

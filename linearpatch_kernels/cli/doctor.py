@@ -1,0 +1,65 @@
+"""``linearpatch doctor``: what this machine and installation can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from linearpatch_kernels.cli.console import print_table, write_json
+from linearpatch_kernels.cli.options import JsonFile
+from linearpatch_kernels.errors import InputError
+
+
+def doctor(json_file: JsonFile = None) -> None:
+    """Say what this machine and installation can do, and what is missing for the rest."""
+    import importlib.metadata
+    import platform
+    import shutil
+
+    import torch
+
+    from linearpatch_kernels.backend import backends
+    from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    def reason(check: Callable[[], object]) -> str:
+        try:
+            check()
+        except InputError as error:
+            return str(error)
+        return "yes"
+
+    packages = [
+        "linearpatch-kernels",
+        "torch",
+        "transformers",
+        "triton",
+        "safetensors",
+        "gguf",
+        "peft",
+        "accelerate",
+        "lm-eval",
+        "datasets",
+        "vllm",
+    ]
+    summary: dict[str, dict[str, Any]] = {
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "cpu": torch.backends.cpu.get_cpu_capability() + f", {torch.get_num_threads()} threads",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "free disk": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB",
+            "cache": str(cache_dir()),
+        },
+        "backends": {name: "yes" if state is True else state for name, state in backends().items()},
+        "packages": {name: version(name) for name in packages},
+        "demo": {"model": reason(demo_model_path), "texts": reason(lambda: demo_text("calibration"))},
+    }
+    for section, entries in summary.items():
+        print_table(section.capitalize(), ["what", "state"], [[name, str(state)] for name, state in entries.items()])
+    write_json(json_file, summary)

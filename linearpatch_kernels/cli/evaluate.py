@@ -1,0 +1,125 @@
+"""``linearpatch evaluate``: how good a model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearpatch_kernels.cli.console import Reporter, print_seconds, print_table, write_json
+from linearpatch_kernels.cli.inputs import load, num_layers_of, title_of, windows_up_to
+from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
+from linearpatch_kernels.errors import InputError
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def evaluate(
+    model: Model,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="Compare with this (dense) model.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", help="UTF-8 text (default: the demo's held-out text).", show_default=False
+        ),
+    ] = None,
+    length: Length = 512,
+    windows: Annotated[
+        int, typer.Option("--windows", metavar="N", min=0, help="At most so many windows; 0: the whole text.")
+    ] = 32,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="A,B,...", help="Zero-shot tasks, for example arc_easy,piqa.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="Only the first N questions of each task.", show_default=False
+        ),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decode tokens/s as well.")] = False,
+    json_file: JsonFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: BatchSize = 1,
+) -> None:
+    """Perplexity of MODEL; with --teacher its top-1 agreement and KL; with --tasks zero-shot accuracy."""
+    from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.latency import compare_speed, model_size
+    from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
+    from linearpatch_kernels.evaluation.report import number
+    from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
+    if names:
+        check_tasks(names)
+    run = Reporter()
+    content: str | list[str] = demo_text("heldout") if text is None else read_text(text)
+    with run.stage("load"):
+        student, tokenizer = load(model, dtype, device, trust_remote_code)
+        reference = None
+        if teacher is not None:
+            reference, teacher_tokenizer = load(teacher, dtype, device, trust_remote_code)
+            if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(teacher_tokenizer):
+                raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
+    ids = windows_up_to(tokenizer, content, length, windows)
+    models = {title_of(model): student} | ({"teacher": reference} if reference is not None else {})
+    with run.stage("evaluate"):
+        found = compare_quality(models, ids, reference, batch_size=batch_size, progress=run)
+    quality = found[title_of(model)]
+    scores = {}
+    if names:
+        with run.stage("tasks"):
+            scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
+    speeds = {}
+    if speed:
+        with run.stage("speed"):
+            speeds = compare_speed(models, progress=run)
+    rows = [
+        [
+            name,
+            str(num_layers_of(one)),
+            f"{model_size(one).parameters / 1e6:,.1f} M",
+            number(found[name].perplexity),
+            _accuracy(found[name].top1_agreement),
+            "" if found[name].kl is None else f"{found[name].kl:.3f}",
+            *(
+                [number(speeds[name].prefill_tokens_per_second), number(speeds[name].decode_tokens_per_second)]
+                if speeds
+                else []
+            ),
+        ]
+        for name, one in models.items()
+    ]
+    columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
+    source = "LAMBADA passages" if text is None else text.name
+    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {source}"
+    print_table(title, columns + (["prefill tok/s", "decode tok/s"] if speeds else []), rows)
+    if scores:
+        task_rows = [
+            [task, str(s["n"]), *(_accuracy(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()
+        ]
+        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
+    print_seconds(run)
+    size = model_size(student)
+    summary = quality.to_dict() | {
+        "tasks": scores,
+        "windows": len(ids),
+        "length": ids.shape[1],
+        "parameters": size.parameters,
+        "bytes": size.bytes,
+    }
+    if reference is not None:
+        summary["teacher_perplexity"] = found["teacher"].perplexity
+    if speeds:
+        summary["speed"] = {name: one.to_dict() for name, one in speeds.items()}
+    write_json(json_file, summary)

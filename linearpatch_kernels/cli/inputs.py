@@ -1,0 +1,134 @@
+"""What a command works on: the model, the texts, and their windows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearpatch_kernels.cli.console import problems
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+EVALUATION_WINDOWS = 16
+"""How many windows the figures of a report are measured on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Disjoint windows of text for fitting, for choosing between fits, and for the report (None: the text is used
+    up)."""
+
+    fit: Tensor
+    heldout: Tensor | None
+    evaluation: Tensor | None
+    about: dict[str, Any]
+    evaluation_source: str
+
+
+def load(source: str, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    import torch
+    from transformers.utils import logging
+
+    from linearpatch_kernels.modeling.loading import load_model
+    from linearpatch_kernels.text import demo_model_path
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise InputError(f"--dtype {dtype} is not known: choose one of {', '.join(dtypes)}")
+    path = str(demo_model_path()) if source == "demo" else source
+    model, tokenizer = load_model(
+        path, dtype=dtypes[dtype], device=device or "auto", trust_remote_code=trust_remote_code
+    )
+    return model, tokenizer
+
+
+def read_texts(
+    text: Path | None, heldout_text: Path | None
+) -> tuple[str | list[str], str | list[str] | None, str, str]:
+    """Calibration text, the report's own text (None: what is left of the first), and a name for each."""
+    from linearpatch_kernels.text import demo_text, read_text
+
+    if text is not None:
+        calibration: str | list[str] = read_text(text)
+        source, report_source = text.name, f"unused windows of {text.name}"
+    else:
+        calibration, source, report_source = demo_text("calibration"), "BoolQ passages", "LAMBADA passages"
+    if heldout_text is not None:
+        return calibration, read_text(heldout_text), source, heldout_text.name
+    return calibration, None if text is not None else demo_text("heldout"), source, report_source
+
+
+def heldout_windows(samples: int) -> int:
+    """How many windows ``auto`` chooses on."""
+    return max(4, samples // 8)
+
+
+def make_windows(
+    tokenizer: Any,
+    calibration: str | list[str],
+    report_text: str | list[str] | None,
+    source: str,
+    report_source: str,
+    *,
+    samples: int,
+    heldout: int,
+    length: int,
+) -> Windows:
+    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the report."""
+    from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
+
+    extra = 0 if report_text is not None else EVALUATION_WINDOWS
+    try:
+        windows = token_windows(tokenizer, calibration, length=length, count=samples + heldout + extra)
+    except InputError:
+        # Too short for the report's share: what was asked for comes first.
+        extra = max(0, len(token_windows(tokenizer, calibration, length=length)) - samples - heldout) if extra else 0
+        windows = token_windows(tokenizer, calibration, length=length, count=samples + heldout + extra)
+    shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
+    evaluation: Tensor | None = shares["evaluation"]
+    if report_text is not None:
+        evaluation = token_windows(tokenizer, report_text, length=length, count=EVALUATION_WINDOWS)
+    elif extra < EVALUATION_WINDOWS:
+        problems.print(
+            f"note: the text leaves {extra} windows of {EVALUATION_WINDOWS} for the report's figures", highlight=False
+        )
+    about = {
+        "source": source,
+        "text": fingerprint_text(calibration),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "samples": samples,
+        "heldout": heldout,
+        "length": length,
+    }
+    held = shares["heldout"] if heldout else None
+    return Windows(
+        shares["fit"], held, evaluation if evaluation is not None and len(evaluation) else None, about, report_source
+    )
+
+
+def windows_up_to(tokenizer: Any, content: str | list[str], length: int, count: int) -> Tensor:
+    """``count`` windows spread over the text, or all where it has fewer (or ``count`` is 0)."""
+    from linearpatch_kernels.text import token_windows
+
+    if count:
+        with contextlib.suppress(InputError):
+            return token_windows(tokenizer, content, length=length, count=count)
+    return token_windows(tokenizer, content, length=length)
+
+
+def title_of(model: str) -> str:
+    return "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name or model
+
+
+def num_layers_of(model: PreTrainedModel) -> int:
+    from linearpatch_kernels.modeling.families import num_layers
+
+    return num_layers(model)

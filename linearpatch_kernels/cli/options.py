@@ -1,0 +1,54 @@
+"""The arguments and flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or 'demo'.", show_default=False)
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False)
+]
+Drop = Annotated[
+    int | None, typer.Option("--drop", metavar="N", min=1, help="How many layers to remove.", show_default=False)
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", metavar="FILE", help="UTF-8 text to calibrate on (default: the demo text).", show_default=False
+    ),
+]
+HeldoutText = Annotated[
+    Path | None,
+    typer.Option(
+        "--heldout-text",
+        metavar="FILE",
+        help="Text for the report's figures (default: unused windows of --text).",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Calibration windows.")]
+Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens per window.")]
+Score = Annotated[
+    str, typer.Option("--score", metavar="NAME", help="cosine, channel-cosine (the authors' code), angular or bi.")
+]
+Rank = Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Rank of the low-rank fits.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the figures as JSON ('-': standard output).", show_default=False
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (the checkpoint's own).")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).", show_default=False),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Windows per forward pass.")]

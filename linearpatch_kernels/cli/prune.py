@@ -1,0 +1,244 @@
+"""``linearpatch prune``: remove layers, heal the joint, save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearpatch_kernels.cli.console import (
+    Reporter,
+    console,
+    print_candidates,
+    print_quality,
+    print_seconds,
+    write_json,
+)
+from linearpatch_kernels.cli.inputs import (
+    Windows,
+    heldout_windows,
+    load,
+    make_windows,
+    num_layers_of,
+    read_texts,
+    title_of,
+)
+from linearpatch_kernels.cli.options import (
+    BatchSize,
+    Device,
+    Drop,
+    Dtype,
+    HeldoutText,
+    JsonFile,
+    Length,
+    Model,
+    Output,
+    Rank,
+    Samples,
+    Score,
+    Text,
+    TrustRemoteCode,
+)
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.evaluation.report import ReportData
+    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.surgery.pruning import Pruning
+
+
+def prune(
+    model: Model,
+    output: Output,
+    drop: Drop = None,
+    spans: Annotated[
+        str | None,
+        typer.Option("--spans", metavar="A:B,...", help="Remove these layers instead, half-open.", show_default=False),
+    ] = None,
+    score: Score = "cosine",
+    fit: Annotated[
+        str,
+        typer.Option(
+            "--fit",
+            metavar="NAME",
+            help="auto, none, scalar, diagonal, linearpatch (the paper's), low-rank, shrunk-low-rank, "
+            "hadamard-low-rank, least-squares or shrunk-least-squares.",
+        ),
+    ] = "auto",
+    rank: Rank = 64,
+    structured: Annotated[bool, typer.Option("--structured", help="auto: leave the dense d x d map out.")] = False,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    samples: Samples = 64,
+    length: Length = 512,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Write the plan and the report, not the model.")
+    ] = False,
+    json_file: JsonFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
+    from linearpatch_kernels.surgery.apply import apply_plan
+    from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
+    from linearpatch_kernels.surgery.pruning import AUTO, plan_pruning
+    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
+    from linearpatch_kernels.surgery.scoring import SCORES, check_drop
+    from linearpatch_kernels.surgery.selection import needs_moments
+    from linearpatch_kernels.text import fingerprint_model
+
+    if (drop is None) == (spans is None):
+        raise InputError("say what to remove: either --drop N or --spans START:END")
+    if score not in SCORES:
+        raise InputError(f"--score {score} is not known: choose one of {', '.join(SCORES)}")
+    needs_moments(fit)
+    wanted = parse_spans(spans) if spans is not None else []
+    check_output(output, overwrite=True)
+    run = Reporter()
+    calibration, report_text, source, report_source = read_texts(text, heldout_text)
+    with run.stage("load the model"):
+        dense, tokenizer = load(model, dtype, device, trust_remote_code)
+    layers = num_layers_of(dense)
+    if wanted:
+        checked_spans(wanted, layers)
+    else:
+        check_drop(drop, layers)
+    check_output(output, 0 if plan_only else parameter_bytes(dense), overwrite=True)
+    with run.stage("tokenise"):
+        windows = make_windows(
+            tokenizer,
+            calibration,
+            report_text,
+            source,
+            report_source,
+            samples=samples,
+            heldout=heldout_windows(samples) if fit == AUTO else 0,
+            length=length,
+        )
+    with run.stage("calibrate and fit"):
+        pruning = plan_pruning(
+            dense,
+            windows.fit,
+            windows.heldout,
+            drop=drop,
+            spans=wanted,
+            score=score,
+            fit=fit,
+            rank=rank,
+            structured=structured,
+            about=windows.about,
+            fingerprint=fingerprint_model(dense),
+            batch_size=batch_size,
+            progress=run,
+        )
+    found = _compare(dense, pruning, windows, run)
+    data = report_data(model, pruning, found, windows, run, dense)
+    with run.stage("draw the report"):
+        shown = windows.heldout if windows.heldout is not None else windows.fit[:4]
+        magnitudes = joint_magnitudes(dense, shown, pruning.plan.joints[0])
+        report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of(model))
+    summary = summarise(pruning.plan, found, run)
+    files = {f"report/{name}": content for name, content in report.items()} | pruning.plan.files()
+    files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    with run.stage("save"):
+        if plan_only:
+            save_files(output, files, overwrite=True)
+        else:
+            save_checkpoint(apply_plan(dense, pruning.plan), tokenizer, output, overwrite=True, extra_files=files)
+    print_candidates(pruning.plan)
+    print_quality(found, windows.evaluation_source)
+    print_seconds(run)
+    _say_where(output, plan_only)
+    write_json(json_file, summary)
+
+
+def _compare(dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter) -> dict[str, Quality]:
+    """Quality on the report's windows: dense, plain removal, the paper's patch, and what was kept."""
+    from linearpatch_kernels.surgery.selection import compare_candidates, fitted_joints
+
+    if windows.evaluation is None:
+        return {}
+    spans = pruning.plan.spans
+    candidates = {
+        "dropped (no patch)": fitted_joints(pruning.statistics, spans, "none"),
+        "LinearPatch (the paper's)": fitted_joints(pruning.statistics, spans, "linearpatch"),
+    }
+    kept = f"healed ({pruning.plan.joints[0].fit})"
+    if pruning.plan.joints[0].fit not in ("none", "linearpatch"):
+        candidates[kept] = pruning.plan.joints
+    with run.stage("evaluate"):
+        return compare_candidates(dense, windows.evaluation, candidates, description="evaluating", progress=run)
+
+
+def report_data(
+    model: str, pruning: Pruning, found: Mapping[str, Quality], windows: Windows, run: Reporter, dense: PreTrainedModel
+) -> ReportData:
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData
+    from linearpatch_kernels.surgery.reporting import candidate_rows, span_rows
+
+    plan = pruning.plan
+    layers = plan.num_layers
+    kept = len(plan.kept_layers)
+    about = windows.about
+    return ReportData(
+        title=f"{title_of(model)}: {layers} layers to {kept}",
+        steps=[
+            f"Calibrated on {about['samples']} windows of {about['length']} tokens from {about['source']}.",
+            f"Removed the layers {', '.join(map(str, plan.spans))} (half-open; chosen by: {plan.score}).",
+            f"Healed the joint{'s' if len(plan.joints) > 1 else ''} with the fit {plan.joints[0].fit}.",
+        ],
+        quality=[QualityRow(name, layers if name == "dense" else kept, quality) for name, quality in found.items()],
+        quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+        if windows.evaluation is not None
+        else "",
+        dense="dense",
+        dropped="dropped (no patch)",
+        candidates=candidate_rows(plan),
+        spans=span_rows(plan, pruning.statistics),
+        timings=dict(run.seconds),
+        usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
+        files={
+            "plan.json": "spans, kind of patch, what chose them",
+            "plan.safetensors": "the patches",
+            "summary.json": "the figures above",
+            "report/report.md": "this report",
+        },
+    )
+
+
+def usage(directory: str, *, patched: bool) -> str:
+    registers = "import linearpatch_kernels.modeling  # registers the patched classes\n" if patched else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"{registers}"
+        f'model = AutoModelForCausalLM.from_pretrained("{directory}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
+    )
+
+
+def summarise(plan: PrunePlan, found: Mapping[str, Quality], run: Reporter) -> dict[str, Any]:
+    return {
+        "spans": [str(span) for span in plan.spans],
+        "num_layers": {"dense": plan.num_layers, "pruned": len(plan.kept_layers)},
+        "fit": plan.joints[0].fit,
+        "score": plan.score,
+        "quality": {name: quality.to_dict() for name, quality in found.items()},
+        "candidates": [dict(row) for row in plan.candidates],
+        "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+    }
+
+
+def _say_where(output: Path, plan_only: bool) -> None:
+    console.print(
+        f"{'Plan' if plan_only else 'Model, plan'} and report: {output} (report: {output / 'report' / 'report.md'})",
+        soft_wrap=True,
+    )

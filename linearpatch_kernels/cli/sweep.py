@@ -1,0 +1,145 @@
+"""``linearpatch sweep``: quality against depth."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from linearpatch_kernels.cli.console import Reporter, console, print_seconds, print_table, write_json
+from linearpatch_kernels.cli.inputs import load, make_windows, num_layers_of, read_texts, title_of
+from linearpatch_kernels.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    HeldoutText,
+    JsonFile,
+    Length,
+    Model,
+    Output,
+    Rank,
+    Samples,
+    Score,
+    Text,
+    TrustRemoteCode,
+)
+from linearpatch_kernels.errors import InputError
+
+
+def sweep(
+    model: Model,
+    output: Output,
+    drop: Annotated[
+        str,
+        typer.Option("--drop", metavar="A-B", help="Numbers of layers to drop: 1-12, or 2,4,8.", show_default=False),
+    ],
+    fits: Annotated[
+        str, typer.Option("--fits", metavar="A,B,...", help="Fits to compare.")
+    ] = "none,linearpatch,low-rank,least-squares",
+    score: Score = "cosine",
+    rank: Rank = 64,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    samples: Samples = 64,
+    length: Length = 512,
+    json_file: JsonFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, number
+    from linearpatch_kernels.modeling.saving import check_output, save_files
+    from linearpatch_kernels.surgery.fitting import FITS
+    from linearpatch_kernels.surgery.pruning import sweep as run_sweep
+    from linearpatch_kernels.surgery.reporting import sweep_report
+    from linearpatch_kernels.surgery.scoring import SCORES, check_drop
+
+    names = [name.strip() for name in fits.split(",") if name.strip()]
+    for name in names:
+        if name not in FITS:
+            raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
+    if score not in SCORES:
+        raise InputError(f"--score {score} is not known: choose one of {', '.join(SCORES)}")
+    drops = _depths(drop)
+    check_output(output, overwrite=True)
+    run = Reporter()
+    calibration, report_text, source, report_source = read_texts(text, heldout_text)
+    with run.stage("load the model"):
+        dense, tokenizer = load(model, dtype, device, trust_remote_code)
+    for count in drops:
+        check_drop(count, num_layers_of(dense))
+    with run.stage("tokenise"):
+        windows = make_windows(
+            tokenizer, calibration, report_text, source, report_source, samples=samples, heldout=0, length=length
+        )
+    if windows.evaluation is None:
+        raise InputError(
+            "the text leaves no windows to evaluate on: give more text, fewer --samples, or --heldout-text"
+        )
+    with run.stage("calibrate, fit and evaluate"):
+        quality, points, _ = run_sweep(
+            dense,
+            windows.fit,
+            windows.evaluation,
+            drops,
+            names,
+            score=score,
+            rank=rank,
+            batch_size=batch_size,
+            progress=run,
+        )
+    rows = [QualityRow("dense", num_layers_of(dense), quality)] + [
+        QualityRow(f"{p.fit}, {','.join(map(str, p.plan.spans))}", num_layers_of(dense) - p.drop, p.quality)
+        for p in points
+    ]
+    data = ReportData(
+        title=f"{title_of(model)}: quality against depth",
+        steps=[
+            f"Calibrated once on {samples} windows of {length} tokens from {source}.",
+            f"Chose the span of every n by {score}; fitted {', '.join(names)}.",
+        ],
+        quality=rows,
+        quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}",
+        timings=run.seconds,
+    )
+    by_drop = {(p.drop, p.fit): p for p in points}
+    cells = [
+        [
+            str(n),
+            ",".join(map(str, by_drop[n, names[0]].plan.spans)),
+            *(number(by_drop[n, name].quality.perplexity) for name in names),
+        ]
+        for n in drops
+    ]
+    summary = {
+        "dense": quality.to_dict(),
+        "points": [
+            {"drop": p.drop, "fit": p.fit, "spans": [str(span) for span in p.plan.spans], **p.quality.to_dict()}
+            for p in points
+        ],
+        "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+    }
+    files = sweep_report(data, quality.perplexity, points, title_of(model))
+    files["sweep.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    save_files(output, files, overwrite=True)
+    title = f"Perplexity on {windows.evaluation_source} (dense: {number(quality.perplexity)})"
+    print_table(title, ["dropped", "span", *names], cells)
+    print_seconds(run)
+    console.print(f"Table, plot and figures: {output}", soft_wrap=True)
+    write_json(json_file, summary)
+
+
+def _depths(text: str) -> list[int]:
+    """``"1-12"`` or ``"2,4,8"`` -> numbers of layers to drop, in order."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"--drop {text} is not understood: write a range such as 1-12 or a list such as 2,4,8")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found:
+        raise InputError(f"--drop {text} is an empty range: write the smaller number first")
+    return sorted(found)
