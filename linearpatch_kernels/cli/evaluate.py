@@ -72,10 +72,11 @@ def evaluate(
             if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(teacher_tokenizer):
                 raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
     ids = windows_up_to(tokenizer, content, length, windows)
-    models = {title_of(model): student} | ({"teacher": reference} if reference is not None else {})
+    name = title_of(model) if title_of(model) != "teacher" else "model"
+    models = {name: student} | ({"teacher": reference} if reference is not None else {})
     with run.stage("evaluate"):
         found = compare_quality(models, ids, reference, batch_size=batch_size, progress=run)
-    quality = found[title_of(model)]
+    quality = found[name]
     scores = {}
     if names:
         with run.stage("tasks"):

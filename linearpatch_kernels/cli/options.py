@@ -36,6 +36,15 @@ Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Token
 Score = Annotated[
     str, typer.Option("--score", metavar="NAME", help="cosine, channel-cosine (the authors' code), angular or bi.")
 ]
+ScoreOrLoss = Annotated[
+    str,
+    typer.Option(
+        "--score",
+        metavar="NAME",
+        help="cosine, channel-cosine (the authors' code), angular, bi, or loss (heals the five best by cosine and keeps "
+        "the one with the lowest held-out loss).",
+    ),
+]
 Rank = Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Rank of the low-rank fits.")]
 JsonFile = Annotated[
     Path | None,

@@ -38,7 +38,7 @@ from linearpatch_kernels.cli.options import (
     Output,
     Rank,
     Samples,
-    Score,
+    ScoreOrLoss,
     Text,
     TrustRemoteCode,
 )
@@ -61,7 +61,7 @@ def prune(
         str | None,
         typer.Option("--spans", metavar="A:B,...", help="Remove these layers instead, half-open.", show_default=False),
     ] = None,
-    score: Score = "cosine",
+    score: ScoreOrLoss = "cosine",
     fit: Annotated[
         str,
         typer.Option(
@@ -92,14 +92,13 @@ def prune(
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
     from linearpatch_kernels.surgery.pruning import AUTO, plan_pruning
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
-    from linearpatch_kernels.surgery.scoring import SCORES, check_drop
+    from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
     from linearpatch_kernels.surgery.selection import needs_moments
     from linearpatch_kernels.text import fingerprint_model
 
     if (drop is None) == (spans is None):
         raise InputError("say what to remove: either --drop N or --spans START:END")
-    if score not in SCORES:
-        raise InputError(f"--score {score} is not known: choose one of {', '.join(SCORES)}")
+    check_score(score, (*SCORES, LOSS))
     needs_moments(fit)
     wanted = parse_spans(spans) if spans is not None else []
     check_output(output, overwrite=True)
@@ -121,7 +120,7 @@ def prune(
             source,
             report_source,
             samples=samples,
-            heldout=heldout_windows(samples) if fit == AUTO else 0,
+            heldout=heldout_windows(samples) if fit == AUTO or score == LOSS else 0,
             length=length,
         )
     with run.stage("calibrate and fit"):

@@ -55,14 +55,13 @@ def sweep(
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
     from linearpatch_kernels.surgery.reporting import sweep_report
-    from linearpatch_kernels.surgery.scoring import SCORES, check_drop
+    from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
 
     names = [name.strip() for name in fits.split(",") if name.strip()]
     for name in names:
         if name not in FITS:
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
-    if score not in SCORES:
-        raise InputError(f"--score {score} is not known: choose one of {', '.join(SCORES)}")
+    check_score(score, SCORES)
     drops = _depths(drop)
     check_output(output, overwrite=True)
     run = Reporter()

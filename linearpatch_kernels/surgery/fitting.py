@@ -73,7 +73,7 @@ def fit_low_rank(statistics: CalibrationStatistics, span: Span, rank: int = DEFA
     """P = I + down up of rank r by reduced-rank regression (Izenman 1975) of what the identity leaves unexplained."""
     moments = _moments(statistics, span)
     width = statistics.width
-    down, up = _reduced_rank(moments, torch.eye(width, dtype=torch.float64), _checked_rank(rank, width))
+    down, up = _reduced_rank(moments, torch.eye(width, dtype=torch.float64), checked_rank(rank, width))
     return _filled(LowRankPatch(width, rank), down=down, up=up)
 
 
@@ -87,7 +87,7 @@ def fit_hadamard_low_rank(statistics: CalibrationStatistics, span: Span, rank: i
     moments = _moments(statistics, span)
     width = statistics.width
     ridged, target = _normal_equations(moments)
-    down, up = _reduced_rank(moments, torch.eye(width, dtype=torch.float64), _checked_rank(rank, width))
+    down, up = _reduced_rank(moments, torch.eye(width, dtype=torch.float64), checked_rank(rank, width))
     scale = _rotated(target - ridged @ down @ up).diagonal() / _rotated(ridged).diagonal()
     down, up = _reduced_rank(moments, _from_hadamard(torch.diag(scale)), rank)
     return _filled(HadamardPatch(width, rank=rank), scale=scale, down=down, up=up)
@@ -156,7 +156,8 @@ def _moments(statistics: CalibrationStatistics, span: Span) -> Moments:
     return statistics.moments[span]
 
 
-def _checked_rank(rank: int, width: int) -> int:
+def checked_rank(rank: int, width: int) -> int:
+    """The rank, or an InputError if no d x d matrix has it."""
     if not 1 <= rank <= width:
         raise InputError(f"a patch of rank {rank} does not fit a width of {width}: give --rank 1 to {width}")
     return rank

@@ -13,10 +13,10 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibra
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.perplexity import Progress
-from linearpatch_kernels.modeling.families import num_layers
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, checked_rank
 from linearpatch_kernels.surgery.plan import PrunePlan, checked_spans
-from linearpatch_kernels.surgery.scoring import check_drop, choose_spans
+from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score, choose_spans, score_spans
 from linearpatch_kernels.surgery.selection import (
     DENSE,
     FitChoice,
@@ -27,6 +27,9 @@ from linearpatch_kernels.surgery.selection import (
 )
 
 AUTO = "auto"
+# How many spans the score ``loss`` runs the model on, and what heals them for that.
+_SHORT_LIST = 5
+_HEALER = "shrunk-low-rank"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,8 @@ def plan_pruning(
     """Decide what to remove and what heals it.
 
     One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter
-    one; ``fit="auto"`` adds one over ``heldout_windows``.
+    one; ``fit="auto"`` adds one over ``heldout_windows``, and so does ``score="loss"``: it heals the five spans of the
+    best cosine and keeps the one with the lowest held-out loss.
 
     Args:
         model: the dense causal LM; not changed.
@@ -75,8 +79,10 @@ def plan_pruning(
     moments = needs_moments(fit)
     if (drop is None) == (not spans):
         raise InputError("give either the number of layers to drop or the spans to remove")
-    if fit == AUTO and heldout_windows is None:
-        raise InputError("the fit auto chooses on held-out windows: give some, or name a fit")
+    check_score(score, (*SCORES, LOSS))
+    checked_rank(rank, hidden_size(model))
+    if heldout_windows is None and (fit == AUTO or score == LOSS):
+        raise InputError("the fit auto and the score loss choose on held-out windows: give some, or name others")
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
@@ -85,10 +91,13 @@ def plan_pruning(
     else:
         check_drop(drop, layers)
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
-        chosen = choose_spans(statistics, drop or 0, score)
-        if moments:
-            found = collect_moments(model, fit_windows.split(batch_size), chosen, progress=progress)
+        short = _short_list(statistics, drop or 0) if score == LOSS else choose_spans(statistics, drop or 0, score)
+        if moments or score == LOSS:
+            found = collect_moments(model, fit_windows.split(batch_size), short, progress=progress)
             statistics = statistics.with_moments(found)
+        chosen = short
+        if score == LOSS and heldout_windows is not None:
+            chosen = [_best_healed(model, heldout_windows, statistics, short, rank, progress)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
             model, heldout_windows, statistics, chosen, rank=rank, structured=structured, progress=progress
@@ -97,6 +106,26 @@ def plan_pruning(
         return Pruning(plan, statistics, choice)
     joints = fitted_joints(statistics, chosen, fit, rank=rank)
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
+    """The best spans of the cosine: healed, one of its neighbours may well be better, a far one never was."""
+    return list(score_spans(statistics, drop, "cosine"))[:_SHORT_LIST]
+
+
+def _best_healed(
+    model: PreTrainedModel,
+    windows: Tensor,
+    statistics: CalibrationStatistics,
+    spans: Sequence[Span],
+    rank: int,
+    progress: Progress | None,
+) -> Span:
+    """The span with the lowest held-out loss once a low-rank patch has healed it."""
+    candidates = {span: fitted_joints(statistics, [span], _HEALER, rank=rank) for span in spans}
+    named = {str(span): joints for span, joints in candidates.items()}
+    found = compare_candidates(model, windows, named, description="choosing the span", progress=progress)
+    return min(candidates, key=lambda span: found[str(span)].loss)
 
 
 @dataclasses.dataclass(frozen=True)

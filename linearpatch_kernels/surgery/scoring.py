@@ -6,7 +6,7 @@ LinearPatch): the first writes the scale that all the others build on, the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +38,11 @@ PAIR_SCORES: Mapping[str, Callable[[CalibrationStatistics], Tensor]] = {
 """Scores of one contiguous span, from a [L+1, L+1] matrix over pairs of depths."""
 
 SCORES = (*PAIR_SCORES, "bi")
-"""All names that :func:`choose_spans` takes; ``bi`` removes the single layers of the lowest block influence
-(ShortGPT)."""
+"""The scores that statistics alone can give: all names that :func:`choose_spans` takes. ``bi`` removes the single
+layers of the lowest block influence (ShortGPT)."""
+
+LOSS = "loss"
+"""The score that runs the model: held-out loss of healed candidates (:func:`~.pruning.plan_pruning`)."""
 
 
 def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dict[Span, float]:
@@ -65,8 +68,7 @@ def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cos
     Raises:
         InputError: an unknown score, or more layers than can go.
     """
-    if score not in SCORES:
-        raise InputError(f"no score is called {score!r}: choose one of {', '.join(SCORES)}")
+    check_score(score, SCORES)
     if score != "bi":
         return [next(iter(score_spans(statistics, drop, score)))]
     check_drop(drop, statistics.num_layers)
@@ -84,6 +86,12 @@ def spans_of_layers(layers: list[int]) -> list[Span]:
         else:
             spans.append(Span(layer, layer + 1))
     return spans
+
+
+def check_score(score: str, known: Sequence[str]) -> None:
+    """InputError for a score that is not among the known ones."""
+    if score not in known:
+        raise InputError(f"no score is called {score!r}: choose one of {', '.join(known)}")
 
 
 def check_drop(drop: int | None, layers: int) -> None:
