@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearpatch_kernels.errors import InputError
@@ -83,6 +83,7 @@ def save_checkpoint(
     behind is removed by the next save to the same place.
 
     Args:
+        model: a causal LM.
         tokenizer: with ``save_pretrained``, or None.
         overwrite: replace a directory that an earlier call wrote, with everything in it.
         extra_files: relative path -> content (text is written as UTF-8).
@@ -93,9 +94,7 @@ def save_checkpoint(
     check_output(directory, parameter_bytes(model) + _EXTRA_BYTES, overwrite)
     extra = {_inside(name): content for name, content in (extra_files or {}).items()}
     with _written_whole(directory) as draft:
-        with no_progress_bar():
-            model.save_pretrained(draft)
-        _share_weights(draft)
+        _write_model(model, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         _write_files(draft, extra)
@@ -137,8 +136,17 @@ def _write_files(directory: Path, files: Mapping[Path, bytes | str]) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _share_weights(directory: Path) -> None:
-    """Give the weights, which safetensors writes for the owner alone, the permissions of the other files."""
+def _write_model(model: PreTrainedModel, directory: Path) -> None:
+    settings = model.generation_config
+    # Transformers refuses to write generation settings that contradict each other, and hub models come with such.
+    model.generation_config = GenerationConfig()
+    try:
+        with no_progress_bar():
+            model.save_pretrained(directory)
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(directory / "generation_config.json")
+    # safetensors writes for the owner alone.
     mode = (directory / "config.json").stat().st_mode
     for path in directory.glob("*.safetensors"):
         path.chmod(mode)
