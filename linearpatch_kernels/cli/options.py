@@ -41,8 +41,8 @@ ScoreOrLoss = Annotated[
     typer.Option(
         "--score",
         metavar="NAME",
-        help="cosine, channel-cosine (the authors' code), angular, bi, or loss (heals the five best by cosine and keeps "
-        "the one with the lowest held-out loss).",
+        help="cosine, channel-cosine (the authors' code), angular, bi, or loss (heals the five best by cosine and "
+        "keeps the one with the lowest held-out loss).",
     ),
 ]
 Rank = Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Rank of the low-rank fits.")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, console, print_seconds, print_table, write_json
+from linearpatch_kernels.cli.console import Reporter, console, print_seconds, print_table, problems, write_json
 from linearpatch_kernels.cli.inputs import load, make_windows, num_layers_of, read_texts, title_of
 from linearpatch_kernels.cli.options import (
     BatchSize,
@@ -25,6 +27,9 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from linearpatch_kernels.calibration import CalibrationStatistics
 
 
 def sweep(
@@ -56,6 +61,7 @@ def sweep(
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
     from linearpatch_kernels.surgery.reporting import sweep_report
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
+    from linearpatch_kernels.text import fingerprint_model
 
     names = [name.strip() for name in fits.split(",") if name.strip()]
     for name in names:
@@ -78,6 +84,9 @@ def sweep(
         raise InputError(
             "the text leaves no windows to evaluate on: give more text, fewer --samples, or --heldout-text"
         )
+    output.expanduser().resolve().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.expanduser().resolve().with_name(f".{output.name}.statistics")
+    identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
     with run.stage("calibrate, fit and evaluate"):
         quality, points, _ = run_sweep(
             dense,
@@ -87,6 +96,8 @@ def sweep(
             names,
             score=score,
             rank=rank,
+            statistics=_resumed(unfinished, identity),
+            keep=lambda statistics: statistics.save(unfinished, fingerprint=identity),
             batch_size=batch_size,
             progress=run,
         )
@@ -124,11 +135,24 @@ def sweep(
     files = sweep_report(data, quality.perplexity, points, title_of(model))
     files["sweep.json"] = (json.dumps(summary, indent=2) + "\n").encode()
     save_files(output, files, overwrite=True)
+    unfinished.unlink(missing_ok=True)
     title = f"Perplexity on {windows.evaluation_source} (dense: {number(quality.perplexity)})"
     print_table(title, ["dropped", "span", *names], cells)
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
     write_json(json_file, summary)
+
+
+def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
+    """What a killed sweep into the same directory had collected of the same model and text, if anything."""
+    from linearpatch_kernels.calibration import CalibrationStatistics
+
+    with contextlib.suppress(InputError):
+        if file.exists():
+            statistics = CalibrationStatistics.load(file, fingerprint=fingerprint)
+            problems.print("going on from the calibration of a sweep that did not finish", highlight=False)
+            return statistics
+    return None
 
 
 def _depths(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -148,6 +148,7 @@ def sweep(
     score: str = "cosine",
     rank: int = DEFAULT_RANK,
     statistics: CalibrationStatistics | None = None,
+    keep: Callable[[CalibrationStatistics], None] | None = None,
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
@@ -155,6 +156,10 @@ def sweep(
 
     The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2``
     bytes each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+
+    Args:
+        statistics: of an earlier run over the same windows; what it holds is not collected again.
+        keep: called with the statistics after every pass, for whoever wants to go on after a kill.
 
     Returns:
         The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
@@ -167,11 +172,13 @@ def sweep(
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     if statistics is None:
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+        _kept(statistics, keep)
     spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
     missing = sorted({span for chosen in spans.values() for span in chosen} - set(statistics.moments))
     if wanted and missing:
         found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
         statistics = statistics.with_moments(found)
+        _kept(statistics, keep)
     joints = {(drop, fit): fitted_joints(statistics, spans[drop], fit, rank=rank) for drop in drops for fit in fits}
     names = {key: f"{key[0]} layers dropped, {key[1]}" for key in joints}
     found_quality = compare_candidates(
@@ -186,3 +193,8 @@ def sweep(
         for (drop, fit), candidate in joints.items()
     ]
     return found_quality[DENSE], points, statistics
+
+
+def _kept(statistics: CalibrationStatistics, keep: Callable[[CalibrationStatistics], None] | None) -> None:
+    if keep is not None:
+        keep(statistics)
