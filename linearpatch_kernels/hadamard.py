@@ -10,6 +10,7 @@ This file needs nothing but torch, because it travels inside the modeling file o
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, reduce
 from itertools import product
 from operator import index
@@ -233,6 +234,12 @@ def _factor(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _FACTORS[key]
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep autocast from narrowing the matrix products of code whose precision is its own business."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     """``x @ H`` along the last dimension, or ``x @ H.T`` with ``inverse``, in O(d (m + log d)) per row.
 
@@ -241,7 +248,7 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
 
     Args:
         x: [..., d], any floating dtype, device and strides. float32 and float64 are transformed as they are; float16
-            and bfloat16 in float32, rounded once at the end.
+            and bfloat16 in float32, rounded once at the end. Autocast changes nothing.
         inverse: multiply by ``H.T``, which undoes ``H``.
 
     Returns:
@@ -256,12 +263,13 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     m, k = _order(d)
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     trailing = m << k
-    for order_m, exponent in _split(m, k):
-        order = order_m << exponent
-        trailing //= order
-        factor = _factor(order_m, exponent, y.dtype, y.device)
-        if trailing == 1:
-            y = y.reshape(-1, order) @ (factor.T if inverse else factor)
-        else:
-            y = torch.matmul(factor if inverse else factor.T, y.reshape(-1, order, trailing))
+    with without_autocast(x.device):
+        for order_m, exponent in _split(m, k):
+            order = order_m << exponent
+            trailing //= order
+            factor = _factor(order_m, exponent, y.dtype, y.device)
+            if trailing == 1:
+                y = y.reshape(-1, order) @ (factor.T if inverse else factor)
+            else:
+                y = torch.matmul(factor if inverse else factor.T, y.reshape(-1, order, trailing))
     return y.reshape(x.shape).to(x.dtype)

@@ -258,7 +258,7 @@ def nearest_diagonal_plus_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, T
     For rank 0 the minimum is ``diag(matrix)``. For a rank the problem is not convex, and this is block coordinate
     descent: ``down`` for given ``up`` and diagonal, then ``up``, then the diagonal, each in closed form, so that the
     norm never rises. It starts from rank 0 and a fixed random subspace and ends at a stationary point: when a round
-    takes less than 1e-9 of the matrix's squared norm off, or after 500 rounds. A round costs O(d^2 r).
+    takes less than 1e-12 of the matrix's squared norm off, or after 500 rounds. A round costs O(d^2 r).
 
     Args:
         matrix: [d, d], float64.
@@ -270,7 +270,7 @@ def nearest_diagonal_plus_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, T
         return diagonal, matrix.new_empty(d, 0), matrix.new_empty(0, d)
     generator = torch.Generator().manual_seed(0)
     up = torch.randn(rank, d, generator=generator, dtype=torch.float64).to(matrix)
-    enough = 1e-9 * float(matrix.square().sum())
+    enough = 1e-12 * float(matrix.square().sum())
     before = float("inf")
     for _ in range(500):
         rest = matrix - torch.diag(diagonal)

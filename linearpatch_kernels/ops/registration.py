@@ -10,6 +10,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from linearpatch_kernels.backend import check_reference_allowed
+from linearpatch_kernels.hadamard import without_autocast
 
 
 def define_operator(
@@ -27,17 +28,21 @@ def define_operator(
     the kernel does not cover a case, such as float64, it calls ``linearpatch::name_reference`` through the dispatcher.
 
     Args:
-        schema: arguments and returns, ``(Tensor x, ...) -> Tensor``.
+        schema: arguments and returns, ``(Tensor x, ...) -> Tensor``; the first argument is a tensor.
         reference: the operator in plain PyTorch; takes every argument of the schema positionally.
         fake: the shapes, dtypes and strides of the result; the same arguments.
         mutates_args: names of the arguments that are written to.
     """
 
-    def where_no_kernel_is(*arguments: Any) -> Any:
-        check_reference_allowed(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)))
-        return reference(*arguments)
+    def in_its_own_precision(*arguments: Any) -> Any:
+        with without_autocast(arguments[0].device):
+            return reference(*arguments)
 
-    for variant, implementation in ((name + "_reference", reference), (name, where_no_kernel_is)):
+    def where_no_kernel_is(*arguments: Any) -> Any:
+        check_reference_allowed(name, arguments[0].device)
+        return in_its_own_precision(*arguments)
+
+    for variant, implementation in ((name + "_reference", in_its_own_precision), (name, where_no_kernel_is)):
         operator = custom_op(f"linearpatch::{variant}", implementation, mutates_args=tuple(mutates_args), schema=schema)
         operator.register_fake(fake)
     return operator

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_transform
+from linearpatch_kernels.hadamard import hadamard_transform, without_autocast
 
 
 def _check_patch_operands(
@@ -82,7 +82,8 @@ def hadamard_patch_reference(
 ) -> Tensor:
     """`linearpatch_kernels.hadamard_patch` without ``out``, in plain differentiable PyTorch."""
     _check_patch_operands(x, scale, pre_scale, post_scale, down, up)
-    return _patch_rows(x.to(_arithmetic_dtype(x)), scale, pre_scale, post_scale, down, up).to(x.dtype)
+    with without_autocast(x.device):
+        return _patch_rows(x.to(_arithmetic_dtype(x)), scale, pre_scale, post_scale, down, up).to(x.dtype)
 
 
 def hadamard_patch_backward_reference(
@@ -98,13 +99,17 @@ def hadamard_patch_backward_reference(
     """Gradients of x, scale, pre_scale, post_scale, down and up from ``grad`` [..., d], the gradient of y.
 
     Args:
-        needs: which of the six are wanted; bit i stands for the i-th. A gradient that is not wanted is an empty tensor.
+        needs: which of the six are wanted; bit i stands for the i-th. A gradient that is not wanted, or is that of an
+            operand that is None, is an empty tensor.
 
     Returns:
         dx in x's dtype, the others summed over the rows in the arithmetic's dtype.
     """
     dtype, d = _arithmetic_dtype(x), x.shape[-1]
-    wants_x, wants_scale, wants_pre, wants_post, wants_down, wants_up = (bool(needs >> i & 1) for i in range(6))
+    wants_x, wants_scale, wants_pre, wants_post, wants_down, wants_up = (
+        operand is not None and bool(needs >> i & 1)
+        for i, operand in enumerate((x, scale, pre_scale, post_scale, down, up))
+    )
     x_, dy = x.to(dtype).reshape(-1, d), grad.to(dtype).reshape(-1, d)
     dx, dscale, dpre, dpost, ddown, dup = (x_.new_empty(0) for _ in range(6))
 
