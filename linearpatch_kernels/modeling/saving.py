@@ -126,7 +126,7 @@ def _written_whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
             _put_in_place(draft, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{directory} could not be written ({reason}); nothing is left of it") from error
+        raise InputError(f"{directory} could not be written ({reason}); it is as it was before") from error
 
 
 def _write_files(directory: Path, files: Mapping[Path, bytes | str]) -> None:
@@ -192,7 +192,10 @@ def _remove_stale(target: Path) -> None:
     for path in target.parent.iterdir():
         if not path.name.startswith(_prefix(target)):
             continue
-        lock = os.open(path, os.O_RDONLY)
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -214,6 +217,8 @@ def _flush(directory: Path) -> None:
 def _put_in_place(draft: Path, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         draft.rename(target)
+    elif not is_ours(target):
+        raise InputError(f"{target} was created by something else in the meantime: give another directory")
     elif not _exchanged(draft, target):
         # Without an atomic exchange there is a moment with no directory at the target.
         old = draft.with_name(draft.name + "-old")

@@ -6,7 +6,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers
 from linearpatch_kernels.modeling.patched import patched_model
@@ -66,3 +69,13 @@ def tiny_patched_model(family: str, **changes: Any) -> PreTrainedModel:
     """Layers 2 and 3 of six removed, patched there (joint 2) and behind the last layer (joint 4)."""
     cut = keep_layers(tiny_model(family, **changes), [0, 1, 4, 5])
     return patched_model(cut, {2: random_patch("hadamard"), 4: random_patch("dense")})
+
+
+def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with ``size`` tokens; ``<s>`` and ``</s>`` are ids 1 and 2."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(str, range(size - 4))])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
