@@ -1,0 +1,138 @@
+"""What `backends()` says, in processes of their own: the environment is read once, at import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linearpatch_kernels import backend
+
+PROBE = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import linearpatch_kernels.ops.hadamard_patch
+    import linearpatch_kernels.ops.topk_kl
+import torch
+from linearpatch_kernels.backend import backends
+y = linearpatch_kernels.ops.hadamard_patch.hadamard_patch(torch.ones(1, 4), torch.full((4,), 2.0))
+ours = [str(w.message) for w in caught if "linearpatch" in str(w.message)]
+print(json.dumps({"backends": backends(), "warnings": ours, "y": y.tolist()}))
+"""
+
+
+def probe(package: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "LINEARPATCH_BACKEND"}
+    root = Path(backend.__file__).parent.parent if package is None else package
+    variables |= {"PYTHONPATH": str(root), **environment}
+    command = [sys.executable, "-P", "-c", PROBE]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+def package_with_extension(folder: Path, content: bytes | None) -> Path:
+    """This package by links, with another extension or none."""
+    (folder / "linearpatch_kernels").mkdir()
+    for entry in Path(backend.__file__).parent.iterdir():
+        if entry.suffix != ".so" and entry.name not in ("backend.py", "__pycache__"):
+            (folder / "linearpatch_kernels" / entry.name).symlink_to(entry)
+    source = Path(backend.__file__).read_text()
+    (folder / "linearpatch_kernels" / "backend.py").write_text(source)
+    if content is not None:
+        (folder / "linearpatch_kernels" / "_C.abi3.so").write_bytes(content)
+    return folder
+
+
+def test_names_and_answers() -> None:
+    answers = backend.backends()
+    assert list(answers) == ["reference", "cpu", "triton", "cuda"]
+    assert answers["reference"] is True
+    assert all(answer is True or (isinstance(answer, str) and "\n" not in answer) for answer in answers.values())
+
+
+def test_missing_extension_is_one_warning(tmp_path: Path) -> None:
+    result = probe(package_with_extension(tmp_path, None))
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert len(told["warnings"]) == 1
+    assert "_C.abi3.so is not built" in told["warnings"][0]
+    assert "is not built" in told["backends"]["cpu"]
+    assert told["y"] == [[2.0] * 4]
+
+
+def test_broken_extension_is_one_warning(tmp_path: Path) -> None:
+    result = probe(package_with_extension(tmp_path, b"not a library"))
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert len(told["warnings"]) == 1
+    assert "does not load" in told["warnings"][0]
+    assert told["y"] == [[2.0] * 4]
+
+
+def test_reference_can_be_forced() -> None:
+    told = json.loads(probe(LINEARPATCH_BACKEND="reference").stdout)
+    assert told["warnings"] == []
+    assert told["backends"]["reference"] is True
+    assert "LINEARPATCH_BACKEND=reference" in told["backends"]["cpu"]
+    assert told["y"] == [[2.0] * 4]
+
+
+def test_empty_variable_forces_nothing(tmp_path: Path) -> None:
+    assert probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND="").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_forcing_what_is_not_there_raises(name: str, tmp_path: Path) -> None:
+    result = probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND=name)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert f"InputError: LINEARPATCH_BACKEND={name} is not available: _C.abi3.so is not built" in last
+
+
+def test_unknown_name_raises() -> None:
+    result = probe(LINEARPATCH_BACKEND="fast")
+    assert result.returncode == 1
+    assert "LINEARPATCH_BACKEND=fast is none of reference, cpu, triton, cuda" in result.stderr
+
+
+def test_forced_kernel_is_not_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+
+    if "linearpatch::hadamard_patch" in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        pytest.skip("the CPU kernel is built: the reference is not reached")
+    monkeypatch.setattr(backend, "FORCED", "cuda")
+    with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cuda has no hadamard_patch for cpu tensors"):
+        hadamard_patch(torch.ones(1, 4), torch.ones(4))
+    monkeypatch.setattr(backend, "FORCED", "reference")
+    assert hadamard_patch(torch.ones(1, 4), torch.ones(4)).eq(1).all()
+
+
+def test_package_root_is_light_and_its_names_are_there() -> None:
+    script = """
+import sys, torch
+before = set(sys.modules)
+import linearpatch_kernels
+assert set(sys.modules) - before == {"linearpatch_kernels"}, sorted(set(sys.modules) - before)
+for name in linearpatch_kernels.__all__:
+    assert getattr(linearpatch_kernels, name).__module__.startswith("linearpatch_kernels."), name
+assert set(linearpatch_kernels.__all__) == set(linearpatch_kernels._MODULE_OF)
+assert set(linearpatch_kernels.__all__) <= set(dir(linearpatch_kernels))
+try:
+    linearpatch_kernels.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise AssertionError
+"""
+    root = str(Path(backend.__file__).parent.parent)
+    variables = {**os.environ, "PYTHONPATH": root}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
