@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder, family_of, num_layers, rebuild
-from linearpatch_kernels.modeling.saving import is_ours, no_progress_bar, save_checkpoint
+from linearpatch_kernels.modeling.saving import check_output, is_ours, no_progress_bar, save_checkpoint
 from linearpatch_kernels.text import cache_dir
 
 # Architecture names inside GGUF files (mistral is written as llama).
@@ -56,8 +56,8 @@ def load_model(
         place = str(path)
     else:
         place = _hub_id(str(source))
-    model = _load_weights(place, dtype, trust_remote_code)
-    tokenizer = _load_tokenizer(place, trust_remote_code)
+    model = _load_weights(str(source), place, dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    tokenizer = _load_tokenizer(str(source), place, trust_remote_code=trust_remote_code)
     rows = decoder(model).embed_tokens.num_embeddings
     # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
     if tokenizer.vocab_size > rows:
@@ -116,39 +116,34 @@ def _weight_files(path: Path) -> list[Path]:
         raise InputError(f"{index} cannot be read ({error}): copy the model again") from error
 
 
-def _load_weights(place: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load_weights(source: str, place: str, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place, **options)
         family_of(config)
         with no_progress_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
+                place, config=config, dtype=dtype or "auto", output_loading_info=True, **options
             )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{place} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InputError(f"{source} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise InputError(f"{place} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
+        raise InputError(f"{source} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
     return model
 
 
-def _load_tokenizer(place: str, trust_remote_code: bool) -> Any:
+def _load_tokenizer(source: str, place: str, **options: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         # Tokenizer files fail in as many ways as there are formats; whatever it was, this is not a tokenizer.
-        raise InputError(f"{place} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise InputError(f"{source} has no tokenizer that can be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    text = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -168,12 +163,13 @@ def _converted_gguf(path: Path) -> Path:
         raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
     converted = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
     if not is_ours(converted):
-        _check_gguf(path)
+        check_output(converted, _checked_gguf_size(path), overwrite=True)
         _convert_gguf(path, converted)
     return converted
 
 
-def _check_gguf(path: Path) -> None:
+def _checked_gguf_size(path: Path) -> int:
+    """The bytes of the file's tensors in float32; raises `InputError` unless the file is whole and can be converted."""
     from gguf import GGUFReader
 
     try:
@@ -186,18 +182,15 @@ def _check_gguf(path: Path) -> None:
             f"{path} holds a model of architecture {architecture!r}, which is not supported: use one of "
             + ", ".join(_GGUF_ARCHITECTURES)
         )
+    return sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def _convert_gguf(path: Path, converted: Path) -> None:
-    files = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with no_progress_bar(), quiet:
-            model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**files)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(f"{path} cannot be converted: {_first_line(error)}") from error
+    with quiet:
+        model = _load_weights(str(path), str(path.parent), torch.float32, gguf_file=path.name)
+    tokenizer = _load_tokenizer(str(path), str(path.parent), gguf_file=path.name)
     # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling import loading
+from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.loading import load_model
+from linearpatch_kernels.modeling.saving import save_checkpoint
+
+from .tiny import FAMILY_NAMES, VOCABULARY, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stock") / "llama"
+    save_checkpoint(tiny_model("llama", layers=2), tiny_tokenizer(), path)
+    return path
+
+
+@pytest.fixture
+def copied(stock: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return Path(shutil.copytree(stock, tmp_path / "copied"))
+
+
+def refusal(source: Path | str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(source, device="cpu")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_directory(stock: Path, ids: torch.Tensor) -> None:
+    model, tokenizer = load_model(str(stock), device="cpu")
+    assert torch.equal(model(ids).logits, tiny_model("llama", layers=2)(ids).logits)
+    assert not model.training
+    assert len(tokenizer) == VOCABULARY
+
+
+def test_dtype_and_device(stock: Path) -> None:
+    model, _ = load_model(stock, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert model.dtype == torch.bfloat16
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    for device in (None, "auto"):
+        model, _ = load_model(stock, device=device)
+        assert model.device.type == best.type
+        assert model.dtype == torch.float32
+    with pytest.raises(InputError, match="there is no device 'gpu'"):
+        load_model(stock, device="gpu")
+
+
+def test_a_cut_model_of_every_family(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    cut = keep_layers(tiny_model(family), [0, 2, 5])
+    save_checkpoint(cut, tiny_tokenizer(), tmp_path / "cut")
+    model, _ = load_model(tmp_path / "cut", device="cpu")
+    assert type(model) is type(cut)
+    assert torch.equal(model(ids).logits, cut(ids).logits)
+
+
+def test_shards(copied: Path, ids: torch.Tensor) -> None:
+    model, tokenizer = load_model(copied, device="cpu")
+    shutil.rmtree(copied)
+    model.save_pretrained(copied, max_shard_size="60KB")
+    tokenizer.save_pretrained(copied)
+    shards = sorted(copied.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(load_model(copied, device="cpu")[0](ids).logits, model(ids).logits)
+    shards[0].unlink()
+    assert f"{shards[0].name} is missing" in refusal(copied)
+    (copied / "model.safetensors.index.json").write_text("{}")
+    assert "model.safetensors.index.json cannot be read" in refusal(copied)
+
+
+def test_what_is_not_a_model(tmp_path: Path, copied: Path) -> None:
+    assert refusal(tmp_path).endswith("is not a model: it has no config.json")
+    (copied / "config.json").write_text('{"model_type": "lla')
+    assert "config.json cannot be read" in refusal(copied)
+    (copied / "config.json").write_text("[]")
+    assert "names no model_type" in refusal(copied)
+    assert "give a model directory, a .gguf file, or a hub id" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal("nowhere.gguf")
+    (tmp_path / "model.bin").write_bytes(b"PK\x03\x04")
+    assert "is not a GGUF file" in refusal(tmp_path / "model.bin")
+
+
+def test_a_family_that_is_not_supported(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)).save_pretrained(tmp_path)
+    assert "'gpt2' are not supported: use one of llama, mistral" in refusal(tmp_path)
+
+
+def test_damaged_weights(copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    whole = weights.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        assert "model.safetensors is damaged or cut short" in refusal(copied)
+    weights.unlink()
+    assert "has no safetensors weights" in refusal(copied)
+
+
+def test_weights_that_are_missing_or_of_another_shape(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    removed = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "incomplete: 1 weights are missing, model.layers.1.mlp.up_proj.weight for one" in refusal(copied)
+    weights["model.layers.1.mlp.up_proj.weight"] = removed[1:].contiguous()
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    assert "copied cannot be loaded:" in refusal(copied)
+
+
+def test_a_tokenizer_of_another_model(copied: Path) -> None:
+    tiny_tokenizer(VOCABULARY + 1).save_pretrained(copied)
+    assert f"has {VOCABULARY + 1} tokens and the model {VOCABULARY} embeddings" in refusal(copied)
+
+
+def test_added_tokens_beyond_the_embedding_are_no_reason_to_refuse(copied: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"])  # as Gemma 3 has it
+    tokenizer.save_pretrained(copied)
+    assert len(load_model(copied, device="cpu")[1]) == VOCABULARY + 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: [file.unlink() for file in path.glob("tokenizer*")],
+        lambda path: (path / "tokenizer.json").unlink(),
+        lambda path: (path / "tokenizer.json").write_text('{"version": "1.0"'),
+    ],
+    ids=["none", "half", "damaged"],
+)
+def test_a_tokenizer_that_cannot_be_loaded(copied: Path, damage: Callable[[Path], object]) -> None:
+    damage(copied)
+    assert "has no tokenizer that can be loaded" in refusal(copied)
+
+
+def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert refusal("nobody/nothing").startswith("nobody/nothing cannot be loaded: ")
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") -> None:
+    """A Llama as an unquantised GGUF file, its query and key rows in llama.cpp's order."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(ord("!") + i) for i in range(config.vocab_size - 1)), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                tensor = tensor.reshape(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_gguf_file_is_converted_once(
+    cache: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, path = tiny_model("llama", layers=2), tmp_path / "tiny.gguf"
+    write_gguf(path, model)
+    loaded, tokenizer = load_model(path, device="cpu")
+    assert type(loaded) is LlamaForCausalLM
+    assert tokenizer.vocab_size == VOCABULARY
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert "quantization_config" not in loaded.config.to_dict()
+    save_checkpoint(loaded, tokenizer, tmp_path / "out")
+    assert len(list((cache / "gguf").iterdir())) == 1
+    assert capfd.readouterr().err == ""
+
+    converted: list[Path] = []
+    convert = loading._convert_gguf
+    monkeypatch.setattr(loading, "_convert_gguf", lambda *args: (converted.append(args[0]), convert(*args)))
+    assert torch.equal(load_model(path, device="cpu")[0](ids).logits, loaded(ids).logits)
+    assert not converted
+    another = tiny_model("llama", layers=2, seed=1)
+    write_gguf(path, another)
+    torch.testing.assert_close(load_model(path, device="cpu")[0](ids).logits, another(ids).logits)
+    assert converted == [path]
+
+
+def test_a_gguf_file_that_is_cut_short(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model("llama", layers=2))
+    whole = path.read_bytes()
+    for size in (4, 8, 24, 300, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "tiny.gguf is damaged or cut short" in refusal(path)
+    path.write_bytes(b"")
+    assert "is not a GGUF file" in refusal(path)
+    assert not cache.exists()
+
+
+def test_a_gguf_file_of_an_unknown_architecture(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model("llama", layers=2), architecture="rwkv6")
+    assert "architecture 'rwkv6', which is not supported: use one of llama, mistral" in refusal(path)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "file"))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model("llama", layers=2))
+    assert "not a directory one may write to" in refusal(path)
+
+
+def test_every_family_that_a_gguf_may_hold_is_one_of_ours() -> None:
+    assert {name.replace("gemma3", "gemma3_text") for name in loading._GGUF_ARCHITECTURES} == set(FAMILY_NAMES)
