@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress
+from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, hidden_size, num_layers, partial_decoder
 
@@ -89,8 +89,8 @@ class Moments:
 class CalibrationStatistics:
     """What :func:`calibrate` keeps: sums and per-sample means, on the CPU. ``a + b`` is the statistics of both texts.
 
-    S windows, L layers, width d. Memory: ``8 S (L+1) d * 2 + 24 (L+1)^2 * 2`` bytes (the two per-sample means are
-    float32, with and without the first token), plus ``16 d^2`` per span of ``moments``.
+    S windows, L layers, width d. Memory: ``16 S (L+1) d + 56 (L+1)^2`` bytes (the two per-sample means are float32,
+    with and without the first token), plus ``16 d^2`` per span of ``moments``.
 
     Attributes:
         samples: S, the number of windows.
@@ -188,13 +188,16 @@ class CalibrationStatistics:
             ) from error
         if about.get("format") != _FILE_FORMAT:
             raise InputError(f"{path} is not a statistics file of this version: delete it and calibrate again")
-        if about["fingerprint"] != fingerprint:
+        if about.get("fingerprint") != fingerprint:
             raise InputError(f"{path} belongs to another model or text: delete it and calibrate again")
-        moments = {
-            Span.parse(span): Moments(tensors.pop(f"moments.{span}.xx"), tensors.pop(f"moments.{span}.xy"), yy)
-            for span, yy in json.loads(about["moments"]).items()
-        }
-        return cls(samples=int(about["samples"]), moments=moments, **tensors)
+        try:
+            moments = {
+                Span.parse(span): Moments(tensors.pop(f"moments.{span}.xx"), tensors.pop(f"moments.{span}.xy"), yy)
+                for span, yy in json.loads(about["moments"]).items()
+            }
+            return cls(samples=int(about["samples"]), moments=moments, **tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is incomplete ({error}): delete it and calibrate again") from error
 
 
 _FILE_FORMAT = "linearpatch-statistics-1"
@@ -202,7 +205,8 @@ _SUMS = ("tokens", "token_cosine", "token_angle", "last_token_angle", "channel_c
 _PER_SAMPLE = ("mean_abs", "hadamard_mean_abs")
 
 
-@torch.inference_mode()
+# Not inference_mode: the statistics, and what a module caches on its first call, must stay usable in training.
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
@@ -212,11 +216,12 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.surgery` needs.
 
-    Memory beyond the model and its forward pass of B windows of T tokens: the residual stream at every depth,
-    ``B T (L+1) d`` values of the model's dtype; ``3 min(T, 256) (L+1) d + 2 d (L+1)^2`` float32 values of working
-    space; and the statistics themselves (see :class:`CalibrationStatistics`; their sums are float64). It does not grow
-    with the number of batches but for the per-sample means. The results do not depend on how windows are batched (up
-    to the rounding of the model's own batched matrix products).
+    Memory beyond the model, for batches of B windows of T tokens, with D = L + 1 depths and c = min(T, 256): the
+    residual stream, ``B T D d`` values of the model's dtype; the larger of what the model's own forward pass takes and
+    ``c D (3 d + 4 D) + 4 d D^2 + 16 d D`` float32 values, ``4 T d + 3 d^2`` more with ``moments``; and the statistics
+    (see :class:`CalibrationStatistics`), their per-sample means twice at the end. It does not grow with the number of
+    batches but for those means. The results do not depend on how windows are batched (up to the rounding of the model's
+    own batched matrix products).
 
     Args:
         model: a causal LM of a supported family, on any device(s); its parameters are not touched.
@@ -228,7 +233,7 @@ def calibrate(
 
     Raises:
         InputError: a NaN or infinity in the activations (the layer is named), no batch, a padded batch, or a window
-            too short.
+            too short or too long, token ids that the model does not have.
 
     Source: LinearPatch (arXiv 2505.24680) sections 3.1 and 3.2 for the cosines and the Hadamard-domain means, ShortGPT
     (arXiv 2403.03853) eq. 1 for block influence, arXiv 2403.17887 section 3.2 for the angular distance.
@@ -236,18 +241,18 @@ def calibrate(
     spans = _checked_spans(moments, num_layers(model))
     sums = _Sums(num_layers(model), hidden_size(model), spans)
     windows = 0
-    for ids, total in _batches(batches):
-        for sample in _depths(model, ids):
-            sums.add(sample)
-        windows += len(ids)
-        if progress is not None:
-            progress("calibrating", windows, total)
+    with evaluation_mode(model):
+        for ids, total in _batches(model, batches):
+            sums.add_batch(residual_stream(model, ids, range(num_layers(model) + 1)))
+            windows += len(ids)
+            if progress is not None:
+                progress("calibrating", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
     return sums.statistics()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_moments(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
@@ -266,15 +271,12 @@ def collect_moments(
     sums = {span: _MomentSums(hidden_size(model)) for span in wanted}
     depths = sorted({depth for span in wanted for depth in span})
     windows = 0
-    for ids, total in _batches(batches):
-        hidden = residual_stream(model, ids, depths)
-        for span, moment in sums.items():
-            moment.add(hidden[span.start].flatten(0, 1), hidden[span.end].flatten(0, 1))
-        windows += len(ids)
-        if progress is not None:
-            progress("second moments", windows, total)
-        for depth in depths:
-            _check_finite(hidden[depth].sum(dtype=torch.float32), depth)
+    with evaluation_mode(model):
+        for ids, total in _batches(model, batches):
+            _add_moments(sums, residual_stream(model, ids, depths))
+            windows += len(ids)
+            if progress is not None:
+                progress("second moments", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
     return {span: moment.total() for span, moment in sums.items()}
@@ -304,21 +306,15 @@ def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dic
     return found
 
 
-def _depths(model: nn.Module, ids: Tensor) -> Iterable[list[Tensor]]:
-    """Per window of the batch the residual stream [T, d] at every depth."""
-    hidden = residual_stream(model, ids, range(num_layers(model) + 1))
-    return ([hidden[depth][b] for depth in range(len(hidden))] for b in range(len(ids)))
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(decoder(model).parameters()).device
 
 
-def _batches(batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, int]]:
+def _batches(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, int]]:
     """Token ids of each batch, checked, and the number of windows of all (0: not known)."""
+    if isinstance(batches, Tensor | Mapping):
+        raise InputError("batches is a single one: give an iterable of [B, T] tensors, for example windows.split(4)")
     total = sum(len(_ids(batch)) for batch in batches) if isinstance(batches, Sequence) else 0
-    if isinstance(batches, Tensor):
-        raise InputError("batches is one tensor: give an iterable of [B, T] tensors, for example windows.split(4)")
     for batch in batches:
         ids = _ids(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -327,6 +323,7 @@ def _batches(batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterable[tuple
         if ids.dim() != 2 or ids.shape[1] < 2:
             raise InputError(f"a calibration batch has shape {list(ids.shape)}: give token ids [B, T] with T >= 2")
         if len(ids):
+            check_windows(model, ids)
             yield ids, total
 
 
@@ -373,6 +370,14 @@ class _MomentSums:
         return Moments(self.xx, self.xy, float(self.tokens))
 
 
+def _add_moments(sums: Mapping[Span, _MomentSums], hidden: Mapping[int, Tensor]) -> None:
+    """One batch: the residual stream [B, T, d] at the depths that the spans name."""
+    for depth, states in hidden.items():
+        _check_finite(states.sum(dtype=torch.float32), depth)
+    for span, moment in sums.items():
+        moment.add(hidden[span.start].flatten(0, 1), hidden[span.end].flatten(0, 1))
+
+
 class _Sums:
     """The running sums behind :class:`CalibrationStatistics`, fed window by window."""
 
@@ -386,6 +391,12 @@ class _Sums:
         self.mean_abs: list[Tensor] = []
         self.hadamard_mean_abs: list[Tensor] = []
         self.moments = {span: _MomentSums(width) for span in spans}
+
+    # A frame of its own, as `_add_moments` is: nothing of a batch is alive while the next one runs through the model.
+    def add_batch(self, hidden: Mapping[int, Tensor]) -> None:
+        """One batch: the residual stream [B, T, d] at every depth."""
+        for window in range(len(hidden[0])):
+            self.add([hidden[depth][window] for depth in range(len(hidden))])
 
     def add(self, depths: Sequence[Tensor]) -> None:
         """One window: the residual stream [T, d] at every depth."""
@@ -407,7 +418,7 @@ class _Sums:
         self.mean_abs.append((absolute / counts.view(2, 1, 1)).float())
         self.hadamard_mean_abs.append((rotated / counts.view(2, 1, 1)).float())
         norm = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(_EPSILON)
-        cosine = gram / norm.unsqueeze(-1) / norm.unsqueeze(-2)
+        cosine = gram.div_(norm.unsqueeze(-1)).div_(norm.unsqueeze(-2))
         self.channel_cosine += cosine.mean(dim=1).to("cpu", torch.float64)
         for span, moment in self.moments.items():
             moment.add(depths[span.start], depths[span.end])
