@@ -7,6 +7,7 @@ minimise sum_t |x_start P - x_end|^2 / |x_end|^2 over the calibration tokens, an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -99,8 +100,8 @@ def shrunk(patch: DensePatch | LowRankPatch, kept: float = SHRINKAGE) -> DensePa
     A map fitted on one text leans towards its means; part of what it does is wrong on any other text.
     """
     if isinstance(patch, LowRankPatch):
-        return _filled(patch, up=kept * patch.up)
-    return _filled(patch, weight=torch.lerp(torch.eye(patch.dim), patch.weight.detach(), kept))
+        return _filled(copy.deepcopy(patch), up=kept * patch.up)
+    return _filled(copy.deepcopy(patch), weight=torch.lerp(torch.eye(patch.dim), patch.weight, kept))
 
 
 Fit = Callable[[CalibrationStatistics, Span, int], "Patch | None"]

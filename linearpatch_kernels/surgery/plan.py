@@ -135,19 +135,28 @@ class PrunePlan:
             raise InputError(
                 f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing)"
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise InputError(f"the plan in {folder} is broken ({error}): prune again") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"the plan in {folder} cannot be read ({error}): prune again") from error
         if not isinstance(about, dict) or about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
             raise InputError(f"{folder}/plan.json is not a plan of version {PLAN_VERSION} of this package: prune again")
-        joints = tuple(_joint(entry, tensors, folder) for entry in about["joints"])
-        return cls(
-            num_layers=about["num_layers"],
-            joints=joints,
-            model=about["model"],
-            score=about["score"],
-            calibration=about["calibration"],
-            candidates=about["candidates"],
-        )
+        try:
+            plan = cls(
+                num_layers=about["num_layers"],
+                joints=tuple(_joint(entry, tensors, folder) for entry in about["joints"]),
+                model=about["model"],
+                score=about["score"],
+                calibration=dict(about["calibration"]),
+                candidates=tuple(dict(row) for row in about["candidates"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}/plan.json is not as it was written ({error}): prune again") from error
+        if plan.tensors().keys() != tensors.keys():
+            raise _mixed(folder)
+        return plan
+
+
+def _mixed(folder: Path) -> InputError:
+    return InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again")
 
 
 def _joint(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Joint:
@@ -160,7 +169,7 @@ def _joint(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
     try:
         patch.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again") from error
+        raise _mixed(folder) from error
     return Joint(span, patch, entry["fit"])
 
 
