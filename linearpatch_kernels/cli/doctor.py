@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linearpatch_kernels.cli.console import print_table, write_json
+from linearpatch_kernels.cli.console import check_json, print_table, write_json
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.errors import InputError
 
@@ -35,6 +35,7 @@ def doctor(json_file: JsonFile = None) -> None:
             return str(error)
         return "yes"
 
+    check_json(json_file)
     packages = [
         "linearpatch-kernels",
         "torch",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, print_seconds, print_table, write_json
+from linearpatch_kernels.cli.console import Reporter, check_json, print_seconds, print_table, write_json
 from linearpatch_kernels.cli.inputs import load, num_layers_of, title_of, windows_up_to
 from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
 from linearpatch_kernels.errors import InputError
@@ -59,8 +59,9 @@ def evaluate(
     from linearpatch_kernels.evaluation.report import number
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
-    if names:
+    check_json(json_file)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None:
         check_tasks(names)
     run = Reporter()
     content: str | list[str] = demo_text("heldout") if text is None else read_text(text)

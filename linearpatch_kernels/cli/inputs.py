@@ -97,9 +97,7 @@ def make_windows(
     if report_text is not None:
         evaluation = token_windows(tokenizer, report_text, length=length, count=EVALUATION_WINDOWS)
     elif extra < EVALUATION_WINDOWS:
-        problems.print(
-            f"note: the text leaves {extra} windows of {EVALUATION_WINDOWS} for the report's figures", highlight=False
-        )
+        problems.print(f"note: the text leaves {extra} windows of {EVALUATION_WINDOWS} for the report's figures")
     about = {
         "source": source,
         "text": fingerprint_text(calibration),

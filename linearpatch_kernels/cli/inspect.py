@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearpatch_kernels.cli.console import console, print_candidates, print_table, read_json, write_json
+from linearpatch_kernels.cli.console import check_json, console, print_candidates, print_table, read_json, write_json
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.errors import InputError
 
@@ -23,6 +23,7 @@ def inspect(
     from linearpatch_kernels.surgery.plan import PrunePlan
     from linearpatch_kernels.surgery.reporting import describe_patch
 
+    check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
     plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
@@ -54,9 +55,7 @@ def inspect(
         print_table(title, ["removed", "enters", "chosen by", "patch"], rows)
         print_candidates(plan)
         if plan.calibration:
-            console.print(
-                "Calibrated on " + ", ".join(f"{k} {v}" for k, v in plan.calibration.items()), highlight=False
-            )
+            console.print("Calibrated on " + ", ".join(f"{k} {v}" for k, v in plan.calibration.items()))
     if (directory / "summary.json").exists():
         summary["quality"] = read_json(directory / "summary.json").get("quality", {})
         rows = [

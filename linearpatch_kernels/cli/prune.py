@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,9 @@ import typer
 
 from linearpatch_kernels.cli.console import (
     Reporter,
+    check_json,
     console,
+    json_text,
     print_candidates,
     print_quality,
     print_seconds,
@@ -101,6 +102,7 @@ def prune(
     check_score(score, (*SCORES, LOSS))
     needs_moments(fit)
     wanted = parse_spans(spans) if spans is not None else []
+    check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
     calibration, report_text, source, report_source = read_texts(text, heldout_text)
@@ -147,7 +149,7 @@ def prune(
         report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of(model))
     summary = summarise(pruning.plan, found, run)
     files = {f"report/{name}": content for name, content in report.items()} | pruning.plan.files()
-    files["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    files["summary.json"] = json_text(summary).encode()
     with run.stage("save"):
         if plan_only:
             save_files(output, files, overwrite=True)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, console, print_seconds, print_table, problems, write_json
+from linearpatch_kernels.cli.console import (
+    Reporter,
+    check_json,
+    console,
+    json_text,
+    print_seconds,
+    print_table,
+    problems,
+    write_json,
+)
 from linearpatch_kernels.cli.inputs import load, make_windows, num_layers_of, read_texts, title_of
 from linearpatch_kernels.cli.options import (
     BatchSize,
@@ -69,6 +78,7 @@ def sweep(
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
     check_score(score, SCORES)
     drops = _depths(drop)
+    check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
     calibration, report_text, source, report_source = read_texts(text, heldout_text)
@@ -133,7 +143,7 @@ def sweep(
         "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
     }
     files = sweep_report(data, quality.perplexity, points, title_of(model))
-    files["sweep.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+    files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
     unfinished.unlink(missing_ok=True)
     title = f"Perplexity on {windows.evaluation_source} (dense: {number(quality.perplexity)})"
@@ -150,7 +160,7 @@ def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
     with contextlib.suppress(InputError):
         if file.exists():
             statistics = CalibrationStatistics.load(file, fingerprint=fingerprint)
-            problems.print("going on from the calibration of a sweep that did not finish", highlight=False)
+            problems.print("going on from the calibration of a sweep that did not finish")
             return statistics
     return None
 
