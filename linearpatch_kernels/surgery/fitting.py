@@ -122,7 +122,10 @@ FITS: Mapping[str, Fit] = {
 DENSE_FITS = frozenset({"least-squares", "shrunk-least-squares"})
 """The fits that give a d x d map: what ``--structured`` leaves out."""
 
-NEEDS_MOMENTS = DENSE_FITS | {"low-rank", "hadamard-low-rank", "shrunk-low-rank"}
+RANKED_FITS = frozenset({"low-rank", "hadamard-low-rank", "shrunk-low-rank"})
+"""The fits that a rank is given for."""
+
+NEEDS_MOMENTS = DENSE_FITS | RANKED_FITS
 """The fits that need ``statistics.moments[span]``."""
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
-from linearpatch_kernels.evaluation.perplexity import Progress
+from linearpatch_kernels.evaluation.perplexity import Progress, check_windows
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, checked_rank
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, RANKED_FITS, checked_rank
 from linearpatch_kernels.surgery.plan import PrunePlan, checked_spans
 from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score, choose_spans, score_spans
 from linearpatch_kernels.surgery.selection import (
@@ -80,16 +80,22 @@ def plan_pruning(
     if (drop is None) == (not spans):
         raise InputError("give either the number of layers to drop or the spans to remove")
     check_score(score, (*SCORES, LOSS))
-    checked_rank(rank, hidden_size(model))
     if heldout_windows is None and (fit == AUTO or score == LOSS):
         raise InputError("the fit auto and the score loss choose on held-out windows: give some, or name others")
+    if spans:
+        checked_spans(spans, layers)
+    else:
+        check_drop(drop, layers)
+    _check_rank(model, rank, [fit, _HEALER] if score == LOSS else [fit])
+    for windows in (fit_windows, heldout_windows):
+        if windows is not None:
+            check_windows(model, windows)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
             model, fit_windows.split(batch_size), moments=chosen if moments else (), progress=progress
         )
     else:
-        check_drop(drop, layers)
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         short = _short_list(statistics, drop or 0) if score == LOSS else choose_spans(statistics, drop or 0, score)
         if moments or score == LOSS:
@@ -106,6 +112,11 @@ def plan_pruning(
         return Pruning(plan, statistics, choice)
     joints = fitted_joints(statistics, chosen, fit, rank=rank)
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+def _check_rank(model: PreTrainedModel, rank: int, fits: Sequence[str]) -> None:
+    if any(fit == AUTO or fit in RANKED_FITS for fit in fits):
+        checked_rank(rank, hidden_size(model))
 
 
 def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
@@ -163,13 +174,23 @@ def sweep(
 
     Returns:
         The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
+
+    Raises:
+        InputError: arguments that do not fit the model (before any pass), or what the passes raise.
     """
     layers = num_layers(model)
+    if not drops or not fits:
+        raise InputError("there is nothing to sweep: give at least one number of layers and one fit")
     for drop in drops:
         check_drop(drop, layers)
-    wanted = any(needs_moments(fit) for fit in fits)
+    check_score(score, SCORES)
+    # A list, so that every name is checked.
+    wanted = True in [needs_moments(fit) for fit in fits]
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
+    _check_rank(model, rank, fits)
+    for windows in (fit_windows, evaluation_windows):
+        check_windows(model, windows)
     if statistics is None:
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)

@@ -6,6 +6,7 @@ window costs one dense forward pass and, per candidate, the layers behind its fi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ def compare_candidates(
     """
     check_windows(model, windows)
     layers = num_layers(model)
+    candidates = {name: sorted(joints, key=lambda joint: joint.span) for name, joints in candidates.items()}
     for joints in candidates.values():
         checked_spans([joint.span for joint in joints], layers)
     starts = sorted({joints[0].span.start for joints in candidates.values()})
@@ -78,14 +80,15 @@ class _Suffix:
 
     def __call__(self, state: Tensor) -> Tensor:
         for patch, part in zip(self.patches, [*self.between, None], strict=True):
-            state = state if patch is None else _on(patch, state)(state)
+            state = state if patch is None else _as_built(patch, state)(state)
             if part is not None:
                 state = part(inputs_embeds=state, use_cache=False).last_hidden_state
         return self.last(inputs_embeds=state, use_cache=False).logits
 
 
-def _on(patch: nn.Module, state: Tensor) -> nn.Module:
-    return patch.to(state.device)
+def _as_built(patch: nn.Module, state: Tensor) -> nn.Module:
+    """A copy as the pruned model will hold it, in the dtype of its other parameters; the joint keeps its own."""
+    return copy.deepcopy(patch).to(state.device, state.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
