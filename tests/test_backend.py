@@ -55,7 +55,7 @@ def test_names_and_answers() -> None:
 
 
 def test_missing_extension_is_one_warning(tmp_path: Path) -> None:
-    result = probe(package_with_extension(tmp_path, None))
+    result = probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND="")  # empty forces nothing
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert len(told["warnings"]) == 1
@@ -81,16 +81,11 @@ def test_reference_can_be_forced() -> None:
     assert told["y"] == [[2.0] * 4]
 
 
-def test_empty_variable_forces_nothing(tmp_path: Path) -> None:
-    assert probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND="").returncode == 0
-
-
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_forcing_what_is_not_there_raises(name: str, tmp_path: Path) -> None:
-    result = probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND=name)
+def test_forcing_what_is_not_there_raises(tmp_path: Path) -> None:
+    result = probe(package_with_extension(tmp_path, None), LINEARPATCH_BACKEND="cpu")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert f"InputError: LINEARPATCH_BACKEND={name} is not available: _C.abi3.so is not built" in last
+    assert "InputError: LINEARPATCH_BACKEND=cpu is not available: _C.abi3.so is not built" in last
 
 
 def test_unknown_name_raises() -> None:

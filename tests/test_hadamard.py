@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
+from linearpatch_kernels.hadamard import (
+    _FACTORS,
+    hadamard_matrix,
+    hadamard_order,
+    hadamard_transform,
+    paley_factor,
+)
 
 # Every width that the design promises an exact matrix for.
 WIDTHS = [
@@ -262,12 +270,14 @@ def test_first_call_in_inference_mode_leaves_later_ones_trainable() -> None:
     torch.testing.assert_close(x.grad, hadamard_transform(torch.ones(2, 76), inverse=True))
 
 
-def test_first_call_inside_a_functional_gradient_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.functionalize, torch.func.vmap])
+def test_first_call_inside_a_functional_transform_leaves_nothing_behind(transform: Callable[..., Any]) -> None:
+    _FACTORS.clear()
     x = torch.randn(2, 148)
-    gradient = torch.func.grad(lambda x: hadamard_transform(x).square().sum())(x)
-    torch.testing.assert_close(gradient, 2 * x)
-    y = hadamard_transform(x)
-    torch.testing.assert_close(hadamard_transform(y, inverse=True), x)
+    transform(lambda x: hadamard_transform(x).square().sum())(x)
+    assert len(_FACTORS) == 1
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(factor) for factor in _FACTORS.values())
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x), inverse=True), x)
 
 
 def test_first_call_under_compile_leaves_eager_alone() -> None:

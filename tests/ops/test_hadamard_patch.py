@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_matrix
@@ -325,6 +326,24 @@ def test_vmap(batched: tuple[str, ...]) -> None:
         torch.testing.assert_close(
             y, hadamard_patch(**{n: t[..., i] if n in batched else t for n, t in stacked.items()})
         )
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is OPS.hadamard_patch.default:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_vmap_over_rows_is_one_call() -> None:
+    x, scale = torch.randn(5, 12, 3), torch.randn(12)
+    with Calls() as calls:
+        torch.func.vmap(lambda x: hadamard_patch(x, scale), in_dims=2)(x)
+    assert calls.shapes == [(3, 5, 12)]
 
 
 def test_vmap_keeps_gradients() -> None:

@@ -257,8 +257,9 @@ def test_nan_and_infinity_pass(normalization: str) -> None:
 
 
 @with_normalization
-def test_vocabulary_that_is_masked_counts_nothing(normalization: str) -> None:
-    p = problem(normalization=normalization, holes=False)
+@pytest.mark.parametrize("k", [4, 23], ids=["some left", "none left"])
+def test_vocabulary_that_is_masked_counts_nothing(normalization: str, k: int) -> None:
+    p = problem(k=k, normalization=normalization, holes=False)
     logits = p.hidden @ p.weight.T
     masked = torch.cat((logits, torch.full((len(logits), 2), -float("inf"), dtype=torch.float64)), dim=1)
     masked.requires_grad_()
