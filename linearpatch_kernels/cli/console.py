@@ -138,7 +138,7 @@ def print_seconds(run: Reporter) -> None:
 
 
 def check_json(file: Path | None) -> None:
-    """Whether figures can go to ``file``; call it first. For ``-``, standard output, the tables make room (on stderr)."""
+    """Whether figures can go to ``file``; call it first. For standard output (``-``) tables make room, on stderr."""
     console.stderr = str(file) == "-"
     if file is None or console.stderr:
         return

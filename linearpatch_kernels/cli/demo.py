@@ -64,6 +64,7 @@ def demo(
     check_output(output, 2 * parameter_bytes(dense), overwrite=True) if not output.exists() else None
     with run.stage("tokenise"):
         windows = make_windows(
+            dense,
             tokenizer,
             calibration,
             report_text,

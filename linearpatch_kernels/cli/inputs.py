@@ -72,6 +72,7 @@ def heldout_windows(samples: int) -> int:
 
 
 def make_windows(
+    model: PreTrainedModel,
     tokenizer: Any,
     calibration: str | list[str],
     report_text: str | list[str] | None,
@@ -82,7 +83,11 @@ def make_windows(
     heldout: int,
     length: int,
 ) -> Windows:
-    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the report."""
+    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the report.
+
+    InputError where the text is too short, or where the model lacks one of its tokens or so many positions.
+    """
+    from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
     extra = 0 if report_text is not None else EVALUATION_WINDOWS
@@ -98,6 +103,9 @@ def make_windows(
         evaluation = token_windows(tokenizer, report_text, length=length, count=EVALUATION_WINDOWS)
     elif extra < EVALUATION_WINDOWS:
         problems.print(f"note: the text leaves {extra} windows of {EVALUATION_WINDOWS} for the report's figures")
+    for share in (windows, evaluation):
+        if share is not None and len(share):
+            check_windows(model, share)
     about = {
         "source": source,
         "text": fingerprint_text(calibration),

@@ -102,6 +102,9 @@ def prune(
     check_score(score, (*SCORES, LOSS))
     needs_moments(fit)
     wanted = parse_spans(spans) if spans is not None else []
+    if wanted:
+        # Whatever the model's depth, these must not touch.
+        checked_spans(wanted, max(span.end for span in wanted) + 1)
     check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
@@ -116,6 +119,7 @@ def prune(
     check_output(output, 0 if plan_only else parameter_bytes(dense), overwrite=True)
     with run.stage("tokenise"):
         windows = make_windows(
+            dense,
             tokenizer,
             calibration,
             report_text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def sweep(
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
     from linearpatch_kernels.text import fingerprint_model
 
-    names = [name.strip() for name in fits.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in fits.split(",")))
     for name in names:
         if name not in FITS:
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
@@ -88,29 +89,43 @@ def sweep(
         check_drop(count, num_layers_of(dense))
     with run.stage("tokenise"):
         windows = make_windows(
-            tokenizer, calibration, report_text, source, report_source, samples=samples, heldout=0, length=length
+            dense,
+            tokenizer,
+            calibration,
+            report_text,
+            source,
+            report_source,
+            samples=samples,
+            heldout=0,
+            length=length,
         )
     if windows.evaluation is None:
         raise InputError(
             "the text leaves no windows to evaluate on: give more text, fewer --samples, or --heldout-text"
         )
-    output.expanduser().resolve().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.expanduser().resolve().with_name(f".{output.name}.statistics")
+    target = output.expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
     with run.stage("calibrate, fit and evaluate"):
-        quality, points, _ = run_sweep(
-            dense,
-            windows.fit,
-            windows.evaluation,
-            drops,
-            names,
-            score=score,
-            rank=rank,
-            statistics=_resumed(unfinished, identity),
-            keep=lambda statistics: statistics.save(unfinished, fingerprint=identity),
-            batch_size=batch_size,
-            progress=run,
-        )
+        try:
+            quality, points, _ = run_sweep(
+                dense,
+                windows.fit,
+                windows.evaluation,
+                drops,
+                names,
+                score=score,
+                rank=rank,
+                statistics=_resumed(unfinished, identity),
+                keep=lambda statistics: statistics.save(unfinished, fingerprint=identity),
+                batch_size=batch_size,
+                progress=run,
+            )
+        except InputError:
+            # Not killed but refused: the same sweep would be refused again.
+            unfinished.unlink(missing_ok=True)
+            raise
     rows = [QualityRow("dense", num_layers_of(dense), quality)] + [
         QualityRow(f"{p.fit}, {','.join(map(str, p.plan.spans))}", num_layers_of(dense) - p.drop, p.quality)
         for p in points
@@ -165,14 +180,21 @@ def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
     return None
 
 
+# More layers than any model has: a slip of the finger must not fill the memory.
+_MOST_LAYERS = 10_000
+
+
 def _depths(text: str) -> list[int]:
     """``"1-12"`` or ``"2,4,8"`` -> numbers of layers to drop, in order."""
     found: set[int] = set()
     for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
             raise InputError(f"--drop {text} is not understood: write a range such as 1-12 or a list such as 2,4,8")
-        found |= set(range(int(first), int(last or first) + 1))
-    if not found:
-        raise InputError(f"--drop {text} is an empty range: write the smaller number first")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise InputError(f"--drop {part.strip()} is an empty range: write the smaller number first")
+        if first < 1 or last > _MOST_LAYERS:
+            raise InputError(f"--drop {part.strip()} fits no model: give numbers from 1 on, below the model's depth")
+        found |= set(range(first, last + 1))
     return sorted(found)

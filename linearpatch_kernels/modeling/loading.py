@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -48,6 +49,7 @@ def load_model(
         InputError: not a model, an unsupported family, damaged or incomplete files, a tokenizer that is missing or
             belongs to another model, a hub that cannot be reached.
     """
+    target = _device(device)
     path = Path(source).expanduser()
     if path.is_file():
         place = str(_converted_gguf(path))
@@ -65,20 +67,22 @@ def load_model(
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it belongs "
             "to another model"
         )
-    return model.to(_device(device)).eval(), tokenizer
+    return model.to(target).eval(), tokenizer
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    if device is not None and device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1, ...") from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device is None or device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        # torch.device takes every name that could be one; a tensor shows whether the device is there.
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"there is no device {device!r} here: give cpu, cuda, cuda:1, ...") from error
+    return torch.device(device)
 
 
 def _hub_id(source: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", source) or source.endswith(".gguf"):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: give a model directory, a .gguf file, or a hub id (owner/name)")
     return source
 
@@ -126,7 +130,7 @@ def _load_weights(source: str, place: str, dtype: torch.dtype | None, **options:
             )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{source} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
