@@ -210,5 +210,5 @@ def test_mode_and_generation_settings_stay() -> None:
     assert cut.model.layers[0].training
     assert cut.generation_config.max_new_tokens == 7
     cut.eval()
-    assert model.training
     assert all(module.training for module in model.modules())
+    assert not any(module.training for module in keep_layers(cut, [1]).modules())
