@@ -56,6 +56,8 @@ def check_output(directory: str | os.PathLike[str], needed_bytes: int = 0, overw
             raise InputError(f"{directory} exists and is not an output of linearpatch: give another directory")
         if not overwrite:
             raise InputError(f"{directory} holds an earlier output: pass --overwrite, or give another directory")
+    if target.is_mount():
+        raise InputError(f"{directory} is a mount point, which cannot be replaced whole: give a directory inside it")
     parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{directory} cannot be created: {parent} is not a directory one may write to")
@@ -124,7 +126,10 @@ def _written_whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
             (draft / MARKER).write_text(json.dumps({"format": _FORMAT, "version": 1}) + "\n")
             _flush(draft)
             _put_in_place(draft, target)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # The tokenizers library says what went wrong with a file by a bare Exception.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{directory} could not be written ({reason}); it is as it was before") from error
 
