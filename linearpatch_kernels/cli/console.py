@@ -82,6 +82,21 @@ class Reporter:
             self._bar = None
 
 
+TableContent = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Title, columns and rows: what `print_table` takes."""
+
+
+def figure(value: float | None) -> str:
+    """A perplexity or a rate; JSON's null, which stands for what is not finite, is left out."""
+    from linearpatch_kernels.evaluation.report import number
+
+    return "" if value is None else number(value)
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for i, column in enumerate(columns):
@@ -94,7 +109,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_quality(found: Mapping[str, Quality], source: str) -> None:
     from linearpatch_kernels.evaluation.agreement import healed_share
-    from linearpatch_kernels.evaluation.report import number
 
     if not found:
         return
@@ -102,8 +116,8 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
     rows = [
         [
             name,
-            number(quality.perplexity),
-            "" if quality.top1_agreement is None else f"{100 * quality.top1_agreement:.1f} %",
+            figure(quality.perplexity),
+            share(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
             "" if quality in (dense, dropped) else f"{100 * healed_share(dense, dropped, quality):.0f} %",
         ]
@@ -114,9 +128,10 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
     )
 
 
-def print_candidates(plan: PrunePlan) -> None:
+def candidates_table(plan: PrunePlan) -> list[TableContent]:
+    """The table that ``--fit auto`` decided on, if it did."""
     if not plan.candidates:
-        return
+        return []
     rows = [
         [
             row["fit"] + (" (kept)" if row["kept"] else ""),
@@ -129,7 +144,7 @@ def print_candidates(plan: PrunePlan) -> None:
     ]
     spans = ", ".join(map(str, plan.spans))
     columns = ["fit", "loss", "healed", "parameters", "operations/token"]
-    print_table(f"Candidates for the joint {spans} on held-out calibration windows", columns, rows)
+    return [(f"Candidates for the joint {spans} on held-out calibration windows", columns, rows)]
 
 
 def print_seconds(run: Reporter) -> None:

@@ -10,9 +10,9 @@ import typer
 
 from linearpatch_kernels.cli.console import (
     Reporter,
+    candidates_table,
     check_json,
     console,
-    print_candidates,
     print_quality,
     print_seconds,
     print_table,
@@ -129,7 +129,8 @@ def demo(
     magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
     report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"))
     save_files(places["report"], report, overwrite=True)
-    print_candidates(pruning.plan)
+    for table in candidates_table(pruning.plan):
+        print_table(*table)
     print_quality(found, report_source)
     rows = [
         [name, str(num_layers_of(one)), f"{model_size(one).parameters / 1e6:.1f} M"]

@@ -7,14 +7,10 @@ from typing import Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, check_json, print_seconds, print_table, write_json
+from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
 from linearpatch_kernels.cli.inputs import load, num_layers_of, title_of, windows_up_to
 from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
 from linearpatch_kernels.errors import InputError
-
-
-def _accuracy(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def evaluate(
@@ -56,7 +52,6 @@ def evaluate(
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
-    from linearpatch_kernels.evaluation.report import number
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
 
     check_json(json_file)
@@ -91,11 +86,11 @@ def evaluate(
             name,
             str(num_layers_of(one)),
             f"{model_size(one).parameters / 1e6:,.1f} M",
-            number(found[name].perplexity),
-            _accuracy(found[name].top1_agreement),
+            figure(found[name].perplexity),
+            share(found[name].top1_agreement),
             "" if found[name].kl is None else f"{found[name].kl:.3f}",
             *(
-                [number(speeds[name].prefill_tokens_per_second), number(speeds[name].decode_tokens_per_second)]
+                [figure(speeds[name].prefill_tokens_per_second), figure(speeds[name].decode_tokens_per_second)]
                 if speeds
                 else []
             ),
@@ -107,9 +102,7 @@ def evaluate(
     title = f"{len(ids)} windows of {ids.shape[1]} tokens from {source}"
     print_table(title, columns + (["prefill tok/s", "decode tok/s"] if speeds else []), rows)
     if scores:
-        task_rows = [
-            [task, str(s["n"]), *(_accuracy(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()
-        ]
+        task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
         print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
     print_seconds(run)
     size = model_size(student)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from linearpatch_kernels.cli.console import check_json, console, print_candidates, print_table, read_json, write_json
+from linearpatch_kernels.cli.console import (
+    TableContent,
+    candidates_table,
+    check_json,
+    console,
+    figure,
+    print_table,
+    read_json,
+    share,
+    write_json,
+)
 from linearpatch_kernels.cli.options import JsonFile
+from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
 
 
@@ -20,47 +32,81 @@ def inspect(
     json_file: JsonFile = None,
 ) -> None:
     """Show what a directory holds: layers, joints, patches, what chose them, how good they were. Loads no weights."""
-    from linearpatch_kernels.surgery.plan import PrunePlan
-    from linearpatch_kernels.surgery.reporting import describe_patch
-
     check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
-    plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
-    config = read_json(directory / "config.json") if (directory / "config.json").exists() else None
-    if plan is None and config is None:
+    try:
+        summary, tables, calibration = _contents(directory)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{directory} holds neither a plan.json nor a config.json: give a directory that linearpatch wrote"
+            f"a file in {directory} has the name of one of linearpatch's and another content ({error!r}): write the "
+            "directory again"
+        ) from error
+    for table in tables:
+        print_table(*table)
+    if calibration:
+        console.print("Calibrated on " + ", ".join(f"{key} {value}" for key, value in calibration.items()))
+    write_json(json_file, summary)
+
+
+def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
+    """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+    config = _read(directory / "config.json")
+    sweep = _read(directory / "sweep.json")
+    plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
+    if plan is None and sweep is None and (config is None or "model_type" not in config):
+        raise InputError(
+            f"{directory} holds no plan.json, no sweep.json and no model's config.json: give a directory that "
+            "linearpatch wrote, or a model directory"
         )
     summary: dict[str, Any] = {}
+    tables: list[TableContent] = []
     if config is not None:
-        patched = (config.get("linearpatch") or {}).get("joints", {})
-        weights = sum(
-            file.stat().st_size for file in directory.glob("*.safetensors") if file.name != "plan.safetensors"
+        summary["model"] = _model(directory, config)
+        tables.append(
+            ("Model", ["what", "value"], [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()])
         )
-        summary["model"] = {
-            "model_type": config.get("model_type"),
-            "num_layers": config.get("num_hidden_layers"),
-            "hidden_size": config.get("hidden_size"),
-            "patched_layers": sorted(map(int, patched)),
-            "weight_bytes": weights,
-        }
-        rows = [[key.replace("_", " "), str(value)] for key, value in summary["model"].items()]
-        print_table("Model", ["what", "value"], rows)
     if plan is not None:
         summary["plan"] = plan.to_json()
-        at = {joint.span: position for position, joint in plan.joint_positions().items()}
-        rows = [[str(j.span), str(at[j.span]), plan.score, describe_patch(j)] for j in plan.joints]
-        title = f"Joints: layers removed of {plan.num_layers}, and the layer that the stream enters now"
-        print_table(title, ["removed", "enters", "chosen by", "patch"], rows)
-        print_candidates(plan)
-        if plan.calibration:
-            console.print("Calibrated on " + ", ".join(f"{k} {v}" for k, v in plan.calibration.items()))
-    if (directory / "summary.json").exists():
-        summary["quality"] = read_json(directory / "summary.json").get("quality", {})
-        rows = [
-            [name, f"{q['perplexity']:.2f}", f"{100 * (q['top1_agreement'] or 0):.1f} %"]
-            for name, q in summary["quality"].items()
-        ]
-        print_table("Quality when it was made", ["model", "perplexity", "top-1 agreement"], rows)
-    write_json(json_file, summary)
+        tables += [_joints_table(plan), *candidates_table(plan)]
+        summary["quality"] = (_read(directory / "summary.json") or {}).get("quality", {})
+        tables += _quality_table(summary["quality"])
+    if sweep is not None:
+        summary["sweep"] = sweep
+        tables.append(sweep_table(sweep))
+    return summary, tables, plan.calibration if plan is not None else {}
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.exists() else None
+
+
+def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    weights = [file for file in directory.glob("*.safetensors") if file.name != "plan.safetensors"]
+    return {
+        "model_type": config.get("model_type"),
+        "num_layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "patched_layers": sorted(map(int, (config.get("linearpatch") or {}).get("joints", {}))),
+        "weight_bytes": sum(file.stat().st_size for file in weights),
+    }
+
+
+def _joints_table(plan: Any) -> TableContent:
+    from linearpatch_kernels.surgery.reporting import describe_patch
+
+    at = {joint.span: position for position, joint in plan.joint_positions().items()}
+    return (
+        f"Joints: layers removed of {plan.num_layers}, and the layer that the stream enters now",
+        ["removed", "enters", "chosen by", "patch"],
+        [[str(joint.span), str(at[joint.span]), plan.score, describe_patch(joint)] for joint in plan.joints],
+    )
+
+
+def _quality_table(quality: Mapping[str, Any]) -> list[TableContent]:
+    rows = [[name, figure(one["perplexity"]), share(one["top1_agreement"])] for name, one in quality.items()]
+    return [("Quality when it was made", ["model", "perplexity", "top-1 agreement"], rows)] if rows else []

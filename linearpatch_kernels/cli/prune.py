@@ -10,12 +10,13 @@ import typer
 
 from linearpatch_kernels.cli.console import (
     Reporter,
+    candidates_table,
     check_json,
     console,
     json_text,
-    print_candidates,
     print_quality,
     print_seconds,
+    print_table,
     write_json,
 )
 from linearpatch_kernels.cli.inputs import (
@@ -159,7 +160,8 @@ def prune(
             save_files(output, files, overwrite=True)
         else:
             save_checkpoint(apply_plan(dense, pruning.plan), tokenizer, output, overwrite=True, extra_files=files)
-    print_candidates(pruning.plan)
+    for table in candidates_table(pruning.plan):
+        print_table(*table)
     print_quality(found, windows.evaluation_source)
     print_seconds(run)
     _say_where(output, plan_only)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linearpatch_kernels.cli.console import (
     Reporter,
+    TableContent,
     check_json,
     console,
+    figure,
     json_text,
     print_seconds,
     print_table,
@@ -65,7 +68,7 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
-    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, number
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
@@ -140,16 +143,10 @@ def sweep(
         quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}",
         timings=run.seconds,
     )
-    by_drop = {(p.drop, p.fit): p for p in points}
-    cells = [
-        [
-            str(n),
-            ",".join(map(str, by_drop[n, names[0]].plan.spans)),
-            *(number(by_drop[n, name].quality.perplexity) for name in names),
-        ]
-        for n in drops
-    ]
     summary = {
+        "text": windows.evaluation_source,
+        "calibration": windows.about,
+        "score": score,
         "dense": quality.to_dict(),
         "points": [
             {"drop": p.drop, "fit": p.fit, "spans": [str(span) for span in p.plan.spans], **p.quality.to_dict()}
@@ -161,11 +158,23 @@ def sweep(
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
     unfinished.unlink(missing_ok=True)
-    title = f"Perplexity on {windows.evaluation_source} (dense: {number(quality.perplexity)})"
-    print_table(title, ["dropped", "span", *names], cells)
+    print_table(*sweep_table(summary))
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
     write_json(json_file, summary)
+
+
+def sweep_table(summary: Mapping[str, Any]) -> TableContent:
+    """The content of ``sweep.json`` as a table: a row per number of dropped layers, a column per fit."""
+    points = {(point["drop"], point["fit"]): point for point in summary["points"]}
+    fits = list(dict.fromkeys(fit for _, fit in points))
+    rows = [
+        [str(drop), ",".join(points[drop, fits[0]]["spans"])]
+        + [figure(points[drop, fit]["perplexity"]) for fit in fits]
+        for drop in dict.fromkeys(drop for drop, _ in points)
+    ]
+    title = f"Perplexity on {summary['text']} (dense: {figure(summary['dense']['perplexity'])})"
+    return title, ["dropped", "span", *fits], rows
 
 
 def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
