@@ -79,8 +79,10 @@ def evaluate(
             scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
     speeds = {}
     if speed:
+        context = min(getattr(one.config, "max_position_embeddings", 512) for one in models.values())
         with run.stage("speed"):
-            speeds = compare_speed(models, progress=run)
+            # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
+            speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=run)
     rows = [
         [
             name,
