@@ -565,7 +565,17 @@ def test_inspect_of_a_model_a_plan_and_a_sweep(world: World, run: Run, tmp_path:
     arguments = ["-o", tmp_path / "plan", "--text", world.text, *SMALL]
     run("prune", world.model, "--spans", "2:4", "--fit", "scalar", "--plan-only", *arguments)
     assert "2:4" in run("inspect", tmp_path / "plan").stdout
-    run("sweep", world.model, "--drop", "1,3", "--fits", "none,scalar", *arguments[0:1], tmp_path / "sweep", *arguments[2:])
+    run(
+        "sweep",
+        world.model,
+        "--drop",
+        "1,3",
+        "--fits",
+        "none,scalar",
+        *arguments[0:1],
+        tmp_path / "sweep",
+        *arguments[2:],
+    )
     done = run("inspect", tmp_path / "sweep")
     assert done.status == 0
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
@@ -635,7 +645,17 @@ assert not heavy, heavy
         env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stderr
-    for word in (*COMMANDS, "--drop", "--spans", "--teacher", "--tasks", "--plan-only", "--structured", "--json", "MODEL"):
+    for word in (
+        *COMMANDS,
+        "--drop",
+        "--spans",
+        "--teacher",
+        "--tasks",
+        "--plan-only",
+        "--structured",
+        "--json",
+        "MODEL",
+    ):
         assert word in done.stdout
 
 
@@ -721,7 +741,11 @@ def test_texts_are_refused_before_the_model(
         text.mkdir()
     elif isinstance(content, bytes):
         text.write_bytes(content)
-    arguments = {"evaluate": [], "prune": ["--drop", 2, "-o", empty / "out"], "sweep": ["--drop", "2", "-o", empty / "out"]}
+    arguments = {
+        "evaluate": [],
+        "prune": ["--drop", 2, "-o", empty / "out"],
+        "sweep": ["--drop", "2", "-o", empty / "out"],
+    }
     line = refusal(run(command, NO_MODEL, "--text", text, *arguments[command]))
     assert "bad text" in line
     assert says in line

@@ -1,0 +1,160 @@
+"""What is installed: a light root, the public names, the floors of the house, and a whole wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import linearpatch_kernels
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "linearpatch_kernels"
+
+
+def python(program: str, *, path: Path = ROOT) -> str:
+    """What a program prints in a process of its own that finds the package under ``path``."""
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=path,
+        env={**os.environ, "PYTHONPATH": str(path)},
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_root_imports_nothing_heavy() -> None:
+    program = """
+import sys
+import linearpatch_kernels
+linearpatch_kernels.__version__, dir(linearpatch_kernels), linearpatch_kernels.__all__
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    loaded = set(python(program).split())
+    assert "linearpatch_kernels" in loaded
+    assert not loaded & {"torch", "transformers", "triton", "numpy", "matplotlib", "typer", "rich", "safetensors"}
+
+
+def test_a_name_brings_its_own_module_and_not_the_rest() -> None:
+    program = """
+import sys
+from linearpatch_kernels import InputError, hadamard_transform, hadamard_patch
+print(*sys.modules)
+"""
+    loaded = set(python(program).split())
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib", "typer", "linearpatch_kernels.modeling"}
+
+
+@pytest.mark.parametrize("name", linearpatch_kernels.__all__)
+def test_public_names_exist_and_are_documented(name: str) -> None:
+    value = getattr(linearpatch_kernels, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert value.__module__.startswith("linearpatch_kernels.")
+    assert name in dir(linearpatch_kernels)
+
+
+def test_a_name_that_does_not_exist() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'hadamard_catch'"):
+        _ = linearpatch_kernels.hadamard_catch
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    body = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+    guarded = [node for node in body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    imported = [node for block in guarded for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imported for alias in node.names}
+    assert sorted(seen) == sorted(linearpatch_kernels.__all__) == linearpatch_kernels.__all__
+    for name, module in seen.items():
+        assert getattr(linearpatch_kernels, name) is getattr(sys.modules[str(module)], name)
+
+
+def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+    return subprocess.run(
+        [sys.executable, "-c", command, "--no-cache"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory)},
+    )
+
+
+def test_an_arrow_only_points_down() -> None:
+    checked = lint_imports(ROOT)
+    assert checked.returncode == 0, checked.stdout
+    assert "1 kept, 0 broken" in checked.stdout
+
+
+def test_an_arrow_that_points_up_is_noticed(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / PACKAGE.name / "text.py").open("a", encoding="utf-8") as module:
+        module.write("\n\nfrom linearpatch_kernels.calibration import Span\n")
+    checked = lint_imports(tmp_path)
+    assert checked.returncode == 1
+    assert "linearpatch_kernels.text -> linearpatch_kernels.calibration" in checked.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree, built on a machine without a compiler."""
+    source = tmp_path_factory.mktemp("source") / "project"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo-output", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    place = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", place, source],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"},
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = place.glob("*.whl")
+    return file
+
+
+def test_the_wheel_is_whole(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(about))
+        scripts = archive.read(about.replace("METADATA", "entry_points.txt")).decode()
+    sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    assert sources | {"linearpatch_kernels/py.typed"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"linearpatch_kernels"}
+    assert "linearpatch = linearpatch_kernels.cli:main" in scripts
+    assert metadata["Name"] == "linearpatch-kernels"
+    assert metadata["Version"] == linearpatch_kernels.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert any(name.endswith("LICENSE") for name in names)
+    needed = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert not any("==" in line for line in needed)
+
+
+def test_the_installed_wheel_answers(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = """
+import sys, linearpatch_kernels
+from linearpatch_kernels.cli import main
+print(linearpatch_kernels.__file__)
+sys.argv = ["linearpatch", "--help"]
+main()
+"""
+    printed = python(program, path=tmp_path)
+    assert printed.splitlines()[0].startswith(str(tmp_path))
+    assert "prune" in printed
