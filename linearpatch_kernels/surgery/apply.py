@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
-from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.modeling.patched import carried_patches, patched_model
 from linearpatch_kernels.surgery.plan import PrunePlan
 
 
@@ -26,5 +28,19 @@ def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
         if joint.patch is not None and joint.patch.dim != hidden_size(model):
             raise InputError(f"the plan's patches have width {joint.patch.dim} and the model {hidden_size(model)}")
     cut = keep_layers(model, plan.kept_layers)
-    patches = {at: joint.patch for at, joint in plan.joint_positions().items() if joint.patch is not None}
+    maps = joint_maps(model, plan)
+    patches = {at: maps[joint.span] for at, joint in plan.joint_positions().items() if joint.span in maps}
     return patched_model(cut, patches) if patches else cut
+
+
+def joint_maps(model: PreTrainedModel, plan: PrunePlan) -> dict[Span, nn.Module]:
+    """The map at every joint that has one: its patch, or at a plain removal what healed an earlier cut in that span.
+
+    A patch was fitted on what came before all the patches it replaces, so it stands alone.
+    """
+    carried = carried_patches(model, plan.kept_layers)
+    maps = {
+        joint.span: carried.get(at) if joint.patch is None else joint.patch
+        for at, joint in plan.joint_positions().items()
+    }
+    return {span: patch for span, patch in maps.items() if patch is not None}

@@ -20,8 +20,9 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
 from linearpatch_kernels.modeling.families import num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, fit_patch
-from linearpatch_kernels.surgery.plan import Joint, checked_spans
+from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
 
 DENSE = "dense"
 """The name under which :func:`compare_candidates` reports the model itself."""
@@ -72,7 +73,8 @@ class _Suffix:
 
     def __init__(self, model: PreTrainedModel, joints: Sequence[Joint]) -> None:
         ends = [following.span.start for following in joints[1:]]
-        self.patches = [joint.patch for joint in joints]
+        maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
+        self.patches = [maps.get(joint.span) for joint in joints]
         self.between = [
             partial_decoder(model, joint.span.end, end) for joint, end in zip(joints[:-1], ends, strict=True)
         ]

@@ -12,6 +12,7 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.surgery.selection import compare_candidates
 
 JOINTS = {
     "middle": [Joint(Span(2, 4), random_patch("hadamard"))],
@@ -134,3 +135,18 @@ def test_plans_for_another_model(model: PreTrainedModel) -> None:
         apply_plan(model, PrunePlan(7, tuple(JOINTS["middle"])))
     with pytest.raises(InputError, match="the plan's patches have width 64 and the model 48"):
         apply_plan(model, PrunePlan(6, (Joint(Span(2, 4), random_patch("dense", dim=64)),)))
+
+
+def test_plain_removal_keeps_what_heals_an_earlier_cut(model: PreTrainedModel, ids: Tensor) -> None:
+    first = Joint(Span(2, 4), random_patch("dense"))
+    once = apply_plan(model, PrunePlan(6, (first,)))
+    # Layer 2 of the pruned model is layer 4 of the dense one and carries the patch: its removal must not undo the healing.
+    again = Joint(Span(2, 3))
+    twice = apply_plan(once, PrunePlan(4, (again,)))
+    torch.testing.assert_close(logits(twice, ids), by_hand(model, ids, [Joint(Span(2, 5), first.patch)]))
+    found = compare_candidates(once, ids, {"again": [again]})["again"]
+    assert found.loss == pytest.approx(perplexity_loss(twice, ids), rel=1e-9)
+
+
+def perplexity_loss(model: PreTrainedModel, ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
