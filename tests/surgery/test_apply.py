@@ -140,7 +140,7 @@ def test_plans_for_another_model(model: PreTrainedModel) -> None:
 def test_plain_removal_keeps_what_heals_an_earlier_cut(model: PreTrainedModel, ids: Tensor) -> None:
     first = Joint(Span(2, 4), random_patch("dense"))
     once = apply_plan(model, PrunePlan(6, (first,)))
-    # Layer 2 of the pruned model is layer 4 of the dense one and carries the patch: its removal must not undo the healing.
+    # Layer 2 of the pruned model, layer 4 of the dense one, carries the patch: removing it must not undo the healing.
     again = Joint(Span(2, 3))
     twice = apply_plan(once, PrunePlan(4, (again,)))
     torch.testing.assert_close(logits(twice, ids), by_hand(model, ids, [Joint(Span(2, 5), first.patch)]))
