@@ -172,8 +172,11 @@ class CalibrationStatistics:
         }
         file = Path(path)
         temporary = file.with_name(f".{file.name}.tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
-        os.replace(temporary, file)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, fingerprint: str) -> CalibrationStatistics:

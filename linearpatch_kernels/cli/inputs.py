@@ -33,11 +33,13 @@ class Windows:
 
 def load(source: str, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
     import torch
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from linearpatch_kernels.modeling.loading import load_model
     from linearpatch_kernels.text import demo_model_path
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,13 +92,16 @@ def make_windows(
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
+    needed = samples + heldout
     extra = 0 if report_text is not None else EVALUATION_WINDOWS
     try:
-        windows = token_windows(tokenizer, calibration, length=length, count=samples + heldout + extra)
+        windows = token_windows(tokenizer, calibration, length=length, count=needed + extra)
     except InputError:
         # Too short for the report's share: what was asked for comes first.
-        extra = max(0, len(token_windows(tokenizer, calibration, length=length)) - samples - heldout) if extra else 0
-        windows = token_windows(tokenizer, calibration, length=length, count=samples + heldout + extra)
+        windows = token_windows(tokenizer, calibration, length=length, count=needed)
+        if extra:
+            windows = token_windows(tokenizer, calibration, length=length)
+            extra = min(extra, len(windows) - needed)
     shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
     evaluation: Tensor | None = shares["evaluation"]
     if report_text is not None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,7 +108,6 @@ def sweep(
             "the text leaves no windows to evaluate on: give more text, fewer --samples, or --heldout-text"
         )
     target = output.expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
     with run.stage("calibrate, fit and evaluate"):
@@ -121,7 +121,7 @@ def sweep(
                 score=score,
                 rank=rank,
                 statistics=_resumed(unfinished, identity),
-                keep=lambda statistics: statistics.save(unfinished, fingerprint=identity),
+                keep=partial(_keep, unfinished, identity),
                 batch_size=batch_size,
                 progress=run,
             )
@@ -175,6 +175,14 @@ def sweep_table(summary: Mapping[str, Any]) -> TableContent:
     ]
     title = f"Perplexity on {summary['text']} (dense: {figure(summary['dense']['perplexity'])})"
     return title, ["dropped", "span", *fits], rows
+
+
+def _keep(file: Path, fingerprint: str, statistics: CalibrationStatistics) -> None:
+    """Save what a killed sweep goes on from; where there is no room or directory for it, do without."""
+    from safetensors import SafetensorError
+
+    with contextlib.suppress(OSError, SafetensorError):
+        statistics.save(file, fingerprint=fingerprint)
 
 
 def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
