@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.hadamard_patch.reference import (
     _arithmetic_dtype,
     _check_patch_operands,
@@ -107,6 +108,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad, strict=True)
     )
 
+
+# The compiled kernels ask for the matrix H_m of a width when they first meet it.
+_matrices = torch.library.Library("linearpatch", "FRAGMENT")
+_matrices.define("paley_matrix(int d) -> Tensor")
+_matrices.impl("paley_matrix", lambda d: paley_factor(d)[0], "CompositeExplicitAutograd")
 
 _patch.register_autograd(_backward, setup_context=_save)
 batch_by_rows(_patch, rows=(0,))

@@ -114,8 +114,8 @@ static int check(const Factor& f, std::mt19937& random) {
       const int64_t size = dtype == Dtype::float32 ? 4 : 2, stride = f.d + gap;
       Floats scale(f.d), pre(f.d), post(f.d);
       for (auto* v : {&scale, &pre, &post}) for (float& a : *v) a = normal(random);
-      Floats prepared(f.d);
-      unit.widen(scale.data(), Dtype::float32, static_cast<float>(norm), prepared.data(), f.d);
+      Floats prepared(f.d + 16);
+      unit.widen(scale.data(), Dtype::float32, static_cast<float>(norm), true, prepared.data(), f.d);
       std::vector<char> x(rows * stride * size), y(rows * stride * size, 0x55);
       for (int64_t i = 0; i < rows * stride; ++i) {
         const float v = normal(random);
@@ -167,7 +167,7 @@ static double median(std::vector<double> v) {
 static void time_rows(const Factor& f, double seconds) {
   const Width& width = add_width(f.d, f.m, f.inner, f.h.data());
   const KernelTable& unit = kernels(width);
-  Floats scale(f.d, 1.0f / (f.m * f.inner));
+  Floats scale(f.d + 16, 1.0f / (f.m * f.inner));
   std::printf("%ld (m %ld) %s\n", long(f.d), long(f.m), unit.isa);
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const int64_t bytes : {int64_t{64} << 10, int64_t{16} << 20}) {

@@ -1,0 +1,9 @@
+// Everything that torch learns of the compiled kernels: loading this library registers them.
+#include <torch/csrc/stable/library.h>
+
+#include "hadamard_patch/cpu.h"
+
+STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
+  library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cpu::hadamard_patch));
+  library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cpu::hadamard_patch_out));
+}
