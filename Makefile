@@ -20,8 +20,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 demo: $(READY)
 	$(BIN)/linearpatch demo -o demo-output
 
+# One process a core, one thread a process: two threads in each of two processes wait for each other most of the time.
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
