@@ -153,6 +153,18 @@ def test_least_squares(statistics: CalibrationStatistics, states: Tensor, span: 
     assert rows.loss(patch.to_dense()) < 0.9 * rows.loss(IDENTITY)
 
 
+def test_directions_that_the_text_never_visits_stay_as_they_are(
+    dense: PreTrainedModel, windows: Tensor, hooked_states: Callable[[PreTrainedModel, Tensor], Tensor]
+) -> None:
+    """Fewer tokens than channels."""
+    span, few = Span(2, 4), windows[:1, :20]
+    statistics, rows = calibrate(dense, [few], moments=[span]), hooked_states(dense, few)[0, :, span.start]
+    unvisited = torch.linalg.svd(rows).Vh[20:]
+    for patch in (fit_least_squares(statistics, span), fit_low_rank(statistics, span, 20)):
+        torch.testing.assert_close(unvisited @ patch.to_dense(), unvisited, rtol=0, atol=1e-2)
+        assert (rows @ patch.to_dense() - rows).abs().max() > 0.1
+
+
 @spans
 @pytest.mark.parametrize("rank", RANKS)
 def test_low_rank_is_the_optimum_of_its_rank(

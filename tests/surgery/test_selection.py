@@ -58,6 +58,7 @@ def test_candidates_of_different_spans_at_once(dense: PreTrainedModel, heldout: 
         "late": (Joint(Span(4, 5), random_patch("low-rank")),),
         "early": (Joint(Span(0, 2), random_patch("hadamard")),),
         "two": (Joint(Span(1, 2), random_patch("dense")), Joint(Span(4, 6))),
+        "three": (Joint(Span(0, 1)), Joint(Span(2, 3), random_patch("dense")), Joint(Span(4, 5))),
     }
     found = compare_candidates(dense, heldout, candidates)
     for name, joints in candidates.items():
