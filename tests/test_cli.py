@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import re
@@ -570,6 +571,15 @@ def test_inspect_of_a_model_a_plan_and_a_sweep(world: World, run: Run, tmp_path:
         assert number(point["perplexity"]) in done.stdout
 
 
+def test_a_terminal_that_lacks_a_letter(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_plan(lambda plan: plan | {"calibration": {"source": "süß.txt"}})(world, tmp_path / "given")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert call("inspect", tmp_path / "given") == 0
+    terminal.flush()
+    assert "source s??.txt" in terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
 def test_doctor_names_what_is_there_and_what_is_not(run: Run) -> None:
     done = run("doctor", "--json", "-")
     assert done.status == 0
@@ -608,6 +618,28 @@ def test_json_alone_is_on_stdout(world: World, run: Run, tmp_path: Path, command
     assert "━" in done.stderr
     # The next command in the same process writes its tables where they belong.
     assert "━" in run("inspect", world.pruned).stdout
+
+
+def test_figures_go_where_they_are_sent(world: World, run: Run, tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
+    real.write_text("old")
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    assert run("inspect", world.model, "--json", link).status == 0
+    assert link.is_symlink()
+    assert json.loads(real.read_text())["model"]["num_layers"] == LAYERS
+    # A pipe, /dev/null or a terminal must not be replaced by a file.
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert run("inspect", world.model, "--json", pipe).status == 0
+    assert json.loads(os.read(reader, 1 << 16)) == json.loads(real.read_text())
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "pipe", "real.json"]
+
+
+def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
+    console.write_json(tmp_path / "figures.json", {"a": [math.inf, 1.5], "b": {"c": math.nan}})
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
 
 
 def test_help_answers_without_torch() -> None:
@@ -799,6 +831,7 @@ def test_sweep_refuses_flags_before_the_model(world: World, run: Run, empty: Pat
         (["--limit", 0], "--limit"),
         (["--tasks", ","], "task"),
         (["--json", "/nowhere/figures.json"], "/nowhere"),
+        (["--json", "/dev"], "directory"),
         (["--device", "gpu"], "cpu, cuda"),
         (["--dtype", "int8"], "float32"),
     ],
@@ -1279,6 +1312,7 @@ def test_an_unexpected_error_is_one_line_too(world: World, run: Run, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.demo
+@pytest.mark.timeout(1800)
 def test_the_demo_heals(run: Run, tmp_path: Path) -> None:
     out, figures = tmp_path / "demo", tmp_path / "figures.json"
     done = run("demo", "-o", out, "--samples", 16, "--length", 256, "--json", figures)

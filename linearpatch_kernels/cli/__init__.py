@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -49,6 +50,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a letter must not cost a result.
+        sys.stdout.reconfigure(errors="replace")
     if not problems.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     # What is not built is said by `doctor`, not before every result.

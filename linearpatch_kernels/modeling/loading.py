@@ -167,7 +167,11 @@ def _converted_gguf(path: Path) -> Path:
         raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
     converted = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
     if not is_ours(converted):
-        check_output(converted, _checked_gguf_size(path), overwrite=True)
+        size = _checked_gguf_size(path)
+        try:
+            check_output(converted, size, overwrite=True)
+        except InputError as error:
+            raise InputError(f"{error} (LINEARPATCH_CACHE names the place for converted models)") from error
         _convert_gguf(path, converted)
     return converted
 
