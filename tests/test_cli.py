@@ -484,6 +484,20 @@ def test_evaluate_measures_speed(world: World, run: Run) -> None:
     assert all(one["decode_tokens_per_second"] > 0 for one in summary["speed"].values())
 
 
+@pytest.mark.demo
+def test_evaluate_asks_questions(world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--text", world.text, "--length", 24, "--windows", 2, "--tasks", "copa", "--limit", 4]
+    done = run("evaluate", world.pruned, *arguments, "--json", "-")
+    assert done.status == 0
+    summary = json.loads(done.stdout)
+    assert summary["tasks"]["copa"]["n"] == 4
+    assert summary["tasks"]["copa"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
+    assert "Zero-shot accuracy" in done.stderr
+    assert [line for line in done.progress if line.startswith("copa")] == ["copa: 8/8"]
+    assert run("evaluate", world.pruned, *arguments).errors == []
+
+
 def test_sweep_compares_every_depth_with_every_fit(world: World, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--drop", "1-2,4", "--fits", "none,linearpatch", "-o", out, "--text", world.text, *SMALL]

@@ -76,9 +76,9 @@ _INTERRUPTED = 130
 def _one_line(error: Exception) -> str:
     if isinstance(error, TyperException):
         return " ".join(error.format_message().split())
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return "out of memory: use --batch-size 1, a smaller --length, or --dtype bfloat16"
-    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+    return f"{': '.join(filter(None, [type(error).__name__, text[:300]]))} (--debug shows where)"

@@ -42,7 +42,8 @@ class Reporter:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._bar: Progress | None = None
-        self._last_line = 0.0
+        self._last_line = ""
+        self._last_time = time.monotonic()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -57,9 +58,11 @@ class Reporter:
     def __call__(self, description: str, done: int, total: int) -> None:
         if problems.is_terminal:
             self._draw(description, done, total)
-        elif done >= total or time.monotonic() - self._last_line > _PLAIN_INTERVAL:
-            self._last_line = time.monotonic()
-            problems.print(f"{description}: {done}/{total}" if total else f"{description}: {done}")
+        elif done >= total or time.monotonic() - self._last_time > _PLAIN_INTERVAL:
+            line = f"{description}: {done}/{total}" if total else f"{description}: {done}"
+            if line != self._last_line:
+                problems.print(line)
+            self._last_line, self._last_time = line, time.monotonic()
 
     def _draw(self, description: str, done: int, total: int) -> None:
         if self._bar is None or self._bar.tasks[0].description != description:

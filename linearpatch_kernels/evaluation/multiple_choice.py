@@ -201,9 +201,11 @@ def _harness(model: Any, tokenizer: Any, batch_size: int, progress: Progress | N
 def _quietly() -> Iterator[None]:
     """No bars and remarks of lm-eval and datasets: whoever called shows progress in one way only."""
     import datasets
+    from lm_eval import evaluator
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     bars, original = datasets.are_progress_bars_disabled(), tqdm.__init__
+    commit = evaluator.get_git_commit_hash
     logger = logging.getLogger("lm_eval")
     level = logger.level
 
@@ -211,12 +213,15 @@ def _quietly() -> Iterator[None]:
         original(self, *args, **{**kwargs, "disable": True})
 
     tqdm.__init__ = disabled
+    # It asks git, which complains where there is no repository.
+    evaluator.get_git_commit_hash = lambda: None
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         tqdm.__init__ = original
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
