@@ -135,6 +135,14 @@ def _load_weights(source: str, place: str, dtype: torch.dtype | None, **options:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{source} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
+    layers = num_layers(model)
+    beyond = [
+        key for key in info["unexpected_keys"] if any(int(n) >= layers for n in re.findall(r"layers\.(\d+)\.", key))
+    ]
+    if beyond:
+        raise InputError(
+            f"{source} has weights of more layers than the {layers} of its config: restore its config.json"
+        )
     return model
 
 

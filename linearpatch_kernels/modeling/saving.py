@@ -55,7 +55,7 @@ def check_output(directory: str | os.PathLike[str], needed_bytes: int = 0, overw
         if not is_ours(target):
             raise InputError(f"{directory} exists and is not an output of linearpatch: give another directory")
         if not overwrite:
-            raise InputError(f"{directory} holds an earlier output: pass --overwrite, or give another directory")
+            raise InputError(f"{directory} holds an earlier output: pass overwrite=True, or give another directory")
     if target.is_mount():
         raise InputError(f"{directory} is a mount point, which cannot be replaced whole: give a directory inside it")
     parent = next(path for path in target.parents if path.exists())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_weights_that_are_missing_or_of_another_shape(copied: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"] = removed[1:].contiguous()
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     assert "copied cannot be loaded:" in refusal(copied)
+
+
+def test_a_config_of_fewer_layers_than_the_weights(copied: Path) -> None:
+    """Transformers would load the first layers and say nothing that stops anyone: a silently cut model."""
+    config = json.loads((copied / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (copied / "config.json").write_text(json.dumps(config))
+    assert "weights of more layers than the" in refusal(copied)
 
 
 def test_a_tokenizer_of_another_model(copied: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_disk_that_is_too_small_is_told_up_front(tmp_path: Path) -> None:
 def test_an_earlier_output_is_replaced_only_when_asked(llama: PreTrainedModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     save_checkpoint(llama, None, out, extra_files={"old.txt": "old"})
-    with pytest.raises(InputError, match="holds an earlier output: pass --overwrite"):
+    with pytest.raises(InputError, match="holds an earlier output: pass overwrite=True"):
         save_checkpoint(llama, None, out)
     save_checkpoint(llama, None, out, overwrite=True, extra_files={"new.txt": "new"})
     assert {"new.txt", "config.json"} <= contents(out).keys()
