@@ -84,8 +84,9 @@ def make_windows(
     samples: int,
     heldout: int,
     length: int,
+    report: int = EVALUATION_WINDOWS,
 ) -> Windows:
-    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the report.
+    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the ``report``.
 
     InputError where the text is too short, or where the model lacks one of its tokens or so many positions.
     """
@@ -93,7 +94,7 @@ def make_windows(
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
     needed = samples + heldout
-    extra = 0 if report_text is not None else EVALUATION_WINDOWS
+    extra = 0 if report_text is not None else report
     try:
         windows = token_windows(tokenizer, calibration, length=length, count=needed + extra)
     except InputError:
@@ -105,9 +106,9 @@ def make_windows(
     shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
     evaluation: Tensor | None = shares["evaluation"]
     if report_text is not None:
-        evaluation = token_windows(tokenizer, report_text, length=length, count=EVALUATION_WINDOWS)
-    elif extra < EVALUATION_WINDOWS:
-        problems.print(f"note: the text leaves {extra} windows of {EVALUATION_WINDOWS} for the report's figures")
+        evaluation = token_windows(tokenizer, report_text, length=length, count=report)
+    elif extra < report:
+        problems.print(f"note: the text leaves {extra} windows of {report} for the report's figures")
     for share in (windows, evaluation):
         if share is not None and len(share):
             check_windows(model, share)

@@ -62,6 +62,9 @@ def sweep(
     heldout_text: HeldoutText = None,
     samples: Samples = 64,
     length: Length = 512,
+    evaluation_windows: Annotated[
+        int, typer.Option("--windows", metavar="N", min=1, help="Held-out windows that every n and fit is evaluated on.")
+    ] = 8,
     json_file: JsonFile = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -102,6 +105,7 @@ def sweep(
             samples=samples,
             heldout=0,
             length=length,
+            report=evaluation_windows,
         )
     if windows.evaluation is None:
         raise InputError(
