@@ -63,7 +63,8 @@ def sweep(
     samples: Samples = 64,
     length: Length = 512,
     evaluation_windows: Annotated[
-        int, typer.Option("--windows", metavar="N", min=1, help="Held-out windows that every n and fit is evaluated on.")
+        int,
+        typer.Option("--windows", metavar="N", min=1, help="Held-out windows that every n and fit is evaluated on."),
     ] = 8,
     json_file: JsonFile = None,
     dtype: Dtype = "auto",
