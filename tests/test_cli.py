@@ -501,7 +501,7 @@ def test_evaluate_asks_questions(world: World, run: Run, tmp_path: Path, monkeyp
 def test_sweep_compares_every_depth_with_every_fit(world: World, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--drop", "1-2,4", "--fits", "none,linearpatch", "-o", out, "--text", world.text, *SMALL]
-    done = run("sweep", world.model, *arguments)
+    done = run("sweep", world.model, "--windows", 16, *arguments)
     assert done.status == 0
     assert done.errors == []
     summary = json.loads((out / "sweep.json").read_text())

@@ -57,7 +57,7 @@ def demo(
     for place in places.values():
         check_output(place, overwrite=True)
     run = Reporter()
-    calibration, report_text, source, report_source = read_texts(None, None)
+    texts = read_texts(None, None)
     with run.stage("load the model"):
         dense, tokenizer = load("demo", "float32", None, False)
     check_drop(drop, num_layers_of(dense))
@@ -66,10 +66,7 @@ def demo(
         windows = make_windows(
             dense,
             tokenizer,
-            calibration,
-            report_text,
-            source,
-            report_source,
+            texts,
             samples=samples,
             heldout=heldout_windows(samples),
             length=length,
@@ -131,7 +128,7 @@ def demo(
     save_files(places["report"], report, overwrite=True)
     for table in candidates_table(pruning.plan):
         print_table(*table)
-    print_quality(found, report_source)
+    print_quality(found, texts.report_source)
     rows = [
         [name, str(num_layers_of(one)), f"{model_size(one).parameters / 1e6:.1f} M"]
         + [f"{getattr(speeds[name], key):,.0f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")]

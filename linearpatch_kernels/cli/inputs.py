@@ -52,20 +52,27 @@ def load(source: str, dtype: str, device: str | None, trust_remote_code: bool) -
     return model, tokenizer
 
 
-def read_texts(
-    text: Path | None, heldout_text: Path | None
-) -> tuple[str | list[str], str | list[str] | None, str, str]:
-    """Calibration text, the report's own text (None: what is left of the first), and a name for each."""
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""
+
+    calibration: str | list[str]
+    report: str | list[str] | None
+    source: str
+    report_source: str
+
+
+def read_texts(text: Path | None, heldout_text: Path | None) -> Texts:
+    """The texts that the flags name; without ``--text`` the demo's."""
     from linearpatch_kernels.text import demo_text, read_text
 
     if text is not None:
-        calibration: str | list[str] = read_text(text)
-        source, report_source = text.name, f"unused windows of {text.name}"
+        texts = Texts(read_text(text), None, text.name, f"unused windows of {text.name}")
     else:
-        calibration, source, report_source = demo_text("calibration"), "BoolQ passages", "LAMBADA passages"
-    if heldout_text is not None:
-        return calibration, read_text(heldout_text), source, heldout_text.name
-    return calibration, None if text is not None else demo_text("heldout"), source, report_source
+        texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
+    if heldout_text is None:
+        return texts
+    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=heldout_text.name)
 
 
 def heldout_windows(samples: int) -> int:
@@ -76,10 +83,7 @@ def heldout_windows(samples: int) -> int:
 def make_windows(
     model: PreTrainedModel,
     tokenizer: Any,
-    calibration: str | list[str],
-    report_text: str | list[str] | None,
-    source: str,
-    report_source: str,
+    texts: Texts,
     *,
     samples: int,
     heldout: int,
@@ -94,27 +98,27 @@ def make_windows(
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
     needed = samples + heldout
-    extra = 0 if report_text is not None else report
+    extra = 0 if texts.report is not None else report
     try:
-        windows = token_windows(tokenizer, calibration, length=length, count=needed + extra)
+        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed + extra)
     except InputError:
         # Too short for the report's share: what was asked for comes first.
-        windows = token_windows(tokenizer, calibration, length=length, count=needed)
+        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed)
         if extra:
-            windows = token_windows(tokenizer, calibration, length=length)
+            windows = token_windows(tokenizer, texts.calibration, length=length)
             extra = min(extra, len(windows) - needed)
     shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
     evaluation: Tensor | None = shares["evaluation"]
-    if report_text is not None:
-        evaluation = token_windows(tokenizer, report_text, length=length, count=report)
+    if texts.report is not None:
+        evaluation = token_windows(tokenizer, texts.report, length=length, count=report)
     elif extra < report:
         problems.print(f"note: the text leaves {extra} windows of {report} for the report's figures")
     for share in (windows, evaluation):
         if share is not None and len(share):
             check_windows(model, share)
     about = {
-        "source": source,
-        "text": fingerprint_text(calibration),
+        "source": texts.source,
+        "text": fingerprint_text(texts.calibration),
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "samples": samples,
         "heldout": heldout,
@@ -122,7 +126,11 @@ def make_windows(
     }
     held = shares["heldout"] if heldout else None
     return Windows(
-        shares["fit"], held, evaluation if evaluation is not None and len(evaluation) else None, about, report_source
+        shares["fit"],
+        held,
+        evaluation if evaluation is not None and len(evaluation) else None,
+        about,
+        texts.report_source,
     )
 
 

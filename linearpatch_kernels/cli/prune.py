@@ -109,7 +109,7 @@ def prune(
     check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
-    calibration, report_text, source, report_source = read_texts(text, heldout_text)
+    texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         dense, tokenizer = load(model, dtype, device, trust_remote_code)
     layers = num_layers_of(dense)
@@ -122,10 +122,7 @@ def prune(
         windows = make_windows(
             dense,
             tokenizer,
-            calibration,
-            report_text,
-            source,
-            report_source,
+            texts,
             samples=samples,
             heldout=heldout_windows(samples) if fit == AUTO or score == LOSS else 0,
             length=length,

@@ -90,7 +90,7 @@ def sweep(
     check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
-    calibration, report_text, source, report_source = read_texts(text, heldout_text)
+    texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         dense, tokenizer = load(model, dtype, device, trust_remote_code)
     for count in drops:
@@ -99,10 +99,7 @@ def sweep(
         windows = make_windows(
             dense,
             tokenizer,
-            calibration,
-            report_text,
-            source,
-            report_source,
+            texts,
             samples=samples,
             heldout=0,
             length=length,
@@ -141,7 +138,7 @@ def sweep(
     data = ReportData(
         title=f"{title_of(model)}: quality against depth",
         steps=[
-            f"Calibrated once on {samples} windows of {length} tokens from {source}.",
+            f"Calibrated once on {samples} windows of {length} tokens from {texts.source}.",
             f"Chose the span of every n by {score}; fitted {', '.join(names)}.",
         ],
         quality=rows,
