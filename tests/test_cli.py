@@ -1108,7 +1108,7 @@ def test_sweep_refuses_what_does_not_fit_the_model(
     monkeypatch.chdir(tmp_path)
     done = run("sweep", world.model, "-o", empty / "out", "--text", world.text, *SMALL, *flags)
     assert says in refusal(done)
-    assert done.progress in ([], ["note: the text leaves 0 windows of 16 for the report's figures"])
+    assert done.progress in ([], ["note: the text leaves 0 windows of 8 for the report's figures"])
 
 
 def test_evaluate_refuses_what_does_not_fit(world: World, run: Run, tmp_path: Path) -> None:
