@@ -5,8 +5,8 @@ before the final norm. Removing the span [start, end) replaces the residual stre
 at depth ``start``, so pairs of depths are all that scores and fits ask about. :func:`calibrate` looks at every depth
 of every window once and keeps sums; nothing of the text's size is stored.
 
-The first token of a window is told apart. In most decoders it is an attention sink whose norm is hundreds of times
-that of the others, so that a mean with it and a mean without it can disagree; both are kept (:class:`Positions`).
+The first token of a window is told apart. In many decoders it is an attention sink whose norm is a multiple
+of the others', so that a mean with it and a mean without it can disagree; both are kept (:class:`Positions`).
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Moments:
     """Second moments between two depths a and b, every token weighted by 1 / |x_b|^2 (float64).
 
     With rows x_a, x_b of the same token t: ``xx = sum_t w_t x_a^T x_a``, ``xy = sum_t w_t x_a^T x_b`` (both [d, d]) and
-    ``yy = sum_t w_t |x_b|^2``, which is the number of tokens. The weight makes every token count the same although the
-    first one's norm is hundreds of times that of the others, and is what the next RMSNorm does to an error anyway.
+    ``yy = sum_t w_t |x_b|^2``, which is the number of tokens. The weight makes every token count the same, also
+    an attention sink whose norm would drown the others, and is what the next RMSNorm does to an error anyway.
     """
 
     xx: Tensor

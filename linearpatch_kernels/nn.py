@@ -328,7 +328,7 @@ class TopKKLLoss(nn.Module):
 class LinearTopKKLLoss(TopKKLLoss):
     """`linearpatch_kernels.linear_topk_kl_loss` with its options fixed: takes the head's input and weight."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # the same options, other inputs
         self, hidden: Tensor, weight: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         return linear_topk_kl_loss(

@@ -286,8 +286,8 @@ _NOT_IDENTITY = {"transformers_version", "architectures", "auto_map", "dtype", "
 def fingerprint_model(model: nn.Module) -> str:
     """16 hex digits of a model: its config as JSON, and of each tensor its name, shape, dtype and 32 strided values.
 
-    Cheap on purpose (well under a second for billions of parameters): two models that differ in a few weights only may
-    share a fingerprint; another training run, dtype, depth or patch does not. Saving and loading keeps it.
+    Cheap on purpose (it reads 32 values of a tensor, whatever its size): two models that differ in a few weights only
+    may share a fingerprint; another training run, dtype, depth or patch does not. Saving and loading keeps it.
     """
     return _digest(_model_parts(model))
 

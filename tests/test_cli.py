@@ -285,7 +285,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
             reporter("calibrating", done, 5)
     reporter("evaluating", 1, 2)
     reporter.close()
-    drawn = terminal.file.getvalue()  # type: ignore[attr-defined]
+    drawn = terminal.file.getvalue()  # type: ignore[attr-defined]  # set by the test
     assert "calibrating" in drawn
     assert "━" in drawn
     assert "4/5" in drawn
@@ -591,7 +591,7 @@ def test_a_terminal_that_lacks_a_letter(world: World, tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "stdout", terminal)
     assert call("inspect", tmp_path / "given") == 0
     terminal.flush()
-    assert "source s??.txt" in terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "source s??.txt" in terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]  # set by the test
 
 
 def test_doctor_names_what_is_there_and_what_is_not(run: Run) -> None:

@@ -61,7 +61,7 @@ def demo(
     with run.stage("load the model"):
         dense, tokenizer = load("demo", "float32", None, False)
     check_drop(drop, num_layers_of(dense))
-    check_output(output, 2 * parameter_bytes(dense), overwrite=True) if not output.exists() else None
+    check_output(places["healed (auto)"], 2 * parameter_bytes(dense), overwrite=True)
     with run.stage("tokenise"):
         windows = make_windows(
             dense,

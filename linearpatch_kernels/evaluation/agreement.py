@@ -175,8 +175,9 @@ def compare_quality(
         for _, batch in batches(windows, batch_size, "evaluating", progress):
             teacher_logits = None if teacher is None else model_logits(teacher, batch)
             for name, model in models.items():
-                logits = teacher_logits if model is teacher and teacher is not None else model_logits(model, batch)
-                meters[name].update(logits, batch, teacher_logits)  # type: ignore[arg-type]
+                known = teacher_logits if model is teacher else None
+                logits = model_logits(model, batch) if known is None else known
+                meters[name].update(logits, batch, teacher_logits)
     return {name: meter.result() for name, meter in meters.items()}
 
 

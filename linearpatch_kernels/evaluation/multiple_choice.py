@@ -202,7 +202,7 @@ def _quietly() -> Iterator[None]:
     """No bars and remarks of lm-eval and datasets: whoever called shows progress in one way only."""
     import datasets
     from lm_eval import evaluator
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
     bars, original = datasets.are_progress_bars_disabled(), tqdm.__init__
     commit = evaluator.get_git_commit_hash

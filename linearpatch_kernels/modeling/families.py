@@ -140,7 +140,7 @@ def hidden_size(model: nn.Module) -> int:
 def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = False, norm: bool = False) -> nn.Module:
     """A view of the decoder that runs only the layers ``[start, end)``.
 
-    It shares every parameter with ``model``, changes nothing in it, and costs about a millisecond. Call it as
+    It shares every parameter with ``model``, changes nothing in it, and copies no tensor. Call it as
     ``view(inputs_embeds=h, use_cache=False).last_hidden_state`` with h ``[batch, tokens, d]``, the stream entering
     layer ``start`` (or with ``input_ids=`` where ``embed``); ``attention_mask`` and ``position_ids`` are as in the
     whole decoder. With ``norm=False`` the final norm is left out: the result is the stream entering layer ``end``.

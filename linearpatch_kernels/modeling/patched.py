@@ -59,7 +59,7 @@ class PatchedPreTrained:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in Transformers, but a checkpoint whose patch weights are not those its config names raises."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]  # a mixin
         keys = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
         wrong = sorted(key for key in keys if re.search(r"layers\.\d+\.(output_)?patch\.", key))
         if wrong:
@@ -70,7 +70,7 @@ class PatchedPreTrained:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, and the modeling file with which the directory loads where this package is missing."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # a mixin
         Path(save_directory, "modeling_linearpatch.py").write_text(self.own_code(), encoding="utf-8")
 
 
@@ -125,7 +125,7 @@ def patched_classes(
 
     class Decoder(PatchedPreTrained, stock_decoder):
         config_class = Config
-        _no_split_modules = [stock_layer.__name__, "LinearPatch" + stock_layer.__name__]  # noqa: RUF012
+        _no_split_modules = [stock_layer.__name__, "LinearPatch" + stock_layer.__name__]  # noqa: RUF012 - as in the stock class
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

@@ -25,8 +25,8 @@ DEFAULT_RANK = 64
 # Relative to the mean eigenvalue of the second moments: enough for directions that the text never visited, too little
 # to be seen in the others.
 _RIDGE = 1e-4
-# On SmolLM2-135M the loss on the text that was calibrated on is flat between 0.7 and 1, on another text it falls down
-# to 0.6.
+# `python -m benchmarks.shrinkage`: on SmolLM2-135M the held-out loss is lowest between 0.75 and 0.85 on the text that was
+# calibrated on, and around 0.6 on another.
 SHRINKAGE = 0.75
 
 
@@ -82,8 +82,7 @@ def fit_hadamard_low_rank(statistics: CalibrationStatistics, span: Span, rank: i
     """P = H diag(s) H^T + down up: one turn of alternating least squares from :func:`fit_low_rank` (s = 1) on.
 
     Given a low-rank term, the best s is the ratio of covariance to variance, per channel of the Hadamard domain, of
-    what that term leaves; then the low-rank term is fitted again. More turns lower the sum further and the held-out
-    loss no more.
+    what that term leaves; then the low-rank term is fitted again.
     """
     moments = _moments(statistics, span)
     width = statistics.width

@@ -120,7 +120,7 @@ def _check_rank(model: PreTrainedModel, rank: int, fits: Sequence[str]) -> None:
 
 
 def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
-    """The best spans of the cosine: healed, one of its neighbours may well be better, a far one never was."""
+    """The best spans of the cosine, for the model itself to judge: running all of them would cost a pass each."""
     return list(score_spans(statistics, drop, "cosine"))[:_SHORT_LIST]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -67,15 +68,15 @@ def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
 def joint_magnitudes(model: PreTrainedModel, windows: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """Mean |x| per channel [d] over ``windows`` [W, T]: before the patch, after it, and what the layer behind expects.
 
-    The first token of each window is left out: it is hundreds of times the others in most models and would be all one
-        sees.
+    The first token of each window is left out: where it is an attention sink it would be all one sees.
     """
+    patch = copy.deepcopy(joint.patch).cpu() if joint.patch is not None else None
     with evaluation_mode(model):
         sums = [torch.zeros((), dtype=torch.float64)] * 3
         for window in windows.split(1):
             states = residual_stream(model, window, list(joint.span))
             before, target = (states[depth][:, 1:].float().cpu() for depth in joint.span)
-            after = before if joint.patch is None else joint.patch.cpu()(before)
+            after = before if patch is None else patch(before)
             sums = [
                 total + x.abs().double().mean(dim=(0, 1))
                 for total, x in zip(sums, (before, after, target), strict=True)

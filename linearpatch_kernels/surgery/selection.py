@@ -19,7 +19,7 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Span, residua
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
-from linearpatch_kernels.modeling.families import num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
@@ -74,7 +74,7 @@ class _Suffix:
     def __init__(self, model: PreTrainedModel, joints: Sequence[Joint]) -> None:
         ends = [following.span.start for following in joints[1:]]
         maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
-        self.patches = [maps.get(joint.span) for joint in joints]
+        self.patches = [_as_built(model, joint, maps.get(joint.span)) for joint in joints]
         self.between = [
             partial_decoder(model, joint.span.end, end) for joint, end in zip(joints[:-1], ends, strict=True)
         ]
@@ -82,15 +82,19 @@ class _Suffix:
 
     def __call__(self, state: Tensor) -> Tensor:
         for patch, part in zip(self.patches, [*self.between, None], strict=True):
-            state = state if patch is None else _as_built(patch, state)(state)
+            state = state if patch is None else patch(state)
             if part is not None:
                 state = part(inputs_embeds=state, use_cache=False).last_hidden_state
         return self.last(inputs_embeds=state, use_cache=False).logits
 
 
-def _as_built(patch: nn.Module, state: Tensor) -> nn.Module:
-    """A copy as the pruned model will hold it, in the dtype of its other parameters; the joint keeps its own."""
-    return copy.deepcopy(patch).to(state.device, state.dtype)
+def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> nn.Module | None:
+    """A copy as the pruned model will hold it, where and in the dtype of the layer behind; the joint keeps its own."""
+    if patch is None:
+        return None
+    layers = decoder_layers(model)
+    place = next(layers[min(joint.span.end, len(layers) - 1)].parameters())
+    return copy.deepcopy(patch).to(place.device, place.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

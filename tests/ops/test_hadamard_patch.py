@@ -333,7 +333,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.shapes: list[torch.Size] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch calls it
         if func is OPS.hadamard_patch.default:
             self.shapes.append(args[0].shape)
         return func(*args, **(kwargs or {}))
@@ -451,4 +451,4 @@ def test_bad_operands_of_the_norm(residual: Tensor, norm: Tensor, message: str) 
 
 def test_tensors_are_keyword_only_in_python() -> None:
     with pytest.raises(TypeError):
-        hadamard_patch(torch.randn(2, 12), torch.randn(12), torch.randn(12))  # type: ignore[misc]
+        hadamard_patch(torch.randn(2, 12), torch.randn(12), torch.randn(12))  # type: ignore[misc]  # the mistake under test

@@ -330,7 +330,7 @@ class LargestTensor(TorchDispatchMode):
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch calls it
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -431,7 +431,7 @@ def test_gradient_that_was_not_computed_is_refused() -> None:
 class GradientFlags(TorchDispatchMode):
     flags: tuple[bool, ...] = ()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch calls it
         if func is OPS.linear_topk_kl_loss.default:
             self.flags = tuple(args[-3:])
         return func(*args, **(kwargs or {}))
