@@ -5,5 +5,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
   library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cpu::hadamard_patch));
+  library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cpu::hadamard_patch_backward));
+  library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cpu::add_patch_rms_norm));
   library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cpu::hadamard_patch_out));
 }

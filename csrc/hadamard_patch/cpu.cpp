@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "width.h"
@@ -31,10 +32,13 @@ std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+// An operator with a result, or several, all of them tensors.
 template <size_t arguments>
-Tensor call(const char* name, std::array<StableIValue, arguments> stack) {
+std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results = 1) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  std::vector<Tensor> tensors;
+  for (size_t i = 0; i < results; ++i) tensors.push_back(to<Tensor>(stack[i]));
+  return tensors;
 }
 
 Tensor empty_contiguous(const Tensor& like) {
@@ -97,6 +101,7 @@ void check_operands(const Tensor& x, const Tensor& scale, const Optional& pre, c
                     const Optional& up) {
   if (x.dim() == 0 || !floating(x)) refuse("hadamard_patch needs a floating x [..., d], not " + described(x));
   const int64_t d = x.size(x.dim() - 1);
+  if (d < 1) refuse("a Hadamard matrix needs a width of at least 1, not 0");
   check_vector("scale", scale, d);
   if (pre) check_vector("pre_scale", *pre, d);
   if (post) check_vector("post_scale", *post, d);
@@ -110,10 +115,17 @@ void check_operands(const Tensor& x, const Tensor& scale, const Optional& pre, c
            described(*up));
 }
 
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  const auto sizes = x.sizes(), other = t.sizes();
+  if (sizes.size() != other.size() || !std::equal(sizes.begin(), sizes.end(), other.begin()) ||
+      t.scalar_type() != x.scalar_type() || !t.is_cpu())
+    refuse(std::string(name) + " must be " + described(x) + " as x is, not " + described(t));
+}
+
 // Which matrix belongs to a width is number theory, and stays in Python: asked once for each width.
 const Width& width_of(int64_t d) {
   if (const Width* known = find_width(d)) return *known;
-  const Tensor h = torch::stable::contiguous(call<1>("linearpatch::paley_matrix", {from(d)}));
+  const Tensor h = torch::stable::contiguous(call<1>("linearpatch::paley_matrix", {from(d)})[0]);
   if (h.dim() != 2 || h.size(0) != h.size(1) || h.size(0) < 1 || d % h.size(0) || h.scalar_type() != ScalarType::Char)
     refuse("linearpatch::paley_matrix(" + std::to_string(d) + ") must be int8 [m, m] with an m that divides it");
   // The order m 2^k is the largest that divides d, so k is.
@@ -121,47 +133,60 @@ const Width& width_of(int64_t d) {
   return add_width(d, m, inner, static_cast<const int8_t*>(h.const_data_ptr()));
 }
 
-// v [d] in float32 at `out`, times a factor, and folded where it is to be a scale.
-void widen_vector(const KernelTable& unit, const Tensor& v, float factor, bool fold, float* out) {
-  const int64_t d = v.size(0);
-  const Tensor values = d > 1 && v.stride(0) != 1 ? torch::stable::contiguous(v) : v;
-  if (const auto dtype = kernel_dtype(values)) return unit.widen(values.const_data_ptr(), *dtype, factor, fold, out, d);
-  std::vector<float> narrowed(d);
-  std::copy_n(static_cast<const double*>(values.const_data_ptr()), d, narrowed.begin());
-  unit.widen(narrowed.data(), Dtype::float32, factor, fold, out, d);
+bool rows_are_contiguous(const Tensor& t) {
+  return t.numel() == 0 || t.size(t.dim() - 1) < 2 || t.stride(t.dim() - 1) == 1;
 }
 
-// The leading dimensions of x and y as at most two strides in common, or none if they take more.
-struct Leading {
+// Tensors of one shape [..., d] row by row: their leading dimensions as at most two strides in common.
+template <size_t count>
+struct Layout {
   int64_t rows = 1, run = 1;
-  std::array<int64_t, 2> outer{}, inner{};
+  std::array<int64_t, count> outer{}, inner{};
 };
 
-std::optional<Leading> leading_dimensions(const Tensor& x, const Tensor& y) {
+template <size_t count>
+std::optional<Layout<count>> common_layout(const std::array<Tensor, count>& tensors) {
   struct Dimension {
     int64_t size;
-    std::array<int64_t, 2> stride;
+    std::array<int64_t, count> stride;
   };
+  for (const Tensor& t : tensors)
+    if (!rows_are_contiguous(t)) return std::nullopt;
   std::vector<Dimension> merged;
-  Leading result;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    const Dimension next{x.size(i), {x.stride(i), y.stride(i)}};
-    result.rows *= next.size;
+  Layout<count> layout;
+  for (int64_t i = 0; i + 1 < tensors[0].dim(); ++i) {
+    Dimension next{tensors[0].size(i), {}};
+    layout.rows *= next.size;
     if (next.size == 1) continue;
-    const auto continues = [&](int t) { return merged.back().stride[t] == next.stride[t] * next.size; };
-    if (!merged.empty() && continues(0) && continues(1))
+    bool continues = !merged.empty();
+    for (size_t t = 0; t < count; ++t) {
+      next.stride[t] = tensors[t].stride(i);
+      continues = continues && merged.back().stride[t] == next.stride[t] * next.size;
+    }
+    if (continues)
       merged.back() = {merged.back().size * next.size, next.stride};
     else
       merged.push_back(next);
   }
-  if (merged.size() > 2) return std::nullopt;
-  result.run = std::max<int64_t>(result.rows, 1);
-  if (merged.size() == 2) result.outer = merged[0].stride;
-  if (!merged.empty()) result.inner = merged.back().stride, result.run = std::max<int64_t>(merged.back().size, 1);
-  return result;
+  if (layout.rows && merged.size() > 2) return std::nullopt;
+  layout.run = std::max<int64_t>(merged.empty() ? layout.rows : merged.back().size, 1);
+  if (merged.size() > 1) layout.outer = merged[0].stride;
+  if (!merged.empty()) layout.inner = merged.back().stride;
+  return layout;
 }
 
-bool rows_are_contiguous(const Tensor& t) { return t.size(t.dim() - 1) < 2 || t.stride(t.dim() - 1) == 1; }
+// The same after copies of the first tensors, the inputs, where it takes them; the others are contiguous already.
+template <size_t count>
+Layout<count> layout_with_copies(std::array<Tensor, count>& tensors, size_t inputs) {
+  if (const auto layout = common_layout(tensors)) return *layout;
+  for (size_t i = 0; i < inputs; ++i) tensors[i] = torch::stable::contiguous(tensors[i]);
+  return *common_layout(tensors);
+}
+
+template <size_t count>
+Rows rows(const Layout<count>& layout, const std::array<Tensor, count>& tensors, size_t i) {
+  return {const_cast<void*>(tensors[i].const_data_ptr()), layout.outer[i], layout.inner[i]};
+}
 
 // First and last byte that a tensor touches.
 std::pair<const char*, const char*> extent(const Tensor& t) {
@@ -182,67 +207,255 @@ bool safe_together(const Tensor& x, const Tensor& y) {
 
 // --- the operators ---
 
-void patch_into(const Tensor& x, const Tensor& scale, const Optional& pre, const Optional& post, const Tensor& y) {
+// The vectors of a call in float32, in this thread's memory, and its low-rank term.
+class Operands {
+ public:
+  Operands(const Width& width, const KernelTable& unit, int64_t count) : width_(width), unit_(unit) {
+    place_ = operands.at_least(count * stride());
+  }
+
+  // v in float32 times a factor, folded if it is to be the patch's scale; null stays null.
+  const float* vector(const Optional& v, float factor = 1.0f, bool fold = false) {
+    if (!v) return nullptr;
+    const Tensor values = width_.d > 1 && v->stride(0) != 1 ? torch::stable::contiguous(*v) : *v;
+    float* const out = place_;
+    place_ += stride();
+    if (const auto dtype = kernel_dtype(values)) {
+      unit_.widen(values.const_data_ptr(), *dtype, factor, fold, out, width_.d);
+    } else {
+      std::vector<float> narrowed(width_.d);
+      std::copy_n(static_cast<const double*>(values.const_data_ptr()), width_.d, narrowed.begin());
+      unit_.widen(narrowed.data(), Dtype::float32, factor, fold, out, width_.d);
+    }
+    return out;
+  }
+
+  // The square of H's norm: the kernels' matrices have entries +-1.
+  float norm() const { return 1.0f / static_cast<float>(width_.m * width_.inner); }
+
+  LowRank low_rank(const Optional& down, const Optional& up) {
+    if (!down || down->size(1) == 0) return {};
+    const int64_t rank = down->size(1), ranks = (rank + unit_.lanes - 1) / unit_.lanes * unit_.lanes;
+    down_ = rank == ranks ? *down : torch::stable::new_zeros(*down, {width_.d, ranks}, ScalarType::Float);
+    if (rank != ranks) {
+      Tensor part = torch::stable::narrow(down_, 1, 0, rank);
+      torch::stable::copy_(part, *down);
+    }
+    down_ = readable(down_);
+    up_ = readable(*up);
+    return {rank, ranks, down_.const_data_ptr(), up_.const_data_ptr(), *kernel_dtype(down_), *kernel_dtype(up_)};
+  }
+
+ private:
+  static constexpr int64_t beyond = 16;  // a kernel may read a vector more than a row of scales
+  int64_t stride() const { return (width_.d + 2 * beyond - 1) / beyond * beyond; }
+  static Tensor readable(const Tensor& t) {
+    return torch::stable::contiguous(kernel_dtype(t) ? t : torch::stable::to(t, ScalarType::Float));
+  }
+
+  const Width& width_;
+  const KernelTable& unit_;
+  float* place_;
+  Tensor down_, up_;
+};
+
+template <class Work>
+void over_rows(int64_t count, int64_t d, int64_t floats, const Work& work) {
+  const int64_t rows_per_thread = std::max<int64_t>(1, kElementsPerThread / d);
+  if (count <= rows_per_thread) return work(0, count, scratch.at_least(floats));
+  torch::stable::parallel_for(0, count, rows_per_thread,
+                              [&](int64_t begin, int64_t end) { work(begin, end, scratch.at_least(floats)); });
+}
+
+// --- the operators ---
+
+void patch_into(const Tensor& x, const Tensor& scale, const Optional& pre, const Optional& post, const Optional& down,
+                const Optional& up, Tensor y) {
+  if (x.numel() == 0) return;
+  const auto layout = common_layout<2>({x, y});
+  if (!layout || !safe_together(x, y)) {
+    const Tensor apart = empty_contiguous(x);
+    patch_into(torch::stable::contiguous(x), scale, pre, post, down, up, apart);
+    torch::stable::copy_(y, apart);
+    return;
+  }
   const int64_t d = x.size(x.dim() - 1);
   const Width& width = width_of(d);
   const KernelTable& unit = kernels(width);
-  const auto dtype = *kernel_dtype(x);
-  if (!rows_are_contiguous(x)) return patch_into(torch::stable::contiguous(x), scale, pre, post, y);
-  const auto leading = leading_dimensions(x, y);
-  if (!leading || !rows_are_contiguous(y) || !safe_together(x, y)) {
-    const Tensor apart = empty_contiguous(x);
-    patch_into(leading ? x : torch::stable::contiguous(x), scale, pre, post, apart);
-    torch::stable::copy_(const_cast<Tensor&>(y), apart);
-    return;
-  }
+  Operands given(width, unit, 3);
+  PatchCall call{};
+  call.width = &width;
+  call.dtype = *kernel_dtype(x);
+  call.run = layout->run;
+  call.x = rows<2>(*layout, {x, y}, 0);
+  call.y = rows<2>(*layout, {x, y}, 1);
+  call.scale = given.vector(scale, given.norm(), true);
+  call.pre = given.vector(pre);
+  call.post = given.vector(post);
+  call.low_rank = given.low_rank(down, up);
+  over_rows(layout->rows, d, unit.patch_scratch(call),
+            [&](int64_t begin, int64_t end, float* memory) { unit.patch(call, begin, end, memory); });
+}
 
-  constexpr int64_t beyond = 16;  // a kernel may read a vector more than a row of scales
-  float* const vectors = operands.at_least(3 * (d + beyond));
-  float* const pre_vector = vectors + d + beyond;
-  float* const post_vector = pre_vector + d + beyond;
-  widen_vector(unit, scale, 1.0f / static_cast<float>(width.m * width.inner), true, vectors);
-  if (pre) widen_vector(unit, *pre, 1.0f, false, pre_vector);
-  if (post) widen_vector(unit, *post, 1.0f, false, post_vector);
+Optional transposed(const Optional& matrix) {
+  return matrix ? Optional(torch::stable::transpose(*matrix, 0, 1)) : std::nullopt;
+}
 
-  const PatchCall call{&width,
-                       dtype,
-                       leading->run,
-                       {const_cast<void*>(x.const_data_ptr()), leading->outer[0], leading->inner[0]},
-                       {y.mutable_data_ptr(), leading->outer[1], leading->inner[1]},
-                       vectors,
-                       pre ? pre_vector : nullptr,
-                       post ? post_vector : nullptr};
-  const int64_t floats = unit.scratch_floats(call), rows_per_thread = std::max<int64_t>(1, kElementsPerThread / d);
-  if (leading->rows <= rows_per_thread) return unit.patch(call, 0, leading->rows, scratch.at_least(floats));
-  torch::stable::parallel_for(0, leading->rows, rows_per_thread, [&](int64_t begin, int64_t end) {
-    unit.patch(call, begin, end, scratch.at_least(floats));
+Tensor no_gradient(const Tensor& x) { return torch::stable::new_empty(x, {0}, ScalarType::Float); }
+
+// Of x, scale, pre_scale and post_scale; each a tensor of its own, as the schema says.
+std::array<Tensor, 4> no_gradients(const Tensor& x) {
+  return {torch::stable::new_empty(x, {0}), no_gradient(x), no_gradient(x), no_gradient(x)};
+}
+
+// dx, and the sums over rows. Every few rows have sums of their own, added up in their order: how many threads there are
+// changes nothing.
+std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const Tensor& scale, const Optional& pre,
+                                      const Optional& post, const Optional& down, const Optional& up, int64_t needs) {
+  constexpr int64_t least_rows = 16, most_parts = 64;
+  const int64_t d = x.size(x.dim() - 1);
+  const bool want_dx = needs & 1;
+  const Width& width = width_of(d);
+  const KernelTable& unit = kernels(width);
+  std::array<Tensor, 4> results = no_gradients(x);
+  if (want_dx) results[0] = empty_contiguous(x);
+  for (int i = 1; i < 4; ++i)
+    if (needs >> i & 1) results[i] = torch::stable::new_empty(x, {d}, ScalarType::Float);
+
+  std::array<Tensor, 3> tensors{x, grad, want_dx ? results[0] : x};
+  auto layout = layout_with_copies(tensors, 2);
+  Operands given(width, unit, 3);
+  PatchCall call{};
+  call.width = &width;
+  call.dtype = *kernel_dtype(x);
+  call.run = layout.run;
+  call.x = rows(layout, tensors, 0);
+  call.grad = rows(layout, tensors, 1);
+  if (want_dx) call.y = rows(layout, tensors, 2);
+  call.scale = given.vector(scale, given.norm());
+  call.pre = given.vector(pre);
+  call.post = given.vector(post);
+  if (want_dx) call.low_rank = given.low_rank(transposed(up), transposed(down));
+
+  const int64_t part = std::max((layout.rows + most_parts - 1) / most_parts, least_rows);
+  const int64_t parts = std::max<int64_t>(1, (layout.rows + part - 1) / part);
+  const int64_t wanted = (needs >> 1 & 1) + (needs >> 2 & 1) + (needs >> 3 & 1), stride = (d + 15) / 16 * 16;
+  Buffer memory;
+  float* const sums = memory.at_least(parts * wanted * stride);
+  std::fill_n(sums, parts * wanted * stride, 0.0f);
+  const auto sums_of = [&](int64_t index) {
+    float* place = sums + index * wanted * stride;
+    const auto next = [&](int bit) { return needs >> bit & 1 ? std::exchange(place, place + stride) : nullptr; };
+    float* const for_scale = next(1);
+    float* const for_pre = next(2);
+    return GradientSums{for_scale, for_pre, next(3)};
+  };
+  const int64_t floats = unit.gradient_scratch(call, sums_of(0));
+  torch::stable::parallel_for(0, parts, std::max<int64_t>(1, kElementsPerThread / (part * d)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      unit.gradients(call, sums_of(i), i * part, std::min((i + 1) * part, layout.rows), scratch.at_least(floats));
   });
+
+  int64_t offset = 0;
+  for (int bit = 1; bit < 4; ++bit) {
+    if (!(needs >> bit & 1)) continue;
+    float* const total = static_cast<float*>(results[bit].mutable_data_ptr());
+    const double factor = bit == 1 ? given.norm() : 1.0;
+    for (int64_t c = 0; c < d; ++c) {
+      double sum = 0;
+      for (int64_t i = 0; i < parts; ++i) sum += sums[i * wanted * stride + offset + c];
+      total[c] = static_cast<float>(sum * factor);
+    }
+    offset += stride;
+  }
+  return results;
 }
 
 }  // namespace
 
 Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
-  if (!kernel_dtype(x) || down || up)
+  if (!kernel_dtype(x))
     return call<6>("linearpatch::hadamard_patch_reference",
-                   {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up)});
+                   {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up)})[0];
   const Tensor y = empty_contiguous(x);
-  patch_into(x, scale, pre_scale, post_scale, y);
+  patch_into(x, scale, pre_scale, post_scale, down, up, y);
   return y;
 }
 
 void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up,
                         Tensor out) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
-  const auto sizes = x.sizes(), out_sizes = out.sizes();
-  if (sizes.size() != out_sizes.size() || !std::equal(sizes.begin(), sizes.end(), out_sizes.begin()) ||
-      x.scalar_type() != out.scalar_type())
-    refuse("out must be of x's type and shape " + shape_of(x) + ", not " + torch::headeronly::toString(out.scalar_type()) +
-           " " + shape_of(out));
+  check_like("out", out, x);
   for (int64_t i = 0; i < out.dim(); ++i)
     if (out.size(i) > 1 && out.stride(i) == 0) refuse("out must have a place of its own for every element");
-  if (kernel_dtype(x) && !down && !up) return patch_into(x, scale, pre_scale, post_scale, out);
+  if (kernel_dtype(x)) return patch_into(x, scale, pre_scale, post_scale, down, up, out);
   torch::stable::copy_(out, hadamard_patch(x, scale, pre_scale, post_scale, down, up));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backward(
+    Tensor grad, Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up, int64_t needs) {
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  const auto reference = [&](int64_t wanted) {
+    return call<8>("linearpatch::hadamard_patch_backward_reference",
+                   {from(grad), from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(wanted)},
+                   6);
+  };
+  constexpr int64_t of_low_rank = 0b110000;
+  check_like("grad", grad, x);
+  needs &= 0b11 | (pre_scale ? 0b100 : 0) | (post_scale ? 0b1000 : 0) | (down ? 0b110000 : 0);
+  if (!kernel_dtype(x)) {
+    const auto g = reference(needs);
+    return {g[0], g[1], g[2], g[3], g[4], g[5]};
+  }
+  std::array<Tensor, 4> fused = no_gradients(x);
+  if ((needs & ~of_low_rank) == 1) {  // dx alone is a patch of the gradient
+    fused[0] = empty_contiguous(x);
+    patch_into(grad, scale, post_scale, pre_scale, transposed(up), transposed(down), fused[0]);
+  } else if (needs & ~of_low_rank) {
+    fused = fused_gradients(grad, x, scale, pre_scale, post_scale, down, up, needs);
+  }
+  // The gradients of down and up are matrix products over the rows: torch's.
+  if (!(needs & of_low_rank)) return {fused[0], fused[1], fused[2], fused[3], no_gradient(x), no_gradient(x)};
+  const auto g = reference(needs & of_low_rank);
+  return {fused[0], fused[1], fused[2], fused[3], g[4], g[5]};
+}
+
+std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, double eps,
+                                              Optional pre_scale, Optional post_scale, Optional down, Optional up) {
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  check_like("residual", residual, x);
+  const int64_t d = x.size(x.dim() - 1);
+  check_vector("norm_weight", norm_weight, d);
+  if (!kernel_dtype(x)) {
+    const auto results = call<9>("linearpatch::add_patch_rms_norm_reference",
+                                 {from(x), from(residual), from(scale), from(norm_weight), from(eps), from(pre_scale),
+                                  from(post_scale), from(down), from(up)},
+                                 2);
+    return {results[0], results[1]};
+  }
+  std::array<Tensor, 4> tensors{x, residual, empty_contiguous(x), empty_contiguous(x)};
+  const auto layout = layout_with_copies(tensors, 2);
+  const Width& width = width_of(d);
+  const KernelTable& unit = kernels(width);
+  Operands given(width, unit, 4);
+  PatchCall call{};
+  call.width = &width;
+  call.dtype = *kernel_dtype(x);
+  call.run = layout.run;
+  call.x = rows(layout, tensors, 0);
+  call.residual = rows(layout, tensors, 1);
+  call.y = rows(layout, tensors, 2);
+  call.normed = rows(layout, tensors, 3);
+  call.scale = given.vector(scale, given.norm(), true);
+  call.pre = given.vector(pre_scale);
+  call.post = given.vector(post_scale);
+  call.low_rank = given.low_rank(down, up);
+  call.norm_weight = given.vector(norm_weight);
+  call.eps = static_cast<float>(eps);
+  over_rows(layout.rows, d, unit.patch_scratch(call),
+            [&](int64_t begin, int64_t end, float* memory) { unit.patch(call, begin, end, memory); });
+  return {tensors[3], tensors[2]};
 }
 
 }  // namespace linearpatch::cpu

@@ -19,6 +19,7 @@ struct Vector {
   static constexpr const char* isa = "avx2";
   static constexpr long lanes = 8;
   static constexpr int pass_bits = 3;
+  static constexpr int rows_together = 4;
 
 #define HOT static inline __attribute__((always_inline))
   HOT Reg set1(float a) { return _mm256_set1_ps(a); }
@@ -69,6 +70,7 @@ struct Vector {
   HOT Reg turned(Reg v, const float* scale) {
     return multiply_add(v, pairs(scale), mul(_mm256_permute_ps(v, 0x4e), pairs(scale + 2)));
   }
+  HOT Reg middle(Reg v) { return folded(v); }
   HOT Reg folded(Reg v) { return multiply_add(v, signs<0xcc>(), _mm256_permute_ps(v, 0x4e)); }
 
  private:

@@ -19,6 +19,7 @@ struct Vector {
   static constexpr const char* isa = "avx512";
   static constexpr long lanes = 16;
   static constexpr int pass_bits = 4;
+  static constexpr int rows_together = 8;
 
 #define HOT static inline __attribute__((always_inline))
   HOT Reg set1(float a) { return _mm512_set1_ps(a); }
@@ -74,6 +75,7 @@ struct Vector {
     v = multiply_add(v, pairs(scale), mul(_mm512_permute_ps(v, 0x4e), pairs(scale + 2)));
     return bit2(v);
   }
+  HOT Reg middle(Reg v) { return bit2(folded(v)); }
   HOT Reg folded(Reg v) { return multiply_add(v, signs<0xcccc>(), _mm512_permute_ps(v, 0x4e)); }
 
  private:

@@ -12,6 +12,7 @@ struct Vector {
   static constexpr const char* isa = "scalar";
   static constexpr long lanes = 1;
   static constexpr int pass_bits = 3;
+  static constexpr int rows_together = 4;
 
 #define HOT static inline __attribute__((always_inline))
   HOT Reg set1(float a) { return a; }
@@ -59,6 +60,7 @@ struct Vector {
   HOT Reg low(Reg v) { return v; }
   HOT Reg load_high(const float* p) { return *p; }
   HOT Reg turned(Reg v, const float* scale) { return v * *scale; }
+  HOT Reg middle(Reg v) { return v; }
   HOT Reg folded(Reg v) { return v; }
 
  private:

@@ -23,24 +23,48 @@ struct Rows {
   int64_t outer, inner;
 };
 
-struct PatchCall {
-  const Width* width;
-  Dtype dtype;
-  int64_t run;
-  Rows x, y;
-  const float* scale;  // folded, times the norm of H, squared; readable a vector beyond its end
-  const float* pre;    // or null
-  const float* post;   // or null
+// (x @ down) @ up, or none with a rank of 0.
+struct LowRank {
+  int64_t rank, ranks;  // ranks: the rank, rounded up to whole vectors
+  const void* down;     // [d, ranks], zeros beyond the rank
+  const void* up;       // [rank, d]
+  Dtype down_dtype, up_dtype;
 };
 
+struct PatchCall {
+  const Width* width;
+  Dtype dtype;  // of all rows
+  int64_t run;
+  Rows x, y;
+  const float* scale;  // times the norm of H, squared; readable a vector beyond its end. For the patch folded
+  const float* pre;    // or null
+  const float* post;   // or null
+  LowRank low_rank;
+
+  Rows residual;             // added to x first, if it is there
+  Rows normed;               // the norm of y, if it is there
+  const float* norm_weight;  // for that
+  float eps;
+
+  Rows grad;  // for gradients: dy; y is dx then
+};
+
+// Sums over rows, [d] each, or null where one is not wanted.
+struct GradientSums {
+  float *scale, *pre, *post;
+};
+
+// A range of rows, with scratch for one thread of as many floats as it says, aligned to 64 bytes.
 struct KernelTable {
   const char* isa;
   int64_t lanes;
-  int64_t (*scratch_floats)(const PatchCall&);
-  // out = factor * v in float32, every NaN the canonical one; a multiple of `lanes` values. With `fold`, scales as the
-  // kernel wants them: the sums and differences of pairs that its turn needs.
+  // out = factor * v in float32, every NaN the canonical one; a multiple of `lanes` values. With `fold`, as the patch wants
+  // its scale: the sums and differences of pairs that its turn needs.
   void (*widen)(const void* v, Dtype, float factor, bool fold, float* out, int64_t count);
+  int64_t (*patch_scratch)(const PatchCall&);
   void (*patch)(const PatchCall&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*gradient_scratch)(const PatchCall&, const GradientSums&);
+  void (*gradients)(const PatchCall&, const GradientSums&, int64_t begin, int64_t end, float* scratch);
 };
 
 const KernelTable* scalar_kernels();

@@ -113,7 +113,8 @@ def hadamard_patch_backward_reference(
     x_, dy = x.to(dtype).reshape(-1, d), grad.to(dtype).reshape(-1, d)
     dx, dscale, dpre, dpost, ddown, dup = (x_.new_empty(0) for _ in range(6))
 
-    a = hadamard_transform(dy if post_scale is None else dy * post_scale.to(dtype))
+    if wants_x or wants_scale or wants_pre:
+        a = hadamard_transform(dy if post_scale is None else dy * post_scale.to(dtype))
     if wants_scale or wants_post:
         u = hadamard_transform(x_ if pre_scale is None else x_ * pre_scale.to(dtype))
         dscale = (a * u).sum(0) if wants_scale else dscale
