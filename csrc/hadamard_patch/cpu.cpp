@@ -312,7 +312,7 @@ std::array<Tensor, 4> no_gradients(const Tensor& x) {
 // changes nothing.
 std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const Tensor& scale, const Optional& pre,
                                       const Optional& post, const Optional& down, const Optional& up, int64_t needs) {
-  constexpr int64_t least_rows = 16, most_parts = 64;
+  constexpr int64_t least_rows = 64, most_parts = 64;
   const int64_t d = x.size(x.dim() - 1);
   const bool want_dx = needs & 1;
   const Width& width = width_of(d);
@@ -356,17 +356,18 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
       unit.gradients(call, sums_of(i), i * part, std::min((i + 1) * part, layout.rows), scratch.at_least(floats));
   });
 
-  int64_t offset = 0;
-  for (int bit = 1; bit < 4; ++bit) {
+  std::vector<double> total(d);
+  for (int bit = 1, place = 0; bit < 4; ++bit) {
     if (!(needs >> bit & 1)) continue;
-    float* const total = static_cast<float*>(results[bit].mutable_data_ptr());
-    const double factor = bit == 1 ? given.norm() : 1.0;
-    for (int64_t c = 0; c < d; ++c) {
-      double sum = 0;
-      for (int64_t i = 0; i < parts; ++i) sum += sums[i * wanted * stride + offset + c];
-      total[c] = static_cast<float>(sum * factor);
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* const one = sums + (i * wanted + place) * stride;
+      for (int64_t c = 0; c < d; ++c) total[c] += one[c];
     }
-    offset += stride;
+    const double factor = bit == 1 ? given.norm() : 1.0;
+    float* const result = static_cast<float*>(results[bit].mutable_data_ptr());
+    for (int64_t c = 0; c < d; ++c) result[c] = static_cast<float>(total[c] * factor);
+    ++place;
   }
   return results;
 }

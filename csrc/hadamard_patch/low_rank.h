@@ -25,16 +25,13 @@ HOT void project_tile(const float* rows, long row_stride, const M* matrix, long 
   }
 }
 
-// rows[i][c ...] = rows[i][c ...] * factor[c ...] + sums[i] @ matrix[:, c : c + wide vectors] over the ranks.
+// rows[i][c ...] += sums[i] @ matrix[:, c : c + wide vectors] over the ranks.
 template <int count, int wide, class M>
-HOT void lift_tile(float* rows, long row_stride, const float* factor, const float* sums, long sums_stride,
-                   const M* matrix, long rank, long d) {
+HOT void lift_tile(float* rows, long row_stride, const float* sums, long sums_stride, const M* matrix, long rank,
+                   long d) {
   Reg v[count][wide];
   UNROLL for (int i = 0; i < count; ++i)
-    UNROLL for (int j = 0; j < wide; ++j) {
-      v[i][j] = Vector::load(rows + i * row_stride + j * lanes);
-      if (factor) v[i][j] = Vector::mul(v[i][j], Vector::load(factor + j * lanes));
-    }
+    UNROLL for (int j = 0; j < wide; ++j) v[i][j] = Vector::load(rows + i * row_stride + j * lanes);
   for (long k = 0; k < rank; ++k) {
     Reg row[wide];
     UNROLL for (int j = 0; j < wide; ++j) row[j] = Vector::load(matrix + k * d + j * lanes);
@@ -56,16 +53,15 @@ void project_rows(const float* rows, long d, const M* down, long ranks, float* s
 }
 
 template <int count, class M>
-void lift_rows(float* rows, long d, const float* factor, const float* sums, long ranks, const M* up, long rank) {
+void lift_rows(float* rows, long d, const float* sums, long ranks, const M* up, long rank) {
   long c = 0;
-  for (; c + 2 * lanes <= d; c += 2 * lanes)
-    lift_tile<count, 2>(rows + c, d, factor ? factor + c : nullptr, sums, ranks, up + c, rank, d);
-  if (c < d) lift_tile<count, 1>(rows + c, d, factor ? factor + c : nullptr, sums, ranks, up + c, rank, d);
+  for (; c + 2 * lanes <= d; c += 2 * lanes) lift_tile<count, 2>(rows + c, d, sums, ranks, up + c, rank, d);
+  if (c < d) lift_tile<count, 1>(rows + c, d, sums, ranks, up + c, rank, d);
 }
 
 constexpr long together = Vector::rows_together;
 
-// Runs work.run<count, M>() for the type of a matrix, with all rows at once where they are as many as fit, else singly.
+// sums[i] = rows[i] @ down, and rows[i] += sums[i] @ up: as many rows as fit at once, or singly.
 void project(const float* rows, long count, const LowRank& term, long d, float* sums) {
   with_type(term.down_dtype, [&]<class M>(const M*) {
     const M* down = static_cast<const M*>(term.down);
@@ -74,11 +70,10 @@ void project(const float* rows, long count, const LowRank& term, long d, float* 
   });
 }
 
-void lift(float* rows, long count, const float* factor, const float* sums, const LowRank& term, long d) {
+void lift(float* rows, long count, const float* sums, const LowRank& term, long d) {
   with_type(term.up_dtype, [&]<class M>(const M*) {
     const M* up = static_cast<const M*>(term.up);
-    if (count == together) return lift_rows<together>(rows, d, factor, sums, term.ranks, up, term.rank);
-    for (long i = 0; i < count; ++i)
-      lift_rows<1>(rows + i * d, d, factor, sums + i * term.ranks, term.ranks, up, term.rank);
+    if (count == together) return lift_rows<together>(rows, d, sums, term.ranks, up, term.rank);
+    for (long i = 0; i < count; ++i) lift_rows<1>(rows + i * d, d, sums + i * term.ranks, term.ranks, up, term.rank);
   });
 }

@@ -45,6 +45,11 @@ struct Ahead {
   }
 };
 
+// For two rows that are worked on side by side.
+struct Aheads {
+  Ahead u, a;
+};
+
 // --- butterflies across registers ---
 
 // Four points in 3 additions and 4 fused multiply-adds instead of 8 additions: with t = b + c + d - a, the outputs are
@@ -120,12 +125,15 @@ HOT void strided(T* p, long stride, Visit visit) {
   }
 }
 
+// w = H_m (or the highest bits of S) x, of x * factor where there is one.
 template <class Outer, class T>
-void outer_there(const T* x, float* w, long inner, Ahead& next) {
+void outer_there(const T* x, const float* factor, float* w, long inner, Ahead& next) {
   Ahead ahead = next;
   for (long c = 0; c < inner; c += lanes) {
     Reg v[Outer::count], out[Outer::count];
     strided<Outer::count>(x + c, inner, [&](int i, const T* p) INLINE { v[i] = Vector::load(p); });
+    if (factor)
+      strided<Outer::count>(factor + c, inner, [&](int i, const float* p) INLINE { v[i] = Vector::mul(v[i], Vector::load(p)); });
     ahead.to_second_level<Outer::count>();
     Outer::multiply(v, out);
     strided<Outer::count>(w + c, inner, [&](int i, float* p) INLINE { Vector::store(p, out[i]); });
@@ -133,13 +141,30 @@ void outer_there(const T* x, float* w, long inner, Ahead& next) {
   next = ahead;
 }
 
+// The sum over the rows of what a row comes back as, times a row of a tensor.
+template <class T>
+struct Product {
+  const T* other;
+  float* sum;  // or null: not wanted
+};
+
+// y = H_m^T w, times factor where there is one, or nothing where there is no y.
 template <class Outer, class T>
-void outer_back(const float* w, T* y, long inner, const Ahead ahead) {
+void outer_back(const float* w, const float* factor, T* y, Product<T> product, long inner, const Ahead ahead) {
   for (long c = 0; c < inner; c += lanes) {
     Reg v[Outer::count], out[Outer::count];
     strided<Outer::count>(w + c, inner, [&](int i, const float* p) INLINE { v[i] = Vector::load_high(p); });
     ahead.to_first_level<Outer::count, lanes * sizeof(T)>(c / lanes * Outer::count);
     Outer::multiply(v, out);
+    if (product.sum) {
+      strided<Outer::count>(product.other + c, inner, [&](int i, const T* p) INLINE { v[i] = Vector::mul(out[i], Vector::load(p)); });
+      strided<Outer::count>(product.sum + c, inner,
+                            [&](int i, float* p) INLINE { Vector::store(p, Vector::add(Vector::load(p), v[i])); });
+      if (!y) continue;
+    }
+    if (factor)
+      strided<Outer::count>(factor + c, inner,
+                            [&](int i, const float* p) INLINE { out[i] = Vector::mul(out[i], Vector::load(p)); });
     strided<Outer::count>(y + c, inner, [&](int i, T* p) INLINE { Vector::store(p, out[i]); });
   }
 }
@@ -205,26 +230,30 @@ struct Differentiating {
   float* u;  // or null: no gradient of scale or post is wanted
   float* a;
   const float* scale;
-  float* dscale;       // or null
+  float* dscale;  // or null
   bool a_back, u_back;
 
   template <int bits, bool low>
-  void there(long begin, long floats, long stride, Ahead& ahead) {
-    if (u) pass<bits, low>(u + begin, floats, stride, ahead);
-    pass<bits, low>(a + begin, floats, stride, ahead);
+  void there(long begin, long floats, long stride, Aheads& ahead) {
+    if (u) pass<bits, low>(u + begin, floats, stride, ahead.u);
+    pass<bits, low>(a + begin, floats, stride, ahead.a);
   }
   template <int bits, bool low>
-  void back(long begin, long floats, long stride, Ahead& ahead) {
-    if (a_back) pass<bits, low>(a + begin, floats, stride, ahead);
-    if (u_back) pass<bits, low>(u + begin, floats, stride, ahead);
+  void back(long begin, long floats, long stride, Aheads& ahead) {
+    if (a_back) pass<bits, low>(a + begin, floats, stride, ahead.a);
+    if (u_back) pass<bits, low>(u + begin, floats, stride, ahead.u);
   }
 
   template <int bits, bool low>
-  void turn(long begin, long floats, Ahead&) {
+  void turn(long begin, long floats, Aheads& next) {
     constexpr int count = 1 << bits;
-    const Differentiating self = *this;  // what the stores below cannot change
-    const auto [u, a, scale, dscale, a_back, u_back] = self;
+    const auto [u, a, scale, dscale, a_back, u_back] = *this;  // which the stores below cannot change
+    Aheads ahead = next;
     for (long c = begin; c < begin + floats; c += lanes << bits) {
+      if (c % (4 * lanes) == 0) {
+        ahead.u.template to_second_level<count>();
+        ahead.a.template to_second_level<count>();
+      }
       Reg a_there[count], u_there[count] = {};
       in_basis<bits, low>(a + c, a_there);
       if (u) in_basis<bits, low>(u + c, u_there);
@@ -236,6 +265,7 @@ struct Differentiating {
       if (a_back) scaled_back<bits, low>(a_there, scale + c, a + c);
       if (u_back) scaled_back<bits, low>(u_there, scale + c, u + c);
     }
+    next = ahead;
   }
 
  private:
@@ -258,10 +288,10 @@ struct Differentiating {
   }
 };
 
-// A block of 1 << bits registers: `across` bits in a pass, the others in the turn. A few thousand floats at a time, so
-// that they stay in the first-level cache and no load waits for the store before it.
-template <int across, int bits, class Work>
-void pass_turn_pass(Work& work, long begin, long floats, Ahead& ahead) {
+// A block of 1 << bits registers: `across` bits in a pass, the others in the turn. A few
+// thousand floats at a time, so that they stay in the first-level cache and no load waits for the store before it.
+template <int across, int bits, class Work, class Fetch>
+void pass_turn_pass(Work& work, long begin, long floats, Fetch& ahead) {
   constexpr long block = lanes << bits, stride = block >> across;
   constexpr long chunk = block > 4096 ? block : 4096;
   for (long c = begin; c < begin + floats; c += chunk) {
@@ -273,8 +303,8 @@ void pass_turn_pass(Work& work, long begin, long floats, Ahead& ahead) {
 }
 
 // S_inner there, the work, S_inner back, on every block of `inner` of the floats from `begin` on.
-template <class Work>
-void inner_there_and_back(Work& work, long begin, long floats, long inner, Ahead& ahead) {
+template <class Work, class Fetch>
+void inner_there_and_back(Work& work, long begin, long floats, long inner, Fetch& ahead) {
   constexpr int P = widest;
   switch (inner / lanes) {
     case 1: return work.template turn<0, true>(begin, floats, ahead);
@@ -339,34 +369,32 @@ void outer_by_table(float* w, long m, long inner, const uint32_t* codes, float* 
 
 // --- the outer step of a width ---
 
-template <class T>
-void widen_row(const T* x, float* w, long n) {
-  if (static_cast<const void*>(x) == w) return;
-  for (long c = 0; c < n; c += lanes) Vector::store(w + c, Vector::load(x + c));
-}
-
-template <class T>
-void narrow_row(const float* w, T* y, long n) {
-  if (static_cast<const void*>(y) == w) return;
-  for (long c = 0; c < n; c += lanes) Vector::store(y + c, Vector::load(w + c));
+// out = v * factor, if there is one; out may be v.
+template <class From, class To>
+void multiply_row(const From* v, const float* factor, To* out, long n) {
+  if (!factor && static_cast<const void*>(v) == out) return;
+  for (long c = 0; c < n; c += lanes) {
+    const Reg a = Vector::load(v + c);
+    Vector::store(out + c, factor ? Vector::mul(a, Vector::load(factor + c)) : a);
+  }
 }
 
 constexpr long table_floats(long m) { return (24 * 16 + m) * lanes; }
 
 template <class T>
 struct Outer {
-  void (*there)(const T* x, float* w, const Width&, float* table, Ahead&);
-  void (*back)(float* w, T* y, const Width&, float* table, const Ahead&);
+  void (*there)(const T* x, const float* factor, float* w, const Width&, float* table, Ahead&);
+  void (*back)(float* w, const float* factor, T* y, Product<T>, const Width&, float* table, const Ahead&);
   long inner;  // what is left to the passes and the turn
 };
 
 template <class T, class There, class Back>
 Outer<T> across_registers(const Width& h) {
-  return {[](const T* x, float* w, const Width& h, float*, Ahead& ahead) {
-            outer_there<There>(x, w, h.m * h.inner / There::count, ahead);
+  return {[](const T* x, const float* factor, float* w, const Width& h, float*, Ahead& ahead) {
+            outer_there<There>(x, factor, w, h.m * h.inner / There::count, ahead);
           },
-          [](float* w, T* y, const Width& h, float*, const Ahead& ahead) {
-            outer_back<Back>(w, y, h.m * h.inner / Back::count, ahead);
+          [](float* w, const float* factor, T* y, Product<T> product, const Width& h, float*, const Ahead& ahead) {
+            outer_back<Back>(w, factor, y, product, h.m * h.inner / Back::count, ahead);
           },
           static_cast<long>(h.m * h.inner / There::count)};
 }
@@ -381,13 +409,19 @@ Outer<T> outer_of(const Width& h) {
       case 28: return across_registers<T, Paley<28, true>, Paley<28, false>>(h);
       case 36: return across_registers<T, Paley<36, true>, Paley<36, false>>(h);
     }
-  return {[](const T* x, float* w, const Width& h, float* table, Ahead&) {
-            widen_row(x, w, h.m * h.inner);
+  return {[](const T* x, const float* factor, float* w, const Width& h, float* table, Ahead&) {
+            multiply_row(x, factor, w, h.m * h.inner);
             outer_by_table<false>(w, h.m, h.inner, h.codes_transposed, table);
           },
-          [](float* w, T* y, const Width& h, float* table, const Ahead&) {
+          [](float* w, const float* factor, T* y, Product<T> product, const Width& h, float* table, const Ahead&) {
+            const long n = h.m * h.inner;
             outer_by_table<true>(w, h.m, h.inner, h.codes, table);
-            narrow_row(w, y, h.m * h.inner);
+            for (long c = 0; product.sum && c < n; c += lanes) {
+              float* const sum = product.sum + c;
+              const Reg other = Vector::load(product.other + c);
+              Vector::store(sum, Vector::add(Vector::load(sum), Vector::mul(Vector::load(w + c), other)));
+            }
+            if (y) multiply_row(w, factor, y, n);
           },
           static_cast<long>(h.inner)};
 }
