@@ -323,7 +323,7 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
     if (needs >> i & 1) results[i] = torch::stable::new_empty(x, {d}, ScalarType::Float);
 
   std::array<Tensor, 3> tensors{x, grad, want_dx ? results[0] : x};
-  auto layout = layout_with_copies(tensors, 2);
+  const auto layout = layout_with_copies(tensors, want_dx ? 2 : 3);
   Operands given(width, unit, 3);
   PatchCall call{};
   call.width = &width;
