@@ -128,18 +128,23 @@ NEEDS_MOMENTS = DENSE_FITS | RANKED_FITS
 """The fits that need ``statistics.moments[span]``."""
 
 
+class UnusableFit(InputError):
+    """A fit that the calibration text does not allow, where another one may be fine."""
+
+
 def fit_patch(statistics: CalibrationStatistics, span: Span, fit: str, *, rank: int = DEFAULT_RANK) -> Patch | None:
     """The patch of one joint (None for ``none``), its parameters float32.
 
     Raises:
         InputError: an unknown fit, a rank that does not fit the width, moments that were not collected.
+        UnusableFit: values that are not finite.
     """
     if fit not in FITS:
         raise InputError(f"no fit is called {fit!r}: choose one of {', '.join(FITS)}, auto")
     patch = FITS[fit](statistics, span, rank)
     for name, parameter in patch.named_parameters() if patch is not None else ():
         if not bool(torch.isfinite(parameter).all()):
-            raise InputError(
+            raise UnusableFit(
                 f"the fit {fit} of {span} gave a value that is not finite ({name}): "
                 "a channel is silent on the calibration text, so give more text or another fit"
             )

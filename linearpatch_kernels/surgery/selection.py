@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.surgery.apply import joint_maps
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, fit_patch
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
 
 DENSE = "dense"
@@ -138,13 +139,19 @@ def choose_fit(
     """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
 
     The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98
-    % as much of the loss that plain removal costs. ``structured`` leaves the dense d x d map out.
+    % as much of the loss that plain removal costs. ``structured`` leaves the dense d x d map out. A fit that this text
+    does not allow (a silent channel has no ratio of magnitudes) is left out with a warning.
 
     Raises:
         InputError: moments that were not collected, or what :func:`compare_candidates` raises.
     """
     names = [name for name in FITS if not (structured and name in DENSE_FITS)]
-    candidates = {name: fitted_joints(statistics, spans, name, rank=rank) for name in names}
+    candidates = {}
+    for name in names:
+        try:
+            candidates[name] = fitted_joints(statistics, spans, name, rank=rank)
+        except UnusableFit as error:
+            warnings.warn(f"not a candidate: {error}", stacklevel=2)
     found = compare_candidates(
         model, windows, candidates, batch_size=batch_size, description="choosing the fit", progress=progress
     )

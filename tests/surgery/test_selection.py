@@ -219,6 +219,18 @@ def test_choose_fit(dense: PreTrainedModel, heldout: Tensor, statistics: Calibra
     assert not any(isinstance(joint.patch, DensePatch) for joint in structured.joints)
 
 
+def test_a_fit_that_the_text_does_not_allow_is_no_candidate(
+    dense: PreTrainedModel, heldout: Tensor, statistics: CalibrationStatistics
+) -> None:
+    silent = statistics.mean_abs.clone()
+    silent[..., 11] = 0
+    with pytest.warns(UserWarning, match="not a candidate: the fit diagonal of 1:2 gave a value that is not finite"):
+        made = choose_fit(dense, heldout, dataclasses.replace(statistics, mean_abs=silent), [Span(1, 2)], rank=RANK)
+    assert set(made.candidates) == set(FITS) - {"diagonal"}
+    with pytest.raises(InputError, match="were not collected"):
+        choose_fit(dense, heldout, statistics, [Span(2, 3)], rank=RANK)
+
+
 def test_which_names_are_fits() -> None:
     assert not needs_moments("linearpatch")
     assert needs_moments("auto")
