@@ -1,0 +1,43 @@
+"""``python -m benchmarks``: measures every registered case beside its peers; writes a JSON and a plot, prints tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table
+
+RESULTS = Path(".benchmarks")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the cases that matter most, in about a minute")
+    parser.add_argument("-k", metavar="EXPR", help="only the cases that pytest's -k selects, such as 'dense and bf16'")
+    parser.add_argument("--json", type=Path, default=RESULTS / "speed.json", help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "ratios.png", help="default: %(default)s")
+    parser.add_argument("--cases", action="append", metavar="MODULE", help="instead of those of the registry")
+    options = parser.parse_args()
+
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    speed = str(Path(__file__).with_name("speed.py"))
+    arguments = [speed, "-q", "--benchmark-quiet", f"--benchmark-json={options.json}", "-p", "no:cacheprovider"]
+    arguments += ["--quick"] * options.quick + [f"--cases={module}" for module in options.cases or ()]
+    arguments += ["-k", options.k] if options.k else []
+    status = pytest.main(arguments)
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return status
+    machine, measured = table.read(options.json)
+    print("\n" + table.machine_line(machine))
+    print(table.tables(measured))
+    print(f"every round of every case: {options.json}")
+    if table.plot(measured, machine, options.plot):
+        print(f"ratio against the width: {options.plot}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
