@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measures every registered case beside its peers; writes a JSON and a plot, prints tables."""
+"""``python -m benchmarks`` measures every registered case beside its peers: a JSON, a plot, and tables."""
 
 from __future__ import annotations
 

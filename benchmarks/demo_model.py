@@ -1,8 +1,9 @@
 """What the patch costs inside a model: ``python -m benchmarks.demo_model``.
 
-SmolLM2-135M without its layers 13 to 18, float32: with the operator at the joint, with the dense matrix of the same map,
-and with nothing there. Prefill and decode take turns; the share of a decode step is the time inside the patch's forward,
-between two clock readings within generation, so with whatever the rest of the step left in the caches.
+SmolLM2-135M without its layers 13 to 18, float32: with the operator at the joint, with the dense matrix of the same
+map, and with nothing there. Prefill and decode take turns. A patch's share of a decode step is the time inside its
+forward, between two clock readings within generation, so with whatever the rest of the step left in the caches (little:
+a step reads all weights); beside it stands the time of the same call repeated alone.
 """
 
 from __future__ import annotations
@@ -66,19 +67,30 @@ def timed(patch: nn.Module) -> Iterator[list[float]]:
         patch.forward = forward
 
 
+def alone(patch: nn.Module, width: int) -> float:
+    """Seconds of a call on one row that only such calls surround."""
+    x = torch.randn(1, 1, width)
+    with torch.no_grad(), timed(patch) as seconds:
+        for _ in range(1000):
+            patch(x)
+    return statistics.median(seconds)
+
+
 def rows(models: Mapping[str, PreTrainedModel], prompt: int, new: int, repeats: int) -> list[tuple[str, ...]]:
     """Tokens a second of every model, and what its patch takes of a decode step."""
     speeds = compare_speed(models, prompt_tokens=prompt, new_tokens=new, repeats=repeats)
-    table = []
+    table: list[tuple[str, ...]] = []
     for name, model in models.items():
-        speed, patch_time, share = speeds[name], "", ""
-        for patch in patches(model).values():
-            with timed(patch) as seconds:
-                compare_speed({name: model}, prompt_tokens=prompt, new_tokens=new, repeats=1)
-            inside = statistics.median(seconds)
-            patch_time, share = f"{inside * 1e6:.1f} µs", f"{inside * speed.decode_tokens_per_second:.2%}"
-        prefill, decode = speed.prefill_tokens_per_second, speed.decode_tokens_per_second
-        table.append((name, f"{prefill:.0f}", f"{decode:.1f}", f"{1e3 / decode:.1f} ms", patch_time, share))
+        prefill, decode = speeds[name].prefill_tokens_per_second, speeds[name].decode_tokens_per_second
+        row = (name, f"{prefill:.0f}", f"{decode:.1f}", f"{1e3 / decode:.1f} ms")
+        (patch,) = patches(model).values() or (None,)
+        if patch is None:
+            table.append((*row, "", "", ""))
+            continue
+        with timed(patch) as seconds:
+            compare_speed({name: model}, prompt_tokens=prompt, new_tokens=new, repeats=repeats // 2)
+        inside, by_itself = statistics.median(seconds), alone(patch, hidden_size(model))
+        table.append((*row, f"{inside * 1e6:.1f} µs", f"{inside * decode:.2%}", f"{by_itself * 1e6:.1f} µs"))
     return table
 
 
@@ -86,7 +98,15 @@ def main() -> None:
     models = variants(load_model(demo_model_path(), device="cpu")[0], SPAN)
     print(f"SmolLM2-135M without layers {SPAN}, float32, prompt {PROMPT}, {NEW} new tokens, median of {REPEATS}")
     print(f"{describe()['cpu']}, our kernels {describe()['kernel instruction set'] or 'none: plain PyTorch'}")
-    header = ("at the joint", "prefill tokens/s", "decode tokens/s", "decode step", "patch in a step", "share of a step")
+    header = (
+        "at the joint",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "decode step",
+        "patch in a step",
+        "share",
+        "patch alone",
+    )
     for threads in (1, 2):
         torch.set_num_threads(threads)
         print(f"\n{threads} thread{'s' * (threads > 1)}\n\n{markdown(header, rows(models, PROMPT, NEW, REPEATS))}")

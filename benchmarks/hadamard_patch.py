@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import cache_bytes
+from benchmarks.hardware import cache_bytes, has_bf16_instructions
 from benchmarks.registry import Case, Goal, Peer, Run, register
 from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, paley_factor
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
@@ -32,7 +34,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Operands:
-    """x and y [rows, width] and what `options` of the operator the case asks for."""
+    """x and y [rows, width], the scale, and what else the case asks of the operator."""
 
     rows: int
     width: int
@@ -42,7 +44,8 @@ class Operands:
 
     @cached_property
     def x(self) -> Tensor:
-        return torch.randn(self.rows, self.width, dtype=self.dtype)
+        some = torch.randn(min(self.rows, 2048), self.width, dtype=self.dtype)
+        return some.repeat(-(-self.rows // len(some)), 1)[: self.rows]
 
     @cached_property
     def y(self) -> Tensor:
@@ -118,29 +121,6 @@ def against(peers: tuple[Peer, ...], solid: float, aim: float | None = None) -> 
 # --- fast transforms -------------------------------------------------------------------------------------------------
 
 
-def _butterflies(x: Tensor) -> Tensor:
-    """The textbook transform, H unnormalised, d a power of two."""
-    rows, d = x.shape
-    half = 1
-    while half < d:
-        a, b = x.view(rows, -1, 2, half).unbind(2)
-        x = torch.stack((a + b, a - b), dim=2).view(rows, d)
-        half *= 2
-    return x
-
-
-def _butterfly_patch(x: Tensor, scale: Tensor) -> Tensor:
-    return _butterflies(_butterflies(x.float()) * scale).to(x.dtype)
-
-
-def butterflies(o: Operands) -> Run:
-    return partial(_butterfly_patch, o.x, o.scale / o.width)
-
-
-def compiled_butterflies(o: Operands) -> Run:
-    return partial(torch.compile(_butterfly_patch, dynamic=False), o.x, o.scale / o.width)
-
-
 def reference(o: Operands) -> Run:
     return partial(hadamard_patch_reference, o.x, o.scale, **o.options)
 
@@ -171,10 +151,8 @@ def kronecker_matmul(o: Operands) -> Run:
     return run
 
 
-def fht_cpu(o: Operands) -> Run:
-    import fht_cpu
-    import numpy as np
-
+def fht_cpu_twice(o: Operands) -> Run:
+    fht_cpu = import_module("fht_cpu")
     x, y, scale, threads = o.x.numpy(), o.y.numpy(), (o.scale / o.width).numpy(), torch.get_num_threads()
 
     def run() -> Any:
@@ -185,10 +163,8 @@ def fht_cpu(o: Operands) -> Run:
     return run
 
 
-def ffht(o: Operands) -> Run:
-    import ffht
-    import numpy as np
-
+def ffht_twice(o: Operands) -> Run:
+    ffht = import_module("ffht")
     x, y, scale, threads = o.x.numpy(), o.y.numpy(), (o.scale / o.width).numpy(), torch.get_num_threads()
 
     def run() -> Any:
@@ -201,9 +177,8 @@ def ffht(o: Operands) -> Run:
     return run
 
 
-def mlx(o: Operands) -> Run:
-    import mlx.core as mx
-
+def mlx_twice(o: Operands) -> Run:
+    mx = import_module("mlx.core")
     dtype = {torch.float32: mx.float32, torch.bfloat16: mx.bfloat16}[o.dtype]
     x, scale = (mx.array(tensor.float().numpy()).astype(dtype) for tensor in (o.x, o.scale))
 
@@ -215,16 +190,12 @@ def mlx(o: Operands) -> Run:
     return run
 
 
-FHT_CPU = Peer("fht-cpu, twice", fht_cpu, package="fht-cpu", module="fht_cpu")
-FFHT = Peer("ffht, twice", ffht, package="ffht-unofficial", module="ffht")
-MLX = Peer("mlx, twice", mlx, package="mlx[cpu]", module="mlx")
+FHT_CPU = Peer("fht-cpu, twice", fht_cpu_twice, package="fht-cpu", module="fht_cpu")
+FFHT = Peer("ffht, twice", ffht_twice, package="ffht-unofficial", module="ffht")
+MLX = Peer("mlx, twice", mlx_twice, package="mlx[cpu]", module="mlx")
 REFERENCE = (
     Peer("reference, eager", reference),
     Peer("reference, torch.compile", compiled_reference, slow_to_build=True),
-)
-BUTTERFLIES = (
-    Peer("butterflies, eager", butterflies),
-    Peer("butterflies, torch.compile", compiled_butterflies, slow_to_build=True),
 )
 
 
@@ -235,7 +206,7 @@ def _fast_transforms(width: int, dtype: torch.dtype) -> tuple[Peer, ...]:
         left, right = {4096: (64, 64), 576: (36, 16)}[width]
         peers += (Peer(f"{left} ⊗ {right} matmul", kronecker_matmul),)
     if power_of_two:
-        peers += (*BUTTERFLIES, MLX)
+        peers += (MLX,)
     if power_of_two and dtype == torch.float32:
         peers += (FHT_CPU, FFHT)
     return peers
@@ -253,11 +224,10 @@ def memcpy(o: Operands) -> Run:
     return lambda: (move(), o.y)[1]
 
 
-COPIES = (Peer("copy_", copy, floor=True, same_result=False), Peer("memcpy", memcpy, floor=True, same_result=False))
-
-
-def forward(o: Operands) -> Run:
-    return ours_allocating(o)
+COPIES = (
+    Peer("copy_", copy, floor=True, same_result=False),
+    Peer("memcpy, one thread", memcpy, floor=True, same_result=False),
+)
 
 
 def power_of_two(o: Operands) -> Run:
@@ -453,7 +423,7 @@ def _register_orders() -> None:
 
 
 def _register_backward() -> None:
-    peer = Peer("forward", forward, floor=True, same_result=False)
+    peer = Peer("forward", ours_allocating, floor=True, same_result=False)
     for width, rows in ((4096, 512), (4096, 32), (576, 512)):
         for dtype in NAMES:
             for wanted, needs, scaled, solid in (("dx, dscale", 0b11, False, 2.2), ("all four", 0b1111, True, 3)):
@@ -508,18 +478,22 @@ def _register_norm() -> None:
 
 
 def _register_widths() -> None:
+    """For the plot. On a processor without bf16 instructions torch's own bf16 product is left out: group "dense" shows
+    how much slower it is there."""
+    bf16_products = (MM, UPCAST_MM) if has_bf16_instructions() else (UPCAST_MM,)
     for width in LISTED:
         for dtype in NAMES:
             register(
                 Case(
-                    group="widths",
-                    name=f"width {width} {NAMES[dtype]}, N = 128",
+                    group="widths, N = 128",
+                    name=f"128 x {width} {NAMES[dtype]} width",
                     operands=partial(Operands, 128, width, dtype),
                     ours=ours,
-                    peers=dense_products(dtype),
+                    peers=(MM,) if dtype == torch.float32 else bf16_products,
                     tolerance=TOLERANCES[dtype],
                     seconds=0.2,
                     threads=(1,),
+                    about={"width": width, "order": len(paley_factor(width)[0]), "dtype": NAMES[dtype]},
                 )
             )
 

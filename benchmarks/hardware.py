@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
+import cpuinfo  # type: ignore[import-untyped]
 import torch
 
 from linearpatch_kernels.backend import backends
@@ -23,9 +23,19 @@ _PEERS = ("fht-cpu", "ffht-unofficial", "mlx", "numpy")
 
 
 @cache
+def _cpu() -> dict[str, Any]:
+    found: dict[str, Any] = cpuinfo.get_cpu_info()
+    return found
+
+
+def has_bf16_instructions() -> bool:
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpu().get("flags", ()))
+
+
+@cache
 def describe() -> dict[str, Any]:
     """Processor, caches, memory, versions; JSON values."""
-    cpu = cpuinfo.get_cpu_info()
+    cpu = _cpu()
     return {
         "cpu": cpu.get("brand_raw", platform.processor()),
         "architecture": platform.machine(),

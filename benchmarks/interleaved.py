@@ -1,7 +1,8 @@
-"""How a case is measured: in every round each peer once and then ours, so that all meet the same state of the machine."""
+"""How a case is measured: in every round each peer and then ours, so that all meet the same state of the machine."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from benchmarks.registry import Case, Run
 
@@ -25,20 +27,24 @@ class Effort:
     builds_slow_peers: bool
 
 
-FULL = Effort(1.0, 4e-3, (7, 101), builds_slow_peers=True)
+FULL = Effort(1.0, 4e-3, (5, 101), builds_slow_peers=True)
 QUICK = Effort(0.2, 1e-3, (3, 21), builds_slow_peers=False)
 
 
+LONG_CALL = 0.1
+
+
 class Turn:
-    """A call, repeated ``calls`` times, as one measurement."""
+    """A call, made once already, and repeated ``calls`` times as one measurement."""
 
     def __init__(self, run: Run, device: str, turn_seconds: float) -> None:
         self._run, self._device, self.calls = run, device, 1
-        self()  # what only a first call costs: caches, code, pages
-        once = min(self.seconds() for _ in range(2))
-        if once < turn_seconds:
+        self.estimate = LONG_CALL
+        self.estimate = self.seconds()
+        if self.estimate < turn_seconds:
             self.calls = 10
             self.calls = max(2, round(turn_seconds * 10 / self.seconds()))
+            self.estimate = turn_seconds
 
     def __call__(self) -> None:
         run = self._run
@@ -48,8 +54,8 @@ class Turn:
             torch.accelerator.synchronize()
 
     def warm(self) -> None:
-        """Bring its operands back to where its own calls leave them; lost in a long call, so not made before one."""
-        if self.calls > 1:
+        """Bring its operands back to where its own calls leave them; that is lost in a long call, so not before one."""
+        if self.estimate < LONG_CALL:
             self._run()
 
     def seconds(self) -> float:
@@ -84,6 +90,7 @@ class Contest:
 @contextmanager
 def contest(case: Case, threads: int, effort: Effort) -> Iterator[Contest]:
     """Operands, ours and the peers of a case, ready to be timed on so many threads."""
+    _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     gc.collect()
@@ -94,6 +101,15 @@ def contest(case: Case, threads: int, effort: Effort) -> Iterator[Contest]:
     finally:
         gc.enable()
         torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Results of a few MB that one call frees serve the next: with glibc's defaults their pages come from the system
+    time and again, or not, as the history of the process has it, and that costs more than a kernel."""
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        mmap_threshold, trim_threshold = -3, -1
+        set_option(mmap_threshold, 32 << 20)
+        set_option(trim_threshold, 1 << 30)
 
 
 def _prepared(case: Case, effort: Effort) -> Contest:
@@ -110,25 +126,26 @@ def _prepared(case: Case, effort: Effort) -> Contest:
         if reason is None:
             try:
                 run = peer.build(operands)
+                result = run()  # also what only a first call costs: code, caches, pages
                 if peer.same_result:
-                    reason = _difference(run(), expected, case.tolerance)
+                    reason = _difference(result, expected, case.tolerance)
                 turns |= {} if reason else {peer.name: Turn(run, case.device, effort.turn_seconds)}
             except Exception as error:  # another's code: it may fail in its own way, which is no reason to stop
                 reason = f"failed: {' '.join(str(error).split())[:160]}"
         if reason is not None:
             skipped[peer.name] = reason
-    once = ours.seconds() + sum(turn.seconds() for turn in turns.values())
+    once = sum(turn.estimate for turn in (ours, *turns.values()))
     least, most = effort.rounds
     return Contest(ours, turns, skipped, rounds=min(max(round(case.seconds * effort.share / once), least), most))
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return [torch.from_dlpack(one) for one in (result if isinstance(result, tuple) else (result,))]
+    return [from_dlpack(one) for one in (result if isinstance(result, tuple) else (result,))]
 
 
 def _difference(result: Any, expected: list[Tensor], tolerance: float) -> str | None:
     for one, other in zip(_tensors(result), expected, strict=True):
-        largest = float((one.double() - other.double()).abs().max() / other.double().abs().max())
+        largest = float((one.float() - other.float()).abs().max() / other.abs().max())
         if not largest <= tolerance:
             return f"not timed: its result differs from ours by {largest:.1g} of the largest value"
     return None

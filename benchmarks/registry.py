@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Case:
         seconds: how long to measure, for one number of threads.
         quick: part of ``--quick``.
         threads: numbers of threads to measure on; the headline is the first.
+        about: JSON values for the plot: ``width``, ``order`` (its m), ``dtype``.
     """
 
     group: str
@@ -91,6 +92,7 @@ class Case:
     seconds: float = 1.5
     quick: bool = False
     threads: tuple[int, ...] = (1, 2)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 _cases: dict[str, Case] = {}

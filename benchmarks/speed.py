@@ -1,7 +1,7 @@
 """Every registered case as a benchmark; `python -m benchmarks` runs it and prints the tables.
 
-The figures of a case are complete in the JSON: ``stats.data`` holds the seconds of ``extra_info.calls`` calls of ours in
-each round, ``extra_info.peers`` the seconds of one call of each peer in the same rounds.
+The JSON is complete: ``stats.data`` of a case holds the seconds of ``extra_info.calls`` calls of ours in each round,
+``extra_info.peers`` the seconds of one call of each peer in the same rounds.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def test_speed(name: str, threads: int, benchmark: Any, request: pytest.FixtureR
         benchmark.pedantic(match.ours, setup=match.peers_take_turns, rounds=match.rounds)
     benchmark.extra_info |= {
         "case": name,
+        "about": dict(case.about),
         "threads": threads,
         "calls": match.ours.calls,
         "peers": match.seconds,

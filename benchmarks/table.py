@@ -1,6 +1,7 @@
 """The JSON of a run as tables and a plot: ``python -m benchmarks.table FILE...`` prints those of earlier runs.
 
-A ratio is the median over the rounds of two times that were taken in the same round.
+A ratio is the median over the rounds of two times that were taken in the same round: how many times as fast as a rival
+we are, or, marked "its time", how many times as long as a bound we take.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 HEADER = ("case", "ours", "against", "its time", "ratio", "2 threads", "solid → aim", "reached")
-PLOTTED_GROUP = "widths"
+# Orders m of d = m 2^k that the plot joins by a line of their own.
+LINES = (1, 12, 20, 28, 36)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Measured:
     floors: frozenset[str]
     skipped: Mapping[str, str]
     goals: Sequence[Mapping[str, Any]]
+    about: Mapping[str, Any]
 
     def fastest(self, names: Iterable[str]) -> str | None:
         """Of those peers that ran."""
@@ -60,6 +63,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Measured]]:
                 floors=frozenset(extra["floors"]),
                 skipped=extra["skipped"],
                 goals=extra["goals"],
+                about=extra["about"],
             )
         )
     machine = {**report["machine_info"], "commit": report["commit_info"]["id"], "dirty": report["commit_info"]["dirty"]}
@@ -116,7 +120,14 @@ def _row(
     ratio = headline.ratio(name)
     threaded = [_ratio(other.ratio(best), floor) for other in others if (best := other.fastest(names))]
     reached = "" if goal is None else _reached(ratio, goal, floor)
-    return label, _time(statistics.median(headline.peers[name])), _ratio(ratio, floor), *(threaded or [""]), asked, reached
+    return (
+        label,
+        _time(statistics.median(headline.peers[name])),
+        _ratio(ratio, floor),
+        *(threaded or [""]),
+        asked,
+        reached,
+    )
 
 
 def _reached(ratio: float, goal: Mapping[str, Any], floor: bool) -> str:
@@ -127,7 +138,7 @@ def _reached(ratio: float, goal: Mapping[str, Any], floor: bool) -> str:
 
 
 def _ratio(ratio: float, floor: bool) -> str:
-    return f"{_figure(ratio)}x its time" if floor else f"{_figure(ratio)}x faster"
+    return f"{_figure(ratio)}x its time" if floor else f"{_figure(ratio)}x"
 
 
 def _figure(value: float) -> str:
@@ -147,28 +158,36 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(measured: Sequence[Measured], machine: Mapping[str, Any], path: Path) -> bool:
-    """Ratio to the dense product against the width, one line a dtype; False if the run has no such cases."""
+    """Ratio to the dense product against the width, by order m and dtype; False if the run has no such cases."""
     from matplotlib.figure import Figure
 
-    points: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for one in measured:
-        if one.group == PLOTTED_GROUP and one.threads == 1 and (best := one.fastest(one.peers)):
-            width, dtype = one.case.split()[1:3]
-            points.setdefault(dtype, []).append((int(width), one.ratio(best)))
-    if not points:
+        if one.about and one.threads == 1 and (best := one.fastest(one.peers)):
+            order = one.about["order"]
+            name = f"m = {order}" if order in LINES else "other m"
+            lines.setdefault((name, one.about["dtype"]), []).append((one.about["width"], one.ratio(best)))
+    if not lines:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for dtype, line in points.items():
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=dtype)
-    axes.set(xscale="log", yscale="log", xlabel="width d", ylabel="times as fast as the dense product")
+    colours = {name: f"C{i}" for i, name in enumerate(sorted({name for name, _ in lines}, key=lambda n: (len(n), n)))}
+    for (name, dtype), points in sorted(lines.items(), key=lambda line: list(colours).index(line[0][0])):
+        wide = dtype == "fp32"
+        style: Any = {
+            "linestyle": "-" if wide and name != "other m" else "",
+            "marker": "o" if wide else "x",
+            "markersize": 4,
+        }
+        axes.plot(*zip(*sorted(points), strict=True), color=colours[name], label=f"{name}, {dtype}", **style)
+    axes.set(xscale="log", yscale="log", xlabel="width d = m 2^k", ylabel="times as fast as the dense product")
     powers = [2**k for k in range(9, 15)]
     axes.set_xticks(powers, [str(power) for power in powers])
     axes.set_xticks([], minor=True)
     axes.set_yticks(ticks := [5, 10, 20, 50, 100, 200, 500], [f"{tick}x" for tick in ticks])
     axes.grid(alpha=0.3)
-    axes.set_title(f"hadamard_patch over the fastest dense product, one thread\n{machine['cpu']}", fontsize=10)
-    axes.legend()
+    axes.set_title(f"hadamard_patch over the dense product, one thread, N = 128\n{machine['cpu']}", fontsize=10)
+    axes.legend(fontsize=7, ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return True
