@@ -226,7 +226,7 @@ def memcpy(o: Operands) -> Run:
 
 COPIES = (
     Peer("copy_", copy, floor=True, same_result=False),
-    Peer("memcpy, one thread", memcpy, floor=True, same_result=False),
+    Peer("memcpy (one thread)", memcpy, floor=True, same_result=False),
 )
 
 

@@ -95,12 +95,6 @@ def test_a_peer_that_takes_no_part_is_said(quick: tuple[str, dict[str, Any]], pe
     assert report["benchmarks"][0]["extra_info"]["skipped"][peer] == reason
 
 
-def test_a_selection_without_a_case_says_so(tmp_path: Path) -> None:
-    finished = run("-k", "nothing", "--json", str(tmp_path / "speed.json"))
-    assert finished.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
-    assert "2 deselected" in finished.stdout
-
-
 def case(name: str, peers: tuple[str, ...] = ("a",), goals: tuple[Goal, ...] = ()) -> Case:
     build: Callable[[Any], registry.Run] = lambda _: lambda: torch.zeros(1)  # noqa: E731 - one for all
     return Case("g", name, dict, build, tuple(Peer(peer, build) for peer in peers), goals)
