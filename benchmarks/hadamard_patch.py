@@ -254,18 +254,27 @@ def backward(needs: int) -> Callable[[Operands], Run]:
     return build
 
 
-def patch_then_products(o: Operands) -> Run:
-    """The low-rank term as two products behind the fused patch."""
-    down, up = o.options["down"], o.options["up"]
-    assert down is not None
-    assert up is not None
-    lowered = torch.empty(o.rows, o.rank, dtype=o.dtype)
+def patch_then_products(dtype: torch.dtype) -> Callable[[Operands], Run]:
+    """The low-rank term as two products in a dtype behind the fused patch."""
 
-    def run() -> Tensor:
-        hadamard_patch(o.x, o.scale, out=o.y)
-        return torch.addmm(o.y, torch.mm(o.x, down, out=lowered), up, out=o.y)
+    def build(o: Operands) -> Run:
+        down, up = o.options["down"], o.options["up"]
+        assert down is not None
+        assert up is not None
+        down, up = down.to(dtype), up.to(dtype)
+        lowered = torch.empty(o.rows, o.rank, dtype=dtype)
+        x, y = (torch.empty_like(o.x, dtype=dtype) for _ in range(2)) if dtype != o.dtype else (o.x, o.y)
 
-    return run
+        def run() -> Tensor:
+            if x is not o.x:
+                x.copy_(o.x)
+            hadamard_patch(x, o.scale, out=y)
+            torch.addmm(y, torch.mm(x, down, out=lowered), up, out=y)
+            return y if y is o.y else o.y.copy_(y)
+
+        return run
+
+    return build
 
 
 @dataclass(frozen=True)
@@ -310,6 +319,11 @@ def _with_kernel(o: Operands) -> Callable[[Tensor, Tensor], Tensor]:
 def _with_product(o: Operands) -> Callable[[Tensor, Tensor], Tensor]:
     dense = o.dense.to(o.dtype)
     return lambda x, out: torch.mm(x, dense, out=out)
+
+
+def _with_upcast_product(o: Operands) -> Callable[[Tensor, Tensor], Tensor]:
+    wide, product = torch.empty(o.x.shape), torch.empty(o.x.shape)
+    return lambda x, out: out.copy_(torch.mm(wide.copy_(x), o.dense, out=product))
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------
@@ -444,13 +458,16 @@ def _register_backward() -> None:
 def _register_low_rank() -> None:
     for width in (4096, 576):
         for dtype in NAMES:
+            unfused: tuple[Peer, ...] = (Peer("patch + mm + addmm", patch_then_products(dtype)),)
+            if dtype != torch.float32:
+                unfused += (Peer("upcast + patch + mm + addmm + round", patch_then_products(torch.float32)),)
             register(
                 Case(
                     group="low-rank term, r = 64",
                     name=f"512 x {width} {NAMES[dtype]} r = 64",
                     operands=partial(Operands, 512, width, dtype, rank=64),
                     ours=ours,
-                    peers=(*dense_products(dtype), Peer("patch + mm + addmm", patch_then_products)),
+                    peers=dense_products(dtype) + unfused,
                     tolerance=TOLERANCES[dtype],
                     seconds=0.7,
                 )
@@ -461,16 +478,16 @@ def _register_norm() -> None:
     for width in (4096, 576):
         for rows in (512, 1):
             for dtype in NAMES:
+                peers = {"add + hadamard_patch + rms_norm": _with_kernel, "add + mm + rms_norm": _with_product}
+                if dtype != torch.float32 and rows > 1:
+                    peers["add + upcast + mm + round + rms_norm"] = _with_upcast_product
                 register(
                     Case(
                         group="add_patch_rms_norm",
                         name=f"{rows} x {width} {NAMES[dtype]} norm",
                         operands=partial(NormOperands, rows, width, dtype),
                         ours=add_patch_norm,
-                        peers=(
-                            Peer("add + hadamard_patch + rms_norm", unfused_norm(_with_kernel)),
-                            Peer("add + mm + rms_norm", unfused_norm(_with_product)),
-                        ),
+                        peers=tuple(Peer(name, unfused_norm(product)) for name, product in peers.items()),
                         tolerance=TOLERANCES[dtype],
                         seconds=0.5,
                     )
