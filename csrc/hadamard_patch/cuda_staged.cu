@@ -1,0 +1,16 @@
+// The kernels for all other widths, and those with a residual and a norm.
+#include "device.cuh"
+
+#include "patch.cuh"
+
+#include "cuda_launch.cuh"
+
+namespace linearpatch::cuda {
+
+const char* launch_staged(const PatchRows& call, const Launch& launch, void* stream) {
+  const char* error = nullptr;
+  with_staged_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });
+  return error;
+}
+
+}  // namespace linearpatch::cuda

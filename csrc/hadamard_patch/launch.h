@@ -1,0 +1,196 @@
+// What a launch of the CUDA kernels consists of, and how a call is cut into threads and blocks. No CUDA and no torch here:
+// the operators in cuda.cpp, the kernels, and the emulator of tests/simt share it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace linearpatch::cuda {
+
+// Limits of the staged kernels, which are made for every number of bits up to these.
+constexpr int kMiddleBits = 4, kMostOuterBits = 3, kOuterBitsOfPowers = 2, kMostInnerBits = 6, kMostThreads = 256;
+constexpr int kFewestBits = 3;           // of the Sylvester factor: a row is made of vectors of eight
+constexpr int kFewestPowerOfTwo = 7;     // log2 of the narrowest row without a factor H_m
+constexpr int kWidest = 32768;           // elements of a row that is worked on
+constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
+constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
+
+// A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), and the threads that share it.
+struct RowShape {
+  int m, k, a, b, threads;
+};
+
+struct PatchRows {
+  const char* x;
+  const char* residual;  // added to x first; or null
+  char* y;
+  char* normed;  // the norm of y; or null
+  int64_t rows, x_stride, residual_stride, y_stride, normed_stride;  // strides of a row in bytes
+  Dtype in, out;                                                     // of x and residual, of y and normed
+  const float* scale;
+  const float* pre;          // or null
+  const float* post;         // or null
+  const float* norm_weight;  // with normed
+  float eps;
+  RowShape shape;
+  int rows_together;  // in one block of threads
+  bool scale_in_shared;
+  const uint32_t* signs_there;  // of H_m where it has no program, as multiply_by_table wants them
+  const uint32_t* signs_back;
+};
+
+struct GradientRows {
+  const char* x;
+  const char* grad;
+  char* dx;  // or null
+  int64_t rows, x_stride, grad_stride, dx_stride;
+  Dtype in, out;  // of x and grad, of dx
+  const float* scale;
+  const float* pre;
+  const float* post;
+  // Partial sums over rows, [parts, d] each, or null: of a u, b x and dy w (ops/hadamard_patch/reference.py), the first
+  // without H's norm. Every row of threads has a part of its own.
+  float* scale_sums;
+  float* pre_sums;
+  float* post_sums;
+  bool sums_in_shared;
+  RowShape shape;
+  int rows_together;
+  const uint32_t* signs_there;
+  const uint32_t* signs_back;
+};
+
+// The second half of a sum over rows.
+struct PartSums {
+  const float* sums;  // [parts, d]
+  float* total;       // [d]
+  int64_t parts;
+  int d;
+  float factor;
+};
+
+struct Device {
+  int processors;
+  int64_t shared_per_block, shared_per_processor;  // bytes
+};
+
+struct Launch {
+  bool possible;
+  bool fixed;  // the kernel for this power of two, else the one for any width with this factor
+  int blocks, diagonal_blocks, threads;
+  int64_t shared_bytes;
+};
+
+// H_m, or its transpose, as multiply_by_table of stages.cuh wants it.
+inline std::vector<uint32_t> packed_signs(const Width& width, bool transposed) {
+  const int64_t m = width.m, groups = (m + 15) / 16;
+  const uint32_t* const codes = transposed ? width.codes_transposed : width.codes;
+  std::vector<uint32_t> words(groups * m);
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t i = 0; i < m; ++i) words[j / 16 * m + i] |= (codes[j * (m / 4) + i / 4] >> (i % 4) & 1) << (j % 16);
+  return words;
+}
+
+inline int floor_power_of_two(int64_t n) {
+  int power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
+}
+
+inline bool row_is_possible(int64_t m, int64_t k, bool has_program) {
+  const int64_t n = m << k;
+  if (m == 1) return k >= kFewestPowerOfTwo && n <= kWidest;
+  return m % 4 == 0 && k >= kFewestBits && n <= (has_program ? kWidest : kWidestTabled);
+}
+
+// With few rows, many threads work on each: then it is the time of one row that counts.
+inline RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
+  RowShape shape{m, k, 0, 0, 0};
+  const int64_t n = static_cast<int64_t>(m) << k;
+  if (m == 1) {
+    const int bits = k - 3 - kMiddleBits;
+    shape.a = std::min(kOuterBitsOfPowers, bits);
+    shape.b = bits - shape.a;
+  } else {
+    shape.b = std::min(3, k - 3);  // so that neighbours have neighbouring vectors
+    shape.a = std::min(3, k - 3 - shape.b);
+    shape.b = k - 3 - shape.a;
+  }
+  const bool tabled = m != 1 && !has_program;
+  const int64_t values = few_rows || tabled ? 16 : m == 1 ? 32 : 64;  // for each thread
+  shape.threads = std::clamp(floor_power_of_two(n / values), 8, kMostThreads);
+  return shape;
+}
+
+// Rows in a block: at least 128 threads, if the shared memory is there.
+inline int rows_in_a_block(const RowShape& shape, int64_t bytes_a_row, int64_t bytes_besides, int64_t limit) {
+  int rows = std::max(1, 128 / shape.threads);
+  while (rows > 1 && rows * shape.threads > 32 && rows * bytes_a_row + bytes_besides > limit) rows /= 2;
+  return rows;
+}
+
+inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shared_bytes, const Device& device) {
+  const int64_t enough = (rows + rows_together - 1) / rows_together;
+  const int64_t by_shared = device.shared_per_processor / (shared_bytes + 1024);  // a kilobyte a block is the system's
+  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(kThreadsPerProcessor / threads, by_shared));
+  return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
+}
+
+// Fills in the call's shape; `width` is that of a row, and its matrix.
+inline Launch plan_patch(PatchRows& call, const Width& width, const Device& device) {
+  Launch launch{};
+  int k = 0;
+  while (int64_t{1} << k < width.inner) ++k;
+  const bool fused = call.residual || call.normed;
+  launch.possible = row_is_possible(width.m, k, width.has_program) && !(fused && width.blocks > 1);
+  if (!launch.possible) return launch;
+  const int64_t n = width.m * width.inner, row_bytes = n * 4;
+  const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
+  launch.diagonal_blocks = static_cast<int>(width.blocks);
+  launch.fixed = width.m == 1 && k >= 10 && k <= 13 && !fused && !few && call.in == call.out;
+  call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, few);
+  if (launch.fixed) call.shape.threads = static_cast<int>(n / 64);
+  const int64_t bytes_a_row = row_bytes * (tabled ? 2 : 1), besides = 4 * kMostThreads / 32;
+  const int64_t limit = device.shared_per_block;
+  call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);
+  launch.threads = call.rows_together * call.shape.threads;
+  launch.shared_bytes = call.rows_together * bytes_a_row + besides;
+  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes + row_bytes, device);
+  const bool several_turns = call.rows > static_cast<int64_t>(launch.blocks) * call.rows_together;
+  call.scale_in_shared = launch.fixed || (!tabled && several_turns && launch.shared_bytes + row_bytes <= limit);
+  if (call.scale_in_shared) launch.shared_bytes += row_bytes;
+  launch.possible = launch.shared_bytes <= limit;
+  return launch;
+}
+
+inline int64_t parts_of(const Launch& launch, const GradientRows& call) {
+  return static_cast<int64_t>(launch.blocks) * call.rows_together;
+}
+
+inline Launch plan_sum(const PartSums& call) { return {true, false, (call.d + 127) / 128, 1, 256, 4096}; }
+
+inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_sums, const Device& device) {
+  Launch launch{};
+  int k = 0;
+  while (int64_t{1} << k < width.inner) ++k;
+  launch.possible = row_is_possible(width.m, k, width.has_program);
+  if (!launch.possible) return launch;
+  const int64_t row_bytes = width.m * width.inner * 4, limit = device.shared_per_block;
+  const bool tabled = width.m != 1 && !width.has_program;
+  launch.diagonal_blocks = static_cast<int>(width.blocks);
+  call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, call.rows < device.processors);
+  const int64_t work = row_bytes * (tabled ? 3 : 2);
+  call.rows_together = rows_in_a_block(call.shape, work + wanted_sums * row_bytes, 0, limit);
+  launch.threads = call.rows_together * call.shape.threads;
+  launch.shared_bytes = call.rows_together * (work + wanted_sums * row_bytes);
+  call.sums_in_shared = launch.shared_bytes <= limit;
+  if (!call.sums_in_shared) launch.shared_bytes = call.rows_together * work;
+  launch.possible = launch.shared_bytes <= limit;
+  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes, device);
+  return launch;
+}
+
+}  // namespace linearpatch::cuda

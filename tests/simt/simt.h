@@ -1,0 +1,415 @@
+// A GPU for tests, on one CPU thread: compile a .cuh with this in place of device.cuh, and its kernels run here.
+//
+// Every thread of a block is a fiber that runs until it meets a barrier or a shuffle; which ready one goes next is the
+// schedule's choice (forward, reverse, random). What is watched, and reported in one line each:
+//   - barriers: threads that wait at different ones, or for threads that have ended; shuffles whose mask is not who comes
+//   - shared memory: words that two threads touch with no barrier between (one of them writing), words read before they
+//     were written, bounds
+//   - global memory: bounds and alignment, races as above or between blocks, writes to what is read-only; afterwards,
+//     which elements of a buffer were never written
+// and counted: wavefronts of shared memory by the addresses that a warp's threads have in the same access, and how many
+// an access without conflicts would need.
+//
+// Not seen: registers, launch limits, timing. nvcc and ptxas see those.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __syncthreads() simt::barrier(__LINE__)
+#define __syncwarp() simt::warp_barrier(__LINE__)
+#define __shfl_xor_sync(mask, value, lanes) simt::shuffle_xor(__LINE__, mask, value, lanes)
+
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint4 { uint32_t x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
+inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
+
+struct Index3 { unsigned x = 0, y = 0, z = 0; };
+inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+enum class Schedule { forward, reverse, random };
+
+// A moment in a block's life, as far as barriers order it: those of the block, and those of a thread's warp.
+struct Access {
+  int block = -1, thread = -1, barriers = 0, warp_barriers = 0;
+
+  // No barrier lies between them and they are not one thread's.
+  bool races_with(const Access& other) const {
+    if (thread < 0 || other.thread < 0) return false;
+    if (block != other.block) return true;
+    if (thread == other.thread || barriers != other.barriers) return false;
+    return thread / 32 != other.thread / 32 || warp_barriers == other.warp_barriers;
+  }
+};
+
+// A word of memory, and who touched it last.
+struct Word {
+  Access write;
+  std::vector<Access> reads;  // since that write, one a thread and stretch between barriers
+};
+
+struct Buffer {
+  std::string name;
+  char* data;
+  int64_t bytes;
+  bool writable;
+  std::vector<Word> words;
+  std::vector<bool> written;
+};
+
+enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, ended };
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state = State::ready;
+  int line = 0, warp_barriers = 0;
+  uint32_t mask = 0;
+  float value = 0, received = 0;
+  int lanes = 0;
+  int64_t accesses = 0;
+};
+
+struct Wavefronts { int64_t counted = 0, least = 0; };
+
+struct Machine {
+  Schedule schedule = Schedule::forward;
+  std::mt19937 chance{0};
+  std::vector<std::string> faults;
+  int64_t fault_count = 0;
+  std::map<uintptr_t, Buffer> buffers;  // by the address of their end
+  std::vector<Thread> threads;
+  ucontext_t scheduler;
+  int running = -1, barriers = 0, block = 0;
+  std::vector<float> shared;
+  std::vector<Word> shared_words;
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+  bool count_wavefronts = true;
+  // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
+  std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
+  Wavefronts wavefronts;
+  int64_t barriers_met = 0, shuffles = 0;
+};
+inline Machine machine;
+
+inline void fault(const std::string& what) {
+  if (++machine.fault_count <= 20)
+    machine.faults.push_back("block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + " thread " +
+                             std::to_string(machine.running) + ": " + what);
+}
+
+// --- memory ---
+
+inline void note(Word& word, bool writes, const std::string& where) {
+  const Thread& thread = machine.threads[machine.running];
+  const Access now{machine.block, machine.running, machine.barriers, thread.warp_barriers};
+  if (now.races_with(word.write)) fault("race: " + where + (writes ? " written twice" : " read while it is written"));
+  if (writes) {
+    for (const Access& read : word.reads)
+      if (now.races_with(read)) {
+        fault("race: " + where + " written while it is read");
+        break;
+      }
+    word.reads.clear();
+    word.write = now;
+    return;
+  }
+  for (Access& read : word.reads)
+    if (read.block == now.block && read.thread == now.thread) {
+      read = now;
+      return;
+    }
+  word.reads.push_back(now);
+}
+
+inline bool in_shared(const void* p) {
+  const auto at = reinterpret_cast<uintptr_t>(p), start = reinterpret_cast<uintptr_t>(machine.shared.data());
+  return at >= start && at < start + machine.shared.size() * 4;
+}
+
+// `words` floats at p may be touched; all bookkeeping. False where they must not be.
+inline bool touch_shared(const void* p, int words, bool writes) {
+  const int64_t first = static_cast<const float*>(p) - machine.shared.data();
+  if (first + words > static_cast<int64_t>(machine.shared.size())) {
+    fault("shared memory: out of bounds");
+    return false;
+  }
+  if (first % words) fault("shared memory: not aligned");
+  Thread& thread = machine.threads[machine.running];
+  for (int i = 0; i < words; ++i) {
+    Word& word = machine.shared_words[first + i];
+    if (!writes && word.write.thread < 0) fault("shared memory: word " + std::to_string(first + i) + " read before it was written");
+    note(word, writes, "shared word " + std::to_string(first + i));
+  }
+  if (machine.count_wavefronts)
+    machine.in_flight[{machine.running / 32, thread.accesses++}].push_back({static_cast<int>(first), words});
+  return true;
+}
+
+inline bool touch_global(const void* p, int bytes, bool writes) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  const auto found = machine.buffers.upper_bound(at);
+  if (found == machine.buffers.end() || at < reinterpret_cast<uintptr_t>(found->second.data) || at + bytes > found->first) {
+    fault("global memory: out of bounds");
+    return false;
+  }
+  Buffer& buffer = found->second;
+  const int64_t offset = at - reinterpret_cast<uintptr_t>(buffer.data);
+  if (at % bytes) fault("global memory: " + buffer.name + " not aligned to " + std::to_string(bytes) + " bytes");
+  if (writes && !buffer.writable) fault("global memory: " + buffer.name + " is only to be read");
+  for (int64_t word = offset / 4; word < (offset + bytes) / 4; ++word) {
+    if (buffer.writable) note(buffer.words[word], writes, buffer.name + " at byte " + std::to_string(4 * word));
+    if (writes) buffer.written[word] = true;
+  }
+  return true;
+}
+
+template <class T>
+T get(const void* p) {
+  T value{};
+  if (in_shared(p) ? touch_shared(p, sizeof(T) / 4, false) : touch_global(p, sizeof(T), false)) std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+template <class T>
+void put(void* p, T value) {
+  if (in_shared(p) ? touch_shared(p, sizeof(T) / 4, true) : touch_global(p, sizeof(T), true)) std::memcpy(p, &value, sizeof(T));
+}
+
+// 32 banks of a word; an access of 16 bytes goes by quarters of a warp.
+inline void settle_wavefronts() {
+  for (const auto& [key, accesses] : machine.in_flight) {
+    const int words = accesses[0].second, group = 32 / words;
+    for (size_t begin = 0; begin < accesses.size(); begin += group) {
+      std::set<int> by_bank[32];
+      int most = 0;
+      for (size_t i = begin; i < std::min(begin + group, accesses.size()); ++i)
+        for (int w = 0; w < accesses[i].second; ++w) {
+          std::set<int>& bank = by_bank[(accesses[i].first + w) % 32];
+          bank.insert(accesses[i].first + w);
+          most = std::max<int>(most, bank.size());
+        }
+      machine.wavefronts.counted += most;
+      machine.wavefronts.least += 1;
+    }
+  }
+  machine.in_flight.clear();
+  for (Thread& thread : machine.threads) thread.accesses = 0;
+}
+
+// --- threads ---
+
+inline void leave(State state, int line) {
+  Thread& self = machine.threads[machine.running];
+  self.state = state;
+  self.line = line;
+  swapcontext(&self.context, &machine.scheduler);
+}
+
+inline void barrier(int line) { leave(State::at_barrier, line); }
+
+inline void warp_barrier(int line) {
+  machine.threads[machine.running].mask = 0xffffffffu;
+  leave(State::at_warp_barrier, line);
+}
+
+inline float shuffle_xor(int line, uint32_t mask, float value, int lanes) {
+  Thread& self = machine.threads[machine.running];
+  const int lane = machine.running % 32;
+  if (!(mask >> lane & 1)) fault("shuffle: a mask without the thread itself, line " + std::to_string(line));
+  if (!(mask >> (lane ^ lanes) & 1)) fault("shuffle: from a thread that the mask lacks, line " + std::to_string(line));
+  self.mask = mask;
+  self.value = value;
+  self.lanes = lanes;
+  leave(State::at_shuffle, line);
+  return self.received;
+}
+
+inline int warp_end(int warp) { return std::min<int>(32 * warp + 32, machine.threads.size()); }
+
+// Lets a warp's threads go on that wait for each other and have all come. False where none could.
+inline bool release_warp(int warp) {
+  bool released = false;
+  for (int i = 32 * warp; i < warp_end(warp); ++i) {
+    Thread& one = machine.threads[i];
+    if (one.state != State::at_shuffle && one.state != State::at_warp_barrier) continue;
+    std::vector<int> together;
+    bool complete = true;
+    for (int lane = 0; lane < warp_end(warp) - 32 * warp; ++lane) {
+      const Thread& other = machine.threads[32 * warp + lane];
+      if (!(one.mask >> lane & 1)) continue;
+      complete = complete && other.state == one.state && other.line == one.line && other.mask == one.mask;
+      together.push_back(32 * warp + lane);
+    }
+    if (!complete || together.empty()) continue;
+    for (int t : together) {
+      Thread& thread = machine.threads[t];
+      const int from = t ^ thread.lanes;
+      if (thread.state == State::at_shuffle) thread.received = from < warp_end(warp) ? machine.threads[from].value : NAN;
+    }
+    for (int t : together) {
+      machine.threads[t].state = State::ready;
+      ++machine.threads[t].warp_barriers;
+    }
+    if (one.lanes) ++machine.shuffles;
+    released = true;
+  }
+  return released;
+}
+
+inline bool release_block() {
+  int line = -1;
+  bool ended = false, same = true, all = true;
+  for (const Thread& thread : machine.threads) {
+    if (thread.state == State::ended) ended = true;
+    else if (thread.state != State::at_barrier) all = false;
+    else if (line < 0) line = thread.line;
+    else same = same && line == thread.line;
+  }
+  if (!all || line < 0) return false;
+  if (ended) fault("barrier at line " + std::to_string(line) + ": other threads of the block have ended");
+  if (!same) fault("barrier at line " + std::to_string(line) + ": others of the block wait at another one");
+  if (ended || !same) return false;
+  settle_wavefronts();
+  ++machine.barriers;
+  ++machine.barriers_met;
+  for (Thread& thread : machine.threads) thread.state = State::ready;
+  return true;
+}
+
+inline void enter() {
+  machine.body(machine.argument);
+  leave(State::ended, 0);
+}
+
+// The threads that can go on, in the order in which they will.
+inline std::vector<int> next_round() {
+  std::vector<int> ready;
+  for (size_t i = 0; i < machine.threads.size(); ++i)
+    if (machine.threads[i].state == State::ready) ready.push_back(i);
+  if (machine.schedule == Schedule::reverse) std::reverse(ready.begin(), ready.end());
+  if (machine.schedule == Schedule::random) std::shuffle(ready.begin(), ready.end(), machine.chance);
+  return ready;
+}
+
+inline void run_block(int threads, int64_t shared_bytes) {
+  constexpr size_t stack = 128 * 1024;
+  machine.shared.assign(shared_bytes / 4, NAN);
+  machine.shared_words.assign(shared_bytes / 4, {});
+  machine.threads.resize(threads);
+  machine.barriers = 0;
+  for (Thread& thread : machine.threads) {
+    if (!thread.stack) thread.stack = std::make_unique<char[]>(stack);
+    thread.state = State::ready;
+    thread.warp_barriers = 0;
+    thread.accesses = 0;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = stack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, enter, 0);
+  }
+  for (;;) {
+    for (int thread : next_round()) {
+      machine.running = thread;
+      threadIdx.x = thread;
+      swapcontext(&machine.scheduler, &machine.threads[thread].context);
+    }
+    bool released = false;
+    for (int warp = 0; 32 * warp < threads; ++warp) released = release_warp(warp) || released;
+    if (released || release_block()) continue;
+    for (int i = 0; i < threads; ++i) {
+      const Thread& thread = machine.threads[i];
+      machine.running = i;
+      if (thread.state == State::at_shuffle || thread.state == State::at_warp_barrier) {
+        fault("shuffle at line " + std::to_string(thread.line) + ": threads of its mask never come");
+        break;
+      }
+    }
+    break;
+  }
+  settle_wavefronts();
+}
+
+template <class Call>
+void launch(void (*kernel)(Call), const Call& call, int blocks, int diagonal_blocks, int threads, int64_t shared_bytes) {
+  struct Bound {
+    void (*kernel)(Call);
+    const Call& call;
+  } bound{kernel, call};
+  machine.body = [](void* p) { static_cast<Bound*>(p)->kernel(static_cast<Bound*>(p)->call); };
+  machine.argument = &bound;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  gridDim = {static_cast<unsigned>(blocks), static_cast<unsigned>(diagonal_blocks), 1};
+  for (auto& [end, buffer] : machine.buffers) buffer.words.assign(buffer.writable ? buffer.bytes / 4 : 0, {});
+  for (int y = 0; y < diagonal_blocks; ++y)
+    for (int x = 0; x < blocks; ++x) {
+      blockIdx = {static_cast<unsigned>(x), static_cast<unsigned>(y), 0};
+      machine.block = y * blocks + x;
+      run_block(threads, shared_bytes);
+    }
+}
+
+}  // namespace simt
+
+// --- what device.cuh offers ---
+
+namespace linearpatch::cuda {
+
+struct Half {};
+struct BFloat16 {};
+
+inline float* shared_memory() { return simt::machine.shared.data(); }
+inline float read(const float* p) { return simt::get<float>(p); }
+inline void write(float* p, float v) { simt::put(p, v); }
+inline float4 read4(const float* p) { return simt::get<float4>(p); }
+inline void write4(float* p, float4 v) { simt::put(p, v); }
+inline uint4 load16(const void* p) { return simt::get<uint4>(p); }
+inline void store16(void* p, uint4 v) { simt::put(p, v); }
+
+inline float widened(Half, uint16_t bits) {
+  _Float16 v;
+  std::memcpy(&v, &bits, 2);
+  return static_cast<float>(v);
+}
+inline float widened(BFloat16, uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+inline uint16_t narrowed(Half, float v) {
+  const _Float16 half = static_cast<_Float16>(v);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint16_t narrowed(BFloat16, float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+template <class T>
+float2 unpack(T type, uint32_t bits) {
+  return {widened(type, static_cast<uint16_t>(bits)), widened(type, static_cast<uint16_t>(bits >> 16))};
+}
+template <class T>
+uint32_t pack(T type, float low, float high) {
+  return narrowed(type, low) | static_cast<uint32_t>(narrowed(type, high)) << 16;
+}
+
+}  // namespace linearpatch::cuda
