@@ -2,6 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "hadamard_patch/cpu.h"
+#ifdef LINEARPATCH_CUDA
+#include "hadamard_patch/cuda.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
   library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cpu::hadamard_patch));
@@ -9,3 +12,12 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cpu::add_patch_rms_norm));
   library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cpu::hadamard_patch_out));
 }
+
+#ifdef LINEARPATCH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(linearpatch, CUDA, library) {
+  library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cuda::hadamard_patch));
+  library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cuda::hadamard_patch_backward));
+  library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cuda::add_patch_rms_norm));
+  library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cuda::hadamard_patch_out));
+}
+#endif

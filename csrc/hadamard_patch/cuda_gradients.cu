@@ -1,4 +1,4 @@
-// The kernels for gradients.
+// The kernels for gradients, and what a device has.
 #include "device.cuh"
 
 #include "gradients.cuh"
@@ -6,6 +6,16 @@
 #include "cuda_launch.cuh"
 
 namespace linearpatch::cuda {
+
+Device device_limits(int index) {
+  const auto limit = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, attribute, index);
+    return value;
+  };
+  return {limit(cudaDevAttrMultiProcessorCount), limit(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
 
 const char* launch_gradients(const GradientRows& call, const Launch& launch, void* stream) {
   const char* error = nullptr;

@@ -3,11 +3,10 @@
 
 #include <cuda_runtime.h>
 
-#include "launch.h"
+#include "cuda_start.h"
 
 namespace linearpatch::cuda {
 
-// What is wrong, or null.
 template <class Call>
 const char* start(void (*kernel)(Call), const Call& call, const Launch& launch, void* stream) {
   const auto said = [](cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); };

@@ -16,6 +16,7 @@ constexpr int kFewestBits = 3;           // of the Sylvester factor: a row is ma
 constexpr int kFewestPowerOfTwo = 7;     // log2 of the narrowest row without a factor H_m
 constexpr int kWidest = 32768;           // elements of a row that is worked on
 constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
+constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
 
 // A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), and the threads that share it.
@@ -145,7 +146,7 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   int k = 0;
   while (int64_t{1} << k < width.inner) ++k;
   const bool fused = call.residual || call.normed;
-  launch.possible = row_is_possible(width.m, k, width.has_program) && !(fused && width.blocks > 1);
+  launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= (fused ? 1 : kMostDiagonalBlocks);
   if (!launch.possible) return launch;
   const int64_t n = width.m * width.inner, row_bytes = n * 4;
   const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
@@ -153,7 +154,7 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   launch.fixed = width.m == 1 && k >= 10 && k <= 13 && !fused && !few && call.in == call.out;
   call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, few);
   if (launch.fixed) call.shape.threads = static_cast<int>(n / 64);
-  const int64_t bytes_a_row = row_bytes * (tabled ? 2 : 1), besides = 4 * kMostThreads / 32;
+  const int64_t bytes_a_row = row_bytes * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;
   const int64_t limit = device.shared_per_block;
   call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);
   launch.threads = call.rows_together * call.shape.threads;
@@ -176,7 +177,7 @@ inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_
   Launch launch{};
   int k = 0;
   while (int64_t{1} << k < width.inner) ++k;
-  launch.possible = row_is_possible(width.m, k, width.has_program);
+  launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= kMostDiagonalBlocks;
   if (!launch.possible) return launch;
   const int64_t row_bytes = width.m * width.inner * 4, limit = device.shared_per_block;
   const bool tabled = width.m != 1 && !width.has_program;

@@ -1,8 +1,14 @@
-// The CUDA kernels of the patch on the CPU, for ctypes: what cuda.cpp does without torch, by simt.h.
+// The operators of cuda.cpp on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a call is as it
+// is on a GPU, from the checks of its operands to the stores of its kernels, but for what cuda_*.cu and cuda_place.cpp do.
 #include "simt.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include "../../csrc/hadamard_patch/gradients.cuh"
 #include "../../csrc/hadamard_patch/patch.cuh"
+
+#include "../../csrc/hadamard_patch/cuda.h"
+#include "../../csrc/hadamard_patch/cuda_start.h"
 #include "../../csrc/hadamard_patch/width.h"
 
 namespace linearpatch {
@@ -12,143 +18,143 @@ const KernelTable* avx2_kernels() { return nullptr; }
 const KernelTable* avx512_kernels() { return nullptr; }
 }  // namespace linearpatch
 
-using namespace linearpatch;
-using namespace linearpatch::cuda;
-
+namespace linearpatch::cuda {
 namespace {
 
-std::string report;
+Device device{1, 232448, 0};
+Launch last{};
+int last_rows_together = 0, last_scale_in_shared = 0;
 
-void watch(const char* name, const void* data, int64_t bytes, bool writable) {
-  if (!data) return;
-  char* const start = const_cast<char*>(static_cast<const char*>(data));
-  simt::Buffer& buffer = simt::machine.buffers[reinterpret_cast<uintptr_t>(start) + bytes];
-  buffer = {name, start, bytes, writable, {}, std::vector<bool>(writable ? bytes / 4 : 0)};
+void watch_signs(const RowShape& shape, const uint32_t* there, const uint32_t* back) {
+  const int64_t bytes = (shape.m + 15) / 16 * shape.m * 4;
+  simt::watch("signs", there, there ? bytes : 0);
+  simt::watch("signs", back, back ? bytes : 0);
 }
 
-struct Signs {
-  std::vector<uint32_t> there, back;
-  explicit Signs(const Width& width) {
-    if (!width.codes) return;
-    there = packed_signs(width, true);
-    back = packed_signs(width, false);
-    watch("signs", there.data(), there.size() * 4, false);
-    watch("signs", back.data(), back.size() * 4, false);
-  }
-};
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-}  // namespace
-
-// Plain data, as tests/simt/emulator.py has it.
-struct Settings {
-  int32_t schedule;  // forward, reverse, random
-  uint32_t seed;
-  int32_t processors;
-  int32_t count_wavefronts;
-  int64_t shared_per_block, shared_per_processor;
-};
-
-struct Outcome {
-  int32_t possible, fixed, blocks, diagonal_blocks, threads, rows_together;
-  int64_t shared_bytes, unwritten, wavefronts, least_wavefronts, barriers, shuffles, faults;
-  const char* report;
-};
-
-namespace {
-
-Device begin(const Settings& settings) {
-  auto& m = simt::machine;
-  m.schedule = static_cast<simt::Schedule>(settings.schedule);
-  m.chance.seed(settings.seed);
-  m.count_wavefronts = settings.count_wavefronts;
-  m.faults.clear();
-  m.fault_count = m.barriers_met = m.shuffles = 0;
-  m.wavefronts = {};
-  m.buffers.clear();
-  return {settings.processors, settings.shared_per_block, settings.shared_per_processor};
-}
-
-Outcome finish(const Launch& launch, int rows_together) {
-  const auto& m = simt::machine;
-  report.clear();
-  for (const std::string& line : m.faults) report += line + "\n";
-  int64_t unwritten = 0;
-  for (const auto& [end, buffer] : m.buffers) unwritten += std::count(buffer.written.begin(), buffer.written.end(), false);
-  return {launch.possible, launch.fixed, launch.blocks, launch.diagonal_blocks, launch.threads, rows_together,
-          launch.shared_bytes, unwritten, m.wavefronts.counted, m.wavefronts.least, m.barriers_met, m.shuffles,
-          m.fault_count, report.c_str()};
-}
+// Bytes from the first element of rows to their last.
+int64_t extent(int64_t rows, int64_t stride, int64_t length) { return rows ? (rows - 1) * stride + length : 0; }
 
 template <class Call>
 auto runner(const Call& call, const Launch& launch) {
+  last = launch;
   return [&](auto* kernel) {
     simt::launch(kernel, call, launch.blocks, launch.diagonal_blocks, launch.threads, launch.shared_bytes);
+    simt::machine.buffers_done();
   };
+}
+
+template <class Choose>
+const char* run_patch(const PatchRows& call, const Launch& launch, Choose with_kernel) {
+  const int64_t d = (static_cast<int64_t>(call.shape.m) << call.shape.k) * launch.diagonal_blocks;
+  const int64_t in = d * bytes_of(call.in), out = d * bytes_of(call.out);
+  const bool in_place = call.x == call.y;
+  if (!in_place) simt::watch("x", call.x, extent(call.rows, call.x_stride, in));
+  simt::watch("residual", call.residual, extent(call.rows, call.residual_stride, in));
+  simt::watch("y", call.y, extent(call.rows, call.y_stride, out), true, in_place);
+  simt::watch("normed", call.normed, extent(call.rows, call.normed_stride, out), true, false);
+  for (const float* vector : {call.scale, call.pre, call.post, call.norm_weight}) simt::watch("a vector", vector, d * 4);
+  watch_signs(call.shape, call.signs_there, call.signs_back);
+  last_rows_together = call.rows_together;
+  last_scale_in_shared = call.scale_in_shared;
+  simt::machine.after = [&] {
+    simt::check_written(call.y, call.rows, out, call.y_stride);
+    simt::check_written(call.normed, call.rows, out, call.normed_stride);
+  };
+  with_kernel(call, runner(call, launch));
+  return nullptr;
 }
 
 }  // namespace
 
-extern "C" {
+Device device_limits(int) { return device; }
+Place::Place(int index) : device(device_limits(index)), stream(nullptr), guard(nullptr) {}
+Place::~Place() = default;
 
-const Width* simt_width(int64_t d, int64_t m, int64_t inner, const int8_t* h) { return &add_width(d, m, inner, h); }
-
-// The bytes that x, residual, y and normed take; 0 for what is not there.
-Outcome simt_patch(const Settings* settings, const Width* width, PatchRows* call, const int64_t* bytes) {
-  const Device device = begin(*settings);
-  const Launch launch = plan_patch(*call, *width, device);
-  if (!launch.possible) return finish(launch, 0);
-  watch("x", call->x, bytes[0], call->x == call->y);
-  watch("residual", call->residual, bytes[1], false);
-  if (call->y != call->x) watch("y", call->y, bytes[2], true);
-  watch("normed", call->normed, bytes[3], true);
-  watch("scale", call->scale, width->d * 4, false);
-  watch("pre", call->pre, width->d * 4, false);
-  watch("post", call->post, width->d * 4, false);
-  watch("norm_weight", call->norm_weight, width->d * 4, false);
-  const Signs signs(*width);
-  if (width->codes) call->signs_there = signs.there.data(), call->signs_back = signs.back.data();
-  if (launch.fixed)
-    with_fixed_kernel(*call, runner(*call, launch));
-  else
-    with_staged_kernel(*call, runner(*call, launch));
-  return finish(launch, call->rows_together);
+const char* launch_fixed(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_fixed_kernel(call, run); });
 }
 
-// `totals`: dscale, dpre, dpost, [d] each, or null where one is not wanted. bytes: of x, grad and dx.
-Outcome simt_gradients(const Settings* settings, const Width* width, GradientRows* call, float* const* totals,
-                       const int64_t* bytes) {
-  const Device device = begin(*settings);
-  int wanted = 0;
-  for (int i = 0; i < 3; ++i) wanted += totals[i] != nullptr;
-  const Launch launch = plan_gradients(*call, *width, wanted, device);
-  if (!launch.possible) return finish(launch, 0);
-  const int64_t d = width->d, parts = parts_of(launch, *call);
-  watch("x", call->x, bytes[0], false);
-  watch("grad", call->grad, bytes[1], false);
-  watch("dx", call->dx, bytes[2], true);
-  watch("scale", call->scale, d * 4, false);
-  watch("pre", call->pre, d * 4, false);
-  watch("post", call->post, d * 4, false);
-  const Signs signs(*width);
-  if (width->codes) call->signs_there = signs.there.data(), call->signs_back = signs.back.data();
-  struct Quad { alignas(16) float v[4]; };
-  std::vector<Quad> sums[3];
-  float** const places[3] = {&call->scale_sums, &call->pre_sums, &call->post_sums};
-  for (int i = 0; i < 3; ++i) {
-    if (!totals[i]) continue;
-    sums[i].resize(parts * d / 4, {{NAN, NAN, NAN, NAN}});
-    *places[i] = sums[i][0].v;
-    watch("partial sums", *places[i], parts * d * 4, true);
-    watch("total", totals[i], d * 4, true);
-  }
-  with_gradient_kernel(*call, runner(*call, launch));
-  for (int i = 0; i < 3; ++i) {
-    if (!totals[i]) continue;
-    const float factor = i == 0 ? 1.0f / static_cast<float>(width->m * width->inner) : 1.0f;
-    const PartSums sum{*places[i], totals[i], parts, static_cast<int>(d), factor};
-    runner(sum, plan_sum(sum))(&add_parts);
-  }
-  return finish(launch, call->rows_together);
+const char* launch_staged(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_staged_kernel(call, run); });
 }
 
-}  // extern "C"
+const char* launch_gradients(const GradientRows& call, const Launch& launch, void*) {
+  const int64_t d = (static_cast<int64_t>(call.shape.m) << call.shape.k) * launch.diagonal_blocks;
+  const int64_t in = d * bytes_of(call.in), out = d * bytes_of(call.out), parts = parts_of(launch, call);
+  simt::watch("x", call.x, extent(call.rows, call.x_stride, in));
+  simt::watch("grad", call.grad, extent(call.rows, call.grad_stride, in));
+  simt::watch("dx", call.dx, call.dx ? extent(call.rows, call.dx_stride, out) : 0, true, false);
+  for (const float* vector : {call.scale, call.pre, call.post}) simt::watch("a vector", vector, d * 4);
+  for (float* sums : {call.scale_sums, call.pre_sums, call.post_sums})
+    simt::watch("partial sums", sums, parts * d * 4, true, false);
+  watch_signs(call.shape, call.signs_there, call.signs_back);
+  last_rows_together = call.rows_together;
+  simt::machine.after = [&] {
+    simt::check_written(call.dx, call.dx ? call.rows : 0, out, call.dx_stride);
+    for (float* sums : {call.scale_sums, call.pre_sums, call.post_sums}) simt::check_written(sums, parts, d * 4, d * 4);
+  };
+  with_gradient_kernel(call, runner(call, launch));
+  return nullptr;
+}
+
+const char* launch_sum(const PartSums& call, void*) {
+  simt::watch("partial sums", call.sums, call.parts * call.d * 4);
+  simt::watch("total", call.total, call.d * 4, true, false);
+  simt::machine.after = [&] { simt::check_written(call.total, 1, call.d * 4, 0); };
+  const Launch launch = plan_sum(call), before = last;
+  runner(call, launch)(&add_parts);
+  last = before;
+  return nullptr;
+}
+
+}  // namespace linearpatch::cuda
+
+#define VISIBLE extern "C" __attribute__((visibility("default")))
+
+VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, int processors, int64_t shared_per_block,
+                            int64_t shared_per_processor) {
+  auto& m = simt::machine;
+  m.schedule = static_cast<simt::Schedule>(schedule);
+  m.chance.seed(seed);
+  m.count_wavefronts = count_wavefronts;
+  m.faults.clear();
+  m.fault_count = m.barriers_met = m.shuffles = m.launches = 0;
+  m.wavefronts = {};
+  linearpatch::cuda::device = {processors, shared_per_block, shared_per_processor};
+}
+
+VISIBLE const char* simt_faults() {
+  static std::string report;
+  report.clear();
+  for (const std::string& line : simt::machine.faults) report += line + "\n";
+  return report.c_str();
+}
+
+// Of all launches since the machine was configured, and the shape of the last one that was not a sum.
+VISIBLE void simt_counts(int64_t* counts) {
+  const auto& m = simt::machine;
+  const auto& last = linearpatch::cuda::last;
+  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.shuffles, m.wavefronts.counted, m.wavefronts.least,
+                              int64_t{last.fixed}, int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
+                              int64_t{linearpatch::cuda::last_rows_together}, int64_t{linearpatch::cuda::last_scale_in_shared}})
+    *counts++ = count;
+}
+
+#define OPTIONAL "Tensor? pre_scale, Tensor? post_scale, Tensor? down, Tensor? up"
+STABLE_TORCH_LIBRARY(linearpatch_simt, library) {
+  library.def("hadamard_patch(Tensor x, Tensor scale, " OPTIONAL ") -> Tensor");
+  library.def("hadamard_patch_out(Tensor x, Tensor scale, " OPTIONAL ", Tensor(a!) out) -> ()");
+  library.def("hadamard_patch_backward(Tensor grad, Tensor x, Tensor scale, " OPTIONAL
+              ", int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("add_patch_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, float eps, " OPTIONAL
+              ") -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(linearpatch_simt, CPU, library) {
+  library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cuda::hadamard_patch));
+  library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cuda::hadamard_patch_out));
+  library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cuda::hadamard_patch_backward));
+  library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cuda::add_patch_rms_norm));
+}

@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -72,7 +73,7 @@ struct Buffer {
   std::string name;
   char* data;
   int64_t bytes;
-  bool writable;
+  bool writable, filled;  // filled: with what a kernel may read before it has written there
   std::vector<Word> words;
   std::vector<bool> written;
 };
@@ -109,7 +110,14 @@ struct Machine {
   // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
   std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
   Wavefronts wavefronts;
-  int64_t barriers_met = 0, shuffles = 0;
+  int64_t barriers_met = 0, shuffles = 0, launches = 0;
+  std::function<void()> after;  // the launch, before its buffers are forgotten
+
+  void buffers_done() {
+    running = -1;
+    after();
+    buffers.clear();
+  }
 };
 inline Machine machine;
 
@@ -181,6 +189,8 @@ inline bool touch_global(const void* p, int bytes, bool writes) {
   for (int64_t word = offset / 4; word < (offset + bytes) / 4; ++word) {
     if (buffer.writable) note(buffer.words[word], writes, buffer.name + " at byte " + std::to_string(4 * word));
     if (writes) buffer.written[word] = true;
+    else if (!buffer.filled && !buffer.written[word])
+      fault("global memory: " + buffer.name + " at byte " + std::to_string(4 * word) + " read before it was written");
   }
   return true;
 }
@@ -351,6 +361,25 @@ inline void run_block(int threads, int64_t shared_bytes) {
   settle_wavefronts();
 }
 
+// A buffer that kernels may touch until the next launch is over.
+inline void watch(const char* name, const void* data, int64_t bytes, bool writable = false, bool filled = true) {
+  if (!data || !bytes) return;
+  char* const start = const_cast<char*>(static_cast<const char*>(data));
+  machine.buffers[reinterpret_cast<uintptr_t>(start) + bytes] = {name, start, bytes, writable, filled, {},
+                                                                 std::vector<bool>(writable ? bytes / 4 : 0)};
+}
+
+// Every `length` bytes of every `stride` of a buffer must have been written.
+inline void check_written(const void* data, int64_t rows, int64_t length, int64_t stride) {
+  if (!data) return;
+  const auto found = machine.buffers.upper_bound(reinterpret_cast<uintptr_t>(data));
+  if (found == machine.buffers.end()) return;
+  int64_t missing = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t byte = row * stride; byte < row * stride + length; byte += 4) missing += !found->second.written[byte / 4];
+  if (missing) fault("global memory: " + std::to_string(missing) + " words of " + found->second.name + " never written");
+}
+
 template <class Call>
 void launch(void (*kernel)(Call), const Call& call, int blocks, int diagonal_blocks, int threads, int64_t shared_bytes) {
   struct Bound {
@@ -368,6 +397,7 @@ void launch(void (*kernel)(Call), const Call& call, int blocks, int diagonal_blo
       machine.block = y * blocks + x;
       run_block(threads, shared_bytes);
     }
+  ++machine.launches;
 }
 
 }  // namespace simt

@@ -1,0 +1,26 @@
+// Starting the CUDA kernels, for code that knows no CUDA: the .cu files have these. What is wrong is the result, or null.
+#pragma once
+
+#include "launch.h"
+
+namespace linearpatch::cuda {
+
+Device device_limits(int index);
+
+// Makes a device the current one for as long as it lives; with the device's current stream.
+struct Place {
+  explicit Place(int index);
+  ~Place();
+  Place(const Place&) = delete;
+
+  Device device;
+  void* stream;
+  void* guard;
+};
+
+const char* launch_fixed(const PatchRows&, const Launch&, void* stream);
+const char* launch_staged(const PatchRows&, const Launch&, void* stream);
+const char* launch_gradients(const GradientRows&, const Launch&, void* stream);
+const char* launch_sum(const PartSums&, void* stream);
+
+}  // namespace linearpatch::cuda

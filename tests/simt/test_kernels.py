@@ -1,0 +1,203 @@
+"""The CUDA kernels of the patch, run on the CPU by the emulator: against float64, in every order that threads may take."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from emulator import H100, KIB, ONE_BLOCK, RTX, SCHEDULES, Emulator
+from torch import Tensor
+
+from linearpatch_kernels.hadamard import hadamard_order
+from tests.ops.cpu_cases import DTYPES, LAYOUTS, LISTED, check, rows_of
+
+REFERENCE = torch.ops.linearpatch
+SIMT = torch.ops.linearpatch_simt
+POWERS = [128, 256]
+BLOCK_DIAGONAL = [3 * 128, 5 * 512, 7 * 192]
+WIDE = [10240, 24576, 32768]
+SOME = [128, 384, 512, 576, 640, 768, 896, 1024, 1600, 2048, 2880, 3072, 4096, 8192]
+
+
+def double(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.double() for tensor in tensors)
+
+
+def held_to_float64(
+    d: int, dtype: torch.dtype, rows: int, chance: random.Random, *, layout: str = "contiguous", rank: int = 0
+) -> list[str]:
+    """Every operator once, each result by the error rule; what is wrong, one line each."""
+    x, grad = rows_of((rows, d), dtype, layout), torch.randn(rows, d).to(dtype)
+    parameter = chance.choice([torch.float32, dtype, torch.float64])
+    scale, pre, post, weight = (torch.randn(d).to(parameter) for _ in range(4))
+    pre, post = (v if chance.random() < 0.7 else None for v in (pre, post))
+    down, up = (torch.randn(d, rank) / d**0.5, torch.randn(rank, d)) if rank else (None, None)
+    operands = (scale, pre, post, down, up)
+    exact, reference = (
+        REFERENCE.hadamard_patch_reference(*given) for given in (double(x, *operands), (x, *operands))
+    )
+    wrong = check("patch", (SIMT.hadamard_patch(x, *operands),), (reference,), (exact,))
+    y = x.clone(memory_format=torch.preserve_format)
+    SIMT.hadamard_patch_out(y, *operands, y)
+    wrong += check("patch in place", (y,), (reference,), (exact,))
+    needs = chance.randint(1, 15) | (48 if rank else 0)
+    wrong += check(
+        f"gradients {needs:06b}",
+        SIMT.hadamard_patch_backward(grad, x, *operands, needs),
+        REFERENCE.hadamard_patch_backward_reference(grad, x, *operands, needs),
+        REFERENCE.hadamard_patch_backward_reference(*double(grad, x, *operands), needs),
+    )
+    wrong += check(
+        "norm",
+        SIMT.add_patch_rms_norm(x, grad, scale, weight, 1e-3, *operands[1:]),
+        REFERENCE.add_patch_rms_norm_reference(x, grad, scale, weight, 1e-3, *operands[1:]),
+        REFERENCE.add_patch_rms_norm_reference(*double(x, grad, scale, weight), 1e-3, *double(*operands[1:])),
+    )
+    return wrong
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "widths",
+    [SOME, pytest.param([*POWERS, *LISTED, *BLOCK_DIAGONAL, *WIDE], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_every_operator_against_float64(
+    emulator: Emulator, widths: list[int], dtype: torch.dtype, schedule: str
+) -> None:
+    for d in widths:
+        chance = random.Random(d)
+        for gpu in (ONE_BLOCK, H100):
+            emulator.configure(schedule, seed=d, gpu=gpu)
+            rows = chance.randint(1, 2) if d > 2000 or gpu is H100 else chance.randint(2, 12)
+            assert not held_to_float64(d, dtype, rows, chance), f"d {d}, {rows} rows"
+            assert not emulator.faults(), f"d {d}, {rows} rows"
+            assert emulator.seen().launches >= 3, f"d {d} went to the reference"
+
+
+@pytest.mark.parametrize("d", [1024, 2048, 4096, 8192])
+def test_powers_of_two_have_kernels_of_their_own(emulator: Emulator, d: int) -> None:
+    """Many rows a block, the last turn with fewer rows than the block has places; two and four exchanges."""
+    for dtype in DTYPES:
+        emulator.configure("random", seed=d)
+        x, scale = torch.randn(21 if d < 4096 else 7, d).to(dtype), torch.randn(d)
+        SIMT.hadamard_patch(x, scale, None, None, None, None)
+        seen = emulator.seen()
+        assert seen.fixed
+        assert not emulator.faults()
+        turns = -(-len(x) // seen.rows_together)
+        assert turns > 1
+        assert seen.barriers == 1 + turns * (2 if d < 8192 else 4)
+        assert seen.shuffles == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_wherever_they_lie(emulator: Emulator, layout: str) -> None:
+    for d, dtype in ((256, torch.float32), (576, torch.bfloat16), (2048, torch.float16)):
+        assert not held_to_float64(d, dtype, 5, random.Random(1), layout=layout)
+    assert not emulator.faults()
+    assert emulator.seen().launches > 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_term(emulator: Emulator, dtype: torch.dtype) -> None:
+    assert not held_to_float64(576, dtype, 5, random.Random(2), rank=3)
+    assert not held_to_float64(1024, dtype, 9, random.Random(3), rank=16)
+    assert not emulator.faults()
+    assert emulator.seen().launches >= 4
+
+
+def test_three_leading_dimensions_and_none(emulator: Emulator) -> None:
+    scale = torch.randn(256)
+    x = torch.randn(3, 4, 2, 256)
+    for rows in (x, x[1:, :2], x.transpose(0, 1), x[0, 0, 0], x[:0]):
+        y = SIMT.hadamard_patch(rows, scale, None, None, None, None)
+        exact = REFERENCE.hadamard_patch_reference(rows.double(), scale.double(), None, None, None, None)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5)
+        assert y.shape == rows.shape
+    gradients = SIMT.hadamard_patch_backward(x[:0], x[:0], scale, scale, scale, None, None, 0b1111)
+    assert [list(g.shape) for g in gradients] == [[0, 4, 2, 256], [256], [256], [256], [0], [0]]
+    assert all(g.eq(0).all() for g in gradients)
+    assert not emulator.faults()
+
+
+@pytest.mark.parametrize("d", [1, 7, 48, 64, 1000, 65536])
+def test_widths_without_a_kernel_go_to_the_reference(emulator: Emulator, d: int) -> None:
+    x, scale = torch.randn(2, d), torch.randn(d)
+    y = SIMT.hadamard_patch(x, scale, None, None, None, None)
+    assert y.equal(REFERENCE.hadamard_patch_reference(x, scale, None, None, None, None))
+    assert emulator.seen().launches == 0
+
+
+def test_what_does_not_fit_the_device_goes_to_the_reference(emulator: Emulator) -> None:
+    x, scale = torch.randn(2, 32768), torch.randn(32768)
+    for gpu, launches in ((H100, 1), (RTX, 0)):
+        emulator.configure(gpu=gpu)
+        SIMT.hadamard_patch(x, scale, None, None, None, None)
+        assert emulator.seen().launches == launches
+    for d in (16384, 24576):
+        emulator.configure(gpu=RTX)
+        SIMT.hadamard_patch(torch.randn(1, d), torch.randn(d), None, None, None, None)
+        assert emulator.seen().launches == 1
+        assert emulator.seen().shared_bytes <= 99 * KIB
+
+
+def test_bad_operands_are_the_references_to_refuse(emulator: Emulator) -> None:
+    x = torch.randn(2, 256)
+    with pytest.raises(Exception, match="scale must be floating \\[256\\]"):
+        SIMT.hadamard_patch(x, torch.randn(255), None, None, None, None)
+    with pytest.raises(Exception, match="down and up belong together"):
+        SIMT.hadamard_patch(x, torch.randn(256), None, None, torch.randn(256, 2), None)
+    with pytest.raises(RuntimeError, match="a place of its own"):
+        SIMT.hadamard_patch_out(x, torch.randn(256), *[None] * 4, torch.empty(256).expand(2, 256))
+    assert emulator.seen().launches == 0
+
+
+@pytest.mark.parametrize("shift", [0, 8, 24, 256])
+def test_out_may_overlap_x(emulator: Emulator, shift: int) -> None:
+    memory = torch.randn(9 * 256)
+    x, out = memory[: 4 * 256].view(4, 256), memory[shift : shift + 4 * 256].view(4, 256)
+    scale = torch.randn(256)
+    expected = SIMT.hadamard_patch(x.clone(), scale, None, None, None, None)
+    SIMT.hadamard_patch_out(x, scale, None, None, None, None, out)
+    assert out.equal(expected)
+    assert not emulator.faults()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("d", [256, 576, 960, 4096])
+def test_what_is_not_finite_spoils_its_row_and_no_other(emulator: Emulator, d: int, value: float) -> None:
+    for dtype in DTYPES:
+        x, scale = torch.randn(5, d).to(dtype), torch.rand(d) + 0.5
+        clean = SIMT.hadamard_patch(x, scale, None, None, None, None)
+        x[2, d // 3] = value
+        y = SIMT.hadamard_patch(x, scale, None, None, None, None)
+        assert not y[2].isfinite().any()
+        assert y[[0, 1, 3, 4]].equal(clean[[0, 1, 3, 4]])
+
+
+def test_gradients_have_the_same_bits_in_every_order(emulator: Emulator) -> None:
+    x, grad = torch.randn(2, 13, 512)
+    scale, pre, post = torch.randn(3, 512)
+    results = []
+    for schedule in SCHEDULES:
+        emulator.configure(schedule, seed=5)
+        results.append(SIMT.hadamard_patch_backward(grad, x, scale, pre, post, None, None, 0b1111))
+    assert all(one.equal(two) for other in results[1:] for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("d", [128, 256, 512, 576, 768, 1024, 1152, 1536, 2048, 3072, 4096, 5120, 6144, 8192])
+def test_shared_memory_has_no_bank_conflicts(emulator: Emulator, d: int) -> None:
+    """Counted from the addresses; the filling of the scales, once a block, is outside of what is compared."""
+    wavefronts = []
+    for rows in (1, 2):
+        emulator.configure(count_wavefronts=True)
+        x = torch.randn(rows * 16 * max(1, 1024 // d), d)
+        SIMT.hadamard_patch(x, torch.randn(d), None, None, None, None)
+        wavefronts.append(emulator.seen())
+    first, both = wavefronts
+    assert hadamard_order(d) == d
+    assert both.launches == 1
+    assert both.wavefronts - first.wavefronts == both.least_wavefronts - first.least_wavefronts
