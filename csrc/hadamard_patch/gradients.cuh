@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(Shape::block_threads) patch_gradients(const Gr
   const int64_t part = (static_cast<int64_t>(blockIdx.x) * call.rows_together + lane) * (static_cast<int64_t>(gridDim.y) * n);
   float* memory = shared_memory();
   const auto take = [&] {
-    float* const here = memory + lane * n;
-    memory += call.rows_together * n;
+    float* const here = memory + lane * shape.stride;
+    memory += call.rows_together * shape.stride;
     return here;
   };
   float *const u = take(), *const a = take(), *const spare = Shape::m == 0 ? take() : nullptr;

@@ -19,10 +19,14 @@ constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows o
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
 
-// A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), and the threads that share it.
+// A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), the threads that share it, and the floats
+// from row to row in shared memory.
 struct RowShape {
-  int m, k, a, b, threads;
+  int m, k, a, b, threads, stride;
 };
+
+// Rows that share a warp keep out of each other's banks.
+constexpr int stride_of_rows(int elements, int threads) { return elements + (threads < 32 ? threads : 0); }
 
 struct PatchRows {
   const char* x;
@@ -109,7 +113,7 @@ inline bool row_is_possible(int64_t m, int64_t k, bool has_program) {
 
 // With few rows, many threads work on each: then it is the time of one row that counts.
 inline RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
-  RowShape shape{m, k, 0, 0, 0};
+  RowShape shape{m, k, 0, 0, 0, 0};
   const int64_t n = static_cast<int64_t>(m) << k;
   if (m == 1) {
     const int bits = k - 3 - kMiddleBits;
@@ -123,6 +127,7 @@ inline RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
   const bool tabled = m != 1 && !has_program;
   const int64_t values = few_rows || tabled ? 16 : m == 1 ? 32 : 64;  // for each thread
   shape.threads = std::clamp(floor_power_of_two(n / values), 8, kMostThreads);
+  shape.stride = stride_of_rows(static_cast<int>(n), shape.threads);
   return shape;
 }
 
@@ -153,8 +158,11 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   launch.diagonal_blocks = static_cast<int>(width.blocks);
   launch.fixed = width.m == 1 && k >= 10 && k <= 13 && !fused && !few && call.in == call.out;
   call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, few);
-  if (launch.fixed) call.shape.threads = static_cast<int>(n / 64);
-  const int64_t bytes_a_row = row_bytes * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;
+  if (launch.fixed) {
+    call.shape.threads = static_cast<int>(n / 64);
+    call.shape.stride = stride_of_rows(static_cast<int>(n), call.shape.threads);
+  }
+  const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;
   const int64_t limit = device.shared_per_block;
   call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);
   launch.threads = call.rows_together * call.shape.threads;
@@ -179,11 +187,11 @@ inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_
   while (int64_t{1} << k < width.inner) ++k;
   launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= kMostDiagonalBlocks;
   if (!launch.possible) return launch;
-  const int64_t row_bytes = width.m * width.inner * 4, limit = device.shared_per_block;
+  const int64_t limit = device.shared_per_block;
   const bool tabled = width.m != 1 && !width.has_program;
   launch.diagonal_blocks = static_cast<int>(width.blocks);
   call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, call.rows < device.processors);
-  const int64_t work = row_bytes * (tabled ? 3 : 2);
+  const int64_t row_bytes = 4 * call.shape.stride, work = row_bytes * (tabled ? 3 : 2);
   call.rows_together = rows_in_a_block(call.shape, work + wanted_sums * row_bytes, 0, limit);
   launch.threads = call.rows_together * call.shape.threads;
   launch.shared_bytes = call.rows_together * (work + wanted_sums * row_bytes);

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
   };
   const float norm = 1.0f / static_cast<float>(n);
   Scales<Shape> scales{nullptr, call.scale + element, norm};
-  float* const row = take(call.rows_together * n) + lane * n;
-  float* const other = Shape::m == 0 ? take(call.rows_together * n) + lane * n : nullptr;
+  float* const row = take(call.rows_together * shape.stride) + lane * shape.stride;
+  float* const other = Shape::m == 0 ? take(call.rows_together * shape.stride) + lane * shape.stride : nullptr;
   if constexpr (Shape::m != 0)
     if (Shape::known || call.scale_in_shared) {
       float* const quads = take(n);

@@ -39,6 +39,7 @@ struct Fixed {
   static constexpr bool known = true;
   static constexpr int m = 1, k = k_, a = 3, b = b_, middle_bits = middle_, threads = (1 << k) / 64, inner_at = 3 + middle_bits;
   static_assert(3 + a + b + middle_bits == k);
+  static constexpr int stride = stride_of_rows(1 << k, threads);
   static constexpr int block_threads = threads < 128 ? 128 : threads, least_blocks = 512 / block_threads;
   DEVICE explicit Fixed(const RowShape&) {}
   static DEVICE constexpr int order() { return 1; }
@@ -51,8 +52,9 @@ struct Staged {
   static constexpr bool known = false;
   static constexpr int m = m_, middle_bits = m == 1 ? kMiddleBits : 0, inner_at = 3 + middle_bits;
   static constexpr int block_threads = kMostThreads, least_blocks = m <= 20 ? 2 : 1;
-  int k, a, b, order_, threads;
-  DEVICE explicit Staged(const RowShape& shape) : k(shape.k), a(shape.a), b(shape.b), order_(shape.m), threads(shape.threads) {}
+  int k, a, b, order_, threads, stride;
+  DEVICE explicit Staged(const RowShape& shape)
+      : k(shape.k), a(shape.a), b(shape.b), order_(shape.m), threads(shape.threads), stride(shape.stride) {}
   DEVICE int order() const { return m ? m : order_; }
   DEVICE int size() const { return order() << k; }
 };
