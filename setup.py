@@ -2,11 +2,19 @@
 
 They need torch's headers and a C++20 compiler. Torch is looked for only when something is to be compiled, so that
 metadata can be had without it; an isolated build has no torch, which is why the set-up commands turn isolation off.
+
+Where nvcc is found (CUDA_HOME, the PATH, /usr/local/cuda) the CUDA kernels go into the same file, with CUDA's run-time
+library inside, so that it loads where there is neither a driver nor CUDA. TORCH_CUDA_ARCH_LIST says for which GPUs, as
+for torch's own extensions ("8.0;9.0+PTX"); without it, machine code for 8.0 and PTX, which the driver compiles for newer
+ones when it first loads it. LINEARPATCH_NO_CUDA=1 leaves them out.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +23,40 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
-SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if not path.name.startswith("cuda"))
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("cuda*.c*") if path.suffix in (".cpp", ".cu"))
+HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
+BINDINGS = str(Path("csrc/bindings.cpp"))
 
 # libtorch's stable ABI as of 2.13: one file for every later torch and every Python from 3.11 on.
 DEFINITIONS = [("TORCH_TARGET_VERSION", "0x020d000000000000"), ("Py_LIMITED_API", "0x030b0000")]
 COMPILE = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+CUDA_COMPILE = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "8.0+PTX"
+
+
+def find_cuda() -> Path | None:
+    """The toolkit's folder, if there is one to be used."""
+    if os.environ.get("LINEARPATCH_NO_CUDA", "0") not in ("", "0"):
+        return None
+    compiler = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), compiler and Path(compiler).resolve().parents[1], "/usr/local/cuda"]
+    needed = ("bin/nvcc", "lib64/libcudart_static.a")
+    return next((Path(place) for place in places if place and all(Path(place, file).exists() for file in needed)), None)
+
+
+def architecture_flags() -> list[str]:
+    """What nvcc is told of ``TORCH_CUDA_ARCH_LIST``."""
+    flags = []
+    for name in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES):
+        known = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if not known:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {name!r}: write numbers, as in 8.0;9.0+PTX")
+        number = known[1] + known[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if known[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 class BuildKernels(build_ext):
@@ -39,22 +75,42 @@ class BuildKernels(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         flags = [*COMPILE, *(argument for path in include_paths() for argument in ("-isystem", path))]
+        cuda = find_cuda()
 
-        def compiled(source: str) -> str:
+        def compiled(source: str, *macros: tuple[str, str]) -> str:
             (object_file,) = self.compiler.compile(
-                [source], output_dir=self.build_temp, macros=extension.define_macros, extra_postargs=flags
+                [source],
+                output_dir=self.build_temp,
+                macros=[*extension.define_macros, *macros],
+                extra_postargs=flags,
             )
             return object_file
 
+        def compiled_for_gpus(source: str) -> str:
+            if source.endswith(".cpp"):
+                return compiled(source)
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+            command = [cuda / "bin" / "nvcc", *CUDA_COMPILE, *architecture_flags(), *host, "-c", source, "-o", target]
+            subprocess.run(command, check=True)
+            return str(target)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, extension.sources))
+            for_gpus = [pool.submit(compiled_for_gpus, source) for source in CUDA_SOURCES if cuda]
+            objects = list(pool.map(compiled, [source for source in extension.sources if source != BINDINGS]))
+            failed = next((error for task in for_gpus if (error := task.exception())), None)
+        if failed:
+            print(f"linearpatch_kernels is built without its CUDA kernels: {failed}", file=sys.stderr)
+        with_cuda = cuda and not failed
+        objects.append(compiled(BINDINGS, *([("LINEARPATCH_CUDA", "1")] if with_cuda else [])))
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects,
+            [*objects, *(task.result() for task in for_gpus if with_cuda)],
             target,
-            libraries=["torch_cpu"],
-            library_dirs=library_paths(),
-            extra_postargs=["-Wl,--as-needed"],
+            libraries=["torch_cpu", *(["cudart_static", "dl", "rt", "pthread"] if with_cuda else [])],
+            library_dirs=[*library_paths(), *([str(cuda / "lib64")] if with_cuda else [])],
+            extra_postargs=["-Wl,--as-needed", "-Wl,--exclude-libs,libcudart_static.a"],
             target_lang="c++",
         )
 
@@ -62,7 +118,7 @@ class BuildKernels(build_ext):
 KERNELS = Extension(
     "linearpatch_kernels._C",
     SOURCES,
-    depends=HEADERS,
+    depends=[*HEADERS, *CUDA_SOURCES],
     define_macros=DEFINITIONS,
     py_limited_api=True,
     language="c++",

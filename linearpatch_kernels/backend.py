@@ -51,8 +51,10 @@ def _cuda() -> bool | str:
     if _EXTENSION_MISSING:
         return _EXTENSION_MISSING
     if not _compiled_for("CUDA"):
-        return f"{_EXTENSION.name} was built without nvcc"
-    return torch.cuda.is_available() or "torch finds no CUDA device"
+        return f"{_EXTENSION.name} was built without nvcc: reinstall with the CUDA toolkit to have it"
+    if torch.version.cuda is None:
+        return f"the kernels are built, but torch {torch.__version__} is not a CUDA build"
+    return torch.cuda.is_available() or "the kernels are built, but torch finds no CUDA device or driver"
 
 
 def _triton() -> bool | str:
