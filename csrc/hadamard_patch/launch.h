@@ -19,6 +19,9 @@ constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows o
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
 
+// Bits of the outer stage beside those of a vector, for a power of two with a kernel of its own.
+constexpr int fixed_outer_bits(int k) { return k < 13 ? 3 : 4; }
+
 // A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), the threads that share it, and the floats
 // from row to row in shared memory.
 struct RowShape {
@@ -159,7 +162,7 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   launch.fixed = width.m == 1 && k >= 10 && k <= 13 && !fused && !few && call.in == call.out;
   call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, few);
   if (launch.fixed) {
-    call.shape.threads = static_cast<int>(n / 64);
+    call.shape.threads = static_cast<int>(n >> (3 + fixed_outer_bits(k)));
     call.shape.stride = stride_of_rows(static_cast<int>(n), call.shape.threads);
   }
   const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;

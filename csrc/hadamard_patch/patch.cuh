@@ -136,10 +136,10 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 template <class T, class Run>
 void with_fixed_kernel_of(int k, Run run) {
   switch (k) {
-    case 10: return run(patch_rows<Known<T>, Known<T>, Fixed<10, 0, 4>>);
-    case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<11, 0, 5>>);
-    case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<12, 0, 6>>);
-    case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<13, 3, 4>>);
+    case 10: return run(patch_rows<Known<T>, Known<T>, Fixed<10>>);
+    case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<11>>);
+    case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<12>>);
+    case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<13>>);
   }
 }
 

@@ -33,14 +33,13 @@ struct Int {
 
 // --- shapes: how an index is cut into stages ---
 
-// Known to the compiler: a power of two, one tile of 64 values a thread in the outer stage.
-template <int k_, int b_, int middle_>
+// Known to the compiler: a power of two, one tile a thread in the outer stage, no inner stage.
+template <int k_>
 struct Fixed {
   static constexpr bool known = true;
-  static constexpr int m = 1, k = k_, a = 3, b = b_, middle_bits = middle_, threads = (1 << k) / 64, inner_at = 3 + middle_bits;
-  static_assert(3 + a + b + middle_bits == k);
-  static constexpr int stride = stride_of_rows(1 << k, threads);
-  static constexpr int block_threads = threads < 128 ? 128 : threads, least_blocks = 512 / block_threads;
+  static constexpr int m = 1, k = k_, a = fixed_outer_bits(k), b = 0, middle_bits = k - 3 - a, inner_at = 3 + middle_bits;
+  static constexpr int threads = 1 << middle_bits, stride = stride_of_rows(1 << k, threads);
+  static constexpr int block_threads = 128, least_blocks = a == 3 ? 4 : 2;
   DEVICE explicit Fixed(const RowShape&) {}
   static DEVICE constexpr int order() { return 1; }
   static DEVICE constexpr int size() { return 1 << k; }
@@ -341,7 +340,7 @@ struct Scales {
   template <class Visit>
   DEVICE void each(const Middle<Shape>& middle, int unit, Visit visit) const {
     constexpr int count = Middle<Shape>::count;
-    if (quads) {
+    if (Shape::known || quads) {
 #pragma unroll
       for (int q = 0; q < count / 4; ++q) {
         const float4 four = read4(quads + middle.quad(unit, q));
