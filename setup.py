@@ -5,8 +5,8 @@ metadata can be had without it; an isolated build has no torch, which is why the
 
 Where nvcc is found (CUDA_HOME, the PATH, /usr/local/cuda) the CUDA kernels go into the same file, with CUDA's run-time
 library inside, so that it loads where there is neither a driver nor CUDA. TORCH_CUDA_ARCH_LIST says for which GPUs, as
-for torch's own extensions ("8.0;9.0+PTX"); without it, machine code for 8.0 and PTX, which the driver compiles for newer
-ones when it first loads it. LINEARPATCH_NO_CUDA=1 leaves them out.
+for torch's own extensions ("8.0;9.0+PTX"); without it, machine code for 8.0 and PTX, which the driver compiles for
+newer ones when it first loads it. LINEARPATCH_NO_CUDA=1 leaves them out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ BINDINGS = str(Path("csrc/bindings.cpp"))
 # libtorch's stable ABI as of 2.13: one file for every later torch and every Python from 3.11 on.
 DEFINITIONS = [("TORCH_TARGET_VERSION", "0x020d000000000000"), ("Py_LIMITED_API", "0x030b0000")]
 COMPILE = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-CUDA_COMPILE = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_COMPILE = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xfatbin=-compress-all",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 CUDA_ARCHITECTURES = "8.0+PTX"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from emulator import COMPILER, Emulator, build
@@ -22,6 +20,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 @pytest.fixture
-def emulator(compiled: Emulator) -> Callable[[], Emulator]:
+def emulator(compiled: Emulator) -> Emulator:
     compiled.configure()
     return compiled

@@ -1,4 +1,4 @@
-"""The CUDA operators on CPU tensors: emulator.cpp compiled, loaded as ``torch.ops.linearpatch_simt``, and asked what it saw."""
+"""The CUDA operators on CPU tensors: emulator.cpp, compiled and loaded as ``torch.ops.linearpatch_simt``."""
 
 from __future__ import annotations
 
@@ -43,23 +43,20 @@ class Seen:
     scale_in_shared: bool
 
 
-def compile_objects(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
+def build(folder: Path, *, here: Path = HERE, optimize: str = "-O2") -> Path:
+    """The library of emulator.cpp with the host's half of the operators, made in a folder."""
+    kernels = here.parents[1] / "csrc" / "hadamard_patch"
     include = [argument for path in include_paths() for argument in ("-isystem", path)]
+    flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        command = [COMPILER, "-std=c++20", "-O2", "-fPIC", "-Wno-unknown-pragmas", *flags, *include]
-        subprocess.run([*command, "-c", source, "-o", target], check=True)
+        macro = "-DTORCH_TARGET_VERSION=0x020d000000000000"
+        subprocess.run([COMPILER, *flags, macro, *include, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, sources))
-
-
-def build(folder: Path) -> Path:
-    """The library of emulator.cpp with the host's half of the operators."""
-    flags = ["-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
-    objects = compile_objects(folder, [HERE / "emulator.cpp", KERNELS / "cuda.cpp", KERNELS / "width.cpp"], flags)
+        objects = list(pool.map(compiled, [here / "emulator.cpp", kernels / "cuda.cpp", kernels / "width.cpp"]))
     library = folder / "emulator.so"
     libraries = [f"-L{path}" for path in library_paths()]
     subprocess.run([COMPILER, "-shared", "-o", library, *objects, *libraries, "-ltorch_cpu"], check=True)

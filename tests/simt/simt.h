@@ -122,7 +122,7 @@ struct Machine {
 inline Machine machine;
 
 inline void fault(const std::string& what) {
-  if (++machine.fault_count <= 20)
+  if (++machine.fault_count <= 1000)
     machine.faults.push_back("block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + " thread " +
                              std::to_string(machine.running) + ": " + what);
 }
@@ -185,7 +185,10 @@ inline bool touch_global(const void* p, int bytes, bool writes) {
   Buffer& buffer = found->second;
   const int64_t offset = at - reinterpret_cast<uintptr_t>(buffer.data);
   if (at % bytes) fault("global memory: " + buffer.name + " not aligned to " + std::to_string(bytes) + " bytes");
-  if (writes && !buffer.writable) fault("global memory: " + buffer.name + " is only to be read");
+  if (writes && !buffer.writable) {
+    fault("global memory: " + buffer.name + " is only to be read");
+    return false;
+  }
   for (int64_t word = offset / 4; word < (offset + bytes) / 4; ++word) {
     if (buffer.writable) note(buffer.words[word], writes, buffer.name + " at byte " + std::to_string(4 * word));
     if (writes) buffer.written[word] = true;

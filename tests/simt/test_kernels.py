@@ -1,4 +1,4 @@
-"""The CUDA kernels of the patch, run on the CPU by the emulator: against float64, in every order that threads may take."""
+"""The CUDA kernels of the patch, run on the CPU by the emulator: against float64, in several orders of threads."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def held_to_float64(
     pre, post = (v if chance.random() < 0.7 else None for v in (pre, post))
     down, up = (torch.randn(d, rank) / d**0.5, torch.randn(rank, d)) if rank else (None, None)
     operands = (scale, pre, post, down, up)
-    exact, reference = (
-        REFERENCE.hadamard_patch_reference(*given) for given in (double(x, *operands), (x, *operands))
-    )
+    exact, reference = (REFERENCE.hadamard_patch_reference(*given) for given in (double(x, *operands), (x, *operands)))
     wrong = check("patch", (SIMT.hadamard_patch(x, *operands),), (reference,), (exact,))
     y = x.clone(memory_format=torch.preserve_format)
     SIMT.hadamard_patch_out(y, *operands, y)
