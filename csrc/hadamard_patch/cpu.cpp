@@ -42,8 +42,9 @@ std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> s
 }
 
 Tensor empty_contiguous(const Tensor& like) {
+  static thread_local std::vector<int64_t> strides;  // kept: an allocation shows where a call takes microseconds
   const auto sizes = like.sizes();
-  std::vector<int64_t> strides(sizes.size());
+  strides.resize(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   int32_t dtype;
@@ -124,7 +125,9 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
 
 // Which matrix belongs to a width is number theory, and stays in Python: asked once for each width.
 const Width& width_of(int64_t d) {
-  if (const Width* known = find_width(d)) return *known;
+  static thread_local const Width* last = nullptr;  // no lock for the width of the call before
+  if (last && last->d == d) return *last;
+  if (const Width* known = find_width(d)) return *(last = known);
   const Tensor h = torch::stable::contiguous(call<1>("linearpatch::paley_matrix", {from(d)})[0]);
   if (h.dim() != 2 || h.size(0) != h.size(1) || h.size(0) < 1 || d % h.size(0) || h.scalar_type() != ScalarType::Char)
     refuse("linearpatch::paley_matrix(" + std::to_string(d) + ") must be int8 [m, m] with an m that divides it");
@@ -145,22 +148,25 @@ struct Layout {
 };
 
 template <size_t count>
-std::optional<Layout<count>> common_layout(const std::array<Tensor, count>& tensors) {
+using Operation = std::array<const Tensor*, count>;  // pointers: the copy of a tensor is two atomic additions
+
+template <size_t count>
+std::optional<Layout<count>> common_layout(const Operation<count>& tensors) {
   struct Dimension {
     int64_t size;
     std::array<int64_t, count> stride;
   };
-  for (const Tensor& t : tensors)
-    if (!rows_are_contiguous(t)) return std::nullopt;
+  for (const Tensor* t : tensors)
+    if (!rows_are_contiguous(*t)) return std::nullopt;
   std::vector<Dimension> merged;
   Layout<count> layout;
-  for (int64_t i = 0; i + 1 < tensors[0].dim(); ++i) {
-    Dimension next{tensors[0].size(i), {}};
+  for (int64_t i = 0; i + 1 < tensors[0]->dim(); ++i) {
+    Dimension next{tensors[0]->size(i), {}};
     layout.rows *= next.size;
     if (next.size == 1) continue;
     bool continues = !merged.empty();
     for (size_t t = 0; t < count; ++t) {
-      next.stride[t] = tensors[t].stride(i);
+      next.stride[t] = tensors[t]->stride(i);
       continues = continues && merged.back().stride[t] == next.stride[t] * next.size;
     }
     if (continues)
@@ -178,14 +184,16 @@ std::optional<Layout<count>> common_layout(const std::array<Tensor, count>& tens
 // The same after copies of the first tensors, the inputs, where it takes them; the others are contiguous already.
 template <size_t count>
 Layout<count> layout_with_copies(std::array<Tensor, count>& tensors, size_t inputs) {
-  if (const auto layout = common_layout(tensors)) return *layout;
+  Operation<count> pointers;
+  std::transform(tensors.begin(), tensors.end(), pointers.begin(), [](const Tensor& t) { return &t; });
+  if (const auto layout = common_layout(pointers)) return *layout;
   for (size_t i = 0; i < inputs; ++i) tensors[i] = torch::stable::contiguous(tensors[i]);
-  return *common_layout(tensors);
+  return *common_layout(pointers);
 }
 
 template <size_t count>
-Rows rows(const Layout<count>& layout, const std::array<Tensor, count>& tensors, size_t i) {
-  return {const_cast<void*>(tensors[i].const_data_ptr()), layout.outer[i], layout.inner[i]};
+Rows rows(const Layout<count>& layout, const Tensor& tensor, size_t i) {
+  return {const_cast<void*>(tensor.const_data_ptr()), layout.outer[i], layout.inner[i]};
 }
 
 // First and last byte that a tensor touches.
@@ -214,17 +222,17 @@ class Operands {
     place_ = operands.at_least(count * stride());
   }
 
-  // v in float32 times a factor, folded if it is to be the patch's scale; null stays null.
-  const float* vector(const Optional& v, float factor = 1.0f, bool fold = false) {
-    if (!v) return nullptr;
-    const Tensor values = width_.d > 1 && v->stride(0) != 1 ? torch::stable::contiguous(*v) : *v;
+  // In float32: v as it is, or null as it is; v times a factor, folded if it is to be the patch's scale.
+  const float* vector(const Optional& v) { return v ? vector(*v, 1.0f) : nullptr; }
+  const float* vector(const Tensor& v, float factor, bool fold = false) {
+    if (width_.d > 1 && v.stride(0) != 1) return vector(torch::stable::contiguous(v), factor, fold);
     float* const out = place_;
     place_ += stride();
-    if (const auto dtype = kernel_dtype(values)) {
-      unit_.widen(values.const_data_ptr(), *dtype, factor, fold, out, width_.d);
+    if (const auto dtype = kernel_dtype(v)) {
+      unit_.widen(v.const_data_ptr(), *dtype, factor, fold, out, width_.d);
     } else {
       std::vector<float> narrowed(width_.d);
-      std::copy_n(static_cast<const double*>(values.const_data_ptr()), width_.d, narrowed.begin());
+      std::copy_n(static_cast<const double*>(v.const_data_ptr()), width_.d, narrowed.begin());
       unit_.widen(narrowed.data(), Dtype::float32, factor, fold, out, width_.d);
     }
     return out;
@@ -270,13 +278,14 @@ void over_rows(int64_t count, int64_t d, int64_t floats, const Work& work) {
 // --- the operators ---
 
 void patch_into(const Tensor& x, const Tensor& scale, const Optional& pre, const Optional& post, const Optional& down,
-                const Optional& up, Tensor y) {
+                const Optional& up, const Tensor& y) {
   if (x.numel() == 0) return;
-  const auto layout = common_layout<2>({x, y});
+  const auto layout = common_layout<2>({&x, &y});
   if (!layout || !safe_together(x, y)) {
     const Tensor apart = empty_contiguous(x);
     patch_into(torch::stable::contiguous(x), scale, pre, post, down, up, apart);
-    torch::stable::copy_(y, apart);
+    Tensor result = y;
+    torch::stable::copy_(result, apart);
     return;
   }
   const int64_t d = x.size(x.dim() - 1);
@@ -287,8 +296,8 @@ void patch_into(const Tensor& x, const Tensor& scale, const Optional& pre, const
   call.width = &width;
   call.dtype = *kernel_dtype(x);
   call.run = layout->run;
-  call.x = rows<2>(*layout, {x, y}, 0);
-  call.y = rows<2>(*layout, {x, y}, 1);
+  call.x = rows(*layout, x, 0);
+  call.y = rows(*layout, y, 1);
   call.scale = given.vector(scale, given.norm(), true);
   call.pre = given.vector(pre);
   call.post = given.vector(post);
@@ -329,9 +338,9 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
   call.width = &width;
   call.dtype = *kernel_dtype(x);
   call.run = layout.run;
-  call.x = rows(layout, tensors, 0);
-  call.grad = rows(layout, tensors, 1);
-  if (want_dx) call.y = rows(layout, tensors, 2);
+  call.x = rows(layout, tensors[0], 0);
+  call.grad = rows(layout, tensors[1], 1);
+  if (want_dx) call.y = rows(layout, tensors[2], 2);
   call.scale = given.vector(scale, given.norm());
   call.pre = given.vector(pre);
   call.post = given.vector(post);
@@ -444,15 +453,15 @@ std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor 
   call.width = &width;
   call.dtype = *kernel_dtype(x);
   call.run = layout.run;
-  call.x = rows(layout, tensors, 0);
-  call.residual = rows(layout, tensors, 1);
-  call.y = rows(layout, tensors, 2);
-  call.normed = rows(layout, tensors, 3);
+  call.x = rows(layout, tensors[0], 0);
+  call.residual = rows(layout, tensors[1], 1);
+  call.y = rows(layout, tensors[2], 2);
+  call.normed = rows(layout, tensors[3], 3);
   call.scale = given.vector(scale, given.norm(), true);
   call.pre = given.vector(pre_scale);
   call.post = given.vector(post_scale);
   call.low_rank = given.low_rank(down, up);
-  call.norm_weight = given.vector(norm_weight);
+  call.norm_weight = given.vector(norm_weight, 1.0f);
   call.eps = static_cast<float>(eps);
   over_rows(layout.rows, d, unit.patch_scratch(call),
             [&](int64_t begin, int64_t end, float* memory) { unit.patch(call, begin, end, memory); });
