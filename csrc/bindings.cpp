@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "hadamard_patch/cpu.h"
+#include "topk_kl/cpu.h"
 #ifdef LINEARPATCH_CUDA
 #include "hadamard_patch/cuda.h"
 #endif
@@ -11,6 +12,9 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
   library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cpu::hadamard_patch_backward));
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cpu::add_patch_rms_norm));
   library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cpu::hadamard_patch_out));
+  library.impl("topk_kl_loss", TORCH_BOX(&linearpatch::cpu::topk_kl_loss));
+  library.impl("topk_kl_loss_backward", TORCH_BOX(&linearpatch::cpu::topk_kl_loss_backward));
+  library.impl("linear_topk_kl_loss", TORCH_BOX(&linearpatch::cpu::linear_topk_kl_loss));
 }
 
 #ifdef LINEARPATCH_CUDA

@@ -1,0 +1,79 @@
+// What the operators' binding units need of torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "hadamard_patch/kernel_table.h"
+
+namespace linearpatch::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+[[noreturn]] inline void refuse(const std::string& message) { throw std::runtime_error(message); }
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline std::string described(const Tensor& t) {
+  return (t.is_cpu() ? "" : "another device's ") + std::string(torch::headeronly::toString(t.scalar_type())) + " " + shape_of(t);
+}
+
+inline std::optional<Dtype> kernel_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: return std::nullopt;
+  }
+}
+
+inline bool floating(const Tensor& t) { return kernel_dtype(t) || t.scalar_type() == ScalarType::Double; }
+
+// An operator whose results are all tensors.
+template <size_t arguments>
+std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  std::vector<Tensor> tensors;
+  for (size_t i = 0; i < results; ++i) tensors.push_back(torch::stable::detail::to<Tensor>(stack[i]));
+  return tensors;
+}
+
+// Aligned to a cache line, grown when it must be, given back with its owner.
+struct Buffer {
+  float* data = nullptr;
+  int64_t size = 0;
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* at_least(int64_t floats) {
+    if (floats > size) {
+      std::free(data);
+      size = (floats + 1023) / 1024 * 1024;
+      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+      if (!data) {
+        size = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data;
+  }
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace linearpatch::cpu

@@ -1,0 +1,428 @@
+#include "cpu.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <unistd.h>
+
+#include <limits>
+#include <memory>
+
+#include "../hadamard_patch/width.h"
+#include "../stable_tensors.h"
+#include "kernel_table.h"
+
+namespace linearpatch::cpu {
+namespace {
+
+using topk_kl::Block;
+using topk_kl::Call;
+using topk_kl::Normalization;
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+using torch::stable::parallel_for;
+using torch::stable::detail::from;
+
+constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth waking a thread for
+constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kBlockIds = 2048;
+constexpr int64_t kBlockWeights = 1 << 22;  // float32 numbers of the weight in a block of the vocabulary: 16 MiB
+
+thread_local Buffer scratch;
+
+const topk_kl::KernelTable& kernels() {
+  static const topk_kl::KernelTable& unit = [&]() -> const topk_kl::KernelTable& {
+    Width any{};
+    any.inner = 64;
+    const std::string isa = linearpatch::kernels(any).isa;
+    for (const auto* unit : {topk_kl::avx512_kernels(), topk_kl::avx2_kernels()})
+      if (unit && unit->isa == isa) return *unit;
+    return *topk_kl::scalar_kernels();
+  }();
+  return unit;
+}
+
+// --- what a call works on ---
+
+// What ops/topk_kl/reference.py checks, in its words.
+void check_operands(const Tensor& scores, const Tensor& probs, const Tensor& ids, const std::string& normalization,
+                    double temperature, const Tensor* weight, const Optional& bias) {
+  const auto on_cpu = [](const Tensor& t) { return t.is_cpu(); };
+  const std::string name = weight ? "hidden" : "logits";
+  if (scores.dim() != 2 || !floating(scores))
+    refuse(name + " must be floating [N, " + (weight ? "d" : "V") + "], not " + described(scores));
+  if (weight) {
+    const std::string width = std::to_string(scores.size(1));
+    if (weight->dim() != 2 || weight->size(1) != scores.size(1) || !floating(*weight) || !on_cpu(*weight))
+      refuse("weight must be floating [V, " + width + "] as hidden's width, not " + described(*weight));
+    if (bias && (bias->dim() != 1 || bias->size(0) != weight->size(0) || !floating(*bias) || !on_cpu(*bias)))
+      refuse("bias must be floating [" + std::to_string(weight->size(0)) + "] as weight's rows, not " + described(*bias));
+  }
+  if (probs.dim() != 2 || probs.size(0) != scores.size(0) || !floating(probs) || !on_cpu(probs))
+    refuse("teacher_probs must be floating [" + std::to_string(scores.size(0)) + ", K], not " + described(probs));
+  const bool integers = ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Long;
+  if (ids.dim() != 2 || ids.size(0) != probs.size(0) || ids.size(1) != probs.size(1) || !integers || !on_cpu(ids))
+    refuse("teacher_ids must be int32 or int64, shaped as teacher_probs, not " + described(ids));
+  if (normalization != "topk" && normalization != "full" && normalization != "tail")
+    refuse("normalization must be one of topk, full, tail, not '" + normalization + "'");
+  if (!(temperature > 0)) refuse("temperature must be positive, not " + std::to_string(temperature));
+}
+
+Tensor with_plain_rows(const Tensor& t) { return t.size(1) < 2 || t.stride(1) == 1 ? t : contiguous(t); }
+
+template <class Id>
+std::vector<uint8_t> counted_tokens(const Id* ids, int64_t tokens, int64_t slots, int64_t vocabulary) {
+  std::vector<uint8_t> counted(tokens);
+  uint64_t furthest = 0;  // of id + 1, as an unsigned number: what is below -1 lies far beyond the vocabulary
+  for (int64_t n = 0; n < tokens; ++n) {
+    uint64_t any = 0;
+    for (int64_t k = 0; k < slots; ++k) {
+      const uint64_t place = static_cast<uint64_t>(static_cast<int64_t>(ids[n * slots + k])) + 1;
+      any |= place;
+      furthest = std::max(furthest, place);
+    }
+    counted[n] = any != 0;
+  }
+  if (furthest > static_cast<uint64_t>(vocabulary)) {
+    const auto [least, most] = std::minmax_element(ids, ids + tokens * slots);
+    refuse("teacher id " + std::to_string(*least < -1 ? *least : *most) + " is outside the vocabulary of " +
+           std::to_string(vocabulary) + ": the tokenizers must agree");
+  }
+  return counted;
+}
+
+// A call's tensors as the kernels want them, and the call that points to them.
+struct Operands {
+  Tensor scores, probs, ids;
+  Optional weight, bias;
+  std::vector<uint8_t> counted;  // per token: whether it has a slot
+  std::vector<float> losses;
+  int64_t tokens, vocabulary, count;
+  Call call{};
+
+  Operands(const Tensor& given_scores, const Tensor& given_probs, const Tensor& given_ids, const std::string& normalization,
+           double temperature, const Tensor* given_weight, const Optional& given_bias)
+      : scores(with_plain_rows(given_scores)),
+        probs(contiguous(kernel_dtype(given_probs) ? given_probs : torch::stable::to(given_probs, ScalarType::Float))),
+        ids(contiguous(given_ids)),
+        losses(given_scores.size(0)),
+        tokens(given_scores.size(0)),
+        vocabulary(given_weight ? given_weight->size(0) : given_scores.size(1)) {
+    call.normalization = normalization == "topk"   ? Normalization::topk
+                         : normalization == "full" ? Normalization::full
+                                                   : Normalization::tail;
+    call.temperature = static_cast<float>(temperature);
+    const bool long_ids = ids.scalar_type() == ScalarType::Long;
+    call.teacher = {ids.size(1), probs.const_data_ptr(), *kernel_dtype(probs), ids.const_data_ptr(), long_ids};
+    counted = long_ids ? counted_tokens(static_cast<const int64_t*>(call.teacher.ids), tokens, ids.size(1), vocabulary)
+                       : counted_tokens(static_cast<const int32_t*>(call.teacher.ids), tokens, ids.size(1), vocabulary);
+    count = std::count(counted.begin(), counted.end(), 1);
+    call.gradient_scale = static_cast<float>(1.0 / (std::max<int64_t>(count, 1) * temperature));
+    call.scores = scores.const_data_ptr();
+    call.scores_dtype = *kernel_dtype(scores);
+    call.scores_stride = scores.stride(0);
+    call.width = scores.size(1);
+    call.losses = losses.data();
+    if (!given_weight) return;
+    weight = with_plain_rows(*given_weight);
+    call.weight = weight->const_data_ptr();
+    call.weight_dtype = *kernel_dtype(*weight);
+    call.weight_stride = weight->stride(0);
+    const int64_t rows = call.teacher.slots * call.width * weight->element_size();
+    call.far_ahead = 2 * rows <= sysconf(_SC_LEVEL2_CACHE_SIZE) * 7 / 8;
+    if (!given_bias) return;
+    bias = contiguous(torch::stable::to(*given_bias, ScalarType::Float));
+    call.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+
+  // The same for any number of threads: summed up in the tokens' order.
+  Tensor mean_loss() const {
+    double total = 0;
+    for (const float loss : losses) total += loss;
+    const Tensor mean = new_empty(scores, {}, ScalarType::Float);
+    *static_cast<float*>(mean.mutable_data_ptr()) = static_cast<float>(total / std::max<int64_t>(count, 1));
+    return mean;
+  }
+
+  template <class Work>
+  void over_tokens(int64_t numbers_per_token, const Work& work) const {
+    const int64_t floats = kernels().scratch(call);
+    const int64_t least = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(numbers_per_token, 1));
+    parallel_for(0, tokens, least, [&](int64_t begin, int64_t end) { work(begin, end, scratch.at_least(floats)); });
+  }
+};
+
+float* numbers(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+
+// --- the linear loss over the slots ---
+
+// dweight and dbias: the slots of all tokens sorted by their id, so that each row is one sum, in the tokens' order.
+template <class Id>
+void sum_by_id(const Operands& given, const Id* ids, float* dweight, float* dbias) {
+  const int64_t slots = given.call.teacher.slots;
+  std::vector<int64_t> end(given.vocabulary + 1);
+  for (int64_t i = 0; i < given.tokens * slots; ++i)
+    if (ids[i] >= 0) ++end[ids[i] + 1];
+  for (int64_t v = 0; v < given.vocabulary; ++v) end[v + 1] += end[v];
+  std::vector<int32_t> tokens(end.back());
+  std::vector<float> factors(end.back());
+  for (int64_t i = 0; i < given.tokens * slots; ++i)
+    if (ids[i] >= 0) {
+      const int64_t place = end[ids[i]]++;
+      tokens[place] = static_cast<int32_t>(i / slots);
+      factors[place] = given.call.slot_grads[i];
+    }
+  const int64_t width = given.call.width;
+  parallel_for(0, given.vocabulary, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(width, 1)), [&](int64_t first, int64_t last) {
+    float* const total = scratch.at_least(kernels().scratch(given.call));
+    for (int64_t v = first; v < last; ++v) {
+      const int64_t begin = v ? end[v - 1] : 0, count = end[v] - begin;
+      if (dweight && count)
+        kernels().combine(given.call, &tokens[begin], &factors[begin], count, dweight + v * width, total);
+      else if (dweight)
+        std::fill_n(dweight + v * width, width, 0.0f);
+      if (!dbias) continue;
+      double sum = 0;
+      for (int64_t i = begin; i < begin + count; ++i) sum += factors[i];
+      dbias[v] = static_cast<float>(sum);
+    }
+  });
+}
+
+void slots_alone(Operands& given, const Tensor& dweight, const Tensor& dbias) {
+  given.over_tokens(given.call.teacher.slots * given.call.width, [&](int64_t begin, int64_t end, float* memory) {
+    kernels().linear_topk(given.call, begin, end, memory);
+  });
+  if (!given.call.slot_grads) return;
+  if (given.call.teacher.long_ids)
+    sum_by_id(given, static_cast<const int64_t*>(given.call.teacher.ids), numbers(dweight), numbers(dbias));
+  else
+    sum_by_id(given, static_cast<const int32_t*>(given.call.teacher.ids), numbers(dweight), numbers(dbias));
+}
+
+// --- the linear loss over the vocabulary, in blocks ---
+
+// float32 [rows, columns] in memory that somebody else owns.
+Tensor blob(const float* data, int64_t rows, int64_t columns, bool transposed = false) {
+  const std::array<int64_t, 2> sizes = transposed ? std::array{columns, rows} : std::array{rows, columns};
+  const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, columns} : std::array<int64_t, 2>{columns, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes.data(), strides.data(),
+                                                                   0, aoti_torch_dtype_float32(),
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+}
+
+// Rows of a matrix in float32: where they lie if they are that already.
+const float* wide_rows(const void* data, Dtype dtype, int64_t stride, int64_t d, int64_t first, int64_t count, float* memory) {
+  const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  const void* const rows = static_cast<const char*>(data) + first * stride * size;
+  if (dtype == Dtype::float32 && stride == d) return static_cast<const float*>(rows);
+  kernels().widen(rows, dtype, stride, count, d, memory);
+  return memory;
+}
+
+struct Blocks {
+  Operands& given;
+  Call& call;
+  int64_t ids;  // of the vocabulary in a block
+  explicit Blocks(Operands& given)
+      : given(given),
+        call(given.call),
+        ids(std::clamp<int64_t>(kBlockWeights / std::max<int64_t>(call.width, 1), 64, kBlockIds)) {}
+
+  int64_t token_blocks() const { return (given.tokens + kBlockTokens - 1) / kBlockTokens; }
+  int64_t id_blocks() const { return (given.vocabulary + ids - 1) / ids; }
+  Block block(int64_t token_block, int64_t id_block, float* logits) const {
+    const int64_t token = token_block * kBlockTokens, first = id_block * ids;
+    return {token, std::min(kBlockTokens, given.tokens - token), first, std::min(ids, given.vocabulary - first), logits};
+  }
+  bool counts(const Block& b) const {
+    const auto begin = given.counted.begin() + b.token;
+    return std::find(begin, begin + b.count, 1) != begin + b.count;
+  }
+  const float* weight(const Block& b, float* memory) const {
+    return wide_rows(call.weight, call.weight_dtype, call.weight_stride, call.width, b.first, b.size, memory);
+  }
+  // What an ignored token holds must not be multiplied with anything: 0 * NaN is NaN.
+  const float* hidden(const Block& b, float* memory) const {
+    const bool all = std::find(given.counted.begin() + b.token, given.counted.begin() + b.token + b.count, 0) ==
+                     given.counted.begin() + b.token + b.count;
+    if (all) return wide_rows(call.scores, call.scores_dtype, call.scores_stride, call.width, b.token, b.count, memory);
+    const int64_t size = call.scores_dtype == Dtype::float32 ? 4 : 2;
+    for (int64_t r = 0; r < b.count; ++r) {
+      const int64_t n = b.token + r;
+      if (given.counted[n])
+        kernels().widen(static_cast<const char*>(call.scores) + n * call.scores_stride * size, call.scores_dtype, 0, 1,
+                        call.width, memory + r * call.width);
+      else
+        std::fill_n(memory + r * call.width, call.width, 0.0f);
+    }
+    return memory;
+  }
+};
+
+// Loss and dhidden: the vocabulary block by block, the tokens in parallel.
+void add_blocks(const Blocks& blocks) {
+  const Call& call = blocks.call;
+  const int64_t d = call.width;
+  Buffer wide;
+  float* const memory = wide.at_least(blocks.ids * d);
+  for (int64_t v = 0; v < blocks.id_blocks(); ++v) {
+    const Block ids = blocks.block(0, v, nullptr);
+    const float* weight = memory;
+    if (call.weight_dtype == Dtype::float32 && call.weight_stride == d)
+      weight = blocks.weight(ids, nullptr);
+    else
+      parallel_for(0, ids.size, std::max<int64_t>(1, kElementsPerThread / d), [&](int64_t begin, int64_t end) {
+        wide_rows(call.weight, call.weight_dtype, call.weight_stride, d, ids.first + begin, end - begin, memory + begin * d);
+      });
+    const Tensor rows = blob(weight, ids.size, d), columns = blob(weight, ids.size, d, true);
+    parallel_for(0, blocks.token_blocks(), 1, [&](int64_t begin, int64_t end) {
+      float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
+      for (int64_t n = begin; n < end; ++n) {
+        const Block block = blocks.block(n, v, logits);
+        if (!blocks.counts(block)) continue;
+        const Tensor products = blob(logits, block.count, block.size);
+        multiply(blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d), columns, products);
+        kernels().add_block(call, block);
+        if (call.dhidden) multiply_add(products, rows, blob(call.dhidden + block.token * d, block.count, d));
+      }
+    });
+  }
+}
+
+// dweight and dbias, for which every block of logits is computed again: they need the tokens' final normalisers, and to
+// keep all logits until then is what this loss is there to avoid. The tokens in their order, the vocabulary in parallel.
+void add_gradients(const Blocks& blocks, float* dweight, float* dbias) {
+  const Call& call = blocks.call;
+  const int64_t d = call.width;
+  parallel_for(0, blocks.id_blocks(), 1, [&](int64_t begin, int64_t end) {
+    Buffer wide;
+    float* const memory = wide.at_least(blocks.ids * d);
+    float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
+    for (int64_t v = begin; v < end; ++v) {
+      const Block ids = blocks.block(0, v, nullptr);
+      const Tensor columns = blob(blocks.weight(ids, memory), ids.size, d, true);
+      for (int64_t n = 0; n < blocks.token_blocks(); ++n) {
+        const Block block = blocks.block(n, v, logits);
+        if (!blocks.counts(block)) continue;
+        const Tensor hidden = blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d);
+        multiply(hidden, columns, blob(logits, block.count, block.size));
+        kernels().block_gradient(call, block);
+        if (dweight)
+          multiply_add(blob(logits, block.count, block.size, true), hidden, blob(dweight + ids.first * d, ids.size, d));
+        if (dbias) kernels().add_columns(logits, block.count, block.size, dbias + ids.first);
+      }
+    }
+  });
+}
+
+void whole_vocabulary(Operands& given, const Tensor& dweight, const Tensor& dbias) {
+  Call& call = given.call;
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  std::vector<float> running(4 * given.tokens), slot_logits(given.tokens * call.teacher.slots);
+  for (int64_t n = 0; n < given.tokens; ++n) running[4 * n] = running[4 * n + 2] = none;
+  std::vector<uint8_t> slot_first(slot_logits.size());
+  call.running = running.data();
+  call.slot_logits = slot_logits.data();
+  call.slot_first = slot_first.data();
+  const Blocks blocks(given);
+  add_blocks(blocks);
+  given.over_tokens(call.teacher.slots * call.width, [&](int64_t begin, int64_t end, float* memory) {
+    kernels().finish_tokens(call, begin, end, memory);
+  });
+  if (call.slot_grads) add_gradients(blocks, numbers(dweight), numbers(dbias));
+}
+
+bool needs_reference(const Tensor& scores, const Tensor* weight, const Tensor& ids) {
+  const int64_t vocabulary = weight ? weight->size(0) : scores.size(1);
+  // Marks of slots in rows of 16 bits, and numbers of ids and tokens in 32.
+  return !kernel_dtype(scores) || (weight && !kernel_dtype(*weight)) || ids.size(1) > 65535 ||
+         std::max(vocabulary, ids.size(0)) > std::numeric_limits<int32_t>::max();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss(Tensor hidden, Tensor weight, Tensor teacher_probs,
+                                                               Tensor teacher_ids, Optional bias, std::string normalization,
+                                                               double temperature, bool hidden_grad, bool weight_grad,
+                                                               bool bias_grad) {
+  check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
+  if (needs_reference(hidden, &weight, teacher_ids)) {
+    const auto results =
+        call<10>("linearpatch::linear_topk_kl_loss_reference",
+                 {from(hidden), from(weight), from(teacher_probs), from(teacher_ids), from(bias), from(normalization),
+                  from(temperature), from(hidden_grad), from(weight_grad), from(bias_grad)},
+                 4);
+    return {results[0], results[1], results[2], results[3]};
+  }
+  Operands given(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
+  const bool whole = given.call.normalization != Normalization::topk;
+  const auto gradient = [&](bool wanted, std::vector<int64_t> sizes, bool zeros) {
+    if (!wanted) sizes = {0};
+    return zeros ? new_zeros(hidden, sizes, ScalarType::Float) : new_empty(hidden, sizes, ScalarType::Float);
+  };
+  const Tensor dhidden = gradient(hidden_grad, {given.tokens, given.call.width}, whole);
+  const Tensor dweight = gradient(weight_grad, {given.vocabulary, given.call.width}, whole);
+  const Tensor dbias = gradient(bias_grad, {given.vocabulary}, whole);
+  std::vector<float> slot_grads(weight_grad || bias_grad ? given.tokens * given.call.teacher.slots : 0);
+  given.call.dhidden = numbers(dhidden);
+  given.call.slot_grads = weight_grad || bias_grad ? slot_grads.data() : nullptr;
+  (whole ? whole_vocabulary : slots_alone)(given, dweight, dbias);
+  return {given.mean_loss(), dhidden, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> topk_kl_loss(Tensor logits, Tensor teacher_probs, Tensor teacher_ids, std::string normalization,
+                                        double temperature) {
+  check_operands(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
+  if (needs_reference(logits, nullptr, teacher_ids)) {
+    const auto results = call<5>("linearpatch::topk_kl_loss_reference",
+                                 {from(logits), from(teacher_probs), from(teacher_ids), from(normalization), from(temperature)},
+                                 2);
+    return {results[0], results[1]};
+  }
+  Operands given(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
+  const Tensor normalizers = new_empty(logits, {given.tokens, 2}, ScalarType::Float);
+  given.call.normalizers = numbers(normalizers);
+  std::vector<float> running(4 * given.tokens);
+  for (size_t i = 0; i < running.size(); i += 2) running[i] = -std::numeric_limits<float>::infinity();
+  given.call.running = running.data();
+  const bool whole = given.call.normalization != Normalization::topk;
+  given.over_tokens(whole ? given.call.width : given.call.teacher.slots, [&](int64_t begin, int64_t end, float* memory) {
+    kernels().given_logits(given.call, begin, end, memory);
+  });
+  return {given.mean_loss(), normalizers};
+}
+
+Tensor topk_kl_loss_backward(Tensor grad, Tensor logits, Tensor teacher_probs, Tensor teacher_ids, Tensor normalizers,
+                             std::string normalization, double temperature) {
+  check_operands(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
+  if (needs_reference(logits, nullptr, teacher_ids))
+    return call<7>("linearpatch::topk_kl_loss_backward_reference",
+                   {from(grad), from(logits), from(teacher_probs), from(teacher_ids), from(normalizers),
+                    from(normalization), from(temperature)},
+                   1)[0];
+  Operands given(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
+  if (normalizers.dim() != 2 || normalizers.size(0) != given.tokens || normalizers.size(1) != 2 ||
+      normalizers.scalar_type() != ScalarType::Float || !normalizers.is_cpu())
+    refuse("normalizers must be what topk_kl_loss returned, not " + described(normalizers));
+  const Tensor kept = contiguous(normalizers), scale = contiguous(torch::stable::to(grad, ScalarType::Float));
+  if (scale.numel() != 1) refuse("grad must be the gradient of a scalar, not " + described(grad));
+  const Tensor dlogits = new_empty(logits, {given.tokens, given.vocabulary});
+  given.call.gradient_scale *= *static_cast<const float*>(scale.const_data_ptr());
+  given.call.normalizers = numbers(kept);
+  if (dlogits.numel()) given.call.dlogits = dlogits.mutable_data_ptr();
+  given.over_tokens(given.vocabulary, [&](int64_t begin, int64_t end, float* memory) {
+    kernels().logits_gradient(given.call, begin, end, memory);
+  });
+  return dlogits;
+}
+
+}  // namespace linearpatch::cpu

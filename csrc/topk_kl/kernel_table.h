@@ -1,0 +1,84 @@
+// What an instruction-set unit offers to the losses: plain data only, so that nothing inline is shared between units.
+#pragma once
+
+#include <cstdint>
+
+#include "../hadamard_patch/kernel_table.h"
+
+namespace linearpatch::topk_kl {
+
+enum class Normalization : int { topk, full, tail };
+
+// The teacher's slots of every token, [tokens, slots], rows contiguous. An id of -1 is an absent slot.
+struct Teacher {
+  int64_t slots;
+  const void* probs;
+  Dtype probs_dtype;
+  const void* ids;
+  bool long_ids;
+};
+
+// What a call works on. Rows of scores (logits, or hidden states with a weight) are `width` numbers.
+struct Call {
+  Normalization normalization;
+  float temperature;
+  float gradient_scale;  // what every gradient is multiplied with in the end
+  Teacher teacher;
+  const void* scores;
+  Dtype scores_dtype;
+  int64_t scores_stride, width;
+  const void* weight;  // null for given logits
+  Dtype weight_dtype;
+  int64_t weight_stride;
+  const float* bias;  // or null
+  bool far_ahead;     // a token's rows of the weight and the next token's stay in the second-level cache together
+
+  // Results; null where one is not wanted.
+  float* losses;        // [tokens]
+  float* normalizers;   // [tokens, 2]: Z and R
+  float* dhidden;       // [tokens, width]; until a token is finished, the sum of exp(z - m) * weight over the rest
+  float* slot_grads;    // [tokens, slots]: the gradient of each slot's logit, its scale in it
+  void* dlogits;        // [tokens, width] in scores_dtype, rows contiguous
+
+  // Of a vocabulary that is met block by block: the largest logit m and sum of exp(z - m), of the rest and of the slots.
+  float* running;       // [tokens, 4]
+  float* slot_logits;   // [tokens, slots]
+  uint8_t* slot_first;  // [tokens, slots]: 1 where an id stands for the first time in its token
+};
+
+// Logits [tokens, vocabulary] of a block: `count` tokens from `token` on, `size` ids from `first` on.
+struct Block {
+  int64_t token, count, first, size;
+  float* logits;  // rows contiguous
+};
+
+// Scratch is for one thread, as many floats as `scratch` says, aligned to 64 bytes.
+struct KernelTable {
+  const char* isa;
+  int64_t (*scratch)(const Call&);
+  // count rows of d numbers in float32.
+  void (*widen)(const void* rows, Dtype, int64_t stride, int64_t count, int64_t d, float* out);
+  // sums[c] += the sum of the column c.
+  void (*add_columns)(const float* rows, int64_t count, int64_t d, float* sums);
+  // out = the sum of factors[i] * row tokens[i] of the scores, [width].
+  void (*combine)(const Call&, const int32_t* tokens, const float* factors, int64_t count, float* out, float* scratch);
+
+  // Tokens of the linear loss over the slots: loss, dhidden, slot_grads.
+  void (*linear_topk)(const Call&, int64_t begin, int64_t end, float* scratch);
+  // The linear loss over the vocabulary: every block once; then loss, normalizers, dhidden and slot_grads of the tokens.
+  // A block's logits, hidden @ weight.T, become exp(z - m) over the rest where dhidden is wanted.
+  void (*add_block)(const Call&, const Block&);
+  void (*finish_tokens)(const Call&, int64_t begin, int64_t end, float* scratch);
+  // After that: a block's logits once more, turned into their gradient.
+  void (*block_gradient)(const Call&, const Block&);
+
+  // Tokens of given logits: loss and normalizers; dlogits from the normalizers.
+  void (*given_logits)(const Call&, int64_t begin, int64_t end, float* scratch);
+  void (*logits_gradient)(const Call&, int64_t begin, int64_t end, float* scratch);
+};
+
+const KernelTable* scalar_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* avx512_kernels();
+
+}  // namespace linearpatch::topk_kl

@@ -1,0 +1,166 @@
+// A token's slots: the loss over them alone, for the linear loss and for given logits.
+
+// Cuts a thread's scratch into pieces.
+struct Pieces {
+  float* at;
+  float* floats(long n) { return take<float>(n); }
+  template <class T>
+  T* take(long n) {
+    T* const piece = reinterpret_cast<T*>(at);
+    at += padded(n);
+    return piece;
+  }
+};
+
+constexpr long vocabulary_chunk = 1024;  // given logits that are looked at together
+
+// The slots of a token that are there.
+struct Slots {
+  long count = 0;
+  float total = 0;  // S
+  float* p;
+  int32_t *id, *position;
+  float* row;
+
+  Slots(const Call& call, Pieces& pieces) {
+    const long k = call.teacher.slots;
+    p = pieces.floats(k);
+    id = pieces.take<int32_t>(k);
+    position = pieces.take<int32_t>(k);
+    row = pieces.floats(k);
+  }
+
+  void read(const Call& call, long token) {
+    const auto& teacher = call.teacher;
+    with_type(teacher.probs_dtype, [&]<class T>(const T*) {
+      widen_row(static_cast<const T*>(teacher.probs) + token * teacher.slots, teacher.slots, row);
+    });
+    if (teacher.long_ids)
+      keep(static_cast<const int64_t*>(teacher.ids) + token * teacher.slots, teacher.slots);
+    else
+      keep(static_cast<const int32_t*>(teacher.ids) + token * teacher.slots, teacher.slots);
+    for (long k = count; k < padded(count); ++k) p[k] = 0;
+    Reg sums = {};
+    for (long k = 0; k < count; k += lanes) sums += load(p + k);
+    total = sum(sums);
+  }
+
+ private:
+  template <class Id>
+  HOT void keep_one(Slots& slots, Id number, long k) {
+    slots.p[slots.count] = slots.row[k];
+    slots.id[slots.count] = static_cast<int32_t>(number);
+    slots.position[slots.count] = static_cast<int32_t>(k);
+    slots.count += number >= 0;
+  }
+  template <class Id>
+  void keep(const Id* ids, long slots) {
+    count = 0;
+    for (long k = 0; k < slots; ++k) keep_one(*this, ids[k], k);
+  }
+};
+
+// How far the numbers are from what exp takes: their largest, or 0 where that is infinite.
+HOT float finite(float largest) { return is_infinite(largest) ? 0.0f : largest; }
+
+// Z over the slots; z is filled up with -infinity to whole registers.
+HOT float slots_normalizer(const Slots& slots, float* z) {
+  for (long k = slots.count; k < padded(slots.count); ++k) z[k] = -infinity;
+  Reg most = broadcast(-infinity), sums = {};
+  for (long k = 0; k < slots.count; k += lanes) most = larger(load(z + k), most);
+  const float shift = finite(largest(most));
+  for (long k = 0; k < slots.count; k += lanes) sums += exp_of(load(z + k) - shift);
+  return __builtin_logf(sum(sums)) + shift;
+}
+
+// sum p (log p - (z - Z)).
+HOT float slots_loss(const Slots& slots, const float* z, float normalizer) {
+  Reg sums = {};
+  for (long k = 0; k < slots.count; k += lanes) {
+    const Reg p = load(slots.p + k);
+    const Reg term = p * (log_of(p) - (load(z + k) - normalizer));
+    sums += p == 0.0f ? Reg{} : term;
+  }
+  return sum(sums);
+}
+
+// dz = scale * (weight * exp(z - Z) - p).
+HOT void slots_gradient(const Slots& slots, const float* z, float normalizer, float weight, float scale, float* dz) {
+  for (long k = 0; k < slots.count; k += lanes)
+    store(dz + k, (exp_of(load(z + k) - normalizer) * weight - load(slots.p + k)) * scale);
+}
+
+HOT void store_slot_grads(const Call& call, long token, const Slots& slots, const float* dz) {
+  float* const grads = call.slot_grads + token * call.teacher.slots;
+  fill(grads, 0.0f, call.teacher.slots);
+  for (long k = 0; k < slots.count; ++k) grads[slots.position[k]] = dz[k];
+}
+
+// z = (z + bias) / temperature.
+HOT void finish_slot_logits(const Call& call, const Slots& slots, float* z) {
+  for (long k = 0; call.bias && k < slots.count; ++k) z[k] += call.bias[slots.id[k]];
+  for (long k = 0; k < slots.count; k += lanes) store(z + k, load(z + k) / call.temperature);
+}
+
+template <class W>
+void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
+  const Matrix<W> weight{static_cast<const W*>(call.weight), call.weight_stride, call.width};
+  Pieces pieces{scratch};
+  float* const h = pieces.floats(call.width);
+  float* const dh = pieces.floats(call.width);
+  float* const z = pieces.floats(call.teacher.slots);
+  float* const dz = pieces.floats(call.teacher.slots);
+  Slots these(call, pieces), those(call, pieces);
+  Slots *now = &these, *next = &those;
+  const bool gradient = call.dhidden || call.slot_grads;
+  next->read(call, begin);
+  for (long n = begin; n < end; ++n) {
+    Slots* const other = now;
+    now = next;
+    next = other;
+    next->count = 0;
+    if (n + 1 < end) next->read(call, n + 1);
+    call.losses[n] = 0;
+    if (!now->count) {
+      if (call.dhidden) fill(call.dhidden + n * call.width, 0.0f, call.width);
+      if (call.slot_grads) fill(call.slot_grads + n * call.teacher.slots, 0.0f, call.teacher.slots);
+      continue;
+    }
+    with_type(call.scores_dtype, [&]<class H>(const H*) {
+      widen_row(static_cast<const H*>(call.scores) + n * call.scores_stride, call.width, h);
+    });
+    row_to_order<W>(h, call.width);
+    // Far ahead, the next token's rows are fetched, half of each on the way there and half on the way back; else the
+    // token's own, a few ahead.
+    const long half = call.width * static_cast<long>(sizeof(W)) / 128 * 64;
+    const bool far = call.far_ahead && next->count;
+    const Next near{now->id + (now->count > together ? together : 0),
+                    now->count > together ? now->count - together : now->count, 0};
+    if (far && call.dhidden)
+      dots_of<1>(weight, now->id, now->count, h, z, Next{next->id, next->count, 0});
+    else
+      dots_of<2>(weight, now->id, now->count, h, z, far ? Next{next->id, next->count, 0} : near);
+    finish_slot_logits(call, *now, z);
+    const float normalizer = slots_normalizer(*now, z);
+    call.losses[n] = slots_loss(*now, z, normalizer);
+    if (!gradient) continue;
+    slots_gradient(*now, z, normalizer, now->total, call.gradient_scale, dz);
+    if (call.slot_grads) store_slot_grads(call, n, *now, dz);
+    if (!call.dhidden) continue;
+    fill(dh, 0.0f, padded(call.width));
+    if (far)
+      add_rows_of<1>(weight, now->id, now->count, dz, dh, Next{next->id, next->count, half});
+    else
+      add_rows_of<2>(weight, now->id, now->count, dz, dh, near);
+    row_from_order<W>(dh, call.width, 0.0f, call.dhidden + n * call.width);
+  }
+}
+
+void linear_topk(const Call& call, int64_t begin, int64_t end, float* scratch) {
+  with_type(call.weight_dtype, [&]<class W>(const W*) { linear_topk_of<W>(call, begin, end, scratch); });
+}
+
+int64_t scratch_floats(const Call& call) {
+  const long width = call.weight ? padded(call.width) : vocabulary_chunk;
+  return 2 * width + 12 * padded(call.teacher.slots);
+}
