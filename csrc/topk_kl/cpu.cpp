@@ -1,7 +1,6 @@
 #include "cpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <unistd.h>
 
 #include <limits>
 #include <memory>
@@ -23,6 +22,7 @@ using torch::stable::parallel_for;
 using torch::stable::detail::from;
 
 constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth waking a thread for
+constexpr int64_t kBytesAhead = 65536;  // what is fetched before its turn: further gains nothing, and the cache loses
 constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kBlockIds = 2048;
 constexpr int64_t kBlockWeights = 1 << 22;  // float32 numbers of the weight in a block of the vocabulary: 16 MiB
@@ -127,8 +127,8 @@ struct Operands {
     call.weight = weight->const_data_ptr();
     call.weight_dtype = *kernel_dtype(*weight);
     call.weight_stride = weight->stride(0);
-    const int64_t rows = call.teacher.slots * call.width * weight->element_size();
-    call.far_ahead = 2 * rows <= sysconf(_SC_LEVEL2_CACHE_SIZE) * 7 / 8;
+    const int64_t row = std::max<int64_t>(call.width * weight->element_size(), 1);
+    call.rows_ahead = std::clamp<int64_t>(kBytesAhead / row, 4, 16);
     if (!given_bias) return;
     bias = contiguous(torch::stable::to(*given_bias, ScalarType::Float));
     call.bias = static_cast<const float*>(bias->const_data_ptr());
@@ -372,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss(Tensor hidden, Te
   const Tensor dhidden = gradient(hidden_grad, {given.tokens, given.call.width}, whole);
   const Tensor dweight = gradient(weight_grad, {given.vocabulary, given.call.width}, whole);
   const Tensor dbias = gradient(bias_grad, {given.vocabulary}, whole);
-  std::vector<float> slot_grads(weight_grad || bias_grad ? given.tokens * given.call.teacher.slots : 0);
+  std::vector<float> slot_grads(weight_grad || bias_grad ? given.tokens * given.call.teacher.slots + 1 : 0);  // not null
   given.call.dhidden = numbers(dhidden);
   given.call.slot_grads = weight_grad || bias_grad ? slot_grads.data() : nullptr;
   (whole ? whole_vocabulary : slots_alone)(given, dweight, dbias);

@@ -31,7 +31,7 @@ struct Call {
   Dtype weight_dtype;
   int64_t weight_stride;
   const float* bias;  // or null
-  bool far_ahead;     // a token's rows of the weight and the next token's stay in the second-level cache together
+  int64_t rows_ahead;  // how many rows of the weight before its turn one is fetched
 
   // Results; null where one is not wanted.
   float* losses;        // [tokens]

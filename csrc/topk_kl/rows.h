@@ -4,9 +4,9 @@ constexpr long padded(long n) { return (n + 2 * lanes - 1) / (2 * lanes) * 2 * l
 
 constexpr int together = 4;
 
-// Rows that will be wanted. For every 128 bytes of a row at hand, `lines` cache lines of the row ahead are asked for.
+// What will be wanted: beside every 128 bytes of row r, `lines` cache lines from here on are asked for.
 struct Ahead {
-  const char* row[together];
+  const char* from[together];
 };
 
 template <class T>
@@ -15,7 +15,7 @@ constexpr long chunk = 128 / sizeof(T);
 template <int count, int lines>
 HOT void fetch(const Ahead& ahead, long lines_done) {
   UNROLL for (int r = 0; r < count; ++r)
-    UNROLL for (int i = 0; i < lines; ++i) prefetch(ahead.row[r] + 64 * (lines * lines_done + i));
+    UNROLL for (int i = 0; i < lines; ++i) prefetch(ahead.from[r] + 64 * (lines * lines_done + i));
 }
 
 // z[r] = h . row[r]; h is in the rows' order and zero from d on.
@@ -81,16 +81,17 @@ struct Matrix {
   const T* operator[](long i) const { return data + i * stride; }
 };
 
-// What to fetch while the rows of a list are met: row next[i] of the same matrix beside row i of the list, from an offset
-// in bytes on; past the list's end, its last row again.
+// What to fetch while the rows of a list are met: row rows[i] of the same matrix beside row i of the list; past the end,
+// the last one again.
 struct Next {
-  const int32_t* rows;
-  long count, offset;
-  template <int count_now, class T>
-  HOT Ahead beside(const Matrix<T>& m, long i, const Next& n) {
+  const int32_t* rows = nullptr;
+  long count = 0;
+
+  template <int met, class T>
+  INLINE Ahead beside(const Matrix<T>& m, long i) const {
     Ahead ahead;
-    UNROLL for (int r = 0; r < count_now; ++r)
-      ahead.row[r] = reinterpret_cast<const char*>(m[n.rows[i + r < n.count ? i + r : n.count - 1]]) + n.offset;
+    UNROLL for (int r = 0; r < met; ++r)
+      ahead.from[r] = reinterpret_cast<const char*>(m[rows[i + r < count ? i + r : count - 1]]);
     return ahead;
   }
 };
@@ -107,11 +108,11 @@ void dots_of(const Matrix<T>& m, const int32_t* list, long count, const float* h
   long i = 0;
   for (; i + together <= count; i += together)
     some_rows<together>(m, list, i, [&](const T* const* row) INLINE {
-      dot_rows<together, lines>(h, row, m.d, z + i, lines ? Next::beside<together>(m, i, next) : Ahead{});
+      dot_rows<together, lines>(h, row, m.d, z + i, lines ? next.beside<together>(m, i) : Ahead{});
     });
   for (; i < count; ++i)
     some_rows<1>(m, list, i, [&](const T* const* row) INLINE {
-      dot_rows<1, lines>(h, row, m.d, z + i, lines ? Next::beside<1>(m, i, next) : Ahead{});
+      dot_rows<1, lines>(h, row, m.d, z + i, lines ? next.beside<1>(m, i) : Ahead{});
     });
 }
 
@@ -120,11 +121,11 @@ void add_rows_of(const Matrix<T>& m, const int32_t* list, long count, const floa
   long i = 0;
   for (; i + together <= count; i += together)
     some_rows<together>(m, list, i, [&](const T* const* row) INLINE {
-      add_rows<together, lines>(factors + i, row, m.d, total, lines ? Next::beside<together>(m, i, next) : Ahead{});
+      add_rows<together, lines>(factors + i, row, m.d, total, lines ? next.beside<together>(m, i) : Ahead{});
     });
   for (; i < count; ++i)
     some_rows<1>(m, list, i, [&](const T* const* row) INLINE {
-      add_rows<1, lines>(factors + i, row, m.d, total, lines ? Next::beside<1>(m, i, next) : Ahead{});
+      add_rows<1, lines>(factors + i, row, m.d, total, lines ? next.beside<1>(m, i) : Ahead{});
     });
 }
 

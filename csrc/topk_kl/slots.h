@@ -130,16 +130,11 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
       widen_row(static_cast<const H*>(call.scores) + n * call.scores_stride, call.width, h);
     });
     row_to_order<W>(h, call.width);
-    // Far ahead, the next token's rows are fetched, half of each on the way there and half on the way back; else the
-    // token's own, a few ahead.
-    const long half = call.width * static_cast<long>(sizeof(W)) / 128 * 64;
-    const bool far = call.far_ahead && next->count;
-    const Next near{now->id + (now->count > together ? together : 0),
-                    now->count > together ? now->count - together : now->count, 0};
-    if (far && call.dhidden)
-      dots_of<1>(weight, now->id, now->count, h, z, Next{next->id, next->count, 0});
-    else
-      dots_of<2>(weight, now->id, now->count, h, z, far ? Next{next->id, next->count, 0} : near);
+    // The rows are met twice. On the way there the next few of them are fetched, on the way back the next token's first.
+    const long ahead = now->count > call.rows_ahead ? call.rows_ahead : now->count - 1;
+    const Next there{now->id + ahead, now->count - ahead};
+    const Next back{next->count ? next->id : now->id, next->count > call.rows_ahead ? call.rows_ahead : next->count ? next->count : 1};
+    dots_of<2>(weight, now->id, now->count, h, z, there);
     finish_slot_logits(call, *now, z);
     const float normalizer = slots_normalizer(*now, z);
     call.losses[n] = slots_loss(*now, z, normalizer);
@@ -148,10 +143,7 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
     if (call.slot_grads) store_slot_grads(call, n, *now, dz);
     if (!call.dhidden) continue;
     fill(dh, 0.0f, padded(call.width));
-    if (far)
-      add_rows_of<1>(weight, now->id, now->count, dz, dh, Next{next->id, next->count, half});
-    else
-      add_rows_of<2>(weight, now->id, now->count, dz, dh, near);
+    add_rows_of<2>(weight, now->id, now->count, dz, dh, back);
     row_from_order<W>(dh, call.width, 0.0f, call.dhidden + n * call.width);
   }
 }

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearpatch_kernels.backend import FORCED, backends
 from linearpatch_kernels.ops.registration import define_operator
+from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import (
     arithmetic_dtype,
     check_operands,
@@ -73,6 +75,9 @@ _linear = define_operator(
     linear_topk_kl_loss_reference,
     _fake_linear,
 )
+
+if FORCED is None and backends()["cpu"] is not True:
+    _linear.register_kernel("cpu")(linear_topk_kl_loss_embedding_bag)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

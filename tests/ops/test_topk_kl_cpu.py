@@ -1,0 +1,146 @@
+"""The losses' CPU kernels: every instruction set against float64, the same bits on any threads, what is not finite."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearpatch_kernels.backend import backends
+from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+
+OPS = torch.ops.linearpatch
+ROOT = Path(__file__).parents[2]
+built = pytest.mark.skipif(backends()["cpu"] is not True, reason=f"no compiled kernels: {backends()['cpu']}")
+with_normalization = pytest.mark.parametrize("normalization", ["topk", "full", "tail"])
+
+
+@cache
+def instruction_sets() -> list[str]:
+    """What this machine has, by asking the kernels for one that no machine has."""
+    refusal = run_cases("none", 1).stderr
+    return re.findall(r"\w+", refusal.rpartition("what this machine has: ")[2].splitlines()[0])
+
+
+def run_cases(isa: str, count: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.ops.topk_kl_cases", str(seed), str(count)],
+        cwd=ROOT,
+        env={**os.environ, "LINEARPATCH_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@built
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "count", [60, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["few", "many"]
+)
+def test_random_calls_against_float64(isa: str, count: int) -> None:
+    if isa not in instruction_sets():
+        pytest.skip(f"this machine has no {isa}")
+    checked = run_cases(isa, count, seed=count)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout == f"{count} cases, 0 wrong\n"
+
+
+def operands(
+    n: int, d: int, v: int, k: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) / d**0.5).to(dtype)
+    return hidden, weight, torch.rand(n, k).softmax(1) * 0.9, torch.randint(-1, v, (n, k))
+
+
+@built
+@with_normalization
+@pytest.mark.parametrize("n", [1, 40, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_number_of_threads(normalization: str, n: int, dtype: torch.dtype) -> None:
+    hidden, weight, probs, ids = operands(n, 96, 3000, 40, dtype)
+    bias = torch.randn(3000)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        linear = OPS.linear_topk_kl_loss(hidden, weight, probs, ids, bias, normalization, 1.3, True, True, True)
+        logits = hidden @ weight.T if threads == 1 else logits  # noqa: F821  # torch's own product may differ
+        loss, normalizers = OPS.topk_kl_loss(logits, probs, ids, normalization, 1.3)
+        gradient = OPS.topk_kl_loss_backward(loss, logits, probs, ids, normalizers, normalization, 1.3)
+        results.append([*linear, loss, normalizers, gradient])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(one.equal(two) for one, two in zip(results[0], other, strict=True))
+
+
+@built
+@with_normalization
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_as_in_the_reference(normalization: str, value: float) -> None:
+    _, _, probs, ids = operands(6, 4, 90, 7)
+    for place in (int(ids[2].max()), next(i for i in range(90) if i not in ids[2])):
+        logits = torch.randn(6, 90)
+        logits[2, place] = value
+        given = logits, probs, ids, normalization, 1.0
+        (loss, kept), (other, other_kept) = OPS.topk_kl_loss(*given), OPS.topk_kl_loss_reference(*given)
+        torch.testing.assert_close(loss, other, equal_nan=True)
+        grads = [
+            operator(torch.tensor(1.0), logits, probs, ids, normalizers, normalization, 1.0)
+            for operator, normalizers in (
+                (OPS.topk_kl_loss_backward, kept),
+                (OPS.topk_kl_loss_backward_reference, other_kept),
+            )
+        ]
+        torch.testing.assert_close(*grads, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@built
+@with_normalization
+def test_a_nan_in_one_token_stays_there(normalization: str) -> None:
+    hidden, weight, probs, ids = operands(5, 64, 300, 9)
+    ids[4] = -1
+    hidden[2, 3] = hidden[4] = float("nan")
+    loss, dhidden, _, _ = OPS.linear_topk_kl_loss(
+        hidden, weight, probs, ids, None, normalization, 1.0, *[True] * 2, False
+    )
+    assert loss.isnan()
+    assert dhidden[2].isnan().all()
+    assert dhidden[[0, 1, 3]].isfinite().all()
+    assert dhidden[4].eq(0).all()
+
+
+@built
+def test_the_tail_is_exact_where_the_slots_hold_nearly_everything() -> None:
+    """The rest of the student weighs 1e-7: as a difference of two sums its gradient would be noise."""
+    hidden, weight, probs, _ = operands(4, 32, 400, 3)
+    ids = torch.tensor([[5, 9, 17]]).expand(4, 3)
+    bias = torch.zeros(400)
+    bias[[5, 9, 17]] = 20.0
+    arguments = (hidden, weight, probs, ids, bias, "tail", 1.0, True, True, True)
+    exact = OPS.linear_topk_kl_loss_reference(
+        *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+    )
+    for one, true in zip(OPS.linear_topk_kl_loss(*arguments), exact, strict=True):
+        torch.testing.assert_close(one.double(), true, rtol=2e-5, atol=1e-6)
+
+
+@built
+@pytest.mark.parametrize("wrong", [90, 2**31 - 1, -2])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@with_normalization
+def test_an_id_outside_the_vocabulary_is_refused(normalization: str, wrong: int, id_dtype: torch.dtype) -> None:
+    hidden, weight, probs, ids = operands(6, 4, 90, 7)
+    ids = ids.to(id_dtype)
+    ids[3, 2] = wrong
+    message = f"teacher id {wrong} is outside the vocabulary of 90"
+    with pytest.raises(RuntimeError, match=message):
+        linear_topk_kl_loss(hidden, weight, probs, ids, normalization=normalization)
+    with pytest.raises(RuntimeError, match=message):
+        topk_kl_loss(hidden @ weight.T, probs, ids, normalization=normalization)

@@ -1,0 +1,125 @@
+"""Random calls of the losses' CPU kernels, each held to float64: ``python -m tests.ops.topk_kl_cases SEED COUNT``.
+
+A program of its own because ``LINEARPATCH_CPU_ISA`` is read once in a process. Prints what was wrong, one line a case,
+and ends with status 1 if anything was; else one line that counts what it went through.
+
+The rule: the largest error of a result is at most twice that of the reference in the same dtype, plus what is stated.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import linearpatch_kernels.ops.topk_kl  # noqa: F401  # defines the operators
+
+OPS = torch.ops.linearpatch
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STATED = 4e-6  # beside sums of numbers up to 1, 512 of them
+
+
+def double(*values: Any) -> list[Any]:
+    return [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in values]
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return (result.double() - exact).abs().max().item() if result.numel() else 0.0
+
+
+def check(name: str, results: Any, references: Any, exact: Any) -> list[str]:
+    wrong = []
+    for i, (one, other, true) in enumerate(zip(results, references, exact, strict=True)):
+        largest = true.abs().max().item() if true.numel() else 0.0
+        bound = 2 * error(other, true) + STATED * max(largest, 1)
+        if one.dtype != other.dtype or one.shape != other.shape or not error(one, true) <= bound:
+            wrong.append(
+                f"{name}[{i}]: {one.dtype} {list(one.shape)}, off by {error(one, true):.2e}, allowed {bound:.2e}"
+            )
+    return wrong
+
+
+def teacher(n: int, k: int, v: int, normalization: str, chance: random.Random) -> tuple[Tensor, Tensor]:
+    """Ids with duplicates, both ends of the vocabulary, absent slots and ignored tokens; probabilities with zeros."""
+    ids = torch.randint(0, v, (n, k))
+    distinct = chance.random() < 0.5 and k <= v
+    if distinct and n:
+        ids = torch.stack([torch.randperm(v)[:k] for _ in range(n)])
+    if n:
+        ids[0, 0], ids[-1, -1] = 0, v - 1
+    absent = torch.rand(n, k) < chance.choice([0.0, 0.2])
+    absent[torch.rand(n) < chance.choice([0.0, 0.3])] = True
+    ids[absent] = -1
+    probs = torch.rand(n, k) * (torch.rand(n, k) > 0.1)
+    whole = (probs * (ids >= 0)).sum(1, keepdim=True)
+    probs = probs / whole.where(whole > 0, 1) * (1 if normalization == "topk" else chance.choice([0.5, 0.9]))
+    return probs, ids
+
+
+def one_case(chance: random.Random) -> list[str]:
+    n = chance.choice([0, 1, 2, 3, 7, 33, 130, 300])
+    d = chance.choice([1, 3, 8, 31, 32, 33, 64, 100, 160, 576])
+    v = chance.choice([1, 2, 17, 64, 333, 1025, 5000])
+    k = chance.choice([1, 2, 5, 16, 50, 100, 512])
+    while n * k * d > 3_000_000 or n * v * d > 60_000_000:
+        n //= 2
+    normalization = chance.choice(["topk", "full", "tail"])
+    temperature = chance.choice([1.0, 0.7, 2.5])
+    dtype, other = chance.choice(DTYPES), chance.choice(DTYPES)
+    weight_dtype = dtype if chance.random() < 0.7 else other
+    hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) / d**0.5).to(weight_dtype)
+    if chance.random() < 0.3:
+        hidden, weight = torch.randn(n, 2 * d).to(dtype)[:, :d], torch.randn(d, v).to(weight_dtype).T / d**0.5
+    bias = torch.randn(v).to(chance.choice([*DTYPES, torch.float64])) if chance.random() < 0.4 else None
+    probs, ids = teacher(n, k, v, normalization, chance)
+    probs = probs.to(chance.choice([torch.float32, torch.float16, torch.float64]))
+    ids = ids.to(chance.choice([torch.int32, torch.int64]))
+    flags = [chance.random() < 0.7, chance.random() < 0.5, bias is not None and chance.random() < 0.7]
+
+    arguments = (hidden, weight, probs, ids, bias, normalization, temperature, *flags)
+    wrong = check(
+        f"linear {flags}",
+        OPS.linear_topk_kl_loss(*arguments),
+        OPS.linear_topk_kl_loss_reference(*arguments),
+        OPS.linear_topk_kl_loss_reference(*double(*arguments)),
+    )
+    logits = torch.randn(n, v).to(dtype) * 3
+    if chance.random() < 0.3:
+        logits = torch.randn(v, n).to(dtype).T
+    given = (logits, probs, ids, normalization, temperature)
+    loss, normalizers = OPS.topk_kl_loss(*given)
+    reference_loss, reference_normalizers = OPS.topk_kl_loss_reference(*given)
+    true_loss, true_normalizers = OPS.topk_kl_loss_reference(*double(*given))
+    wrong += check("given", (loss,), (reference_loss,), (true_loss,))
+    grad = torch.tensor(chance.choice([1.0, -3.0]))
+    wrong += check(
+        "given gradient",
+        (OPS.topk_kl_loss_backward(grad, logits, probs, ids, normalizers, *given[3:]),),
+        (OPS.topk_kl_loss_backward_reference(grad, logits, probs, ids, reference_normalizers, *given[3:]),),
+        (
+            OPS.topk_kl_loss_backward_reference(
+                *double(grad, logits, probs, ids, true_normalizers), normalization, temperature
+            ),
+        ),
+    )
+    told = f"N {n} d {d} V {v} K {k} {normalization} T {temperature} {dtype} {weight_dtype} {probs.dtype} {ids.dtype}"
+    return [f"{told} bias {bias is not None}: {line}" for line in wrong]
+
+
+def main(seed: int, count: int) -> int:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    failures = 0
+    for _ in range(count):
+        for line in one_case(chance):
+            failures += 1
+            print(line)
+    print(f"{count} cases, {failures} wrong")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
