@@ -137,6 +137,26 @@ def hidden_size(model: nn.Module) -> int:
     return int(decoder(model).config.hidden_size)
 
 
+def linear_head(model: nn.Module) -> torch.Tensor | None:
+    """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that."""
+    capped = getattr(decoder(model).config, "final_logit_softcapping", None) is not None
+    get_head: Any = model.get_output_embeddings
+    return None if capped else get_head().weight
+
+
+def norm_gains(model: nn.Module, start: int) -> dict[str, nn.Parameter]:
+    """The gains of the RMSNorms in the layers from ``start`` on and of the final norm, under their state-dict names."""
+    places = [*decoder_layers(model)[start:], decoder(model).norm]
+    norms = {id(module) for place in places for module in place.modules() if type(module).__name__.endswith("RMSNorm")}
+    return {f"{name}.weight": module.weight for name, module in model.named_modules() if id(module) in norms}
+
+
+def linear_layers(model: nn.Module, start: int) -> list[str]:
+    """The names of the linear projections in the layers from ``start`` on."""
+    inside = {id(module) for layer in decoder_layers(model)[start:] for module in layer.modules()}
+    return [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and id(one) in inside]
+
+
 def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = False, norm: bool = False) -> nn.Module:
     """A view of the decoder that runs only the layers ``[start, end)``.
 

@@ -36,7 +36,7 @@ from linearpatch_kernels.modeling.families import (
     rebuild,
 )
 from linearpatch_kernels.modeling.modeling_file import modeling_source
-from linearpatch_kernels.nn import build_patch
+from linearpatch_kernels.nn import Patch, build_patch
 
 
 def build_joint(description: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> nn.Module | None:
@@ -235,6 +235,21 @@ def patched_model(
         layer = decoder_layers(twin)[min(joint, depth - 1)]
         setattr(layer, "patch" if joint < depth else "output_patch", _joined(copies))
     return twin
+
+
+def replace_patch(model: PreTrainedModel, joint: int, patch: Patch) -> None:
+    """Put ``patch`` in the place of whatever stands at a joint of a patched model, here and in its config.
+
+    Unlike `patched_model` it changes ``model`` itself, and keeps the patch's own dtype.
+    """
+    depth = num_layers(model)
+    if joint not in patches(model):
+        raise InputError(f"the model has no patch at joint {joint}: it has some at {sorted(patches(model))}")
+    weight = decoder(model).embed_tokens.weight
+    setattr(decoder_layers(model)[min(joint, depth - 1)], "patch" if joint < depth else "output_patch", patch)
+    patch.to(weight.device)
+    for config in (model.config, decoder(model).config):
+        config.linearpatch["joints"][str(joint)] = patch.description()
 
 
 def _links(patch: nn.Module | None) -> list[Any]:

@@ -1,0 +1,50 @@
+"""Whether this is one process or one of several that torchrun or accelerate started; accelerate knows how they talk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from linearpatch_kernels.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among its siblings.
+
+    Attributes:
+        rank, count: which of how many.
+        wait: returns when every sibling has called it.
+        device: where this process computes; None: not decided by the launcher.
+    """
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+    device: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes what is written once."""
+        return self.rank == 0
+
+
+def launched_processes() -> Processes:
+    """From the launcher's environment (``WORLD_SIZE``). InputError where several run and accelerate is missing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes()
+    state = need_accelerate().PartialState()
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device)
+
+
+def need_accelerate() -> Any:
+    """The module ``accelerate``."""
+    try:
+        import accelerate
+    except ImportError as error:
+        raise InputError(
+            "several processes need accelerate, which is not installed: pip install 'linearpatch-kernels[train]'"
+        ) from error
+    return accelerate

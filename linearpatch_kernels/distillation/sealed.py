@@ -1,0 +1,123 @@
+"""Files that appear whole or not at all and carry their own checksum: the shards of a store, the state of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from linearpatch_kernels.errors import InputError
+
+_KEY = "linearpatch"
+# Stands for the checksum while it is computed, so that it covers every byte of the file, the header's too.
+_UNSET = b"0" * 64
+_CHUNK = 1 << 22
+_TEMPORARY = ".tmp"
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Write a safetensors file with JSON values ``about``; returns its checksum (SHA-256, 64 hex digits).
+
+    Same tensors and values, same bytes. The file is flushed to disk under a temporary name and then renamed.
+
+    Raises:
+        InputError: the disk is full or fails; nothing of the file is left.
+    """
+    seal = json.dumps({"about": dict(about), "sha256": _UNSET.decode()})
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={_KEY: seal})
+    digest = hashlib.sha256(content).hexdigest()
+    end = _header_end(content)
+    header = content[:end].replace(_UNSET, digest.encode())
+    write_whole(path, header, memoryview(content)[end:])
+    return digest
+
+
+def read_seal(path: Path) -> tuple[dict[str, Any], str]:
+    """``(about, checksum)`` of a file that `write_sealed` wrote, after reading every byte of it.
+
+    Raises:
+        InputError: missing, truncated, foreign, or a single bit is not as it was written.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if _header_end(start) > os.fstat(file.fileno()).st_size:
+                raise ValueError("the header is longer than the file")
+            header = file.read(_header_end(start) - 8)
+            seal = json.loads(json.loads(header)["__metadata__"][_KEY])
+            about, digest = seal["about"], seal["sha256"]
+            state = hashlib.sha256(start + header.replace(digest.encode(), _UNSET))
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: it does not begin as it was written") from error
+    if state.hexdigest() != digest or not isinstance(about, dict):
+        raise InputError(f"{path} is damaged: its bytes do not have the checksum they were written with")
+    return about, digest
+
+
+def _header_end(content: bytes) -> int:
+    """Where the tensors' bytes begin; a safetensors file starts with the length of its header."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file under a temporary name, flush it to disk, rename it: it appears whole or not at all.
+
+    Raises:
+        InputError: the disk is full or fails; nothing of the file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} could not be written ({error.strerror}): make room, then give the same command again to go on"
+        ) from error
+
+
+@contextlib.contextmanager
+def working_alone(directory: Path) -> Iterator[None]:
+    """Hold the directory (made if missing) against a second process that would write to it; what a killed one left
+    half-written is removed.
+
+    Raises:
+        InputError: another process holds it, or it is no directory that can be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be used ({error.strerror}): give another directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process works in {directory}: wait for it, or give another directory") from error
+        for path in directory.glob(f".*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)

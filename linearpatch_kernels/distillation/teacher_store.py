@@ -1,0 +1,417 @@
+"""What the teacher says about a text, computed once and kept: per token its K likeliest tokens with their true
+probabilities, and on request the hidden state that enters the joint.
+
+A store is a directory: ``request.json`` (whose answers, on what; written first), ``shard-00000.safetensors`` and so on,
+``index.json`` (the shards with their checksums; written last, so that its presence means: complete). Shard by shard it
+appears whole or not at all: a killed writer goes on where it was, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import residual_stream
+from linearpatch_kernels.distillation.processes import Processes
+from linearpatch_kernels.distillation.sealed import read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
+from linearpatch_kernels.text import fingerprint_model
+
+DEFAULT_TOP_K = 50
+
+_FORMAT = "linearpatch-teacher-store"
+_VERSION = 1
+_SHARD_BYTES = 64 << 20
+# Logits that exist at once while the store is written: 64 MB of float32, whatever the vocabulary.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreRequest:
+    """Whose answers a store holds, and on what; two stores of the same request hold the same bytes.
+
+    Attributes:
+        model, tokenizer, windows: fingerprints of the teacher, its tokenizer ("" if not told) and the token ids.
+        count, length: windows, and tokens in each.
+        vocabulary, hidden_size: of the teacher.
+        top_k: K.
+        joint: the depth whose hidden state is kept too (the stream entering layer ``joint``), None: none.
+        shard_windows: windows in a shard.
+    """
+
+    model: str
+    tokenizer: str
+    windows: str
+    count: int
+    length: int
+    vocabulary: int
+    hidden_size: int
+    top_k: int
+    joint: int | None
+    shard_windows: int
+
+    @property
+    def ids_dtype(self) -> torch.dtype:
+        return torch.uint16 if self.vocabulary <= 1 << 16 else torch.int32
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Tensor name -> dtype and shape behind [windows, length]: what a shard holds."""
+        kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "input_ids": (self.ids_dtype, ()),
+            "ids": (self.ids_dtype, (self.top_k,)),
+            "probs": (torch.float16, (self.top_k,)),
+            "kept_mass": (torch.float32, ()),
+        }
+        if self.joint is not None:
+            kept["joint_state"] = (torch.bfloat16, (self.hidden_size,))
+        return kept
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in self.layout.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all shards but for their headers."""
+        return self.bytes_per_token * self.count * self.length
+
+    @property
+    def shards(self) -> list[tuple[str, slice]]:
+        """File name and windows of every shard."""
+        starts = range(0, self.count, self.shard_windows)
+        return [
+            (f"shard-{i:05}.safetensors", slice(s, min(s + self.shard_windows, self.count)))
+            for i, s in enumerate(starts)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, file: Path) -> StoreRequest:
+        """InputError where the file is not what a writer of this version wrote."""
+        try:
+            content = json.loads(file.read_bytes())
+            if content.pop("format") == _FORMAT and content.pop("version") == _VERSION:
+                return cls(**content)
+        except FileNotFoundError as error:
+            raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise InputError(f"{file} is damaged or not of this version: give another --store")
+
+
+def fingerprint_windows(windows: Tensor) -> str:
+    """16 hex digits of token ids [W, T]."""
+    state = hashlib.sha256(json.dumps([*windows.shape]).encode())
+    state.update(windows.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def store_request(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    top_k: int = DEFAULT_TOP_K,
+    joint: int | None = None,
+    tokenizer: str = "",
+    shard_windows: int | None = None,
+) -> StoreRequest:
+    """The request for the answers of ``model`` on ``windows`` [W, T]; shards of about 64 MB unless told.
+
+    Raises:
+        InputError: windows that do not fit the model, a ``top_k`` outside the vocabulary, a joint outside the layers.
+    """
+    check_windows(model, windows)
+    vocabulary, layers = int(model.config.vocab_size), num_layers(model)
+    if not 1 <= top_k <= vocabulary:
+        raise InputError(f"--top-k {top_k} is not between 1 and the vocabulary's {vocabulary} tokens")
+    if joint is not None and not 0 <= joint <= layers:
+        raise InputError(f"there is no depth {joint} in a model of {layers} layers")
+    request = StoreRequest(
+        model=fingerprint_model(model),
+        tokenizer=tokenizer,
+        windows=fingerprint_windows(windows),
+        count=len(windows),
+        length=windows.shape[1],
+        vocabulary=vocabulary,
+        hidden_size=hidden_size(model),
+        top_k=top_k,
+        joint=joint,
+        shard_windows=shard_windows or 1,
+    )
+    fitting = max(1, _SHARD_BYTES // (request.bytes_per_token * request.length))
+    return dataclasses.replace(request, shard_windows=shard_windows or fitting)
+
+
+def write_teacher_store(
+    model: PreTrainedModel,
+    windows: Tensor,
+    directory: str | Path,
+    *,
+    top_k: int = DEFAULT_TOP_K,
+    joint: int | None = None,
+    tokenizer: str = "",
+    shard_windows: int | None = None,
+    batch_size: int = 1,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+) -> TeacherStore:
+    """One pass of the dense model over ``windows`` [W, T]; what an earlier call for the same finished is not repeated.
+
+    A token takes ``K * (2 + ids) + ids + 4`` bytes, ids being 2 up to 65,536 tokens of vocabulary, else 4, and ``2 d``
+    more with a joint's state: for K = 50 and a small vocabulary 206 MB per million tokens. A shard that is damaged is
+    written again (`TeacherStore.repaired` names it). Memory beyond the decoder's pass over a batch: 64 MB of logits,
+    their Top-K, and one shard.
+
+    Args:
+        model: the teacher.
+        joint: keep the hidden state at this depth too, in bfloat16.
+        tokenizer: fingerprint of the tokenizer that made the windows (`text.fingerprint_tokenizer`).
+        shard_windows: windows in a shard; None: about 64 MB of them.
+        batch_size: windows per forward pass.
+        processes: several share the shards out among them; all return the whole store.
+        progress: called after each batch.
+
+    Raises:
+        InputError: a directory with another store or other things in it, a disk that is too small or becomes full,
+            logits that are not finite, or what `store_request` raises.
+    """
+    processes = processes or Processes()
+    folder = Path(directory).expanduser()
+    request = store_request(model, windows, top_k=top_k, joint=joint, tokenizer=tokenizer, shard_windows=shard_windows)
+    if not processes.first:
+        processes.wait()
+        _write_shards(model, windows, folder, request, batch_size, processes, None)
+        processes.wait()
+        processes.wait()
+        return TeacherStore.open(folder)
+    _check_folder(folder, request)
+    with working_alone(folder):
+        if not (folder / "request.json").exists():
+            write_whole(folder / "request.json", _json(request.to_json()))
+        processes.wait()
+        repaired = _write_shards(model, windows, folder, request, batch_size, processes, progress)
+        processes.wait()
+        index, listed = (
+            folder / "index.json",
+            _json({"shards": {n: read_seal(folder / n)[1] for n, _ in request.shards}}),
+        )
+        if not index.exists() or index.read_bytes() != listed:
+            write_whole(index, listed)
+        processes.wait()
+    return dataclasses.replace(TeacherStore.open(folder), repaired=tuple(repaired))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _check_folder(folder: Path, request: StoreRequest) -> None:
+    """Whether the store of this request can be written to, or is in, this folder."""
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        if not (folder / "request.json").exists():
+            raise InputError(f"{folder} exists and is not a teacher store: give another --store")
+        _check_same(StoreRequest.read(folder / "request.json"), request, folder)
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    present = sum((folder / name).stat().st_size for name, _ in request.shards if (folder / name).exists())
+    needed, free = request.total_bytes - present, shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(
+            f"the teacher store takes {request.total_bytes / 1e9:.3f} GB ({request.bytes_per_token} MB per million "
+            f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another --store, a smaller --top-k, "
+            "or less text"
+        )
+
+
+_WHOSE = {
+    "model": "another teacher",
+    "tokenizer": "another tokenizer",
+    "vocabulary": "another vocabulary",
+    "hidden_size": "another teacher",
+    "windows": "other text",
+    "count": "other text",
+    "length": "windows of another length",
+    "top_k": "another --top-k",
+    "joint": "another joint, or with and without its states",
+    "shard_windows": "shards of another size",
+}
+
+
+def _check_same(found: StoreRequest, wanted: StoreRequest, folder: Path) -> None:
+    for name, whose in _WHOSE.items():
+        there, here = getattr(found, name), getattr(wanted, name)
+        if there != here:
+            raise InputError(
+                f"{folder} is a teacher store of {whose} ({name} {there} there, {here} here): give another --store, or "
+                "delete it"
+            )
+
+
+def _write_shards(
+    model: PreTrainedModel,
+    windows: Tensor,
+    folder: Path,
+    request: StoreRequest,
+    batch_size: int,
+    processes: Processes,
+    progress: Progress | None,
+) -> list[str]:
+    """This process's share of the shards that are not there or damaged; returns the damaged ones."""
+    damaged = []
+    mine = request.shards[processes.rank :: processes.count]
+    total = sum(part.stop - part.start for _, part in mine)
+    done = 0
+    for name, part in mine:
+        exists = (folder / name).exists()
+        if not exists or not _is_sound(folder / name, request):
+            damaged += [name] * exists
+            states = []
+            for batch in windows[part].split(batch_size):
+                states.append(teacher_answers(model, batch, request))
+                if progress is not None:
+                    progress("asking the teacher", done + sum(len(s["input_ids"]) for s in states), total)
+            shard = {key: torch.cat([state[key] for state in states]) for key in request.layout}
+            write_sealed(folder / name, shard, {"request": request.to_json(), "shard": name})
+        done += part.stop - part.start
+        if progress is not None:
+            progress("asking the teacher", done, total)
+    return damaged
+
+
+def _is_sound(file: Path, request: StoreRequest) -> bool:
+    try:
+        about, _ = read_seal(file)
+    except InputError:
+        return False
+    return about == {"request": request.to_json(), "shard": file.name}
+
+
+@torch.no_grad()
+def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreRequest) -> dict[str, Tensor]:
+    """What a store keeps of ``windows`` [B, T], on the CPU: `StoreRequest.layout` says what, and as what.
+
+    Equivalent to ``model(windows).logits.float().softmax(-1).topk(request.top_k)``.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    layers = num_layers(model)
+    depths = {layers, request.joint} - {None}
+    with evaluation_mode(model):
+        states = residual_stream(model, windows, [depth for depth in depths if depth is not None])
+        head = suffix_model(model, layers)
+        step = max(1, _LOGITS_AT_ONCE // (request.vocabulary * len(windows)))
+        parts = [
+            _likeliest(head(inputs_embeds=part, use_cache=False).logits, request.top_k)
+            for part in states[layers].split(step, dim=1)
+        ]
+    probs, ids = (torch.cat([part[i] for part in parts], dim=1) for i in (0, 1))
+    mass = probs.double().sum(-1)
+    if not bool(mass.isfinite().all()):
+        raise InputError("the teacher gives logits that are not finite: load it in bfloat16 or float32")
+    answers = {"input_ids": windows, "ids": ids, "probs": probs, "kept_mass": mass}
+    if request.joint is not None:
+        answers["joint_state"] = states[request.joint]
+    return {name: tensor.to("cpu", request.layout[name][0]) for name, tensor in answers.items()}
+
+
+def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    values, ids = logits.topk(top_k)
+    return (values - logits.logsumexp(-1, keepdim=True)).exp(), ids
+
+
+class TeacherBatch(NamedTuple):
+    """Some windows of a store.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        probs: [B, T, K] float32, the teacher's true probabilities (their sum is the kept mass).
+        ids: [B, T, K] int32.
+        joint_state: [B, T, d] bfloat16, or None.
+    """
+
+    input_ids: Tensor
+    probs: Tensor
+    ids: Tensor
+    joint_state: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStore:
+    """A complete store on disk; nothing of it is held in memory.
+
+    Attributes:
+        directory: where it is.
+        request: whose answers it holds, and on what.
+        repaired: shards that the writer found damaged and wrote again.
+    """
+
+    directory: Path
+    request: StoreRequest
+    repaired: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TeacherStore:
+        """Read every byte once and compare it with the checksums.
+
+        Raises:
+            InputError: no store, not complete, a shard that is missing, truncated, changed or of another store.
+        """
+        folder = Path(directory).expanduser()
+        request = StoreRequest.read(folder / "request.json")
+        try:
+            listed = json.loads((folder / "index.json").read_bytes())["shards"]
+        except FileNotFoundError as error:
+            raise InputError(f"the teacher store {folder} is not complete: write it again to go on") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}/index.json is damaged: delete it and write the store again") from error
+        for name, _ in request.shards:
+            about, digest = read_seal(folder / name)
+            if about != {"request": request.to_json(), "shard": name} or listed.get(name) != digest:
+                raise InputError(f"{folder / name} belongs to another store: delete it and write the store again")
+        return cls(folder, request)
+
+    def check(self, model: PreTrainedModel, *, tokenizer: str = "") -> None:
+        """InputError where a student with another vocabulary or width, or another tokenizer, would learn from it."""
+        if int(model.config.vocab_size) != self.request.vocabulary:
+            raise InputError(
+                f"the teacher store has a vocabulary of {self.request.vocabulary} tokens and the model "
+                f"{model.config.vocab_size}: they need the same"
+            )
+        if tokenizer and self.request.tokenizer and tokenizer != self.request.tokenizer:
+            raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")
+        if self.request.joint is not None and hidden_size(model) != self.request.hidden_size:
+            raise InputError(
+                f"the joint's states in the store have width {self.request.hidden_size}, the model {hidden_size(model)}"
+            )
+
+    def batch(self, windows: Sequence[int]) -> TeacherBatch:
+        """The answers on these windows (numbers from 0), on the CPU."""
+        rows = [self._window(window) for window in windows]
+        parts = {name: torch.cat([row[name] for row in rows]) for name in self.request.layout}
+        probs = parts["probs"].float()
+        # fp16 rounds each probability; the recorded mass keeps what they leave to the rest of the vocabulary exact.
+        probs *= (parts["kept_mass"] / probs.sum(-1)).unsqueeze(-1)
+        return TeacherBatch(
+            parts["input_ids"].to(torch.int64), probs, parts["ids"].to(torch.int32), parts.get("joint_state")
+        )
+
+    def _window(self, window: int) -> dict[str, Tensor]:
+        shard, row = divmod(window, self.request.shard_windows)
+        with safe_open(self.directory / self.request.shards[shard][0], framework="pt") as file:
+            return {name: file.get_slice(name)[row : row + 1] for name in self.request.layout}

@@ -1,0 +1,113 @@
+"""Which parameters of a student are trained, and how they are held while they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.families import linear_layers, norm_gains
+from linearpatch_kernels.modeling.patched import patches
+
+TRAIN = ("patch", "patch+norms", "lora")
+"""The patches alone; they and the RMSNorm gains behind them; and LoRA on the projections behind them too."""
+
+# Relative to --learning-rate: gains and scales are near 1 and each of them moves a whole channel.
+_RATES = {"matrix": 1.0, "vector": 10.0}
+
+
+@dataclasses.dataclass
+class Trainable:
+    """The parameters in training, by name, and what undoes the preparations.
+
+    Attributes:
+        parameters: float32, in the order of the model.
+        dtype: what they were, and become again.
+        wrapper: the PEFT model around the student, None without LoRA.
+    """
+
+    student: PreTrainedModel
+    parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
+    wrapper: Any = None
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, each with its ``rate`` relative to the learning rate."""
+        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": []}
+        for parameter in self.parameters.values():
+            kinds["matrix" if parameter.dim() > 1 else "vector"].append(parameter)
+        return [{"params": found, "rate": _RATES[kind]} for kind, found in kinds.items() if found]
+
+    def release(self) -> None:
+        """Merge LoRA into the weights, give the parameters back their dtype, and freeze nothing any more."""
+        if self.wrapper is not None:
+            self.wrapper.merge_and_unload()
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(self.dtype)
+            parameter.grad = None
+        self.student.requires_grad_(True)
+
+
+def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int, seed: int) -> Trainable:
+    """Freeze the student but for what ``train`` names behind depth ``begin``.
+
+    A trained parameter becomes a float32 one of the student's own: a model that shares it keeps the old.
+
+    Raises:
+        InputError: nothing there to train, an unknown name, or LoRA without PEFT.
+    """
+    if train not in TRAIN:
+        raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
+    dtype = student.get_input_embeddings().weight.dtype
+    joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
+    chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
+    if train != "patch":
+        chosen |= {id(parameter) for parameter in norm_gains(student, begin).values()}
+    names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
+    if not names:
+        raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+    wrapper = None
+    if train == "lora":
+        targets = linear_layers(student, begin)
+        for name in targets:
+            _own(student, f"{name}.weight", dtype)
+        wrapper = _with_lora(student, targets, lora_rank, seed)
+        # What LoRA adds is trained as well, and the names of what it wraps have changed, but not those of the patches.
+        adapters = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        names += [name for name in adapters if name not in names]
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+        _own(student, name, torch.float32).requires_grad_(True)
+    trained = dict(student.named_parameters())
+    return Trainable(student, {name: trained[name] for name in names}, dtype, wrapper)
+
+
+def _own(student: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
+    path, _, leaf = name.rpartition(".")
+    module = student.get_submodule(path)
+    own = nn.Parameter(getattr(module, leaf).detach().to(dtype, copy=True))
+    setattr(module, leaf, own)
+    return own
+
+
+def _with_lora(student: PreTrainedModel, targets: list[str], rank: int, seed: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(
+            "--train lora needs peft, which is not installed: pip install 'linearpatch-kernels[train]'"
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(student, config)

@@ -1,0 +1,501 @@
+"""Training what heals the joint against a teacher store, from the joint on.
+
+Nothing before the first joint changes, so a step starts from the hidden state that enters it, kept in the store or
+computed once without gradients, and runs patch and suffix alone. That is full training, exactly: the gradient of
+everything before is never asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import residual_stream
+from linearpatch_kernels.distillation.processes import Processes, need_accelerate
+from linearpatch_kernels.distillation.sealed import read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
+from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from linearpatch_kernels.text import fingerprint_model
+
+LOSSES = ("tail", "topk", "full")
+"""The rest of the vocabulary in one bucket; the paper's, over the K alone; over the vocabulary, without a bucket."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_STATE = "state.safetensors"
+_LOG = "log.jsonl"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """What decides the result of a run, together with the student and the store.
+
+    Attributes:
+        steps: optimizer steps.
+        train: of `trainable.TRAIN`.
+        loss: of `LOSSES`.
+        learning_rate: its peak; gains and scales take ten times as much.
+        final_share: the cosine ends at this share of the peak (the paper's is 1/20).
+        warmup_steps: linear, before the cosine.
+        weight_decay: AdamW's; it pulls towards zero, which is no place for a patch, so 0 unless told.
+        clip: largest norm of the gradient; 0: no limit.
+        windows_per_step: over all processes.
+        micro_batch: windows per forward and backward pass in one process; more are accumulated.
+        evaluate_every: steps between two looks at the held-out windows; 0: ten in all.
+        patience: looks without a better one until the run ends early; 0: never.
+        lora_rank: of ``train="lora"``.
+        precision: of the matrix products (``bfloat16``: autocast; a half-precision student always).
+        seed: of the order of windows and LoRA's start.
+
+    Raises:
+        InputError: a value that makes no sense, in the words of its flag.
+    """
+
+    steps: int = 100
+    train: str = "patch"
+    loss: str = "tail"
+    learning_rate: float = 1e-4
+    final_share: float = 0.05
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    windows_per_step: int = 1
+    micro_batch: int = 1
+    evaluate_every: int = 0
+    patience: int = 0
+    lora_rank: int = 16
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("train", TRAIN), ("loss", LOSSES), ("precision", tuple(PRECISIONS))):
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} {getattr(self, name)} is not known: choose one of {', '.join(known)}")
+        for name in ("steps", "windows_per_step", "micro_batch", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "clip", "evaluate_every", "patience", "final_share"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be negative, nor {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...: linear warm-up, then a cosine to ``final_share`` of the peak."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        through = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * min(1.0, through))) / 2
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+
+    def looks(self, step: int) -> bool:
+        """Whether the held-out windows are looked at after this many steps."""
+        return step % (self.evaluate_every or max(1, self.steps // 10)) == 0 or step == self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step reports: how many are done of how many, its loss, and how fast it goes."""
+
+    done: int
+    steps: int
+    loss: float
+    heldout: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How a run went.
+
+    Attributes:
+        parameters: how many numbers were trained.
+        steps: how many steps were made; best_step: whose parameters the student has now.
+        curve: per look at the held-out windows its ``step`` and the KL of every loss measured, nats per token.
+        log: the lines of the log, one a step.
+        seconds: of training, looks included, earlier processes of this run too.
+    """
+
+    parameters: int
+    steps: int
+    best_step: int
+    curve: tuple[dict[str, float], ...]
+    log: tuple[dict[str, float], ...]
+    seconds: float
+
+    def heldout(self, step: int, loss: str = "tail") -> float:
+        """The held-out KL after ``step`` steps."""
+        return next(point[loss] for point in self.curve if point["step"] == step)
+
+
+def joint_depth(student: PreTrainedModel, joint: int) -> int:
+    """The depth from which a run starts: the joint's, but where it lies behind the last layer the one before that.
+
+    The patch behind the last layer is a part of that layer.
+    """
+    return min(joint, num_layers(student) - 1)
+
+
+class SuffixLoss(nn.Module):
+    """The losses of a student from depth ``begin`` on, given the stream that enters it.
+
+    Args:
+        student: shares all its parameters with this module.
+        precision: of the matrix products.
+    """
+
+    def __init__(self, student: PreTrainedModel, begin: int, precision: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        weight = linear_head(student)
+        self.whole = weight is None
+        layers = num_layers(student)
+        self.suffix = (
+            suffix_model(student, begin) if weight is None else partial_decoder(student, begin, layers, norm=True)
+        )
+        self.precision = precision
+        # Not a parameter of this module: it is read, never trained, and converted once.
+        self._head = [weight.detach().to(precision)] if weight is not None else []
+
+    def forward(self, state: Tensor, probs: Tensor, ids: Tensor, losses: Sequence[str]) -> Tensor:
+        """``losses`` [len(losses)] of states [B, T, d], true probabilities and ids [B, T, K]: means over the tokens."""
+        mixed = torch.autocast(state.device.type, self.precision, enabled=self.precision != torch.float32)
+        with mixed:
+            output = self.suffix(inputs_embeds=state, use_cache=False)
+        hidden = (output.logits if self.whole else output.last_hidden_state).flatten(0, 1)
+        true, ids = probs.flatten(0, 1), ids.flatten(0, 1)
+        found = []
+        for loss in losses:
+            target = true / true.sum(-1, keepdim=True) if loss == "topk" else true
+            if self.whole:
+                found.append(topk_kl_loss(hidden, target, ids, normalization=loss))
+            else:
+                head = self._head[0]
+                found.append(linear_topk_kl_loss(hidden.to(head.dtype), head, target, ids, normalization=loss))
+        return torch.stack(found)
+
+
+def distill(
+    student: PreTrainedModel,
+    store: TeacherStore,
+    *,
+    joint: int,
+    training: Sequence[int],
+    heldout: Sequence[int],
+    settings: TrainingSettings | None = None,
+    directory: str | Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    processes: Processes | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Distillation:
+    """Train the student on the store's windows; it ends with the parameters of the best look at the held-out ones.
+
+    With a ``directory`` the run can be killed at any moment: the same call goes on from its last checkpoint and, on
+    the CPU, ends with the same weights bit for bit. Memory beyond the student: the trained parameters four times in
+    float32 (AdamW's moments and the best), the activations of the suffix for ``micro_batch`` windows.
+
+    Equivalent to AdamW on ``topk_kl_loss(student(input_ids).logits, ...)`` with everything but the trained parameters
+    frozen.
+
+    Args:
+        student: a patched causal LM, changed in place; parameters it shares with another model are copied first.
+        store: the teacher's answers; where it holds the joint's states, they are where a step starts.
+        joint: the student's first joint; nothing before it differs from the teacher.
+        training, heldout: numbers of windows in the store.
+        directory: for the checkpoint and the log.
+        checkpoint_seconds: between two checkpoints; 0: after every step.
+        processes: of one global batch (data parallel, by accelerate).
+        on_step: called after every step.
+
+    Raises:
+        InputError: nothing to train, a store that does not fit, a directory of another run, a loss that is not finite.
+    """
+    settings, processes = settings or TrainingSettings(), processes or Processes()
+    if not training or not heldout:
+        raise InputError("training and held-out windows are needed, at least one of each: give more text")
+    if settings.windows_per_step % processes.count:
+        raise InputError(
+            f"--batch-size {settings.windows_per_step} cannot be shared out among {processes.count} processes"
+        )
+    store.check(student)
+    begin = joint_depth(student, joint)
+    if store.request.joint not in (None, begin):
+        raise InputError(f"the store holds the states of depth {store.request.joint}, the run starts at {begin}")
+    about = {
+        "student": fingerprint_model(student),
+        "store": store.request.to_json(),
+        "joint": joint,
+        "training": list(training),
+        "heldout": list(heldout),
+        "settings": dataclasses.asdict(settings),
+        "processes": processes.count,
+    }
+    folder = None if directory is None else Path(directory).expanduser()
+    alone = working_alone(folder) if folder is not None and processes.first else contextlib.nullcontext()
+    with evaluation_mode(student), alone:
+        processes.wait()
+        trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
+        try:
+            run = _Run(student, store, trainable, begin, settings, processes, folder, about)
+            return run.finish(training, heldout, checkpoint_seconds, on_step)
+        finally:
+            trainable.release()
+
+
+class _Run:
+    """The state of a run: parameters, optimizer, best step, curve; what a checkpoint holds."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        store: TeacherStore,
+        trainable: Trainable,
+        begin: int,
+        settings: TrainingSettings,
+        processes: Processes,
+        folder: Path | None,
+        about: dict[str, Any],
+    ) -> None:
+        self.student, self.store, self.trainable, self.begin = student, store, trainable, begin
+        self.settings, self.processes, self.folder, self.about = settings, processes, folder, about
+        half = trainable.dtype in (torch.float16, torch.bfloat16)
+        precision = torch.bfloat16 if half else PRECISIONS[settings.precision]
+        self.loss: nn.Module = SuffixLoss(student, begin, precision)
+        self.accelerator: Any = None
+        if processes.count > 1:
+            self.accelerator = need_accelerate().Accelerator(cpu=self._device.type == "cpu")
+            self.loss = self.accelerator.prepare_model(self.loss)
+        # foreach would sum in another order on another device; here it would only cost memory.
+        self.optimizer = torch.optim.AdamW(
+            trainable.groups(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+        )
+        self.measured = list(dict.fromkeys(("tail", "topk", settings.loss)))
+        self.step, self.best_step, self.seconds = 0, 0, 0.0
+        self.best = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+        self.curve: list[dict[str, float]] = []
+        self.log: list[dict[str, float]] = []
+
+    @property
+    def _device(self) -> torch.device:
+        return self.student.get_input_embeddings().weight.device
+
+    def finish(
+        self,
+        training: Sequence[int],
+        heldout: Sequence[int],
+        checkpoint_seconds: float,
+        on_step: Callable[[Step], None] | None,
+    ) -> Distillation:
+        self._resume()
+        begin = saved = time.monotonic()
+        earlier = self.seconds
+        if not self.curve:
+            self._look(heldout)
+        while self.step < self.settings.steps and not self._stopped():
+            started = time.monotonic()
+            line = self._train_step(self._windows_of(self.step, training))
+            self.step += 1
+            seconds = time.monotonic() - started
+            tokens = self.settings.windows_per_step * self.store.request.length
+            line = {"step": self.step, **line, "tokens_per_second": tokens / seconds}
+            if self.settings.looks(self.step):
+                line |= {f"heldout_{name}": value for name, value in self._look(heldout).items() if name != "step"}
+            self._write_log(line)
+            self.seconds = earlier + time.monotonic() - begin
+            if time.monotonic() - saved >= checkpoint_seconds or self.step == self.settings.steps:
+                self._save()
+                saved = time.monotonic()
+            if on_step is not None:
+                on_step(
+                    Step(
+                        self.step, self.settings.steps, line["loss"], self.curve[-1]["tail"], line["tokens_per_second"]
+                    )
+                )
+        with torch.no_grad():
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(self.best[name])
+        return Distillation(
+            self.trainable.count, self.step, self.best_step, tuple(self.curve), tuple(self.log), self.seconds
+        )
+
+    def _windows_of(self, step: int, training: Sequence[int]) -> list[int]:
+        """The windows of a step, a function of its number: every epoch in an order of its own."""
+        count, size = len(training), self.settings.windows_per_step
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            generator = torch.Generator().manual_seed(self.settings.seed + position // count)
+            order = torch.randperm(count, generator=generator)
+            chosen.append(training[int(order[position % count])])
+        return chosen
+
+    def _mine(self, windows: Sequence[int]) -> list[list[int]]:
+        """This process's share of some windows, as micro-batches."""
+        mine, size = windows[self.processes.rank :: self.processes.count], self.settings.micro_batch
+        return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _losses(self, windows: Sequence[int], losses: Sequence[str]) -> Tensor:
+        batch = self.store.batch(windows)
+        probs, ids = batch.probs.to(self._device), batch.ids.to(self._device)
+        result: Tensor = self.loss(self._state(batch), probs, ids, losses)
+        return result
+
+    @torch.no_grad()
+    def _state(self, batch: TeacherBatch) -> Tensor:
+        """The stream that enters the first joint [B, T, d], without gradients."""
+        if batch.joint_state is not None:
+            weight = self.student.get_input_embeddings().weight
+            return batch.joint_state.to(weight.device, weight.dtype)
+        return residual_stream(self.student, batch.input_ids, [self.begin])[self.begin]
+
+    def _train_step(self, windows: Sequence[int]) -> dict[str, float]:
+        rate = self.settings.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        self.optimizer.zero_grad(set_to_none=True)
+        micro_batches = self._mine(windows)
+        share = self.processes.count / len(windows)
+        total = torch.zeros((), dtype=torch.float64)
+        for i, micro in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            alone = self.accelerator is None or last
+            # Only the last pass of a step has gradients to exchange.
+            with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
+                loss = self._losses(micro, [self.settings.loss])[0] * (len(micro) * share)
+                loss.backward()
+            total += loss.detach().double().cpu()
+        total = self._mean(total)
+        norm = self._gradient_norm()
+        if not math.isfinite(float(total)) or not math.isfinite(norm):
+            raise InputError(
+                f"the loss or its gradient is not finite at step {self.step + 1}: use a smaller --learning-rate, or "
+                "check the model's weights"
+            )
+        self.optimizer.step()
+        return {"loss": float(total), "learning_rate": rate, "gradient_norm": norm}
+
+    def _gradient_norm(self) -> float:
+        parameters = list(self.trainable.parameters.values())
+        limit = self.settings.clip or math.inf
+        return float(nn.utils.clip_grad_norm_(parameters, limit, foreach=False))
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the processes."""
+        if self.accelerator is None:
+            return value
+        mean: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), reduction="mean").cpu()
+        return mean
+
+    @torch.no_grad()
+    def _look(self, heldout: Sequence[int]) -> dict[str, float]:
+        """Measure the held-out windows; remember the parameters if none were better."""
+        total = torch.zeros(len(self.measured), dtype=torch.float64)
+        for micro in self._mine(heldout):
+            total += self._losses(micro, self.measured).double().cpu() * len(micro)
+        means = self._mean(total) * self.processes.count / len(heldout)
+        point = {"step": float(self.step), **dict(zip(self.measured, means.tolist(), strict=True))}
+        if not math.isfinite(point["tail"]):
+            raise InputError(f"the held-out loss is not finite after {self.step} steps: use a smaller --learning-rate")
+        if all(point["tail"] < earlier["tail"] for earlier in self.curve):
+            self.best_step = self.step
+            self.best = {name: parameter.detach().clone() for name, parameter in self.trainable.parameters.items()}
+        self.curve.append(point)
+        return point
+
+    def _stopped(self) -> bool:
+        """Whether the last ``patience`` looks were no better than the best."""
+        since = sum(point["step"] > self.best_step for point in self.curve)
+        return 0 < self.settings.patience <= since
+
+    def _write_log(self, line: dict[str, float]) -> None:
+        self.log.append(line)
+        if self.folder is not None and self.processes.first:
+            with open(self.folder / _LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        if self.folder is None or not self.processes.first:
+            return
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.trainable.parameters.items():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            for moment in _MOMENTS:
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        about = {
+            "run": self.about,
+            "step": self.step,
+            "best_step": self.best_step,
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+        write_sealed(self.folder / _STATE, {name: tensor.cpu() for name, tensor in tensors.items()}, about)
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        """Go on where an earlier process of the same run wrote its last checkpoint, if there is one."""
+        if self.folder is None:
+            return
+        if (self.folder / _STATE).exists():
+            self._load(self.folder)
+        # A step behind the checkpoint is made again: its line too. The last line may be cut off.
+        kept = _log_lines(self.folder / _LOG, self.step)
+        if self.processes.first:
+            write_whole(self.folder / _LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.log = kept
+        self.processes.wait()
+
+    def _load(self, folder: Path) -> None:
+        try:
+            about, _ = read_seal(folder / _STATE)
+        except InputError as error:
+            raise InputError(f"{error}: delete {folder} to start the training again") from error
+        check_same_run(about["run"], self.about, folder)
+        tensors = load_file(folder / _STATE)
+        self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
+        self.curve = about["curve"]
+        for name, parameter in self.trainable.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            self.best[name] = tensors[f"best.{name}"].to(parameter.device)
+            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """InputError where the checkpoint in ``folder`` is of another run; it says what differs."""
+    wanted = json.loads(json.dumps(wanted))
+    there, here = ({**run, **run["settings"], **run["store"]} for run in (found, wanted))
+    differing = [name for name in there if name not in ("settings", "store") and there[name] != here.get(name)]
+    if differing or found != wanted:
+        told = ", ".join(
+            f"{name} {there[name]}" if isinstance(there[name], str | int | float) else name for name in differing
+        )
+        raise InputError(
+            f"{folder} holds an unfinished run of other settings ({told or 'of another version'} there): give the same "
+            "flags to go on, or delete it to start again"
+        )
+
+
+def _log_lines(file: Path, steps: int) -> list[dict[str, float]]:
+    if not file.exists():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if line["step"] <= steps:
+                lines.append(line)
+    return lines

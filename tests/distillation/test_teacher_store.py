@@ -1,0 +1,241 @@
+"""The teacher's answers on disk: what they are, how they survive, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from modeling.tiny import FAMILY_NAMES, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.distillation import teacher_store
+from linearpatch_kernels.distillation.sealed import working_alone
+from linearpatch_kernels.distillation.teacher_store import TeacherStore, store_request, write_teacher_store
+from linearpatch_kernels.errors import InputError
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The one line of the refusal."""
+    with pytest.raises(InputError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def copy(store: TeacherStore, tmp_path: Path) -> Path:
+    """A store that a test may break."""
+    return Path(shutil.copytree(store.directory, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_what_is_kept_is_what_the_model_says(family: str, windows: Tensor, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    store = write_teacher_store(model, windows[:3], tmp_path / "store", top_k=10, joint=2, shard_windows=2)
+    with torch.no_grad():
+        logits = model(windows[:3]).logits.double()
+        state = model.model(windows[:3], output_hidden_states=True).hidden_states[2]
+    probs, ids = logits.softmax(-1).topk(10)
+    batch = store.batch([0, 1, 2])
+    assert torch.equal(batch.input_ids, windows[:3])
+    torch.testing.assert_close(batch.probs.double(), probs, rtol=2e-3, atol=1e-7)
+    assert (batch.ids == ids).double().mean() > 0.99  # a rounding may exchange two that are equally likely
+    # The mass of the ten is kept in float32, however fp16 rounded each of them.
+    torch.testing.assert_close(batch.probs.double().sum(-1), probs.sum(-1), rtol=1e-5, atol=1e-6)
+    assert batch.joint_state is not None
+    torch.testing.assert_close(batch.joint_state.float(), state, rtol=1e-2, atol=1e-3)
+    again = store.batch([2, 0])
+    assert torch.equal(again.ids, batch.ids[[2, 0]])
+    assert torch.equal(again.probs, batch.probs[[2, 0]])
+
+
+def test_the_size_is_what_was_told(dense: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    for joint in (None, 2):
+        request = store_request(dense, windows, top_k=10, joint=joint, shard_windows=6)
+        store = write_teacher_store(dense, windows, tmp_path / str(joint), top_k=10, joint=joint, shard_windows=6)
+        written = sum(path.stat().st_size for path in store.directory.glob("shard-*"))
+        assert request.bytes_per_token == 10 * 4 + 2 + 4 + (0 if joint is None else 2 * 48)
+        assert 0 <= written - request.total_bytes < 4096
+    assert request.shards == [("shard-00000.safetensors", slice(0, 6)), ("shard-00001.safetensors", slice(6, 12))]
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(windows: Tensor, tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=2, vocab_size=70_000)
+    with torch.no_grad():
+        model.lm_head.weight[69_999] = 20 * model.lm_head.weight[69_998]
+    store = write_teacher_store(model, windows[:2], tmp_path / "store", top_k=4)
+    assert store.request.ids_dtype == torch.int32
+    batch = store.batch([0, 1])
+    assert int(batch.ids.max()) == 69_999
+    with torch.no_grad():
+        assert torch.equal(batch.ids[..., 0].long(), model(windows[:2]).logits.argmax(-1))
+
+
+def test_batches_do_not_change_what_is_kept(dense: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    one = write_teacher_store(dense, windows, tmp_path / "one", top_k=10)
+    four = write_teacher_store(dense, windows, tmp_path / "four", top_k=10, shard_windows=7, batch_size=4)
+    for window in (0, 6, 7, 11):
+        torch.testing.assert_close(one.batch([window]).probs, four.batch([window]).probs, rtol=2e-3, atol=1e-6)
+
+
+def test_nothing_is_asked_twice(
+    dense: PreTrainedModel, windows: Tensor, store: TeacherStore, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    answers = teacher_store.teacher_answers
+    monkeypatch.setattr(teacher_store, "teacher_answers", lambda *a: asked.append(len(a[1])) or answers(*a))
+    write_teacher_store(dense, windows, copy, top_k=10, shard_windows=5)
+    assert asked == []
+    (copy / "index.json").unlink()
+    (copy / "shard-00001.safetensors").unlink()
+    again = write_teacher_store(dense, windows, copy, top_k=10, shard_windows=5)
+    assert sum(asked) == 5
+    assert again.repaired == ()
+    assert contents(copy) == contents(store.directory)
+
+
+@pytest.mark.parametrize("harm", ["flip-header", "flip-data", "flip-last", "truncate", "empty", "swap", "grow"])
+def test_a_damaged_shard_is_refused_and_written_again(
+    dense: PreTrainedModel, windows: Tensor, store: TeacherStore, copy: Path, harm: str
+) -> None:
+    shard = copy / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    places = {"flip-header": 200, "flip-data": len(content) // 2, "flip-last": len(content) - 1}
+    if harm in places:
+        content[places[harm]] ^= 1
+    elif harm == "truncate":
+        del content[-100:]
+    elif harm == "empty":
+        content.clear()
+    elif harm == "grow":
+        content += b"0"
+    else:
+        content = bytearray((copy / "shard-00000.safetensors").read_bytes())
+    shard.write_bytes(content)
+    said = refused(lambda: TeacherStore.open(copy))
+    assert "shard-00001.safetensors" in said
+    again = write_teacher_store(dense, windows, copy, top_k=10, shard_windows=5)
+    assert again.repaired == ("shard-00001.safetensors",)
+    assert contents(copy) == contents(store.directory)
+
+
+def test_every_flipped_byte_of_a_header_is_noticed(copy: Path) -> None:
+    shard = copy / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    for place in range(0, end, 7):
+        harmed = bytearray(content)
+        harmed[place] ^= 2
+        shard.write_bytes(harmed)
+        assert "shard-00000" in refused(lambda: TeacherStore.open(copy)), place
+
+
+def test_stores_that_are_not_whole(copy: Path, tmp_path: Path) -> None:
+    assert "is not a teacher store" in refused(lambda: TeacherStore.open(tmp_path / "nothing"))
+    index = (copy / "index.json").read_bytes()
+    (copy / "index.json").write_bytes(index[:-20])
+    assert "index.json is damaged" in refused(lambda: TeacherStore.open(copy))
+    (copy / "index.json").unlink()
+    assert "not complete" in refused(lambda: TeacherStore.open(copy))
+    (copy / "index.json").write_bytes(index)
+    (copy / "shard-00002.safetensors").unlink()
+    assert "shard-00002.safetensors is missing" in refused(lambda: TeacherStore.open(copy))
+    request = json.loads((copy / "request.json").read_bytes())
+    (copy / "request.json").write_text(json.dumps({**request, "top_k": 9}))
+    assert "belongs to another store" in refused(lambda: TeacherStore.open(copy))
+    (copy / "request.json").write_text(json.dumps({**request, "version": 2}))
+    assert "not of this version" in refused(lambda: TeacherStore.open(copy))
+    (copy / "request.json").write_text("[]")
+    assert "damaged" in refused(lambda: TeacherStore.open(copy))
+
+
+def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor, copy: Path, tmp_path: Path) -> None:
+    def write(model: PreTrainedModel = dense, ids: Tensor = windows, **changes: object) -> str:
+        arguments = {"top_k": 10, "shard_windows": 5, **changes}
+        return refused(lambda: write_teacher_store(model, ids, copy, **arguments))
+
+    before = contents(copy)
+    assert "another teacher" in write(tiny_model("llama", seed=1))
+    assert "another tokenizer" in write(tokenizer="0123456789abcdef")
+    assert "other text" in write(ids=windows.flip(0))
+    assert "other text" in write(ids=windows[:6])
+    assert "another --top-k" in write(top_k=9)
+    assert "another joint" in write(joint=2)
+    assert contents(copy) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert "is not a teacher store" in refused(
+        lambda: write_teacher_store(dense, windows, tmp_path / "mine", top_k=10)
+    )
+    assert os.listdir(tmp_path / "mine") == ["letter.txt"]
+    with working_alone(copy):
+        assert "another process works" in write()
+
+
+def test_a_student_that_cannot_learn_from_it(
+    dense: PreTrainedModel, windows: Tensor, tmp_path: Path, store: TeacherStore
+) -> None:
+    assert "vocabulary" in refused(lambda: store.check(tiny_model("llama", layers=2, vocab_size=96)))
+    named = write_teacher_store(dense, windows[:2], tmp_path / "named", top_k=3, tokenizer="a" * 16, joint=2)
+    named.check(dense, tokenizer="a" * 16)
+    assert "another tokenizer" in refused(lambda: named.check(dense, tokenizer="b" * 16))
+    wide = tiny_model("llama", layers=2, hidden_size=64)
+    assert "width 48, the model 64" in refused(lambda: named.check(wide))
+
+
+def test_requests_that_make_no_sense(dense: PreTrainedModel, windows: Tensor) -> None:
+    for top_k in (0, 98):
+        assert "--top-k" in refused(lambda k=top_k: store_request(dense, windows, top_k=k))
+    assert "no depth 7" in refused(lambda: store_request(dense, windows, joint=7))
+    assert "token id 97" in refused(lambda: store_request(dense, windows + 97 - windows.max()))
+
+
+def test_a_teacher_that_is_broken(windows: Tensor, tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=2)
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = torch.nan
+    said = refused(lambda: write_teacher_store(model, windows, tmp_path / "store", top_k=10))
+    assert "not finite" in said
+    assert sorted(os.listdir(tmp_path / "store")) == ["request.json"]
+
+
+def test_a_disk_that_is_too_small_is_told_up_front(
+    dense: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    said = refused(lambda: write_teacher_store(dense, windows, tmp_path / "store", top_k=10))
+    assert "46 MB per million tokens" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_disk_that_fills_up_keeps_what_is_whole(
+    dense: PreTrainedModel, windows: Tensor, tmp_path: Path, store: TeacherStore
+) -> None:
+    """A limit on the size of a file makes the operating system refuse the second shard, which is larger."""
+    place = tmp_path / "store"
+    small = (store.directory / "shard-00002.safetensors").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small + 500, limits[1]))
+    try:
+        said = refused(lambda: write_teacher_store(dense, windows, place, top_k=10, shard_windows=5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "could not be written (File too large): make room" in said
+    assert os.listdir(place) == ["request.json"]
+    write_teacher_store(dense, windows, place, top_k=10, shard_windows=5)
+    assert contents(place) == contents(store.directory)
