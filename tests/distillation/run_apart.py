@@ -1,0 +1,115 @@
+"""Store and training of a tiny model in processes of their own.
+
+``work DIR OUT``: once, also under torchrun. ``kill DIR SEED KILLS``: again and again, killed at random moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from modeling.tiny import VOCABULARY, random_patch, tiny_model
+from safetensors.torch import save, save_file
+
+from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.distillation.processes import launched_processes
+from linearpatch_kernels.distillation.teacher_store import write_teacher_store
+from linearpatch_kernels.distillation.trainer import Step, TrainingSettings, distill
+from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.surgery.apply import apply_plan
+from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+
+SETTINGS = TrainingSettings(steps=20, train="patch+norms", windows_per_step=4, learning_rate=3e-3, clip=0.0)
+
+
+def work(place: Path) -> dict[str, Any]:
+    """Everything, from the tokens on: the trained student, its first gradient, and the held-out curve."""
+    processes = launched_processes()
+    dense = tiny_model("llama")
+    windows = torch.randint(3, VOCABULARY, (24, 20), generator=torch.Generator().manual_seed(0))
+    store = write_teacher_store(
+        dense, windows, place / "store", top_k=10, joint=2, shard_windows=1, processes=processes
+    )
+    student = apply_plan(dense, PrunePlan(6, (Joint(Span(2, 4), random_patch("dense"), "test"),)))
+    gradients: list[torch.Tensor] = []
+
+    def remember(step: Step) -> None:
+        if step.done == 1:
+            gradients.append(patches(student)[2].weight.grad.clone())
+
+    run = distill(
+        student,
+        store,
+        joint=2,
+        training=range(20),
+        heldout=range(20, 24),
+        settings=SETTINGS,
+        directory=place / "run",
+        checkpoint_seconds=0,
+        processes=processes,
+        on_step=remember,
+    )
+    return {"student": student, "gradients": gradients, "run": run, "first": processes.first}
+
+
+def digest(place: Path, student: Any) -> str:
+    """Of the store's files and the trained weights."""
+    state = hashlib.sha256(save({name: tensor.contiguous() for name, tensor in student.state_dict().items()}))
+    for file in sorted((place / "store").iterdir()):
+        state.update(file.name.encode() + file.read_bytes())
+    return state.hexdigest()
+
+
+def child(place: Path) -> int:
+    """`work` in a process of its own, from the imports on; its digest goes to ``place/digest``."""
+    process = os.fork()
+    if process == 0:
+        (place / "digest").write_text(digest(place, work(place)["student"]))
+        os._exit(0)
+    return process
+
+
+def kill(root: Path, seed: int, kills: int) -> None:
+    draw = random.Random(seed)
+    reference = root / "reference"
+    reference.mkdir()
+    begin = time.monotonic()
+    os.waitpid(child(reference), 0)
+    whole = time.monotonic() - begin
+    wanted = (reference / "digest").read_text()
+    killed = {"store": 0, "training": 0}
+    finished = 0
+    while sum(killed.values()) < kills or not (root / f"run-{finished - 1}").exists():
+        place = root / f"run-{finished}"
+        place.mkdir(exist_ok=True)
+        process = child(place)
+        if sum(killed.values()) < kills:
+            time.sleep(draw.uniform(0, whole))
+            os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)[1]
+        if os.WIFSIGNALED(status):
+            killed["training" if (place / "store" / "index.json").exists() else "store"] += 1
+            continue
+        assert status == 0, f"{place} failed after {killed}"
+        assert (place / "digest").read_text() == wanted, f"{place}: another result after {killed}"
+        finished += 1
+    print(json.dumps({"finished": finished, **killed}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "kill":
+        kill(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        result = work(Path(sys.argv[2]))
+        if result["first"]:
+            curve = torch.tensor([point["tail"] for point in result["run"].curve])
+            save_file({"gradient": result["gradients"][0], "curve": curve}, sys.argv[3])
