@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from linearpatch_kernels.errors import InputError
 
 
@@ -35,7 +37,8 @@ def launched_processes() -> Processes:
     """From the launcher's environment (``WORLD_SIZE``). InputError where several run and accelerate is missing."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes()
-    state = need_accelerate().PartialState()
+    # accelerate has to be told: without it, processes on CPUs would each believe to be alone.
+    state = need_accelerate().PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device)
 
 
