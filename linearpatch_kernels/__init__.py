@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linearpatch_kernels.backend import backends
     from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
+    from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+    from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
     from linearpatch_kernels.errors import InputError
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
     from linearpatch_kernels.nn import (
@@ -39,12 +41,15 @@ __all__ = [
     "Patch",
     "PrunePlan",
     "Span",
+    "TeacherStore",
     "TopKKLLoss",
+    "TrainingSettings",
     "add_patch_rms_norm",
     "apply_plan",
     "backends",
     "build_patch",
     "calibrate",
+    "distill",
     "hadamard_matrix",
     "hadamard_order",
     "hadamard_patch",
@@ -52,11 +57,14 @@ __all__ = [
     "linear_topk_kl_loss",
     "paley_factor",
     "topk_kl_loss",
+    "write_teacher_store",
 ]
 
 _HOME = {
     "backend": ("backends",),
     "calibration": ("CalibrationStatistics", "Span", "calibrate"),
+    "distillation.teacher_store": ("TeacherStore", "write_teacher_store"),
+    "distillation.trainer": ("TrainingSettings", "distill"),
     "errors": ("InputError",),
     "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
     "nn": (

@@ -1,4 +1,4 @@
-"""The ``linearpatch`` command: prune, evaluate, sweep, inspect, doctor, demo.
+"""The ``linearpatch`` command: prune, distill, evaluate, sweep, inspect, doctor, demo.
 
 Every command checks its input before it starts long work, prints one line and exits with status 2 where something is
 wrong, and writes its output whole or not at all. Heavy imports happen inside the commands, so that ``--help`` answers
@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from linearpatch_kernels.cli.console import print_error, problems
 from linearpatch_kernels.cli.demo import demo
+from linearpatch_kernels.cli.distill import distill
 from linearpatch_kernels.cli.doctor import doctor
 from linearpatch_kernels.cli.evaluate import evaluate
 from linearpatch_kernels.cli.inspect import inspect
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, evaluate, sweep, inspect, doctor, demo):
+for command in (prune, distill, evaluate, sweep, inspect, doctor, demo):
     app.command()(command)
 
 

@@ -55,16 +55,17 @@ class Reporter:
             self.close()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def __call__(self, description: str, done: int, total: int) -> None:
+    def __call__(self, description: str, done: int, total: int, detail: str = "") -> None:
         if problems.is_terminal:
-            self._draw(description, done, total)
+            self._draw(description, done, total, detail)
         elif done >= total or time.monotonic() - self._last_time > _PLAIN_INTERVAL:
             line = f"{description}: {done}/{total}" if total else f"{description}: {done}"
+            line += f", {detail}" if detail else ""
             if line != self._last_line:
                 problems.print(line)
             self._last_line, self._last_time = line, time.monotonic()
 
-    def _draw(self, description: str, done: int, total: int) -> None:
+    def _draw(self, description: str, done: int, total: int, detail: str) -> None:
         if self._bar is None or self._bar.tasks[0].description != description:
             self.close()
             columns = (
@@ -73,11 +74,12 @@ class Reporter:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
             )
             self._bar = Progress(*columns, console=problems, transient=True)
-            self._bar.add_task(description, total=total or None)
+            self._bar.add_task(description, total=total or None, detail=detail)
             self._bar.start()
-        self._bar.update(self._bar.tasks[0].id, completed=done)
+        self._bar.update(self._bar.tasks[0].id, completed=done, detail=detail)
 
     def close(self) -> None:
         if self._bar is not None:

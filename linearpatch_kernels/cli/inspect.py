@@ -19,6 +19,7 @@ from linearpatch_kernels.cli.console import (
     share,
     write_json,
 )
+from linearpatch_kernels.cli.distill import distillation_table
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
@@ -27,7 +28,9 @@ from linearpatch_kernels.errors import InputError
 def inspect(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="What prune or sweep wrote, or any model directory.", show_default=False),
+        typer.Argument(
+            metavar="DIR", help="What prune, distill or sweep wrote, or any model directory.", show_default=False
+        ),
     ],
     json_file: JsonFile = None,
 ) -> None:
@@ -73,8 +76,12 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     if plan is not None:
         summary["plan"] = plan.to_json()
         tables += [_joints_table(plan), *candidates_table(plan)]
-        summary["quality"] = (_read(directory / "summary.json") or {}).get("quality", {})
+        about = _read(directory / "summary.json") or {}
+        summary["quality"] = about.get("quality", {})
         tables += _quality_table(summary["quality"])
+        if "distillation" in about:
+            summary["distillation"] = about["distillation"]
+            tables.append(distillation_table(about["distillation"]))
     if sweep is not None:
         summary["sweep"] = sweep
         tables.append(sweep_table(sweep))

@@ -190,6 +190,31 @@ class SuffixLoss(nn.Module):
         return torch.stack(found)
 
 
+@torch.no_grad()
+def heldout_losses(
+    student: PreTrainedModel, store: TeacherStore, joint: int, windows: Sequence[int], losses: Sequence[str] = ("tail",)
+) -> dict[str, float]:
+    """The means of ``losses`` over some windows of the store, in the student's own precision."""
+    begin, device = joint_depth(student, joint), student.get_input_embeddings().weight.device
+    measure = SuffixLoss(student, begin, student.get_input_embeddings().weight.dtype)
+    total = torch.zeros(len(losses), dtype=torch.float64)
+    with evaluation_mode(student):
+        for window in windows:
+            batch = store.batch([window])
+            state = joint_state(student, batch, begin)
+            total += measure(state, batch.probs.to(device), batch.ids.to(device), losses).double().cpu()
+    return dict(zip(losses, (total / len(windows)).tolist(), strict=True))
+
+
+@torch.no_grad()
+def joint_state(student: PreTrainedModel, batch: TeacherBatch, begin: int) -> Tensor:
+    """The stream that enters layer ``begin`` [B, T, d]: the store's, or that of the student's own prefix."""
+    if batch.joint_state is None:
+        return residual_stream(student, batch.input_ids, [begin])[begin]
+    weight = student.get_input_embeddings().weight
+    return batch.joint_state.to(weight.device, weight.dtype)
+
+
 def distill(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -351,16 +376,8 @@ class _Run:
     def _losses(self, windows: Sequence[int], losses: Sequence[str]) -> Tensor:
         batch = self.store.batch(windows)
         probs, ids = batch.probs.to(self._device), batch.ids.to(self._device)
-        result: Tensor = self.loss(self._state(batch), probs, ids, losses)
+        result: Tensor = self.loss(joint_state(self.student, batch, self.begin), probs, ids, losses)
         return result
-
-    @torch.no_grad()
-    def _state(self, batch: TeacherBatch) -> Tensor:
-        """The stream that enters the first joint [B, T, d], without gradients."""
-        if batch.joint_state is not None:
-            weight = self.student.get_input_embeddings().weight
-            return batch.joint_state.to(weight.device, weight.dtype)
-        return residual_stream(self.student, batch.input_ids, [self.begin])[self.begin]
 
     def _train_step(self, windows: Sequence[int]) -> dict[str, float]:
         rate = self.settings.rate(self.step)

@@ -352,6 +352,36 @@ def plot_sweep(
     _save(figure, path)
 
 
+def plot_training(
+    path: str | Path,
+    losses: Sequence[float],
+    heldout: Mapping[str, Mapping[int, float]],
+    best_step: int,
+    model: str = "",
+) -> None:
+    """The training loss of every step, and what the held-out windows say now and then.
+
+    Args:
+        path: where the PNG goes.
+        losses: of step 1, 2, ...
+        heldout: name of a loss -> steps made -> its held-out mean, nats per token.
+        best_step: marked.
+        model: a name for the title.
+    """
+    figure, axes = _figure(7.2, 4.4)
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step on other text", zorder=1)
+    for i, (name, points) in enumerate(heldout.items()):
+        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=f"held out, {name}")
+    axes.axvline(best_step, color="black", linestyle=":", linewidth=1.5, label=f"best: step {best_step}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("KL to the teacher (nats per token)")
+    axes.set_title("Distillation" + _of(model))
+    axes.legend()
+    _save(figure, path)
+
+
 def _of(model: str) -> str:
     return f"\n{model}" if model else ""
 

@@ -37,7 +37,10 @@ def test_kills_at_random_moments_cost_nothing_but_time(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one_on_the_same_global_batch(tmp_path: Path) -> None:
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"])):
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"]),
+    ):
         (tmp_path / name).mkdir()
         start(*launcher, PROGRAM, "work", tmp_path / name, tmp_path / f"{name}.safetensors")
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))

@@ -176,9 +176,7 @@ def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor,
     assert contents(copy) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    assert "is not a teacher store" in refused(
-        lambda: write_teacher_store(dense, windows, tmp_path / "mine", top_k=10)
-    )
+    assert "is not a teacher store" in refused(lambda: write_teacher_store(dense, windows, tmp_path / "mine", top_k=10))
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
     with working_alone(copy):
         assert "another process works" in write()

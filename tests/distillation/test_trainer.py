@@ -45,7 +45,9 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def train(student: PreTrainedModel, store: TeacherStore, directory: Path | None = None, **settings: Any) -> Distillation:
+def train(
+    student: PreTrainedModel, store: TeacherStore, directory: Path | None = None, **settings: Any
+) -> Distillation:
     arguments = {"steps": 8, "learning_rate": 3e-3, **settings}
     return distill(
         student,
@@ -248,7 +250,7 @@ def test_runs_that_cannot_go_on(dense: PreTrainedModel, store: TeacherStore, tmp
     content = bytearray(state.read_bytes())
     content[-50] ^= 4
     state.write_bytes(content)
-    with pytest.raises(InputError, match="is damaged: .*delete .* to start the training again"):
+    with pytest.raises(InputError, match=r"is damaged: .*delete .* to start the training again"):
         train(student_of(dense), store, tmp_path)
     with pytest.raises(InputError, match="of another version"):
         check_same_run({"settings": {}, "store": {}}, {"settings": {}, "store": {}, "new": 1}, tmp_path)

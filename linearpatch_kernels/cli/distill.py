@@ -1,0 +1,506 @@
+"""``linearpatch distill``: train what heals the joint against the dense model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearpatch_kernels.cli.console import (
+    Reporter,
+    check_json,
+    console,
+    json_text,
+    print_quality,
+    print_seconds,
+    print_table,
+    problems,
+    write_json,
+)
+from linearpatch_kernels.cli.inputs import EVALUATION_WINDOWS, Texts, load, read_texts, title_of, windows_up_to
+from linearpatch_kernels.cli.options import (
+    Device,
+    Dtype,
+    HeldoutText,
+    JsonFile,
+    Length,
+    Output,
+    Rank,
+    Text,
+    TrustRemoteCode,
+)
+from linearpatch_kernels.cli.prune import summarise, usage
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from linearpatch_kernels.distillation.teacher_store import TeacherStore
+    from linearpatch_kernels.distillation.trainer import Distillation, Step, TrainingSettings
+    from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+_BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, structured"
+
+
+def distill(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What prune or distill wrote.", show_default=False)],
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was pruned from.", show_default=False)
+    ],
+    output: Output,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Optimizer steps.")] = 100,
+    length: Length = 512,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", min=1, help="Likeliest tokens kept of the teacher's distribution.")
+    ] = 50,
+    train: Annotated[
+        str,
+        typer.Option(
+            "--train", help="patch, patch+norms (and the RMSNorm gains behind it), or lora (and LoRA behind it)."
+        ),
+    ] = "patch",
+    patch: Annotated[
+        str,
+        typer.Option(
+            "--patch",
+            metavar="FORM",
+            help="Train the patch as it is (keep), or turned into a scale (H D H'), scales (between two diagonals), "
+            "low-rank (and a low-rank term) or dense one first.",
+        ),
+    ] = "keep",
+    rank: Rank = 64,
+    loss: Annotated[
+        str, typer.Option("--loss", help="tail (one bucket for the rest), topk (the paper's), or full.")
+    ] = "tail",
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", metavar="X", help="Peak; scales and gains take ten times as much.")
+    ] = 1e-4,
+    warmup_steps: Annotated[int, typer.Option("--warmup-steps", metavar="N", min=0, help="Linear warm-up.")] = 5,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="X", min=0)] = 0.0,
+    clip: Annotated[
+        float, typer.Option("--clip", metavar="X", min=0, help="Largest norm of the gradient; 0: no limit.")
+    ] = 1.0,
+    windows_per_step: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Windows per step, over all processes.")
+    ] = 1,
+    micro_batch: Annotated[
+        int, typer.Option("--micro-batch", metavar="N", min=1, help="Of these at once; the rest is accumulated.")
+    ] = 1,
+    heldout: Annotated[
+        int, typer.Option("--heldout", metavar="N", min=1, help="Windows on which the best step is chosen.")
+    ] = 8,
+    evaluate_every: Annotated[
+        int, typer.Option("--evaluate-every", metavar="N", min=0, help="Steps between two looks at them; 0: ten looks.")
+    ] = 0,
+    patience: Annotated[
+        int, typer.Option("--patience", metavar="N", min=0, help="Stop after N looks without a better one; 0: never.")
+    ] = 0,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", metavar="R", min=1, help="For --train lora.")] = 16,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the matrix products in training: float32 or bfloat16.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order of windows and LoRA's start.")] = 0,
+    structured: Annotated[
+        int | None,
+        typer.Option(
+            "--structured",
+            metavar="R",
+            min=0,
+            help="Afterwards turn dense patches into Hadamard + rank R, and tell what it costs.",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            metavar="DIR",
+            help="Where the teacher's answers are kept for other runs (default: beside the output, until it is done).",
+            show_default=False,
+        ),
+    ] = None,
+    store_states: Annotated[
+        bool,
+        typer.Option("--store-states", help="Keep the states at the joint too: faster steps, 2 bytes x width a token."),
+    ] = False,
+    json_file: JsonFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train DIR's patch against the dense model it was cut from; write the result like prune's. Killed or interrupted:
+    the same command goes on."""
+    from linearpatch_kernels.distillation.forms import check_form
+    from linearpatch_kernels.distillation.processes import launched_processes
+    from linearpatch_kernels.distillation.teacher_store import write_teacher_store
+    from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
+    from linearpatch_kernels.distillation.trainer import distill as train_student
+    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.text import fingerprint_tokenizer
+
+    settings = TrainingSettings(
+        steps=steps,
+        train=train,
+        loss=loss,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        clip=clip,
+        windows_per_step=windows_per_step,
+        micro_batch=micro_batch,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        lora_rank=lora_rank,
+        precision=precision,
+        seed=seed,
+    )
+    check_form(patch)
+    check_json(json_file)
+    check_output(output, overwrite=True)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory: give one that linearpatch prune wrote")
+    plan = PrunePlan.load(directory)
+    texts = read_texts(text, heldout_text)
+    processes = launched_processes()
+    place = str(processes.device) if processes.device is not None and device is None else device
+    run = Reporter()
+    progress = run if processes.first else None
+    with run.stage("load the models"):
+        student, tokenizer = load(str(directory), dtype, place, trust_remote_code)
+        dense, its_tokenizer = load(teacher, dtype, place, trust_remote_code)
+    _check_teacher(
+        directory, plan, student, dense, fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(its_tokenizer)
+    )
+    check_output(output, parameter_bytes(student), overwrite=True)
+    with run.stage("tokenise"):
+        windows = _windows(student, tokenizer, texts, settings, heldout, length)
+    if patch != "keep":
+        student = _with_form(student, plan, patch, rank)
+    if structured is not None:
+        _dense_patches(student, plan, structured)
+    joint = plan.spans[0].start
+    place_of_work = output.with_name(f"{output.name}.work")
+    with run.stage("ask the teacher"):
+        answers = write_teacher_store(
+            dense,
+            windows.all,
+            store or place_of_work / "store",
+            top_k=top_k,
+            joint=joint_depth(student, joint) if store_states else None,
+            tokenizer=fingerprint_tokenizer(tokenizer),
+            processes=processes,
+            progress=progress,
+        )
+    for name in answers.repaired:
+        problems.print(f"note: {name} of the teacher store was damaged and has been written again", soft_wrap=True)
+    found: dict[str, Quality] = {}
+    if processes.first:
+        with run.stage("evaluate"):
+            found |= _quality_before(dense, student, plan, windows.evaluation, run)
+    with run.stage("distil"):
+        result = train_student(
+            student,
+            answers,
+            joint=joint,
+            training=windows.training,
+            heldout=windows.heldout,
+            settings=settings,
+            directory=place_of_work / "run",
+            processes=processes,
+            on_step=_shown(run, settings, length) if processes.first else None,
+        )
+    if not processes.first:
+        return
+    found |= _quality_after(dense, student, windows.evaluation, _AFTER, run)
+    costs: dict[str, float] = {}
+    if structured is not None:
+        with run.stage("structure"):
+            before = heldout_losses(student, answers, joint, windows.heldout)["tail"]
+            _structure(student, plan, structured)
+            after = heldout_losses(student, answers, joint, windows.heldout)["tail"]
+        costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
+        found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run)
+    plan = _trained_plan(plan, student, patch, structured)
+    summary = summarise(plan, found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
+    with run.stage("draw the report"):
+        report = _report(directory, summary, found, result, windows, run, plan)
+    files = {f"report/{name}": content for name, content in report.items()} | plan.files()
+    files["summary.json"] = json_text(summary).encode()
+    with run.stage("save"):
+        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
+    shutil.rmtree(place_of_work, ignore_errors=True)
+    print_quality(found, windows.evaluation_source)
+    print_table(*distillation_table(summary["distillation"]))
+    if costs:
+        lost = costs["heldout_after"] - costs["heldout_before"]
+        console.print(
+            f"Hadamard + rank {structured} instead of the dense patch costs {lost:+.4f} nats of held-out KL.",
+            soft_wrap=True,
+        )
+    print_seconds(run)
+    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    write_json(json_file, summary)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """Token ids [W, T] in the store's order, which of them train and choose, and the report's own."""
+
+    all: Tensor
+    training: range
+    heldout: range
+    evaluation: Tensor | None
+    evaluation_source: str
+    source: str
+
+
+def _windows(
+    model: PreTrainedModel, tokenizer: Any, texts: Texts, settings: TrainingSettings, heldout: int, length: int
+) -> _Windows:
+    import torch
+
+    from linearpatch_kernels.evaluation.perplexity import check_windows
+    from linearpatch_kernels.text import split_windows, token_windows
+
+    wanted = settings.steps * settings.windows_per_step
+    extra = EVALUATION_WINDOWS if texts.report is None else 0
+    windows = windows_up_to(tokenizer, texts.calibration, length, wanted + heldout + extra)
+    there = len(windows)
+    if there < wanted + heldout + extra:
+        extra = min(extra, max(0, there - heldout) // 4)
+    training = min(wanted, there - heldout - extra)
+    if training < 1:
+        raise InputError(
+            f"the text has {there} windows of {length} tokens, and {heldout} held out with one to train on at least "
+            "are needed: give a longer text, a smaller --heldout or a shorter --length"
+        )
+    if training < wanted:
+        problems.print(
+            f"note: the text has {training} windows to train on for {wanted}, so they are used again", soft_wrap=True
+        )
+    shares = split_windows(windows, {"training": training, "heldout": heldout, "evaluation": extra})
+    evaluation = shares["evaluation"] if extra else None
+    if texts.report is not None:
+        evaluation = token_windows(tokenizer, texts.report, length=length, count=EVALUATION_WINDOWS)
+    everything = torch.cat([shares["training"], shares["heldout"]])
+    for share in (everything, evaluation):
+        if share is not None:
+            check_windows(model, share)
+    source = texts.report_source if texts.report is not None or extra else ""
+    return _Windows(everything, range(training), range(training, training + heldout), evaluation, source, texts.source)
+
+
+def _check_teacher(
+    directory: Path, plan: PrunePlan, student: PreTrainedModel, dense: PreTrainedModel, its: str, theirs: str
+) -> None:
+    from linearpatch_kernels.modeling.families import hidden_size, num_layers
+    from linearpatch_kernels.text import fingerprint_model
+
+    if num_layers(dense) != plan.num_layers or hidden_size(dense) != hidden_size(student):
+        raise InputError(
+            f"{directory} was cut from a model of {plan.num_layers} layers of width {hidden_size(student)} and the "
+            f"teacher has {num_layers(dense)} of width {hidden_size(dense)}: give the model it was pruned from"
+        )
+    if its != theirs:
+        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was pruned from")
+    if plan.model and plan.model != fingerprint_model(dense):
+        raise InputError(
+            f"{directory} was pruned from another model than this teacher (or with another --dtype): give the same"
+        )
+
+
+def _quality_before(
+    dense: PreTrainedModel, student: PreTrainedModel, plan: PrunePlan, windows: Tensor | None, run: Reporter
+) -> dict[str, Quality]:
+    from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.modeling.families import keep_layers
+
+    if windows is None:
+        return {}
+    dropped = keep_layers(dense, plan.kept_layers)
+    models = {"dense": dense, "dropped (no patch)": dropped, _BEFORE: student}
+    return compare_quality(models, windows, dense, progress=run)
+
+
+def _quality_after(
+    dense: PreTrainedModel, student: PreTrainedModel, windows: Tensor | None, name: str, run: Reporter
+) -> dict[str, Quality]:
+    from linearpatch_kernels.evaluation.agreement import compare_quality
+
+    if windows is None:
+        return {}
+    with run.stage("evaluate"):
+        return compare_quality({name: student}, windows, dense, progress=run)
+
+
+def _with_form(student: PreTrainedModel, plan: PrunePlan, form: str, rank: int) -> PreTrainedModel:
+    """The student with the patch of every joint of the plan in this form; a joint without one gets the identity."""
+    from linearpatch_kernels.distillation.forms import reformed
+    from linearpatch_kernels.modeling.families import hidden_size
+    from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
+    from linearpatch_kernels.nn import HadamardPatch
+
+    there = patches(student)
+    identity = HadamardPatch(hidden_size(student))
+    new = {joint: reformed(there.get(joint, identity), form, rank) for joint in plan.joint_positions()}
+    missing = {joint: patch for joint, patch in new.items() if joint not in there}
+    if missing:
+        student = patched_model(student, missing)
+    for joint in new.keys() - missing.keys():
+        replace_patch(student, joint, new[joint].to(student.dtype))
+    return student
+
+
+def _dense_patches(student: PreTrainedModel, plan: PrunePlan, rank: int) -> dict[int, nn.Module]:
+    """The patches that ``--structured`` is about, by joint."""
+    from linearpatch_kernels.modeling.families import hidden_size
+    from linearpatch_kernels.modeling.patched import patches
+    from linearpatch_kernels.nn import DensePatch
+
+    there = patches(student)
+    dense = {joint: there[joint] for joint in plan.joint_positions() if isinstance(there.get(joint), DensePatch)}
+    if not dense:
+        raise InputError("--structured is for dense patches and there is none: leave it out, or give --patch dense")
+    if rank > hidden_size(student):
+        raise InputError(f"--structured {rank} is more than the model's width {hidden_size(student)}")
+    return dense
+
+
+def _structure(student: PreTrainedModel, plan: PrunePlan, rank: int) -> None:
+    """Hadamard + rank r in the place of every dense patch at a joint of the plan."""
+    from linearpatch_kernels.distillation.forms import dense_map
+    from linearpatch_kernels.modeling.patched import replace_patch
+    from linearpatch_kernels.nn import HadamardPatch
+
+    for joint, patch in _dense_patches(student, plan, rank).items():
+        replace_patch(student, joint, HadamardPatch.from_dense(dense_map(patch), rank).to(student.dtype))
+
+
+def _trained_plan(plan: PrunePlan, student: PreTrainedModel, form: str, structured: int | None) -> PrunePlan:
+    """The plan with the patches that the student has now."""
+    from torch import nn
+
+    from linearpatch_kernels.modeling.patched import patches
+    from linearpatch_kernels.nn import DensePatch
+    from linearpatch_kernels.surgery.plan import Joint
+
+    def trained(module: nn.Module, joint: Joint) -> Joint:
+        # Behind the plan's own patch there may stand those of earlier cuts.
+        first: Any = module[0] if isinstance(module, nn.Sequential) else module
+        words = [joint.fit, *([form] if form != "keep" else []), "distilled"]
+        if structured is not None and not isinstance(first, DensePatch):
+            words.append("structured")
+        return Joint(joint.span, copy.deepcopy(first).float(), ", ".join(words))
+
+    there = patches(student)
+    joints = [trained(there[at], joint) if at in there else joint for at, joint in plan.joint_positions().items()]
+    return dataclasses.replace(plan, joints=tuple(joints))
+
+
+def _shown(run: Reporter, settings: TrainingSettings, length: int) -> Any:
+    def show(step: Step) -> None:
+        tokens = (step.steps - step.done) * settings.windows_per_step * length
+        minutes, seconds = divmod(round(tokens / step.tokens_per_second), 60)
+        run(
+            "distilling",
+            step.done,
+            step.steps,
+            f"loss {step.loss:.3f}, held out {step.heldout:.3f}, {step.tokens_per_second:,.0f} tokens/s, "
+            f"{minutes}:{seconds:02} left",
+        )
+
+    return show
+
+
+def _about(
+    result: Distillation,
+    settings: TrainingSettings,
+    store: TeacherStore,
+    windows: _Windows,
+    structured: Mapping[str, float],
+) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(settings),
+        "parameters": result.parameters,
+        "steps_made": result.steps,
+        "best_step": result.best_step,
+        "curve": [dict(point) for point in result.curve],
+        "top_k": store.request.top_k,
+        "length": store.request.length,
+        "training_windows": len(windows.training),
+        "heldout_windows": len(windows.heldout),
+        "text": windows.source,
+        "training_seconds": round(result.seconds, 2),
+        "structured": dict(structured),
+    }
+
+
+def distillation_table(about: Mapping[str, Any]) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
+    """What `print_table` takes: a run in a few rows."""
+    curve = {int(point["step"]): point for point in about["curve"]}
+    rows = [
+        ["trained", f"{about['train']}: {about['parameters']:,} parameters"],
+        ["loss", f"{about['loss']} over the teacher's {about['top_k']} likeliest tokens"],
+        ["text", f"{about['training_windows']} windows of {about['length']} tokens from {about['text']}"],
+        ["steps", f"{about['steps_made']} of {about['steps']}, the best is {about['best_step']}"],
+        ["held-out KL", f"{curve[0]['tail']:.4f} before, {curve[about['best_step']]['tail']:.4f} after"],
+        ["training", f"{about['training_seconds']:.0f} s"],
+    ]
+    return "Distillation", ["what", "value"], rows
+
+
+def _report(
+    directory: Path,
+    summary: Mapping[str, Any],
+    found: Mapping[str, Quality],
+    result: Distillation,
+    windows: _Windows,
+    run: Reporter,
+    plan: PrunePlan,
+) -> dict[str, bytes]:
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, SpanRow, plot_training, write_report
+    from linearpatch_kernels.surgery.reporting import describe_patch
+
+    about = summary["distillation"]
+    kept = len(plan.kept_layers)
+    data = ReportData(
+        title=f"{title_of(str(directory))}, distilled",
+        steps=[f"{name.capitalize()}: {value}." for name, value in distillation_table(about)[2]],
+        quality=[QualityRow(name, plan.num_layers if name == "dense" else kept, one) for name, one in found.items()],
+        quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+        if windows.evaluation is not None
+        else "",
+        dense="dense",
+        dropped="dropped (no patch)",
+        spans=[SpanRow(str(joint.span), plan.score, None, describe_patch(joint)) for joint in plan.joints],
+        plots={"distillation.png": "Loss of every step, and on held-out windows now and then."},
+        timings=dict(run.seconds),
+        usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
+        files={
+            "plan.json": "spans, kind of patch, what chose them",
+            "plan.safetensors": "the trained patches",
+            "summary.json": "the figures above",
+            "report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
+        },
+    )
+    measured = [name for name in result.curve[0] if name != "step"]
+    heldout = {name: {int(point["step"]): point[name] for point in result.curve} for name in measured}
+    with tempfile.TemporaryDirectory() as folder:
+        plot_training(
+            Path(folder, "distillation.png"), [line["loss"] for line in result.log], heldout, result.best_step
+        )
+        write_report(folder, data)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return files | {"log.jsonl": "".join(json.dumps(line) + "\n" for line in result.log).encode()}
