@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from test_cli import (
     LAYERS,
     SMALL,
-    VOCABULARY,
     Run,
     World,
     assert_is_picture,
