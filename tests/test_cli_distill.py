@@ -171,6 +171,23 @@ def test_a_distilled_model_can_be_distilled_again_in_its_place(
     assert heldout(place)[1] < heldout(distilled)[1]
 
 
+def test_a_model_that_was_pruned_twice(world: World, run: Run, tmp_path: Path) -> None:
+    """The stream passes the new patch, then the old one; the new plan is about the new one."""
+    flags = ["--fit", "diagonal", "--text", world.text, *SMALL]
+    assert run("prune", world.model, "--spans", "3:5", "-o", tmp_path / "once", *flags).status == 0
+    assert run("prune", tmp_path / "once", "--spans", "2:3", "-o", tmp_path / "twice", *flags).status == 0
+    command = ["distill", tmp_path / "twice", "--teacher", tmp_path / "once", "-o", tmp_path / "out", *QUICK]
+    assert run(*command, "--text", world.text).status == 0
+    before, after = heldout(tmp_path / "out")
+    assert after < before
+    chains = [list(patches(AutoModelForCausalLM.from_pretrained(tmp_path / place))[2]) for place in ("twice", "out")]
+    patch = PrunePlan.load(tmp_path / "out").joints[0].patch
+    assert patch is not None
+    for old, new in zip(*chains, strict=True):
+        assert not torch.equal(old.to_dense(), new.to_dense())
+    assert torch.equal(patch.to_dense(), chains[1][0].to_dense())
+
+
 def test_a_store_serves_several_runs(world: World, run: Run, tmp_path: Path, distilled: Path) -> None:
     store = tmp_path / "store"
     assert run(*arguments(world, tmp_path / "one", "--store", store)).status == 0
@@ -292,7 +309,7 @@ def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain:
     )
     assert "different tokenizers" in says(world.pruned, tmp_path / "tok")
     assert "no patch to train: make one with --patch" in says(plain, world.model)
-    assert not (tmp_path / "out").exists()
+    assert sorted(os.listdir(tmp_path)) == ["other", "tok"]
 
 
 def test_a_disk_that_is_too_small_is_told_up_front(

@@ -144,6 +144,7 @@ def distill(
     from linearpatch_kernels.distillation.forms import check_form
     from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
+    from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.distillation.trainer import distill as train_student
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
@@ -174,6 +175,7 @@ def distill(
     plan = PrunePlan.load(directory)
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
+    settings.check_processes(processes.count)
     place = str(processes.device) if processes.device is not None and device is None else device
     run = Reporter()
     progress = run if processes.first else None
@@ -191,6 +193,7 @@ def distill(
     if structured is not None:
         _dense_patches(student, plan, structured)
     joint = plan.spans[0].start
+    check_trainable(student, joint_depth(student, joint), train)
     place_of_work = output.with_name(f"{output.name}.work")
     with run.stage("ask the teacher"):
         answers = write_teacher_store(

@@ -57,17 +57,16 @@ class Trainable:
         self.student.requires_grad_(True)
 
 
-def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int, seed: int) -> Trainable:
-    """Freeze the student but for what ``train`` names behind depth ``begin``.
-
-    A trained parameter becomes a float32 one of the student's own: a model that shares it keeps the old.
+def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[str]:
+    """The names of the student's own parameters that ``train`` is about, from depth ``begin`` on.
 
     Raises:
-        InputError: nothing there to train, an unknown name, or LoRA without PEFT.
+        InputError: none, an unknown name, or LoRA without PEFT.
     """
     if train not in TRAIN:
         raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
-    dtype = student.get_input_embeddings().weight.dtype
+    if train == "lora":
+        _need_peft()
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
     if train != "patch":
@@ -75,6 +74,19 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
         raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+    return names
+
+
+def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int, seed: int) -> Trainable:
+    """Freeze the student but for what ``train`` names behind depth ``begin``.
+
+    A trained parameter becomes a float32 one of the student's own: a model that shares it keeps the old.
+
+    Raises:
+        InputError: what `check_trainable` raises.
+    """
+    names = check_trainable(student, begin, train)
+    dtype = student.get_input_embeddings().weight.dtype
     wrapper = None
     if train == "lora":
         targets = linear_layers(student, begin)
@@ -101,13 +113,18 @@ def _own(student: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _with_lora(student: PreTrainedModel, targets: list[str], rank: int, seed: int) -> Any:
+    peft = _need_peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(student, config)
+
+
+def _need_peft() -> Any:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise InputError(
             "--train lora needs peft, which is not installed: pip install 'linearpatch-kernels[train]'"
         ) from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(student, config)
+    return peft

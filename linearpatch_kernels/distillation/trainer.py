@@ -96,6 +96,13 @@ class TrainingSettings:
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
 
+    def check_processes(self, count: int) -> None:
+        """InputError where the windows of a step cannot be shared out evenly."""
+        if self.windows_per_step % count:
+            raise InputError(
+                f"--batch-size {self.windows_per_step} cannot be shared out among {count} processes: give a multiple"
+            )
+
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ...: linear warm-up, then a cosine to ``final_share`` of the peak."""
         if step < self.warmup_steps:
@@ -253,10 +260,7 @@ def distill(
     settings, processes = settings or TrainingSettings(), processes or Processes()
     if not training or not heldout:
         raise InputError("training and held-out windows are needed, at least one of each: give more text")
-    if settings.windows_per_step % processes.count:
-        raise InputError(
-            f"--batch-size {settings.windows_per_step} cannot be shared out among {processes.count} processes"
-        )
+    settings.check_processes(processes.count)
     store.check(student)
     begin = joint_depth(student, joint)
     if store.request.joint not in (None, begin):

@@ -179,6 +179,18 @@ def test_a_joint_behind_the_last_layer(dense: PreTrainedModel, windows: Tensor, 
     assert measured(student, store) == pytest.approx(run.heldout(run.best_step), rel=1e-4)
 
 
+def test_two_joints(dense: PreTrainedModel, store: TeacherStore) -> None:
+    joints = (Joint(Span(1, 2), random_patch("dense"), "test"), Joint(Span(3, 4), random_patch("low-rank"), "test"))
+    student = apply_plan(dense, PrunePlan(6, joints))
+    before = state_of(student)
+    settings = TrainingSettings(steps=8, learning_rate=3e-3)
+    run = distill(student, store, joint=1, training=TRAINING, heldout=HELDOUT, settings=settings)
+    trained = {"model.layers.1.patch.weight", "model.layers.2.patch.down", "model.layers.2.patch.up"}
+    assert changed(before, state_of(student)) == trained
+    assert measured(student, store) == pytest.approx(run.heldout(run.best_step), rel=1e-4)
+    assert run.heldout(run.best_step) < run.heldout(0)
+
+
 def test_accumulation_and_batches_give_the_same_gradient(dense: PreTrainedModel, store: TeacherStore) -> None:
     runs = [
         train(student_of(dense), store, windows_per_step=4, micro_batch=micro, steps=6, clip=0.0) for micro in (1, 3, 4)
@@ -270,6 +282,8 @@ def test_what_is_refused(dense: PreTrainedModel, store: TeacherStore) -> None:
     for wrong in ({"train": "all"}, {"loss": "mse"}, {"precision": "int8"}, {"steps": 0}, {"patience": -1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             TrainingSettings(**wrong)
+    with pytest.raises(InputError, match="among 3 processes"):
+        TrainingSettings(windows_per_step=4).check_processes(3)
     with pytest.raises(InputError, match="--learning-rate must be positive"):
         TrainingSettings(learning_rate=0.0)
 
