@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import (
     LAYERS,
+    PACKAGE_ROOT,
     SMALL,
     Run,
     World,
@@ -324,3 +327,28 @@ def test_a_disk_that_is_too_small_is_told_up_front(
     said = refusal(run(*arguments(world, tmp_path / "out")))
     assert "GB free: make room" in said
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_same(world: World, tmp_path: Path) -> None:
+    program = tmp_path / "linearpatch"
+    program.write_text("from linearpatch_kernels.cli import main\nmain()\n")
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1"}
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]),
+    ):
+        command = arguments(world, tmp_path / name, "--batch-size", 2, "--steps", 10)
+        finished = subprocess.run(
+            [sys.executable, *launcher, program, *map(str, command)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert finished.stderr.count("distilling: 10/10") == 1
+    one, two = (summary(tmp_path / name)["distillation"]["curve"] for name in ("one", "two"))
+    assert [point["tail"] for point in two] == pytest.approx([point["tail"] for point in one], rel=1e-3)
+    torch.testing.assert_close(logits_at(tmp_path / "two"), logits_at(tmp_path / "one"), rtol=1e-3, atol=1e-3)
+    assert sorted(os.listdir(tmp_path)) == ["linearpatch", "one", "two"]

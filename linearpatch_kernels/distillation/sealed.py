@@ -93,9 +93,22 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} could not be written ({error.strerror}): make room, then give the same command again to go on"
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; a killed process may leave a part of it. InputError: the disk is full or fails."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} could not be written ({error.strerror}): make room, then give the same command again to go on"
+    )
 
 
 @contextlib.contextmanager

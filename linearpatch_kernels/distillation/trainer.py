@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation.processes import Processes, need_accelerate
-from linearpatch_kernels.distillation.sealed import read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.distillation.sealed import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
@@ -445,8 +445,7 @@ class _Run:
     def _write_log(self, line: dict[str, float]) -> None:
         self.log.append(line)
         if self.folder is not None and self.processes.first:
-            with open(self.folder / _LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.folder / _LOG, json.dumps(line))
 
     def _save(self) -> None:
         if self.folder is None or not self.processes.first:

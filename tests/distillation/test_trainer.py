@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,28 @@ def test_runs_that_cannot_go_on(dense: PreTrainedModel, store: TeacherStore, tmp
         train(student_of(dense), store, tmp_path)
     with pytest.raises(InputError, match="of another version"):
         check_same_run({"settings": {}, "store": {}}, {"settings": {}, "store": {}, "new": 1}, tmp_path)
+
+
+@pytest.mark.parametrize("room", [10_000, 150])
+def test_a_disk_that_fills_up_costs_no_step_twice(
+    dense: PreTrainedModel, store: TeacherStore, tmp_path: Path, room: int
+) -> None:
+    """A limit on the size of a file refuses the checkpoint, or already the log; with room again the run goes on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"could not be written \(File too large\): make room"):
+            train(student_of(dense), store, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    ours, theirs = student_of(dense), student_of(dense)
+    run = train(ours, store, tmp_path)
+    assert [line["step"] for line in run.log] == list(range(1, 9))
+    train(theirs, store)
+    assert changed(state_of(ours), state_of(theirs)) == set()
 
 
 def test_what_is_refused(dense: PreTrainedModel, store: TeacherStore) -> None:
