@@ -31,7 +31,7 @@ PATCHED_PREFIX = "linearpatch_"
 
 # Config attributes with one entry per decoder layer. Named, not guessed from their length: a list of special token ids
 # may well have as many entries as the model has layers.
-_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "linearpatch_merge_tree")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,95 @@ def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
     if family is None:
         raise InputError(f"models of type {model_type!r} are not supported: use one of {', '.join(STOCK_FAMILIES)}")
     return family
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Rows of a projection that come in heads: head h is the rows ``offset + h * size`` up to the next head's.
+
+    Attributes:
+        projection: path of an ``nn.Linear`` inside the layer (several `Heads` may share a fused one).
+        per_unit: heads that go together, one after the other: the query heads of a KV group.
+    """
+
+    projection: str
+    offset: int
+    per_unit: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The attention or the feed-forward half of every decoder layer; modules are named by their path in the layer.
+
+    It is a sum over *units* (KV groups with their query heads, or neurons) that read the normed stream through rows of
+    ``inputs`` and write to it through columns of ``output``, so a unit can move to another layer of the model.
+
+    Attributes:
+        name: ``"attention"`` or ``"feed-forward"``; units: how many there are.
+        norm: the RMSNorm in front, whose gain the columns of ``inputs`` can take over.
+        inputs: the rows of every unit; output: ``Heads`` over the *columns* of the projection back.
+        shared_norms: norms whose one gain all units share (of queries and keys, behind ``output``).
+        gain_offset: a norm's gain is ``gain_offset + weight`` (1 in Gemma, else 0).
+    """
+
+    name: str
+    units: int
+    norm: str
+    inputs: tuple[Heads, ...]
+    output: Heads
+    shared_norms: tuple[str, ...]
+    gain_offset: float
+
+
+def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
+    """The attention and the feed-forward half of this model's layers."""
+    config = decoder(model).config
+    layer: Any = decoder_layers(model)[0]
+    groups, queries = config.num_key_value_heads, config.num_attention_heads
+    size, neurons = layer.self_attn.head_dim, config.intermediate_size
+    per_group = queries // groups
+    if hasattr(layer.self_attn, "qkv_proj"):
+        fused = "self_attn.qkv_proj"
+        heads: tuple[Heads, ...] = (
+            Heads(fused, 0, per_group, size),
+            Heads(fused, queries * size, 1, size),
+            Heads(fused, (queries + groups) * size, 1, size),
+        )
+        rows: tuple[Heads, ...] = (Heads("mlp.gate_up_proj", 0, 1, 1), Heads("mlp.gate_up_proj", neurons, 1, 1))
+    else:
+        heads = tuple(Heads(f"self_attn.{x}_proj", 0, per_group if x == "q" else 1, size) for x in "qkv")
+        rows = tuple(Heads(f"mlp.{x}_proj", 0, 1, 1) for x in ("gate", "up"))
+    # Gemma norms what comes out of a half, too, and calls that norm by the name others give to the one in between.
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    shared = tuple(f"self_attn.{x}_norm" for x in "qk" if hasattr(layer.self_attn, f"{x}_norm"))
+    offset = 1.0 if sandwich else 0.0
+    return (
+        Sublayer(
+            "attention",
+            groups,
+            "input_layernorm",
+            heads,
+            Heads("self_attn.o_proj", 0, per_group, size),
+            (*shared, "post_attention_layernorm") if sandwich else shared,
+            offset,
+        ),
+        Sublayer(
+            "feed-forward",
+            neurons,
+            "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm",
+            rows,
+            Heads("mlp.down_proj", 0, 1, 1),
+            ("post_feedforward_layernorm",) if sandwich else (),
+            offset,
+        ),
+    )
+
+
+def layer_kinds(model: nn.Module) -> list[str]:
+    """What each layer attends to: ``"full_attention"``, ``"sliding_attention"``, ...; one kind where none is named."""
+    kinds = getattr(decoder(model).config, "layer_types", None)
+    return list(kinds) if kinds is not None else ["full_attention"] * num_layers(model)
 
 
 def decoder(model: nn.Module) -> Any:

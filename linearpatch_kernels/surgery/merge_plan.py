@@ -1,0 +1,143 @@
+"""The merges of a run, in order, as a file: to read, to apply again, and to go on from after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.surgery.merging import Merge, merge_layers
+
+MERGE_FILE = "merge.json"
+_FORMAT = "linearpatch-merge"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """Merges, each over the layer numbers that the ones before it leave.
+
+    Attributes:
+        num_layers: layers of the model that the first merge is applied to.
+        merges: in order; records: what chose each of them (scores, losses), JSON values.
+        model: fingerprint of that model; settings, calibration: how and on what it was made; JSON values.
+    """
+
+    num_layers: int
+    merges: tuple[Merge, ...] = ()
+    records: tuple[Mapping[str, Any], ...] = ()
+    model: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers are left after all merges."""
+        return self.num_layers - sum(merge.span.length - 1 for merge in self.merges)
+
+    @property
+    def tree(self) -> list[Any]:
+        """Per layer of the result the layers it stands for: ``[0, 1, [2, [3, 4]], 5]``."""
+        nodes: list[Any] = list(range(self.num_layers))
+        for merge in self.merges:
+            nodes[merge.span.start : merge.span.end] = [nodes[merge.span.start : merge.span.end]]
+        return nodes
+
+    def extended(self, merge: Merge, record: Mapping[str, Any]) -> MergePlan:
+        """The plan with one more merge."""
+        return dataclasses.replace(self, merges=(*self.merges, merge), records=(*self.records, record))
+
+    def belongs_to(self, other: MergePlan) -> bool:
+        """Whether both come from the same model, settings and text: then one can go on from the other."""
+        return dataclasses.replace(self, merges=(), records=()) == dataclasses.replace(other, merges=(), records=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``merge.json``."""
+        merges = [
+            {
+                "span": str(merge.span),
+                "shares": list(merge.shares),
+                "rule": merge.rule,
+                "record": dict(record),
+                "units": {half: [list(layer) for layer in given] for half, given in merge.units.items()},
+            }
+            for merge, record in zip(self.merges, self.records, strict=True)
+        ]
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "tree": self.tree,
+            "settings": dict(self.settings),
+            "calibration": dict(self.calibration),
+            "merges": merges,
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content, for a checkpoint to carry along."""
+        return {MERGE_FILE: (json.dumps(self.to_json()) + "\n").encode()}
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write one file, whole or not at all."""
+        target = Path(file)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            temporary.write_bytes(self.files()[MERGE_FILE])
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> MergePlan:
+        """Read what :meth:`save` wrote. InputError where there is none, for a foreign file and for a broken one."""
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"there is no plan of merges at {file}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"the plan of merges {file} cannot be read ({error}): merge again") from error
+        if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+            raise InputError(f"{file} is not a plan of merges of version {_VERSION} of this package: merge again")
+        try:
+            return cls(
+                num_layers=content["num_layers"],
+                merges=tuple(map(_merge, content["merges"])),
+                records=tuple(dict(entry["record"]) for entry in content["merges"]),
+                model=content["model"],
+                settings=dict(content["settings"]),
+                calibration=dict(content["calibration"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is not as it was written ({error!r}): merge again") from error
+
+
+def apply_merges(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
+    """The model after all merges of the plan; ``model`` is not changed.
+
+    Raises:
+        InputError: a plan for another depth or shape, layers that cannot be merged.
+    """
+    if num_layers(model) != plan.num_layers:
+        raise InputError(f"the merges are of a model of {plan.num_layers} layers and this one has {num_layers(model)}")
+    for merge in plan.merges:
+        model = merge_layers(model, merge)
+    return model
+
+
+def leaves(node: Any) -> list[int]:
+    """The layers of the first model under a node of a merge tree, in order: ``[2, [3, 4]]`` -> ``[2, 3, 4]``."""
+    return [leaf for child in node for leaf in leaves(child)] if isinstance(node, list) else [node]
+
+
+def _merge(entry: Mapping[str, Any]) -> Merge:
+    units = {half: tuple(tuple(layer) for layer in given) for half, given in entry["units"].items()}
+    return Merge(Span.parse(entry["span"]), tuple(entry["shares"]), units, entry["rule"])

@@ -1,0 +1,163 @@
+"""Which neurons and KV groups a layer needs most, and how much every layer changes the stream: one streaming pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, partial_decoder, sublayers
+
+# Tokens raised to float32 at once: bounds the working memory, whatever the window.
+_CHUNK_TOKENS = 256
+_EPSILON = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerScores:
+    """What :func:`score_layers` found; float64, on the CPU. CoMe (arXiv 2510.15304), section 3.
+
+    Attributes:
+        sensitivity: per half of the layer (``"attention"``, ``"feed-forward"``) a tensor [L, units].
+        influence: [L], mean over the tokens of 1 - clamp(cos(input, output), 0, 1) of every layer.
+        last_token_angle: span of ``width`` layers -> mean over the windows of arccos(cos(x_start, x_end)) / pi at the
+            last token, cos clamped to [0, 1].
+        span_influence: span -> what ``influence`` is for a layer, over the whole span.
+    """
+
+    sensitivity: dict[str, Tensor]
+    influence: Tensor
+    last_token_angle: dict[Span, float]
+    span_influence: dict[Span, float]
+
+
+@torch.no_grad()
+def score_layers(
+    model: nn.Module, windows: Tensor, *, width: int = 2, batch_size: int = 1, progress: Progress | None = None
+) -> LayerScores:
+    """Score every unit, layer and span of ``width`` layers over token ``windows`` [W, T].
+
+    The sensitivity of a unit is, averaged over its channels c, ``mean_t |a_tc| * sum_r |W[r, c]|`` with a [T, channels]
+    the input of the half's output projection W: ``(a.abs().mean(0) * W.abs().sum(0)).view(units, -1).mean(1)``. A
+    neuron is one channel; a KV group is the channels of its query heads.
+
+    Memory beyond the forward pass: ``width`` states of the stream [B, T, d], 256 rows of float32, and the sums.
+
+    Raises:
+        InputError: windows that do not fit the model, a width that does not, activations that are not finite.
+    """
+    layers = num_layers(model)
+    if not 2 <= width <= layers:
+        raise InputError(f"{width} layers cannot be merged into one in a model of {layers}: give 2 to {layers}")
+    check_windows(model, windows)
+    channels = _ChannelSums(model)
+    stream = _StreamSums(layers, width)
+    view = partial_decoder(model, 0, layers, embed=True)
+    handles = channels.hooks()
+    for depth, layer in enumerate(decoder_layers(model)):
+        handles.append(layer.register_forward_pre_hook(stream.hook(depth), with_kwargs=True))
+    device = next(model.parameters()).device
+    try:
+        with evaluation_mode(model):
+            for _, batch in batches(windows, batch_size, "scoring the layers", progress):
+                stream.add(layers, view(input_ids=batch.to(device), use_cache=False).last_hidden_state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count, length = windows.shape
+    angles, influences = stream.spans[0] / count, stream.spans[1] / (count * length)
+    spans = [Span(start, start + width) for start in range(layers - width + 1)]
+    return LayerScores(
+        sensitivity=channels.scores(count * length),
+        influence=stream.influence / (count * length),
+        last_token_angle={span: float(value) for span, value in zip(spans, angles, strict=True)},
+        span_influence={span: float(value) for span, value in zip(spans, influences, strict=True)},
+    )
+
+
+class _ChannelSums:
+    """Running sums of |a| at the input of every layer's output projections."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._halves = sublayers(model)
+        self._layers = decoder_layers(model)
+        self._sums: dict[tuple[str, int], Tensor] = {}
+
+    def hooks(self) -> list[Any]:
+        return [
+            self._projection(layer, half).register_forward_pre_hook(self._hook(half, index))
+            for index, layer in enumerate(self._layers)
+            for half in self._halves
+        ]
+
+    def scores(self, tokens: int) -> dict[str, Tensor]:
+        return {
+            half.name: torch.stack([self._score(half, index, tokens) for index in range(len(self._layers))])
+            for half in self._halves
+        }
+
+    def _score(self, half: Sublayer, index: int, tokens: int) -> Tensor:
+        weight = self._projection(self._layers[index], half).weight
+        reach = weight.detach().abs().sum(dim=0, dtype=torch.float32).to("cpu", torch.float64)
+        score = (self._sums[half.name, index] / tokens * reach).view(half.units, -1).mean(dim=1)
+        if not bool(torch.isfinite(score).all()):
+            raise InputError(
+                f"the {half.name} of layer {index} gives a NaN or an infinity on the calibration text: "
+                "load the model in float32 or bfloat16, or check its weights"
+            )
+        return score
+
+    def _projection(self, layer: nn.Module, half: Sublayer) -> Any:
+        return layer.get_submodule(half.output.projection)
+
+    def _hook(self, half: Sublayer, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            total = torch.zeros((), dtype=torch.float64)
+            for chunk in args[0].flatten(0, -2).split(_CHUNK_TOKENS):
+                total = total + chunk.float().abs().sum(dim=0).to("cpu", torch.float64)
+            self._sums[half.name, index] = self._sums.get((half.name, index), 0) + total
+
+        return hook
+
+
+class _StreamSums:
+    """Running sums over the residual stream, of which only the last ``width`` depths are kept."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        self.influence = torch.zeros(layers, dtype=torch.float64)
+        # Of every span: the angle at the last tokens, the influence at all.
+        self.spans = torch.zeros(2, layers - width + 1, dtype=torch.float64)
+        self._width = width
+        self._recent: deque[Tensor] = deque(maxlen=width)
+
+    def hook(self, depth: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self.add(depth, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    def add(self, depth: int, state: Tensor) -> None:
+        """The stream [B, T, d] at ``depth``, in the order of the depths."""
+        if depth == 0:
+            self._recent.clear()
+        else:
+            self.influence[depth - 1] += float((1 - _cosines(self._recent[-1], state)).sum())
+        if depth >= self._width:
+            cosines = _cosines(self._recent[0], state)
+            self.spans[0, depth - self._width] += float((cosines[:, -1].arccos() / torch.pi).sum())
+            self.spans[1, depth - self._width] += float((1 - cosines).sum())
+        self._recent.append(state)
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    """clamp(cos, 0, 1) of every token, [B, T] in float64 of [B, T, d]."""
+    chunks = zip(before.split(_CHUNK_TOKENS, dim=1), after.to(before.device).split(_CHUNK_TOKENS, dim=1), strict=True)
+    found = [torch.cosine_similarity(a.float(), b.float(), dim=-1, eps=_EPSILON) for a, b in chunks]
+    return torch.cat(found, dim=1).to("cpu", torch.float64).clamp(0, 1)
