@@ -285,6 +285,28 @@ def collect_moments(
     return {span: moment.total() for span, moment in sums.items()}
 
 
+@torch.no_grad()
+def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStatistics:
+    """The statistics of two streams, of two models perhaps, as if a model of one layer led from one to the other.
+
+    A fit of ``Span(0, 1)`` from them gives a P with before P ~ after. Second moments are kept.
+
+    Args:
+        pairs: per window the tokens [T, d] before and after, T at least 2.
+
+    Raises:
+        InputError: no window, or a NaN or infinity among the values.
+    """
+    sums: _Sums | None = None
+    for before, after in pairs:
+        if sums is None:
+            sums = _Sums(1, before.shape[-1], [Span(0, 1)])
+        sums.add([before, after])
+    if sums is None:
+        raise InputError("there is no calibration text: give at least one window of tokens")
+    return sums.statistics()
+
+
 def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
     """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
     last = max(depths)
