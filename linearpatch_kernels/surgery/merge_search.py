@@ -263,7 +263,9 @@ class _Chooser:
 
     def _prefix_losses(self, spans: Sequence[Span]) -> PrefixLosses:
         assert self.windows is not None  # plan_merging checks it
-        return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), self.batch_size)
+        # No batch is more than a first look is to take.
+        batch_size = min(self.batch_size, math.ceil(_QUICK * len(self.windows)))
+        return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), batch_size)
 
     def _reported(self, spans: Sequence[Span]) -> Any:
         for done, span in enumerate(spans, 1):
