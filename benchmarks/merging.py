@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "CoMe-P, places by loss": {"posterior": True, "skip_score": "loss"},
     "CoMe-P, places by loss, every share >= 0.1": {"posterior": True, "skip_score": "loss", "least_share": 0.1},
 }
-FITS = ("linearpatch", "shrunk-low-rank", "shrunk-least-squares")
+FITS = ("linearpatch", "shrunk-low-rank")
 
 
 def main() -> None:

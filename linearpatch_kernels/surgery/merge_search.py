@@ -143,6 +143,8 @@ def plan_merging(
         if windows is not None:
             check_windows(model, windows)
     plan = MergePlan(num_layers(model)) if plan is None else plan
+    if plan.layers < settings.layers:
+        raise InputError(f"the plan to go on from leaves {plan.layers} layers and {settings.layers} are asked for")
     current = apply_merges(model, plan)
     while num_layers(current) > settings.layers:
         width = min(settings.width, num_layers(current) - settings.layers + 1)

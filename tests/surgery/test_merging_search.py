@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,14 @@ def test_broken_and_foreign_plans(tmp_path: Path, dense: PreTrainedModel, window
     assert MergePlan.load(file) == plan
     with pytest.raises(InputError, match="of a model of 6 layers and this one has 5"):
         apply_merges(keep_layers(dense, range(5)), plan)
+    with pytest.raises(InputError, match="leaves 5 layers and 6 are asked for"):
+        plan_merging(tiny_model("llama", layers=7), windows, None, MergeSettings(layers=6), plan=_shorter_by_two(plan))
     assert plan.belongs_to(MergePlan(6))
     assert not plan.belongs_to(MergePlan(6, model="another"))
+
+
+def _shorter_by_two(plan: MergePlan) -> MergePlan:
+    return dataclasses.replace(plan, num_layers=7, merges=plan.merges * 2, records=plan.records * 2)
 
 
 @pytest.mark.parametrize(
