@@ -21,6 +21,7 @@ from linearpatch_kernels.errors import InputError
 NAMES = ("reference", "cpu", "triton", "cuda")
 FORCED = os.environ.get("LINEARPATCH_BACKEND") or None
 
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _PACKAGE = Path(__file__).parent
 _EXTENSION = _PACKAGE / "_C.abi3.so"
 
@@ -58,12 +59,21 @@ def _cuda() -> bool | str:
 
 
 def _triton() -> bool | str:
-    if not any(_PACKAGE.glob("ops/*/triton.py")):
-        return "this version has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted or torch.cuda.is_available() or "torch finds no GPU for Triton"
+    return _TRITON_INTERPRETED or torch.cuda.is_available() or "torch finds no GPU driver for Triton's kernels"
+
+
+def triton_serves(device_type: str) -> bool:
+    """Whether Triton's kernels are what runs on tensors of such a device, ``cuda`` (also AMD's name in torch) or ``cpu``.
+
+    On GPUs they are where the extension has no kernels for them; on the CPU the interpreter, if it was asked for.
+    """
+    if FORCED not in (None, "triton") or _triton() is not True:
+        return False
+    if device_type == "cpu":
+        return FORCED == "triton" and _TRITON_INTERPRETED
+    return device_type == "cuda" and not _compiled_for("CUDA")
 
 
 def backends() -> dict[str, bool | str]:

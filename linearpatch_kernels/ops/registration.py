@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
-from linearpatch_kernels.backend import check_reference_allowed
+from linearpatch_kernels.backend import check_reference_allowed, triton_serves
 from linearpatch_kernels.hadamard import without_autocast
 
 
@@ -20,6 +21,7 @@ def define_operator(
     fake: Callable[..., Any],
     *,
     mutates_args: Iterable[str] = (),
+    triton: str | None = None,
 ) -> CustomOpDef:
     """Define ``linearpatch::name`` with its reference on every device, and ``linearpatch::name_reference``.
 
@@ -31,6 +33,7 @@ def define_operator(
         schema: arguments and returns, ``(Tensor x, ...) -> Tensor``; the first argument is a tensor.
         reference: the operator in plain PyTorch; takes every argument of the schema positionally.
         fake: the shapes, dtypes and strides of the result; the same arguments.
+        triton: the module whose function ``name`` runs on tensors of the devices that Triton serves; imported then.
         mutates_args: names of the arguments that are written to.
     """
 
@@ -39,6 +42,9 @@ def define_operator(
             return reference(*arguments)
 
     def where_no_kernel_is(*arguments: Any) -> Any:
+        if triton is not None and triton_serves(arguments[0].device.type):
+            with without_autocast(arguments[0].device):
+                return getattr(import_module(triton), name)(*arguments)
         check_reference_allowed(name, arguments[0].device)
         return in_its_own_precision(*arguments)
 

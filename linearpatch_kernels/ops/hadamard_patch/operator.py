@@ -67,11 +67,14 @@ def _fake_add_patch_rms_norm(x: Tensor, residual: Tensor, scale: Tensor, *others
     return _contiguous_like(x), _contiguous_like(x)
 
 
+_TRITON = "linearpatch_kernels.ops.hadamard_patch.triton"
+
 _patch = define_operator(
     "hadamard_patch",
     f"(Tensor x, Tensor scale, {_OPTIONAL}) -> Tensor",
     _forward,
     _fake_forward,
+    triton=_TRITON,
 )
 _patch_backward = define_operator(
     "hadamard_patch_backward",
@@ -79,12 +82,14 @@ _patch_backward = define_operator(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     hadamard_patch_backward_reference,
     _fake_backward,
+    triton=_TRITON,
 )
 _patch_out = define_operator(
     "hadamard_patch_out",
     f"(Tensor x, Tensor scale, {_OPTIONAL}, Tensor(a!) out) -> ()",
     _forward_out,
     _fake_forward_out,
+    triton=_TRITON,
     mutates_args=("out",),
 )
 _add_patch_rms_norm = define_operator(
@@ -92,6 +97,7 @@ _add_patch_rms_norm = define_operator(
     f"(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, float eps, {_OPTIONAL}) -> (Tensor, Tensor)",
     add_patch_rms_norm_reference,
     _fake_add_patch_rms_norm,
+    triton=_TRITON,
 )
 
 

@@ -49,6 +49,17 @@ def _check_patch_operands(
             raise InputError(f"down and up must be floating [{d}, r] and [r, {d}], not {shapes}")
 
 
+def _check_norm_operands(x: Tensor, residual: Tensor, norm_weight: Tensor) -> None:
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise InputError(
+            f"residual must be {x.dtype} {list(x.shape)} as x is, not {residual.dtype} {list(residual.shape)}"
+        )
+    if norm_weight.dim() != 1 or norm_weight.shape != x.shape[-1:] or not norm_weight.dtype.is_floating_point:
+        raise InputError(
+            f"norm_weight must be floating [{x.shape[-1]}], not {norm_weight.dtype} {list(norm_weight.shape)}"
+        )
+
+
 def _arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -145,14 +156,7 @@ def add_patch_rms_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """`linearpatch_kernels.add_patch_rms_norm`; the sum and the norm are not rounded in between."""
     _check_patch_operands(x, scale, pre_scale, post_scale, down, up)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise InputError(
-            f"residual must be {x.dtype} {list(x.shape)} as x is, not {residual.dtype} {list(residual.shape)}"
-        )
-    if norm_weight.dim() != 1 or norm_weight.shape != x.shape[-1:] or not norm_weight.dtype.is_floating_point:
-        raise InputError(
-            f"norm_weight must be floating [{x.shape[-1]}], not {norm_weight.dtype} {list(norm_weight.shape)}"
-        )
+    _check_norm_operands(x, residual, norm_weight)
     dtype = _arithmetic_dtype(x)
     y = _patch_rows(x.to(dtype) + residual.to(dtype), scale, pre_scale, post_scale, down, up)
     normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)

@@ -1,0 +1,524 @@
+"""The patch operators in Triton, for NVIDIA and AMD GPUs; the maths, and what may differ from it, is in `reference`.
+
+A row is ``blocks`` independent pieces of ``m * 2**k`` elements. A program holds whole pieces in registers, as tiles
+[rows, tile, 2**k] of the [rows, m, 2**k] that they are (m padded to full tiles by zeros), and goes over the rows of the
+grid's stride. The order of the steps is what makes it fast:
+
+* the power-of-two part is butterflies over groups of index bits. A group's butterflies are free of data movement where
+  its bits are numbered within a thread; `_butterflies` brings a group's bits to the front, so that Triton's default
+  layout puts them there, and everything between two groups is a renumbering that costs nothing. So there is one
+  exchange through shared memory from group to group.
+* the groups of the way back run in the opposite order, so that the result is where the row was loaded, and the scale is
+  loaded once per program in the layout that the middle of the palindrome has.
+* H_m is a product of small matrices. Its entries are exact in bfloat16; a float32 is the exact sum of three bfloat16s,
+  so three products on the matrix units, summed in float32, lose nothing.
+
+Low-rank terms, float64, and widths whose blocks are too small or too wide for this are left to plain PyTorch.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.hadamard import hadamard_order, paley_factor
+from linearpatch_kernels.ops.hadamard_patch.reference import (
+    _check_norm_operands,
+    _check_patch_operands,
+    add_patch_rms_norm_reference,
+    hadamard_patch_backward_reference,
+    hadamard_patch_reference,
+)
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+# --- device code -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _butterflies(x, LOW: tl.constexpr, COUNT: tl.constexpr):
+    """``x @ S`` (unnormalised) over the index bits LOW .. LOW + COUNT - 1 of the last axis."""
+    SIZE: tl.constexpr = x.numel
+    REST: tl.constexpr = SIZE >> COUNT
+    y = tl.reshape(x, [REST >> LOW, 1 << COUNT, 1 << LOW])
+    y = tl.reshape(tl.permute(y, [1, 0, 2]), [1 << COUNT, REST])
+    for _ in tl.static_range(COUNT):
+        a, b = tl.split(tl.permute(tl.reshape(y, [2, 1 << (COUNT - 1), REST]), [1, 2, 0]))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [1 << COUNT, REST])
+    y = tl.permute(tl.reshape(y, [1 << COUNT, REST >> LOW, 1 << LOW]), [1, 0, 2])
+    return tl.reshape(y, x.shape)
+
+
+@triton.jit
+def _sylvester(tiles, GROUPS: tl.constexpr):
+    """`_butterflies` over several groups of bits, ``(low, count, low, count, ...)``, of every tile."""
+    done = ()
+    for i in tl.static_range(len(tiles)):
+        x = tiles[i]
+        for group in tl.static_range(len(GROUPS) // 2):
+            x = _butterflies(x, GROUPS[2 * group], GROUPS[2 * group + 1])
+        done = done + (x,)
+    return done
+
+
+@triton.jit
+def _paley(tiles, h_ptr, TRANSPOSED: tl.constexpr, DOT: tl.constexpr):
+    """``x @ H_m`` (``x @ H_m.T`` if TRANSPOSED) over the middle axis; one tile alone of one row is a power of two."""
+    COUNT: tl.constexpr = len(tiles)
+    ROWS: tl.constexpr = tiles[0].shape[0]
+    TILE: tl.constexpr = tiles[0].shape[1]
+    COLUMNS: tl.constexpr = tiles[0].shape[2]
+    if TILE == 1:
+        return tiles
+    else:  # Triton compiles what follows a return
+        parts = ()
+        for i in tl.static_range(COUNT):
+            x = tl.reshape(tl.permute(tiles[i], [1, 0, 2]), [TILE, ROWS * COLUMNS])
+            high = x.to(tl.bfloat16)
+            rest = x - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            parts = parts + (low.to(DOT), middle.to(DOT), high.to(DOT))
+        index = tl.arange(0, TILE)
+        done = ()
+        for j in tl.static_range(COUNT):
+            y = tl.zeros([TILE, ROWS * COLUMNS], tl.float32)
+            for i in tl.static_range(COUNT):
+                to, of = j * TILE + index[:, None], i * TILE + index[None, :]
+                entry = to * (COUNT * TILE) + of if TRANSPOSED else of * (COUNT * TILE) + to
+                h = tl.load(h_ptr + entry).to(DOT)
+                for part in tl.static_range(3):
+                    y = tl.dot(h, parts[3 * i + part], y)
+            done = done + (tl.permute(tl.reshape(y, [TILE, ROWS, COLUMNS]), [1, 0, 2]),)
+        return done
+
+
+@triton.jit
+def _load_rows(
+    pointer, first, stride, rows, block, M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first ..`` as tiles [ROWS, TILE, 2**K] in float32, zeros where there is nothing."""
+    row = first + tl.arange(0, ROWS)[:, None, None]
+    tiles = ()
+    for i in tl.static_range(TILES):
+        part = i * TILE + tl.arange(0, TILE)[None, :, None]
+        offset = row.to(tl.int64) * stride + (block * (M << K) + (part << K) + tl.arange(0, 1 << K)[None, None, :])
+        if TILE == 1:
+            tiles = tiles + (tl.load(pointer + offset, mask=row < rows, other=0.0).to(tl.float32),)
+        else:
+            tiles = tiles + (tl.load(pointer + offset, mask=(row < rows) & (part < M), other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _store_rows(pointer, tiles, first, stride, rows, block, M: tl.constexpr, K: tl.constexpr):
+    ROWS: tl.constexpr = tiles[0].shape[0]
+    TILE: tl.constexpr = tiles[0].shape[1]
+    row = first + tl.arange(0, ROWS)[:, None, None]
+    for i in tl.static_range(len(tiles)):
+        part = i * TILE + tl.arange(0, TILE)[None, :, None]
+        offset = row.to(tl.int64) * stride + (block * (M << K) + (part << K) + tl.arange(0, 1 << K)[None, None, :])
+        y = tiles[i].to(pointer.dtype.element_ty)
+        if TILE == 1:
+            tl.store(pointer + offset, y, mask=row < rows)
+        else:
+            tl.store(pointer + offset, y, mask=(row < rows) & (part < M))
+
+
+@triton.jit
+def _load_vector(
+    pointer, factor, block, M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """``vector * factor``, the same for every row, where `_load_rows` has the rows; None for None."""
+    if pointer is None:
+        return None
+    else:
+        tiles = _load_rows(pointer, 0, 0, ROWS, block, M, K, ROWS, TILE, TILES)
+        done = ()
+        for i in tl.static_range(TILES):
+            done = done + (tiles[i] * factor,)
+        return done
+
+
+@triton.jit
+def _load_scale(
+    pointer, factor, block, M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    TILES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """``scale * factor`` where the last group of butterflies leaves the rows."""
+    if TILE != 1 or len(GROUPS) == 0:
+        return _load_vector(pointer, factor, block, M, K, ROWS, TILE, TILES)
+    else:
+        LOW: tl.constexpr = GROUPS[len(GROUPS) - 2]
+        COUNT: tl.constexpr = GROUPS[len(GROUPS) - 1]
+        REST: tl.constexpr = (ROWS << K) >> COUNT
+        inside = tl.arange(0, 1 << COUNT)[:, None]
+        rest = tl.arange(0, REST)[None, :]
+        # By `&` and `|`, whose contiguity the compiler does not follow: it would choose a layout for wide loads instead.
+        above = (rest >> LOW) & ((1 << (K - COUNT - LOW)) - 1)
+        offset = (above << (LOW + COUNT)) | (inside << LOW) | (rest & ((1 << LOW) - 1))
+        scale = tl.load(pointer + (block << K) + offset).to(tl.float32) * factor
+        scale = tl.permute(tl.reshape(scale, [1 << COUNT, REST >> LOW, 1 << LOW]), [1, 0, 2])
+        return (tl.reshape(scale, [ROWS, 1, 1 << K]),)
+
+
+@triton.jit
+def _times(tiles, others):
+    """Product, tile by tile; ``others`` None stands for ones."""
+    if others is None:
+        return tiles
+    else:
+        done = ()
+        for i in tl.static_range(len(tiles)):
+            done = done + (tiles[i] * others[i],)
+        return done
+
+
+@triton.jit
+def _plus_product(sums, tiles, others):
+    done = ()
+    for i in tl.static_range(len(tiles)):
+        done = done + (sums[i] + tiles[i] * others[i],)
+    return done
+
+
+@triton.jit
+def _zeros_like(tiles):
+    done = ()
+    for i in tl.static_range(len(tiles)):
+        done = done + (tl.zeros(tiles[i].shape, tl.float32),)
+    return done
+
+
+@triton.jit
+def _store_sum(pointer, sums, factor, part, width, block, M: tl.constexpr, K: tl.constexpr):
+    """``factor`` times the sum of a program's rows as row ``part`` of [programs, width]."""
+    done = ()
+    for i in tl.static_range(len(sums)):
+        done = done + (tl.sum(sums[i], axis=0, keep_dims=True) * factor,)
+    _store_rows(pointer, done, part, width, part + 1, block, M, K)
+
+
+@triton.jit
+def hadamard_patch_kernel(
+    x_ptr, residual_ptr, scale_ptr, pre_ptr, post_ptr, weight_ptr, h_ptr, y_ptr, normed_ptr,
+    rows, x_stride, residual_stride, y_stride, eps,
+    M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """y, and with ``residual`` and ``weight`` the norm of it; grid (programs, blocks)."""
+    block = tl.program_id(1)
+    scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
+    pre = _load_vector(pre_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+    post = _load_vector(post_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
+        if residual_ptr is not None:
+            other = _load_rows(residual_ptr, first, residual_stride, rows, block, M, K, ROWS, TILE, TILES)
+            z = ()
+            for i in tl.static_range(TILES):
+                z = z + (x[i] + other[i],)
+            x = z
+        u = _paley(_sylvester(_times(x, pre), THERE), h_ptr, False, DOT)
+        y = _times(_sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK), post)
+        _store_rows(y_ptr, y, first, y_stride, rows, block, M, K)
+        if weight_ptr is not None:
+            squares = tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(TILES):
+                squares += tl.sum(tl.reshape(y[i] * y[i], [ROWS, TILE << K]), axis=1)
+            inverse = tl.rsqrt(squares / (M << K) + eps)
+            weight = _load_vector(weight_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+            normed = ()
+            for i in tl.static_range(TILES):
+                normed = normed + (y[i] * inverse[:, None, None] * weight[i],)
+            _store_rows(normed_ptr, normed, first, y_stride, rows, block, M, K)
+
+
+@triton.jit
+def hadamard_patch_backward_kernel(
+    grad_ptr, x_ptr, scale_ptr, pre_ptr, post_ptr, h_ptr, dx_ptr, dscale_ptr, dpre_ptr, dpost_ptr,
+    rows, grad_stride, x_stride, width,
+    M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dx, and each program's sums of dscale, dpre and dpost over its rows; grid (programs, blocks)."""
+    block = tl.program_id(1)
+    scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
+    pre = _load_vector(pre_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+    post = _load_vector(post_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+    dscale, dpre, dpost = _zeros_like(scale), _zeros_like(scale), _zeros_like(scale)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
+        dy = _load_rows(grad_ptr, first, grad_stride, rows, block, M, K, ROWS, TILE, TILES)
+        a = _paley(_sylvester(_times(dy, post), THERE), h_ptr, False, DOT)
+        if dscale_ptr is not None or dpost_ptr is not None:
+            u = _paley(_sylvester(_times(x, pre), THERE), h_ptr, False, DOT)
+            if dscale_ptr is not None:
+                dscale = _plus_product(dscale, a, u)
+            if dpost_ptr is not None:
+                w = _sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK)
+                dpost = _plus_product(dpost, dy, w)
+        if dx_ptr is not None or dpre_ptr is not None:
+            b = _sylvester(_paley(_times(a, scale), h_ptr, True, DOT), BACK)
+            if dpre_ptr is not None:
+                dpre = _plus_product(dpre, b, x)
+            if dx_ptr is not None:
+                _store_rows(dx_ptr, _times(b, pre), first, width, rows, block, M, K)
+    part = tl.program_id(0)
+    if dscale_ptr is not None:
+        _store_sum(dscale_ptr, dscale, 1.0 / (M << K), part, width, block, M, K)
+    if dpre_ptr is not None:
+        _store_sum(dpre_ptr, dpre, 1.0, part, width, block, M, K)
+    if dpost_ptr is not None:
+        _store_sum(dpost_ptr, dpost, 1.0, part, width, block, M, K)
+
+
+# --- which kernel for which width --------------------------------------------------------------------------------------
+
+SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
+
+# Rows a program holds at a time and its warps, for d = 2**k and for d = m * 2**k by the padded size, as ranked by the
+# static model (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated).
+ROWS_AND_WARPS = {6: (32, 1), 7: (16, 1), 8: (8, 1), 9: (4, 1), 10: (2, 1), 11: (1, 1), 12: (1, 2), 13: (1, 4)}
+ROWS_AND_WARPS |= {14: (1, 8), 15: (1, 16)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a width is held: ``m * 2**k`` as ``tiles`` tiles [rows, tile, 2**k] over ``warps`` warps of 32."""
+
+    d: int
+    m: int
+    k: int
+    tile: int
+    tiles: int
+    rows: int
+    warps: int
+
+    @property
+    def blocks(self) -> int:
+        return self.d // (self.m << self.k)
+
+    def groups(self, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Groups of index bits, ``(low, count, ...)``, for the way there and the way back.
+
+        A row is loaded 16 bytes a thread: the lowest bits number those, the next ones the threads, and what is left is
+        within a thread again. The threads' bits make one group, or as many as are within a thread at a time.
+        """
+        wide = min(self.k, (16 // itemsize).bit_length() - 1)
+        across = min(self.k - wide, (32 * self.warps).bit_length() - 1)
+        upper = wide + across
+        values = max(2, (self.rows * self.tile << self.k) // (32 * self.warps))
+        count = -(-across // (values.bit_length() - 1))
+        cuts = [wide + across * i // max(count, 1) for i in range(count + 1)]
+        middle = [(low, high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
+        low, high = (0, wide), (upper, self.k - upper)
+
+        def flat(groups: list[tuple[int, int]]) -> tuple[int, ...]:
+            return tuple(number for group in groups if group[1] for number in group)
+
+        return flat([low, high, *middle]), flat([*reversed(middle), low, high])
+
+    def constants(self, itemsize: int) -> dict[str, Any]:
+        there, back = self.groups(itemsize)
+        sizes = {"M": self.m, "K": self.k, "ROWS": self.rows, "TILE": self.tile, "TILES": self.tiles}
+        # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+        return sizes | {"THERE": there, "BACK": back, "DOT": tl.float32 if INTERPRETED else tl.bfloat16}
+
+
+@cache
+def layout_of(d: int, rows: int | None = None, warps: int | None = None) -> Layout | None:
+    """The layout for width d, or None where plain PyTorch has to do it."""
+    order = hadamard_order(d) if d else 0
+    if not SMALLEST_ORDER <= order <= LARGEST_ORDER:
+        return None
+    factor, k = paley_factor(d)
+    m = len(factor)
+    fitting = [tile for tile in (64, 32, 16) if tile * MOST_TILES >= m]
+    if m > 1 and not fitting:
+        return None
+    tile = 1 if m == 1 else min(fitting, key=lambda tile: -(-m // tile) * tile)
+    tiles = -(-m // tile)
+    padded = (tile * tiles << k) - 1
+    default_rows, default_warps = ROWS_AND_WARPS[max(6, padded.bit_length())]
+    at_least = 1 if m == 1 else max(1, 16 >> k)
+    return Layout(d, m, k, tile, tiles, rows or max(default_rows, at_least), warps or default_warps)
+
+
+@cache
+def _tiled_factor(d: int, size: int, device: torch.device) -> Tensor:
+    """H_m, padded by zeros to [size, size]."""
+    factor, _ = paley_factor(d)
+    with torch.inference_mode(False):
+        return pad(factor, [0, size - len(factor)] * 2).to(device, torch.bfloat16)
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2
+    return 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# --- host code ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    if vector is None:
+        return None
+    return (vector.float() if vector.dtype == torch.float64 else vector).contiguous()
+
+
+def _launch(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> None:
+    with torch.cuda.device_of(x):
+        kernel[(_grid(layout, x), layout.blocks)](
+            *arguments, **layout.constants(x.element_size()), num_warps=layout.warps, enable_fp_fusion=True
+        )
+
+
+def _grid(layout: Layout, x: Tensor) -> int:
+    return min(-(-x.numel() // (layout.d * layout.rows)), _programs(x.device))
+
+
+def _factor(layout: Layout, device: torch.device) -> Tensor | None:
+    return None if layout.m == 1 else _tiled_factor(layout.d, layout.tile * layout.tiles, device)
+
+
+def _layout(x: Tensor) -> Layout | None:
+    return None if x.dtype == torch.float64 else layout_of(x.shape[-1])
+
+
+def _patch(
+    layout: Layout,
+    x: Tensor,
+    scale: Tensor,
+    optional: tuple[Tensor | None, ...],
+    y: Tensor,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    normed: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """One launch of `hadamard_patch_kernel`; y and normed are contiguous and may be of another dtype than x."""
+    if not x.numel():
+        return
+    rows, others = _rows(x), None if residual is None else _rows(residual)
+    pre, post = optional[:2]
+    vectors = (_vector(scale), _vector(pre), _vector(post), _vector(weight))
+    strides = (rows.stride(0), 0 if others is None else others.stride(0), layout.d)
+    _launch(
+        hadamard_patch_kernel, layout, rows,
+        rows, others, *vectors, _factor(layout, x.device), y, normed, len(rows), *strides, eps,
+    )  # fmt: skip
+
+
+def _kernel_rounds(x: Tensor) -> bool:
+    """Not so for bfloat16 in the interpreter, which truncates where a GPU takes the nearest."""
+    return not (INTERPRETED and x.dtype == torch.bfloat16)
+
+
+def _kernel_output(x: Tensor, *, final: bool = True) -> Tensor:
+    """What a kernel writes rows like x's to: rounded to x's dtype if they are final."""
+    return x.new_empty(x.shape, dtype=x.dtype if final and _kernel_rounds(x) else torch.float32)
+
+
+def _low_rank(x: Tensor, optional: tuple[Tensor | None, ...]) -> Tensor | None:
+    down, up = optional[2:]
+    return None if down is None or up is None else (x.float() @ down.float()) @ up.float()
+
+
+def hadamard_patch(x: Tensor, scale: Tensor, *optional: Tensor | None) -> Tensor:
+    """The operator ``linearpatch::hadamard_patch``; the low-rank term is added by PyTorch."""
+    _check_patch_operands(x, scale, *optional)
+    if (layout := _layout(x)) is None:
+        pre, post, down, up = optional
+        return hadamard_patch_reference(x, scale, pre_scale=pre, post_scale=post, down=down, up=up).contiguous()
+    more = _low_rank(x, optional)
+    y = _kernel_output(x, final=more is None)
+    _patch(layout, x, scale, optional, y)
+    return (y if more is None else y.add_(more)).to(x.dtype)
+
+
+def hadamard_patch_out(x: Tensor, scale: Tensor, *others: Any) -> None:
+    """The operator ``linearpatch::hadamard_patch_out``; a row is read whole before it is written."""
+    *optional, out = others
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise InputError(f"out must be {x.dtype} {list(x.shape)} as x is, not {out.dtype} {list(out.shape)}")
+    _check_patch_operands(x, scale, *optional)
+    layout, pre, post, down, _ = _layout(x), *optional
+    same = out is x or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    if layout is not None and down is None and same and _kernel_rounds(x) and out.is_contiguous():
+        _patch(layout, x, scale, (pre, post), out)
+    else:
+        out.copy_(hadamard_patch(x, scale, *optional))
+
+
+def add_patch_rms_norm(
+    x: Tensor, residual: Tensor, scale: Tensor, norm_weight: Tensor, eps: float, *optional: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The operator ``linearpatch::add_patch_rms_norm``; the norm is PyTorch's where a row is not whole in the kernel."""
+    if (layout := _layout(x)) is None:
+        return add_patch_rms_norm_reference(x, residual, scale, norm_weight, eps, *optional)
+    _check_patch_operands(x, scale, *optional)
+    _check_norm_operands(x, residual, norm_weight)
+    if layout.blocks == 1 and optional[2] is None:
+        y, normed = _kernel_output(x), _kernel_output(x)
+        _patch(layout, x, scale, optional, y, residual=residual, weight=norm_weight, normed=normed, eps=eps)
+        return normed.to(x.dtype), y.to(x.dtype)
+    y = _kernel_output(x, final=False)
+    _patch(layout, x, scale, optional, y, residual=residual)
+    if (more := _low_rank(x.float() + residual.float(), optional)) is not None:
+        y += more
+    normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
+    return normed.to(x.dtype), y.to(x.dtype)
+
+
+def hadamard_patch_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``linearpatch::hadamard_patch_backward``, deterministic: every program sums its own rows."""
+    *optional, needs = others
+    if (layout := _layout(x)) is None or not x.numel():
+        return hadamard_patch_backward_reference(grad, x, scale, *optional, needs)
+    pre, post, down, up = optional
+    wanted = [operand is not None and bool(needs >> i & 1) for i, operand in enumerate((x, scale, *optional))]
+    rows, dy = _rows(x), _rows(grad)
+    empty = rows.new_empty(0, dtype=torch.float32)
+    dx = _kernel_output(x, final=down is None) if wanted[0] else None
+    sums = [
+        rows.new_empty((_grid(layout, x), layout.d), dtype=torch.float32) if wants else None for wants in wanted[1:4]
+    ]
+    if any(wanted[:4]):
+        vectors = (_vector(scale), _vector(pre), _vector(post))
+        strides = (len(rows), dy.stride(0), rows.stride(0), layout.d)
+        _launch(
+            hadamard_patch_backward_kernel, layout, rows,
+            dy, rows, *vectors, _factor(layout, x.device), dx, *sums, *strides,
+        )  # fmt: skip
+    dscale, dpre, dpost = (empty if part is None else part.sum(0) for part in sums)
+    ddown = dup = empty
+    if down is not None and up is not None:
+        rows, dy = rows.float(), dy.float()
+        lowered = dy @ up.float().mT
+        dx = dx if dx is None else dx + (lowered @ down.float().mT).reshape(x.shape)
+        ddown = rows.mT @ lowered if wanted[4] else empty
+        dup = (rows @ down.float()).mT @ dy if wanted[5] else empty
+    return x.new_empty(0) if dx is None else dx.to(x.dtype), dscale, dpre, dpost, ddown, dup
