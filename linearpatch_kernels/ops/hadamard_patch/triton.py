@@ -289,15 +289,17 @@ def hadamard_patch_backward_kernel(
 
 SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 
-# Rows a program holds at a time and its warps, for d = 2**k and for d = m * 2**k by the padded size, as ranked by the
-# static model (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated).
-ROWS_AND_WARPS = {6: (32, 1), 7: (16, 1), 8: (8, 1), 9: (4, 1), 10: (2, 1), 11: (1, 1), 12: (1, 2), 13: (1, 4)}
-ROWS_AND_WARPS |= {14: (1, 8), 15: (1, 16)}
+# Elements of a row that a thread holds: the most that the static model finds without spills for all three kernels
+# (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated). Sixteen make one exchange more.
+VALUES = 32
+MOST_THREADS = 1024
+# One stage: prefetching rows into shared memory would take more of it than most GPUs have.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a width is held: ``m * 2**k`` as ``tiles`` tiles [rows, tile, 2**k] over ``warps`` warps of 32."""
+    """How a width is held: ``m * 2**k`` as ``tiles`` tiles [rows, tile, 2**k] over ``warps`` warps of ``lanes``."""
 
     d: int
     m: int
@@ -306,6 +308,7 @@ class Layout:
     tiles: int
     rows: int
     warps: int
+    lanes: int
 
     @property
     def blocks(self) -> int:
@@ -317,10 +320,11 @@ class Layout:
         A row is loaded 16 bytes a thread: the lowest bits number those, the next ones the threads, and what is left is
         within a thread again. The threads' bits make one group, or as many as are within a thread at a time.
         """
+        threads = self.lanes * self.warps
         wide = min(self.k, (16 // itemsize).bit_length() - 1)
-        across = min(self.k - wide, (32 * self.warps).bit_length() - 1)
+        across = min(self.k - wide, threads.bit_length() - 1)
         upper = wide + across
-        values = max(2, (self.rows * self.tile << self.k) // (32 * self.warps))
+        values = max(2, (self.rows * self.tile << self.k) // threads)
         count = -(-across // (values.bit_length() - 1))
         cuts = [wide + across * i // max(count, 1) for i in range(count + 1)]
         middle = [(low, high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
@@ -338,8 +342,12 @@ class Layout:
         return sizes | {"THERE": there, "BACK": back, "DOT": tl.float32 if INTERPRETED else tl.bfloat16}
 
 
+def _power_of_two(most: int) -> int:
+    return 1 << max(most, 1).bit_length() - 1
+
+
 @cache
-def layout_of(d: int, rows: int | None = None, warps: int | None = None) -> Layout | None:
+def layout_of(d: int, lanes: int = 32, rows: int | None = None, warps: int | None = None) -> Layout | None:
     """The layout for width d, or None where plain PyTorch has to do it."""
     order = hadamard_order(d) if d else 0
     if not SMALLEST_ORDER <= order <= LARGEST_ORDER:
@@ -351,10 +359,13 @@ def layout_of(d: int, rows: int | None = None, warps: int | None = None) -> Layo
         return None
     tile = 1 if m == 1 else min(fitting, key=lambda tile: -(-m // tile) * tile)
     tiles = -(-m // tile)
-    padded = (tile * tiles << k) - 1
-    default_rows, default_warps = ROWS_AND_WARPS[max(6, padded.bit_length())]
-    at_least = 1 if m == 1 else max(1, 16 >> k)
-    return Layout(d, m, k, tile, tiles, rows or max(default_rows, at_least), warps or default_warps)
+    size = tile * tiles << k
+    if rows is None:
+        at_least = 16 >> k if m > 1 else 1  # a product of matrices needs 16 columns
+        rows = max(_power_of_two(32 * VALUES // size), at_least, 1)
+    if warps is None:
+        warps = _power_of_two(min(rows * size // VALUES, MOST_THREADS) // lanes)
+    return Layout(d, m, k, tile, tiles, rows, warps, lanes)
 
 
 @cache
@@ -363,6 +374,14 @@ def _tiled_factor(d: int, size: int, device: torch.device) -> Tensor:
     factor, _ = paley_factor(d)
     with torch.inference_mode(False):
         return pad(factor, [0, size - len(factor)] * 2).to(device, torch.bfloat16)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type == "cpu":
+        return 4 * LARGEST_ORDER
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @cache
@@ -389,7 +408,7 @@ def _vector(vector: Tensor | None) -> Tensor | None:
 def _launch(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(x):
         kernel[(_grid(layout, x), layout.blocks)](
-            *arguments, **layout.constants(x.element_size()), num_warps=layout.warps, enable_fp_fusion=True
+            *arguments, **layout.constants(x.element_size()), num_warps=layout.warps, **OPTIONS
         )
 
 
@@ -402,7 +421,9 @@ def _factor(layout: Layout, device: torch.device) -> Tensor | None:
 
 
 def _layout(x: Tensor) -> Layout | None:
-    return None if x.dtype == torch.float64 else layout_of(x.shape[-1])
+    layout = None if x.dtype == torch.float64 else layout_of(x.shape[-1], 64 if torch.version.hip else 32)
+    exchanged = 4 * layout.rows * layout.tile << layout.k if layout else 0
+    return layout if exchanged <= _shared_memory(x.device) else None
 
 
 def _patch(
@@ -501,7 +522,6 @@ def hadamard_patch_backward(
     pre, post, down, up = optional
     wanted = [operand is not None and bool(needs >> i & 1) for i, operand in enumerate((x, scale, *optional))]
     rows, dy = _rows(x), _rows(grad)
-    empty = rows.new_empty(0, dtype=torch.float32)
     dx = _kernel_output(x, final=down is None) if wanted[0] else None
     sums = [
         rows.new_empty((_grid(layout, x), layout.d), dtype=torch.float32) if wants else None for wants in wanted[1:4]
@@ -513,12 +533,12 @@ def hadamard_patch_backward(
             hadamard_patch_backward_kernel, layout, rows,
             dy, rows, *vectors, _factor(layout, x.device), dx, *sums, *strides,
         )  # fmt: skip
-    dscale, dpre, dpost = (empty if part is None else part.sum(0) for part in sums)
-    ddown = dup = empty
+    ddown, dup = (rows.new_empty(0, dtype=torch.float32) for _ in range(2))
+    dscale, dpre, dpost = (ddown.clone() if part is None else part.sum(0) for part in sums)
     if down is not None and up is not None:
         rows, dy = rows.float(), dy.float()
         lowered = dy @ up.float().mT
         dx = dx if dx is None else dx + (lowered @ down.float().mT).reshape(x.shape)
-        ddown = rows.mT @ lowered if wanted[4] else empty
-        dup = (rows @ down.float()).mT @ dy if wanted[5] else empty
+        ddown = rows.mT @ lowered if wanted[4] else ddown
+        dup = (rows @ down.float()).mT @ dy if wanted[5] else dup
     return x.new_empty(0) if dx is None else dx.to(x.dtype), dscale, dpre, dpost, ddown, dup
