@@ -10,8 +10,10 @@ This file needs nothing but torch, because it travels inside the modeling file o
 from __future__ import annotations
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, reduce
+from importlib import import_module
 from itertools import product
 from operator import index
 
@@ -240,11 +242,43 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+# fast-hadamard-transform, where it was asked for: what it serves, and nothing of it is imported before.
+_PACKAGE = "fast-hadamard-transform"
+_CHOSEN = os.environ.get("LINEARPATCH_HADAMARD") or None
+_PACKAGE_DEVICES = ("cuda",)
+_PACKAGE_ORDERS = range(8, 32768 + 1)
+
+
+def _package_serves(x: Tensor, m: int) -> bool:
+    if _CHOSEN is None or torch.compiler.is_compiling():
+        return False
+    if _CHOSEN != _PACKAGE:
+        raise InputError(f"LINEARPATCH_HADAMARD={_CHOSEN} is not known: set it to {_PACKAGE}, or unset it")
+    power_of_two = m == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0
+    return (
+        power_of_two and x.shape[-1] in _PACKAGE_ORDERS and x.device.type in _PACKAGE_DEVICES
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0
+    )  # fmt: skip
+
+
+def _package_transform(x: Tensor) -> Tensor:
+    try:
+        package = import_module(_PACKAGE.replace("-", "_"))
+    except ImportError as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"LINEARPATCH_HADAMARD={_PACKAGE} is not available ({why}): pip install {_PACKAGE}") from None
+    result: Tensor = package.hadamard_transform(x, scale=1 / math.sqrt(x.shape[-1]))
+    return result
+
+
 def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     """``x @ H`` along the last dimension, or ``x @ H.T`` with ``inverse``, in O(d (m + log d)) per row.
 
     Equivalent to ``x @ hadamard_matrix(d)``, without the d x d matrix: x is viewed as [..., blocks, m, 2, ..., 2] and
     multiplied along each axis by that axis' factor, a few factors at a time.
+
+    ``LINEARPATCH_HADAMARD=fast-hadamard-transform``, read once at import, lets that package's kernel transform the rows it
+    covers: on NVIDIA GPUs, d a power of two from 8 to 32768, not float64, not under torch.compile.
 
     Args:
         x: [..., d], any floating dtype, device and strides. float32 and float64 are transformed as they are; float16
@@ -255,12 +289,14 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
         [..., d] in x's dtype. Differentiable: the gradient is the transform in the other direction.
 
     Raises:
-        InputError: x is not floating or has no last dimension.
+        InputError: x is not floating or has no last dimension, or the package that was asked for is not there.
     """
     if x.dim() == 0 or not x.dtype.is_floating_point:
         raise InputError(f"hadamard_transform needs a floating tensor [..., d], not {x.dtype} {list(x.shape)}")
     d = index(x.shape[-1])  # a symbolic width becomes a constant: the matrix depends on it
     m, k = _order(d)
+    if _package_serves(x, m):
+        return _package_transform(x)
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     trailing = m << k
     with without_autocast(x.device):
