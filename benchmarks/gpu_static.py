@@ -2,9 +2,9 @@
 
 The kernels are compiled ahead of time for every architecture; their machine code is read and counted instruction by
 instruction as one warp executes it for the rows that it holds at a time, every loop by its trip count; a model of the
-multiprocessor turns the counts into cycles per row. The model is modelled, unvalidated: no kernel was ever timed. It knows
-throughput alone (memory, issue, float32, shared memory with shuffles, matrix units), takes every shared-memory access as
-free of bank conflicts, and is blind to latency, barriers and the traffic of the caches.
+multiprocessor turns the counts into cycles per row. All of it is modelled, unvalidated: no kernel was ever timed. The
+model knows throughput alone (memory, issue, float32, shared memory with shuffles, matrix units), takes every access to
+shared memory as free of bank conflicts, and is blind to latency, barriers and the traffic of the caches.
 
 ``dram_fraction`` is the time that reading x and writing y takes at the memory's full speed, over the modelled time.
 
@@ -75,8 +75,8 @@ def modelled_cycles(
 ) -> dict[str, float]:
     """Cycles a row and multiprocessor that each unit is busy; the largest is the modelled time.
 
-    Per multiprocessor and cycle: four instructions are issued, 128 lanes add or multiply, one shuffle or one wavefront of
-    shared memory (128 bytes) is served.
+    Per multiprocessor and cycle: four instructions are issued, 128 lanes add or multiply, one shuffle or one wavefront
+    of shared memory (128 bytes) is served.
 
     Args:
         counts: of one warp for ``rows`` rows.
@@ -94,10 +94,10 @@ def modelled_cycles(
 
 
 def three_pass_cycles(machine: Machine, d: int, itemsize: int) -> float:
-    """fast-hadamard-transform for ``H diag H.T``: a transform, a product by the scale, a transform; three times x and y.
+    """fast-hadamard-transform for ``H diag H.T``: a transform, a product by the scale, a transform; x and y thrice.
 
-    Its kernel for d = 4096 in bfloat16 on sm_90 was counted: 8 warps, 477 instructions, 128 shuffles and 16 accesses of 128
-    bits to shared memory each. At any other width the three passes are taken to run at the memory's full speed.
+    Its kernel for d = 4096 in bfloat16 on sm_90 was counted: 8 warps, 477 instructions, 128 shuffles and 16 accesses of
+    128 bits to shared memory each. At any other width the three passes are taken to run at the memory's full speed.
     """
     row_bytes = 2 * d * itemsize
     one_pass = modelled_cycles(machine, WarpCounts(0, 0), row_bytes=row_bytes, warps=0)["dram"]
@@ -133,7 +133,7 @@ _TARGET = re.compile(r"`\((\.L\w+)\)")
 def sass_functions(text: str) -> dict[str, list[Block]]:
     """Control-flow graph of every function in the output of ``nvdisasm -c``."""
     functions = {}
-    for name, body in re.findall(r"^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section|\Z)", text, re.M | re.S):
+    for name, body in re.findall(r"^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section\s|\Z)", text, re.M | re.S):
         functions[name] = _graph(_sass_lines(body))
     return functions
 
@@ -165,13 +165,14 @@ def _graph(lines: Iterable[str | Instruction]) -> list[Block]:
         falls_through = True
         if last is not None and _is_jump(last):
             kind = last.opcode.split(".")[0]
-            if kind not in ("BRA", "EXIT"):
+            jumps = kind == "BRA" or last.opcode.startswith("CALL.REL.NOINC")  # a call that is never returned from
+            if not jumps and kind != "EXIT":
                 raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
             falls_through = last.predicated
-            if kind == "BRA":
+            if jumps:
                 target = _TARGET.search(last.operands)
                 if target is None:
-                    raise ValueError(f"BRA {last.operands}: this program cannot be followed")
+                    raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
                 block.successors.append(number[target[1]])
                 falls_through = falls_through or not last.operands.startswith("`")
         if falls_through and i + 1 < len(blocks):
@@ -357,8 +358,10 @@ def nvidia_row(
 # --- Triton ----------------------------------------------------------------------------------------------------------
 
 
-def compile_triton(kernel: str, arch: str, dtype: str, d: int, rows: int | None = None, warps: int | None = None) -> Any:
-    """The compiled kernel as an extension-less machine with this GPU would launch it, and its layout; no GPU is needed.
+def compile_triton(
+    kernel: str, arch: str, dtype: str, d: int, rows: int | None = None, warps: int | None = None
+) -> Any:
+    """The kernel as a machine with this GPU would compile it, and its layout; no GPU is needed.
 
     The forward has only ``scale``, the backward wants dx and dscale: what the patch of the paper needs.
     """
@@ -397,7 +400,7 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, rows: int | None 
     aligned = [
         (i,)
         for i, (name, of) in enumerate(signature.items())
-        if of.startswith("*") or of == "i32" and (name.endswith("stride") or name == "width")
+        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name == "width"))
     ]
     target = GPUTarget("hip", arch, lanes) if lanes == 64 else GPUTarget("cuda", int(arch[3:]), lanes)
     source = ASTSource(function, signature, values, {position: [["tt.divisibility", 16]] for position in aligned})
@@ -521,7 +524,12 @@ def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
 
     def merit(row: KernelRow) -> tuple[Any, ...]:
         in_flight = (row.resident_blocks or 0) * row.rows * d * DTYPES[dtype][1]
-        return row.spills > 0, -(row.dram_fraction or 0), -min(in_flight, 40_000), row.warps * row.instructions / row.rows
+        return (
+            row.spills > 0,
+            -(row.dram_fraction or 0),
+            -min(in_flight, 40_000),
+            row.warps * row.instructions / row.rows,
+        )
 
     return sorted(candidates, key=merit)
 
@@ -529,7 +537,19 @@ def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    *("kernel", "source", "arch", "dtype", "d", "warps", "rows", "registers", "spills", "shared_bytes", "resident_blocks"),
+    *(
+        "kernel",
+        "source",
+        "arch",
+        "dtype",
+        "d",
+        "warps",
+        "rows",
+        "registers",
+        "spills",
+        "shared_bytes",
+        "resident_blocks",
+    ),
     *("ldg", "ldg128", "stg", "stg128", "shfl", "smem_wavefronts", "bar", "mma", "fp", "instructions"),
     *("dram_fraction", "three_pass_fraction"),
 )

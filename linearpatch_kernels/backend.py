@@ -65,7 +65,7 @@ def _triton() -> bool | str:
 
 
 def triton_serves(device_type: str) -> bool:
-    """Whether Triton's kernels are what runs on tensors of such a device, ``cuda`` (also AMD's name in torch) or ``cpu``.
+    """Whether Triton's kernels run on tensors of such a device: ``cuda`` (AMD's name in torch too) or ``cpu``.
 
     On GPUs they are where the extension has no kernels for them; on the CPU the interpreter, if it was asked for.
     """

@@ -277,7 +277,7 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     Equivalent to ``x @ hadamard_matrix(d)``, without the d x d matrix: x is viewed as [..., blocks, m, 2, ..., 2] and
     multiplied along each axis by that axis' factor, a few factors at a time.
 
-    ``LINEARPATCH_HADAMARD=fast-hadamard-transform``, read once at import, lets that package's kernel transform the rows it
+    ``LINEARPATCH_HADAMARD=fast-hadamard-transform``, read once at import, lets that package's kernel transform what it
     covers: on NVIDIA GPUs, d a power of two from 8 to 32768, not float64, not under torch.compile.
 
     Args:

@@ -55,9 +55,7 @@ def test_the_rest_is_ours(calls: list[tuple[int, ...]], x: Tensor) -> None:
     torch.testing.assert_close(hadamard_transform(y, inverse=True), x)
 
 
-def test_not_on_the_cpu_and_not_unless_asked_for(
-    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_not_on_the_cpu_and_not_unless_asked_for(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hadamard, "_PACKAGE_DEVICES", ("cuda",))
     hadamard_transform(torch.randn(2, 64))
     monkeypatch.setattr(hadamard, "_PACKAGE_DEVICES", ("cpu",))
@@ -69,7 +67,7 @@ def test_not_on_the_cpu_and_not_unless_asked_for(
 @pytest.mark.usefixtures("calls")
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_hadamard_transform", None)
-    with pytest.raises(InputError, match="is not available .*: pip install fast-hadamard-transform"):
+    with pytest.raises(InputError, match=r"is not available .*: pip install fast-hadamard-transform"):
         hadamard_transform(torch.randn(2, 64))
     monkeypatch.setattr(hadamard, "_CHOSEN", "fastest")
     with pytest.raises(InputError, match="LINEARPATCH_HADAMARD=fastest is not known"):

@@ -1,8 +1,8 @@
 """The Triton kernels in the interpreter, held to float64: ``python -m tests.ops.triton_cases SEED COUNT``.
 
-A program of its own, with TRITON_INTERPRET=1 and LINEARPATCH_BACKEND=triton, because both are read at import. The first
-cases go once over the listed widths, one dtype after the other; the rest are random. The rule and the output are those of
-`cpu_cases`. Ends with status 1 as well if a kernel was not reached.
+A program of its own, with TRITON_INTERPRET=1 and LINEARPATCH_BACKEND=triton, because both are read at import. The
+first cases go once over the listed widths, one dtype after the other; the rest are random. The rule and the output are
+those of `cpu_cases`. Ends with status 1 as well if a kernel was not reached.
 """
 
 from __future__ import annotations

@@ -16,11 +16,14 @@ grid's stride. The order of the steps is what makes it fast:
 Low-rank terms, float64, and widths whose blocks are too small or too wide for this are left to plain PyTorch.
 """
 
-# mypy: allow-untyped-defs
+# Triton's functions have types of their own, and no unpacking of tuples.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,7 +169,7 @@ def _load_scale(
         REST: tl.constexpr = (ROWS << K) >> COUNT
         inside = tl.arange(0, 1 << COUNT)[:, None]
         rest = tl.arange(0, REST)[None, :]
-        # By `&` and `|`, whose contiguity the compiler does not follow: it would choose a layout for wide loads instead.
+        # By `&` and `|`, whose contiguity the compiler does not follow: it would choose a layout for wide loads.
         above = (rest >> LOW) & ((1 << (K - COUNT - LOW)) - 1)
         offset = (above << (LOW + COUNT)) | (inside << LOW) | (rest & ((1 << LOW) - 1))
         scale = tl.load(pointer + (block << K) + offset).to(tl.float32) * factor
@@ -285,7 +288,7 @@ def hadamard_patch_backward_kernel(
         _store_sum(dpost_ptr, dpost, 1.0, part, width, block, M, K)
 
 
-# --- which kernel for which width --------------------------------------------------------------------------------------
+# --- which kernel for which width ------------------------------------------------------------------------------------
 
 SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 
@@ -327,7 +330,7 @@ class Layout:
         values = max(2, (self.rows * self.tile << self.k) // threads)
         count = -(-across // (values.bit_length() - 1))
         cuts = [wide + across * i // max(count, 1) for i in range(count + 1)]
-        middle = [(low, high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
+        middle = [(low, high - low) for low, high in pairwise(cuts)]
         low, high = (0, wide), (upper, self.k - upper)
 
         def flat(groups: list[tuple[int, int]]) -> tuple[int, ...]:
@@ -381,7 +384,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a block may have."""
     if device.type == "cpu":
         return 4 * LARGEST_ORDER
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache
@@ -391,7 +395,7 @@ def _programs(device: torch.device) -> int:
     return 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-# --- host code ---------------------------------------------------------------------------------------------------------
+# --- host code -------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -495,7 +499,7 @@ def hadamard_patch_out(x: Tensor, scale: Tensor, *others: Any) -> None:
 def add_patch_rms_norm(
     x: Tensor, residual: Tensor, scale: Tensor, norm_weight: Tensor, eps: float, *optional: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The operator ``linearpatch::add_patch_rms_norm``; the norm is PyTorch's where a row is not whole in the kernel."""
+    """The operator ``linearpatch::add_patch_rms_norm``; the norm is PyTorch's where a row is not one block."""
     if (layout := _layout(x)) is None:
         return add_patch_rms_norm_reference(x, residual, scale, norm_weight, eps, *optional)
     _check_patch_operands(x, scale, *optional)
@@ -518,7 +522,7 @@ def hadamard_patch_backward(
     """The operator ``linearpatch::hadamard_patch_backward``, deterministic: every program sums its own rows."""
     *optional, needs = others
     if (layout := _layout(x)) is None or not x.numel():
-        return hadamard_patch_backward_reference(grad, x, scale, *optional, needs)
+        return hadamard_patch_backward_reference(grad, x, scale, *others)
     pre, post, down, up = optional
     wanted = [operand is not None and bool(needs >> i & 1) for i, operand in enumerate((x, scale, *optional))]
     rows, dy = _rows(x), _rows(grad)

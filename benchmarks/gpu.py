@@ -1,0 +1,242 @@
+"""All that is to be known from a machine with a GPU, in one command: ``make gpu``, or ``python benchmarks/gpu.py``.
+
+For each GPU backend that is there (cuda, triton), in a process of its own: the operators on random calls over all
+listed widths and dtypes against float64, then times of the forward, its gradients and the norm beside their peers:
+cuBLAS by the dense matrix, fast-hadamard-transform in three passes, torch.compile of the reference, and a copy as the
+bound. Writes one JSON and one Markdown file; the JSON is what is worth sending.
+
+``--dry`` runs all of it without a GPU, on a few rows: Triton's kernels by the interpreter, clocks instead of events.
+Its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+BACKENDS = ("cuda", "triton")
+Run = Callable[[], Any]
+
+
+# --- one backend, in a process where it is forced --------------------------------------------------------------------
+
+
+def check(device: str, widths: Sequence[int]) -> dict[str, Any]:
+    """Random calls of all operators, held to float64 by the rule that the CPU kernels are held to."""
+    from tests.ops.cpu_cases import DTYPES, one_case
+
+    chance, wrong = random.Random(0), []
+    torch.manual_seed(0)
+    with torch.device(device):
+        for d in widths:
+            for dtype in DTYPES:
+                wrong += one_case(d, dtype, chance)
+    return {"calls": len(widths) * len(DTYPES), "wrong": wrong}
+
+
+def peers(x: Tensor, scale: Tensor, dry: bool) -> dict[str, Callable[[], Run]]:
+    """What computes the same y, each to be built when its turn comes; and a copy, which no kernel can beat."""
+    from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+    from linearpatch_kernels.ops.hadamard_patch.reference import hadamard_patch_reference
+
+    out = torch.empty_like(x)
+
+    def dense() -> Run:
+        matrix = torch.ops.linearpatch.hadamard_patch_reference(
+            torch.eye(x.shape[-1], device=x.device), scale, None, None, None, None
+        ).to(x.dtype)
+        return lambda: torch.mm(x, matrix, out=out)
+
+    def three_passes() -> Run:
+        transform = import_module("fast_hadamard_transform").hadamard_transform
+        weight, factor = scale.to(x.dtype), x.shape[-1] ** -0.5
+        return lambda: transform(transform(x, scale=factor) * weight, scale=factor)
+
+    def compiled() -> Run:
+        call = torch.compile(hadamard_patch_reference, backend="eager" if dry else "inductor", dynamic=False)
+        return lambda: call(x, scale)
+
+    return {
+        "ours": lambda: lambda: hadamard_patch(x, scale, out=out),
+        "mm by the dense matrix": dense,
+        "fast-hadamard-transform, three passes": three_passes,
+        "torch.compile of the reference": compiled,
+        "copy": lambda: lambda: out.copy_(x),
+    }
+
+
+def other_operators(x: Tensor, scale: Tensor) -> dict[str, Callable[[], Run]]:
+    from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm
+
+    grad, weight, residual = torch.randn_like(x), torch.ones_like(scale), torch.randn_like(x)
+    backward = torch.ops.linearpatch.hadamard_patch_backward.default
+    return {
+        "backward, dx and dscale": lambda: lambda: backward(grad, x, scale, None, None, None, None, 0b11),
+        "add_patch_rms_norm": lambda: lambda: add_patch_rms_norm(x, residual, scale, weight, 1e-5),
+    }
+
+
+class Clock:
+    """Seconds of a call: by events on a GPU, where a burst of calls hides what starting them costs."""
+
+    def __init__(self, device: str, burst: int) -> None:
+        self.gpu, self.burst = device == "cuda", burst
+
+    def __call__(self, run: Run) -> float:
+        if not self.gpu:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(self.burst):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self.burst
+
+
+def measure(device: str, rows: int, d: int, dtype: torch.dtype, *, rounds: int, dry: bool) -> dict[str, Any]:
+    """Median seconds of ours and of every peer, whose turns alternate in each round, or why one has none."""
+    x, scale = torch.randn(rows, d, device=device).to(dtype), torch.rand(d, device=device) + 0.5
+    turns: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+    with torch.inference_mode():
+        for name, build in (peers(x, scale, dry) | other_operators(x, scale)).items():
+            try:
+                turns[name] = build()
+                turns[name]()
+            except Exception as error:  # another's code may refuse a width in its own way
+                if name == "ours":
+                    raise
+                missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                turns.pop(name, None)
+        clock = Clock(device, burst=max(1, 2**27 // x.nbytes))
+        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(rounds):
+            for name, run in turns.items():
+                seconds[name].append(clock(run))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "rows": rows, "d": d, "dtype": str(dtype).removeprefix("torch."),
+        "seconds": medians, "rounds": seconds, "missing": missing,
+        "bytes_per_second": 2 * x.nbytes / medians["ours"],
+    }  # fmt: skip
+
+
+def work(backend: str, dry: bool) -> dict[str, Any]:
+    from tests.ops.cpu_cases import LISTED
+
+    device = "cpu" if dry else "cuda"
+    widths = [64, 576] if dry else LISTED
+    shapes = [(2, 512)] if dry else [(n, d) for d in (576, 2048, 3072, 4096, 5120, 8192) for n in (1, 512, 16384)]
+    dtypes = [torch.bfloat16] if dry else [torch.bfloat16, torch.float32]
+    checked = check(device, widths)
+    measured = [measure(device, n, d, dtype, rounds=2 if dry else 31, dry=dry) for n, d in shapes for dtype in dtypes]
+    return {"backend": backend, "checked": checked, "measured": measured}
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def machine(dry: bool) -> dict[str, Any]:
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except Exception:  # whatever is wrong with its metadata, it is not to be named
+            return None
+
+    packages = ("torch", "triton", "fast-hadamard-transform", "linearpatch-kernels")
+    properties = None if dry else torch.cuda.get_device_properties(0)
+    return {
+        "dry": dry,
+        "gpu": None if properties is None else str(properties),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "python": platform.python_version(),
+        "versions": {package: installed(package) for package in packages},
+    }
+
+
+def in_own_process(backend: str, dry: bool) -> dict[str, Any]:
+    variables = os.environ | {"LINEARPATCH_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    variables |= {"TRITON_INTERPRET": "1"} if dry else {}
+    command = [sys.executable, "-W", "ignore", __file__, "--only", backend, *["--dry"] * dry]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"backend": backend, "failed": done.stderr.strip()[-4000:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One table a backend: microseconds, and how many times longer each peer takes."""
+    of = report["machine"]
+    lines = ["# linearpatch-kernels on a GPU", "", f"{of['gpu'] or 'no GPU: a dry run, whose times mean nothing'}", ""]
+    lines += [", ".join(f"{name} {number}" for name, number in of["versions"].items() if number)]
+    for result in report["backends"]:
+        lines += ["", f"## {result['backend']}", ""]
+        if "failed" in result:
+            lines += ["```", result["failed"], "```"]
+            continue
+        checked = result["checked"]
+        lines += [f"{checked['calls']} random calls against float64, {len(checked['wrong'])} wrong."]
+        lines += [*(f"- {line}" for line in checked["wrong"]), ""]
+        names = list(dict.fromkeys(name for row in result["measured"] for name in row["seconds"] if name != "ours"))
+        head = ["rows", "d", "dtype", "ours, µs", "GB/s", *(f"{name} / ours" for name in names)]
+        lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        for row in result["measured"]:
+            ours, seconds = row["seconds"]["ours"], row["seconds"]
+            cells = [str(row["rows"]), str(row["d"]), row["dtype"], f"{ours * 1e6:.1f}"]
+            cells += [f"{row['bytes_per_second'] / 1e9:.0f}"]
+            cells += [f"{seconds[name] / ours:.2f}" if name in seconds else "" for name in names]
+            lines += [f"| {' | '.join(cells)} |"]
+        why = {name: reason for row in result["measured"] for name, reason in row["missing"].items()}
+        lines += ["", *(f"- {name} is missing: {reason}" for name, reason in why.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--dry", action="store_true", help="without a GPU: a few rows on the CPU")
+    parser.add_argument("--json", type=Path, default=Path(".benchmarks/gpu.json"), help="default: %(default)s")
+    parser.add_argument("--only", choices=BACKENDS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.only:
+        print(json.dumps(work(options.only, options.dry)))
+        return 0
+    if not options.dry and not torch.cuda.is_available():
+        print("torch finds no GPU here: run it on a machine that has one, or with --dry", file=sys.stderr)
+        return 2
+    there = ("triton",) if options.dry else BACKENDS
+    report = {"machine": machine(options.dry), "backends": [in_own_process(backend, options.dry) for backend in there]}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    options.json.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+    print(f"written: {options.json} (send this one) and {options.json.with_suffix('.md')}")
+    checked = [one["checked"] for one in report["backends"] if "checked" in one]
+    return 1 if not checked or any(one["wrong"] for one in checked) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
