@@ -81,7 +81,7 @@ MUTATIONS = {
     ),
     "an output left out": ("patch.cuh", "if (there) out.store(y", "if (there && i) out.store(y", "of y never written"),
     "a mask of half a warp": ("patch.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "shuffle"),
-    "a swizzle that is not one to one": ("stages.cuh", "(i >> 3 & 4)", "(i >> 2 & 4)", "race: shared word"),
+    "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
 
 
