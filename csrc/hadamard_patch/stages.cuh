@@ -50,7 +50,7 @@ template <int m_>
 struct Staged {
   static constexpr bool known = false;
   static constexpr int m = m_, middle_bits = m == 1 ? kMiddleBits : 0, inner_at = 3 + middle_bits;
-  static constexpr int block_threads = kMostThreads, least_blocks = m <= 20 ? 2 : 1;
+  static constexpr int block_threads = kMostThreads, least_blocks = m == 1 ? 2 : 1;
   int k, a, b, order_, threads, stride;
   DEVICE explicit Staged(const RowShape& shape)
       : k(shape.k), a(shape.a), b(shape.b), order_(shape.m), threads(shape.threads), stride(shape.stride) {}
