@@ -60,7 +60,8 @@ import torch
 from linearpatch_kernels import linear_topk_kl_loss
 hidden = torch.randn(4, 8, requires_grad=True)
 with torch.profiler.profile() as called:
-    linear_topk_kl_loss(hidden, torch.randn(20, 8), torch.rand(4, 3).softmax(1), torch.randint(0, 20, (4, 3))).backward()
+    probs, ids = torch.rand(4, 3).softmax(1), torch.randint(0, 20, (4, 3))
+    linear_topk_kl_loss(hidden, torch.randn(20, 8), probs, ids).backward()
 print(any("embedding_bag" in event.key for event in called.key_averages()), hidden.grad.isfinite().all().item())
 """
     for source in (ROOT / "linearpatch_kernels").rglob("*.py"):
