@@ -127,7 +127,7 @@ print(*said, sep="\\n")
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_of_the_kernels_is_seen(mutation: str, tmp_path: Path) -> None:
     here = applied(mutation, tmp_path)
-    library = build(tmp_path, here=here, optimize="-O1")
+    library = build(tmp_path, here=here, optimize="-O0")
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, library],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])},
