@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
     from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
     from linearpatch_kernels.surgery.apply import apply_plan
+    from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
+    from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
     from linearpatch_kernels.surgery.plan import PrunePlan
 
 __version__ = "0.1.0"
@@ -38,6 +40,8 @@ __all__ = [
     "InputError",
     "LinearTopKKLLoss",
     "LowRankPatch",
+    "MergePlan",
+    "MergeSettings",
     "Patch",
     "PrunePlan",
     "Span",
@@ -45,6 +49,7 @@ __all__ = [
     "TopKKLLoss",
     "TrainingSettings",
     "add_patch_rms_norm",
+    "apply_merges",
     "apply_plan",
     "backends",
     "build_patch",
@@ -56,6 +61,7 @@ __all__ = [
     "hadamard_transform",
     "linear_topk_kl_loss",
     "paley_factor",
+    "plan_merging",
     "topk_kl_loss",
     "write_teacher_store",
 ]
@@ -79,6 +85,8 @@ _HOME = {
     "ops.hadamard_patch": ("add_patch_rms_norm", "hadamard_patch"),
     "ops.topk_kl": ("linear_topk_kl_loss", "topk_kl_loss"),
     "surgery.apply": ("apply_plan",),
+    "surgery.merge_plan": ("MergePlan", "apply_merges"),
+    "surgery.merge_search": ("MergeSettings", "plan_merging"),
     "surgery.plan": ("PrunePlan",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
