@@ -16,7 +16,7 @@
 
 #include "hadamard_patch/kernel_table.h"
 
-namespace linearpatch::cpu {
+namespace linearpatch {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -45,10 +45,11 @@ inline std::optional<Dtype> kernel_dtype(const Tensor& t) {
 
 inline bool floating(const Tensor& t) { return kernel_dtype(t) || t.scalar_type() == ScalarType::Double; }
 
-// An operator whose results are all tensors.
+// An operator with a result, or several, all of them tensors.
 template <size_t arguments>
-std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results = 1,
+                         const char* overload = "") {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   std::vector<Tensor> tensors;
   for (size_t i = 0; i < results; ++i) tensors.push_back(torch::stable::detail::to<Tensor>(stack[i]));
   return tensors;
@@ -76,4 +77,4 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-}  // namespace linearpatch::cpu
+}  // namespace linearpatch

@@ -1,45 +1,21 @@
 #include "cpu.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../stable_tensors.h"
 #include "width.h"
 
 namespace linearpatch::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::detail::from;
-using torch::stable::detail::to;
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth waking a thread for
-
-[[noreturn]] void refuse(const std::string& message) { throw std::runtime_error(message); }
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-// An operator with a result, or several, all of them tensors.
-template <size_t arguments>
-std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results = 1) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  std::vector<Tensor> tensors;
-  for (size_t i = 0; i < results; ++i) tensors.push_back(to<Tensor>(stack[i]));
-  return tensors;
-}
 
 Tensor empty_contiguous(const Tensor& like) {
   static thread_local std::vector<int64_t> strides;  // kept: an allocation shows where a call takes microseconds
@@ -55,42 +31,9 @@ Tensor empty_contiguous(const Tensor& like) {
   return Tensor(handle);
 }
 
-// Aligned to a cache line, grown when it must be, given back with its thread.
-struct Buffer {
-  float* data = nullptr;
-  int64_t size = 0;
-  float* at_least(int64_t floats) {
-    if (floats > size) {
-      std::free(data);
-      size = (floats + 1023) / 1024 * 1024;
-      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-      if (!data) {
-        size = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data;
-  }
-  ~Buffer() { std::free(data); }
-};
 thread_local Buffer scratch, operands;
 
 // --- what a call works on ---
-
-std::optional<Dtype> kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: return std::nullopt;
-  }
-}
-
-bool floating(const Tensor& t) { return kernel_dtype(t) || t.scalar_type() == ScalarType::Double; }
-
-std::string described(const Tensor& t) {
-  return (t.is_cpu() ? "" : "another device's ") + std::string(torch::headeronly::toString(t.scalar_type())) + " " + shape_of(t);
-}
 
 void check_vector(const char* name, const Tensor& v, int64_t d) {
   if (v.dim() != 1 || v.size(0) != d || !floating(v) || !v.is_cpu())

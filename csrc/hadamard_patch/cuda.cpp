@@ -2,9 +2,6 @@
 // goes to the reference through the dispatcher, which also says what is wrong with it.
 #include "cuda.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
-
 #include <array>
 #include <cstring>
 #include <map>
@@ -14,16 +11,14 @@
 #include <utility>
 #include <vector>
 
+#include "../stable_tensors.h"
 #include "cuda_start.h"
 #include "width.h"
 
 namespace linearpatch::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::detail::from;
-using torch::stable::detail::to;
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kVector = 16;  // bytes
 
@@ -31,28 +26,10 @@ void check(const char* error) {
   if (error) throw std::runtime_error(std::string("a CUDA kernel of linearpatch did not start: ") + error);
 }
 
-template <size_t arguments>
-std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results = 1,
-                         const char* overload = "") {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  std::vector<Tensor> tensors;
-  for (size_t i = 0; i < results; ++i) tensors.push_back(to<Tensor>(stack[i]));
-  return tensors;
-}
-
 // --- what a call works on ---
 
-std::optional<Dtype> kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: return std::nullopt;
-  }
-}
-
 bool with_x(const Tensor& t, const Tensor& x) {
-  return (kernel_dtype(t) || t.scalar_type() == ScalarType::Double) && t.is_cuda() == x.is_cuda() &&
+  return floating(t) && t.is_cuda() == x.is_cuda() &&
          t.get_device_index() == x.get_device_index();
 }
 
