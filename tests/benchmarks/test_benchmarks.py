@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--cases", "few_cases", *arguments]
-    environment = {**os.environ, "PYTHONPATH": paths}
+    # Within a worker of pytest-xdist, pytest-benchmark writes nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "PYTHONPATH": paths}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
