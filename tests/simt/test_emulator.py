@@ -91,6 +91,7 @@ def applied(mutation: str, folder: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for source in (KERNELS, HERE):
         shutil.copytree(source, folder / source.relative_to(HERE.parents[1]), ignore=ignored)
+    shutil.copy(KERNELS.parent / "stable_tensors.h", folder / "csrc")
     target = folder / "csrc" / "hadamard_patch" / name
     text = target.read_text()
     assert text.count(before) == 1, f"{name} has changed: {mutation} is to be written anew"
