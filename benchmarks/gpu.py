@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch  # noqa: E402 - after the path is set
+from torch import Tensor  # noqa: E402 - after the path is set
 
 BACKENDS = ("cuda", "triton")
 Run = Callable[[], Any]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cpuinfo  # type: ignore[import-untyped]
+import cpuinfo  # type: ignore[import-untyped]  # it ships no types
 import torch
 
 from linearpatch_kernels.backend import backends
