@@ -113,8 +113,17 @@ class HadamardPatch(Patch):
         return patch
 
     def forward(self, x: Tensor) -> Tensor:
+        own: dict[str, Any] = self._parameters
+        if "scale" not in own:  # parametrised, or a replica of torch's DataParallel: there as attributes only
+            own = {name: getattr(self, name) for name in ("scale", "pre_scale", "post_scale", "down", "up")}
+        # Each of the five by nn.Module's own __getattr__ takes longer than the arithmetic on a narrow row.
         return hadamard_patch(
-            x, self.scale, pre_scale=self.pre_scale, post_scale=self.post_scale, down=self.down, up=self.up
+            x,
+            own["scale"],
+            pre_scale=own["pre_scale"],
+            post_scale=own["post_scale"],
+            down=own["down"],
+            up=own["up"],
         )
 
     def description(self) -> dict[str, Any]:

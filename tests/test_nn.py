@@ -315,3 +315,14 @@ def test_losses_are_the_functions_with_their_options(normalization: str) -> None
     assert linear.equal(linear_topk_kl_loss(hidden, weight, probs, ids, bias=bias, **options))
     assert not linear.equal(LinearTopKKLLoss(normalization)(hidden, weight, probs, ids, bias))
     assert repr(TopKKLLoss(**options)) == f"TopKKLLoss(normalization={normalization!r}, temperature=2.0)"
+
+
+def test_parametrised_scale_is_used() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, scale: Tensor) -> Tensor:
+            return 2 * scale
+
+    patch = HadamardPatch(12, rank=2)
+    torch.nn.utils.parametrize.register_parametrization(patch, "scale", Doubled())
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(patch(x), 2 * x)

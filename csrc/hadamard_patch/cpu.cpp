@@ -15,7 +15,8 @@ namespace {
 
 using torch::stable::detail::from;
 
-constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth waking a thread for
+// About 20 us of work: less is not worth waking a thread for.
+int64_t least_rows(int64_t d) { return std::max<int64_t>(1, 65536 / d); }
 
 Tensor empty_contiguous(const Tensor& like) {
   static thread_local std::vector<int64_t> strides;  // kept: an allocation shows where a call takes microseconds
@@ -212,9 +213,8 @@ class Operands {
 
 template <class Work>
 void over_rows(int64_t count, int64_t d, int64_t floats, const Work& work) {
-  const int64_t rows_per_thread = std::max<int64_t>(1, kElementsPerThread / d);
-  if (count <= rows_per_thread) return work(0, count, scratch.at_least(floats));
-  torch::stable::parallel_for(0, count, rows_per_thread,
+  if (count <= least_rows(d)) return work(0, count, scratch.at_least(floats));
+  torch::stable::parallel_for(0, count, least_rows(d),
                               [&](int64_t begin, int64_t end) { work(begin, end, scratch.at_least(floats)); });
 }
 
@@ -255,24 +255,31 @@ Optional transposed(const Optional& matrix) {
 
 Tensor no_gradient(const Tensor& x) { return torch::stable::new_empty(x, {0}, ScalarType::Float); }
 
-// Of x, scale, pre_scale and post_scale; each a tensor of its own, as the schema says.
-std::array<Tensor, 4> no_gradients(const Tensor& x) {
-  return {torch::stable::new_empty(x, {0}), no_gradient(x), no_gradient(x), no_gradient(x)};
+// The sums of all parts, times a factor, in float64: how they are rounded does not depend on how many parts there are.
+void add_up(const float* parts, int64_t count, int64_t stride, int64_t d, double factor, float* result) {
+  constexpr int64_t block = 512;
+  double total[block];
+  for (int64_t c = 0; c < d; c += block) {
+    const int64_t length = std::min(block, d - c);
+    std::fill_n(total, length, 0.0);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < length; ++k) total[k] += parts[i * stride + c + k];
+    for (int64_t k = 0; k < length; ++k) result[c + k] = static_cast<float>(total[k] * factor);
+  }
 }
 
 // dx, and the sums over rows. Every few rows have sums of their own, added up in their order: how many threads there are
 // changes nothing.
 std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const Tensor& scale, const Optional& pre,
                                       const Optional& post, const Optional& down, const Optional& up, int64_t needs) {
-  constexpr int64_t least_rows = 64, most_parts = 64;
+  constexpr int64_t most_parts = 64;
   const int64_t d = x.size(x.dim() - 1);
   const bool want_dx = needs & 1;
   const Width& width = width_of(d);
   const KernelTable& unit = kernels(width);
-  std::array<Tensor, 4> results = no_gradients(x);
-  if (want_dx) results[0] = empty_contiguous(x);
+  std::array<Tensor, 4> results{want_dx ? empty_contiguous(x) : torch::stable::new_empty(x, {0})};
   for (int i = 1; i < 4; ++i)
-    if (needs >> i & 1) results[i] = torch::stable::new_empty(x, {d}, ScalarType::Float);
+    results[i] = torch::stable::new_empty(x, {needs >> i & 1 ? d : 0}, ScalarType::Float);
 
   std::array<Tensor, 3> tensors{x, grad, want_dx ? results[0] : x};
   const auto layout = layout_with_copies(tensors, want_dx ? 2 : 3);
@@ -289,7 +296,7 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
   call.post = given.vector(post);
   if (want_dx) call.low_rank = given.low_rank(transposed(up), transposed(down));
 
-  const int64_t part = std::max((layout.rows + most_parts - 1) / most_parts, least_rows);
+  const int64_t part = std::max((layout.rows + most_parts - 1) / most_parts, least_rows(d));
   const int64_t parts = std::max<int64_t>(1, (layout.rows + part - 1) / part);
   const int64_t wanted = (needs >> 1 & 1) + (needs >> 2 & 1) + (needs >> 3 & 1), stride = (d + 15) / 16 * 16;
   Buffer memory;
@@ -303,24 +310,19 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
     return GradientSums{for_scale, for_pre, next(3)};
   };
   const int64_t floats = unit.gradient_scratch(call, sums_of(0));
-  torch::stable::parallel_for(0, parts, std::max<int64_t>(1, kElementsPerThread / (part * d)), [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       unit.gradients(call, sums_of(i), i * part, std::min((i + 1) * part, layout.rows), scratch.at_least(floats));
-  });
+  };
+  parts == 1 ? work(0, 1) : torch::stable::parallel_for(0, parts, 1, work);
 
-  std::vector<double> total(d);
-  for (int bit = 1, place = 0; bit < 4; ++bit) {
-    if (!(needs >> bit & 1)) continue;
-    std::fill(total.begin(), total.end(), 0.0);
-    for (int64_t i = 0; i < parts; ++i) {
-      const float* const one = sums + (i * wanted + place) * stride;
-      for (int64_t c = 0; c < d; ++c) total[c] += one[c];
-    }
-    const double factor = bit == 1 ? given.norm() : 1.0;
-    float* const result = static_cast<float*>(results[bit].mutable_data_ptr());
-    for (int64_t c = 0; c < d; ++c) result[c] = static_cast<float>(total[c] * factor);
-    ++place;
-  }
+  const GradientSums first = sums_of(0);
+  const auto add_parts = [&](const float* of_first, double factor, const Tensor& result) {
+    if (of_first) add_up(of_first, parts, wanted * stride, d, factor, static_cast<float*>(result.mutable_data_ptr()));
+  };
+  add_parts(first.scale, given.norm(), results[1]);
+  add_parts(first.pre, 1.0, results[2]);
+  add_parts(first.post, 1.0, results[3]);
   return results;
 }
 
@@ -361,7 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
     const auto g = reference(needs);
     return {g[0], g[1], g[2], g[3], g[4], g[5]};
   }
-  std::array<Tensor, 4> fused = no_gradients(x);
+  // Each a tensor of its own, as the schema says.
+  std::array<Tensor, 4> fused{torch::stable::new_empty(x, {0}), no_gradient(x), no_gradient(x), no_gradient(x)};
   if ((needs & ~of_low_rank) == 1) {  // dx alone is a patch of the gradient
     fused[0] = empty_contiguous(x);
     patch_into(grad, scale, post_scale, pre_scale, transposed(up), transposed(down), fused[0]);

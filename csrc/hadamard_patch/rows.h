@@ -90,10 +90,11 @@ void patch_single_rows(const PatchCall& call, long begin, long end, float* scrat
 template <class T>
 void patch_staged_rows(const PatchCall& call, long begin, long end, float* scratch) {
   const Width& h = *call.width;
-  const long n = h.m * h.inner, d = h.d, rank = call.low_rank.rank, group = rank ? together : 1;
+  const long n = h.m * h.inner, d = h.d, rank = call.low_rank.rank, group = rows_at_once(call.low_rank, d);
   const Outer<float> outer = outer_of<float>(h);
   float* const sums = scratch + group * d;
-  float* const table = sums + group * call.low_rank.ranks;
+  float* const panel = sums + group * call.low_rank.ranks;
+  float* const table = panel + panel_floats(call.low_rank);
   for (long r = begin; r < end; r += group) {
     const long count = end - r < group ? end - r : group;
     for (long i = 0; i < count; ++i) {
@@ -101,7 +102,7 @@ void patch_staged_rows(const PatchCall& call, long begin, long end, float* scrat
       float* const row = scratch + i * d;
       call.residual.data ? add_rows(x, row_of<T>(call, call.residual, r + i), row, d) : multiply_row(x, nullptr, row, d);
     }
-    if (rank) project(scratch, count, call.low_rank, d, sums);
+    if (rank) project(scratch, count, call.low_rank, d, sums, panel);
     for (long i = 0; i < count; ++i) {
       float* const row = scratch + i * d;
       Ahead ahead = ahead_of<T>(call, call.x, call.residual.data ? call.residual : call.y, r + i + group, end, row);
@@ -113,7 +114,7 @@ void patch_staged_rows(const PatchCall& call, long begin, long end, float* scrat
         outer.back(row + b, call.post ? call.post + b : nullptr, row + b, {}, h, table, start);
       }
     }
-    if (rank) lift(scratch, count, sums, call.low_rank, d);
+    if (rank) lift(scratch, count, sums, call.low_rank, d, panel);
     for (long i = 0; i < count; ++i) {
       T* y = row_of<T>(call, call.y, r + i);
       if (call.normed.data)
@@ -126,8 +127,8 @@ void patch_staged_rows(const PatchCall& call, long begin, long end, float* scrat
 
 int64_t patch_scratch(const PatchCall& call) {
   const Width& h = *call.width;
-  const long group = call.low_rank.rank ? together : 1;
-  return group * (h.d + call.low_rank.ranks) + (h.has_program || h.m == 1 ? 0 : table_floats(h.m));
+  const long table = h.has_program || h.m == 1 ? 0 : table_floats(h.m);
+  return rows_at_once(call.low_rank, h.d) * (h.d + call.low_rank.ranks) + panel_floats(call.low_rank) + table;
 }
 
 void patch(const PatchCall& call, int64_t begin, int64_t end, float* scratch) {
@@ -147,7 +148,7 @@ constexpr long summed_together = 16;
 template <class T>
 void gradient_rows(const PatchCall& call, const GradientSums& into, long begin, long end, float* scratch) {
   const Width& h = *call.width;
-  const long n = h.m * h.inner, d = h.d, rank = call.low_rank.rank, group = rank ? together : 1;
+  const long n = h.m * h.inner, d = h.d, rank = call.low_rank.rank, group = rows_at_once(call.low_rank, d);
   const Outer<T> direct = outer_of<T>(h);
   const Outer<float> staged = outer_of<float>(h);
   const bool want_dx = call.y.data, a_back = want_dx || into.pre, u_back = into.post, u_there = into.scale || into.post;
@@ -162,7 +163,8 @@ void gradient_rows(const PatchCall& call, const GradientSums& into, long begin, 
   give(few.pre);
   give(few.post);
   float* const sums = place;
-  float* const table = sums + group * call.low_rank.ranks;
+  float* const panel = sums + group * call.low_rank.ranks;
+  float* const table = panel + panel_floats(call.low_rank);
   const auto each_sum = [&](auto visit) {
     if (into.scale) visit(few.scale, into.scale);
     if (into.pre) visit(few.pre, into.pre);
@@ -181,7 +183,7 @@ void gradient_rows(const PatchCall& call, const GradientSums& into, long begin, 
     const long count = end - r < group ? end - r : group;
     if (rank) {
       for (long i = 0; i < count; ++i) multiply_row(row_of<T>(call, call.grad, r + i), nullptr, a_rows + i * d, d);
-      project(a_rows, count, call.low_rank, d, sums);
+      project(a_rows, count, call.low_rank, d, sums, panel);
     }
     for (long i = 0; i < count; ++i) {
       const T* x = row_of<T>(call, call.x, r + i);
@@ -206,7 +208,7 @@ void gradient_rows(const PatchCall& call, const GradientSums& into, long begin, 
       if (rank && few.pre) multiply_twice(a_row, x, call.pre, few.pre, d);
     }
     if (want_dx && rank) {
-      lift(a_rows, count, sums, call.low_rank, d);
+      lift(a_rows, count, sums, call.low_rank, d, panel);
       for (long i = 0; i < count; ++i) round_out(a_rows + i * d, row_of<T>(call, call.y, r + i), d);
     }
     summed += count;
@@ -220,9 +222,10 @@ void gradient_rows(const PatchCall& call, const GradientSums& into, long begin, 
 
 int64_t gradient_scratch(const PatchCall& call, const GradientSums& into) {
   const Width& h = *call.width;
-  const long group = call.low_rank.rank ? together : 1;
   const long sums = (into.scale != nullptr) + (into.pre != nullptr) + (into.post != nullptr);
-  return group * (h.d + call.low_rank.ranks) + (1 + sums) * h.d + (h.has_program || h.m == 1 ? 0 : table_floats(h.m));
+  const long table = h.has_program || h.m == 1 ? 0 : table_floats(h.m);
+  const long rows = rows_at_once(call.low_rank, h.d);
+  return rows * (h.d + call.low_rank.ranks) + (1 + sums) * h.d + panel_floats(call.low_rank) + table;
 }
 
 void gradients(const PatchCall& call, const GradientSums& into, int64_t begin, int64_t end, float* scratch) {

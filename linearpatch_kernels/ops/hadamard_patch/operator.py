@@ -130,6 +130,15 @@ _call_out = torch.ops.linearpatch.hadamard_patch_out.default
 _call_add_patch_rms_norm = torch.ops.linearpatch.add_patch_rms_norm.default
 
 
+def _run(operator: Any, *operands: Any) -> Any:
+    """The operator; under no_grad, as in Transformers' generate, past the Python in which torch.library would note what
+    a gradient needs: that costs more than a row does."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return operator(*operands)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*operands)
+
+
 def hadamard_patch(
     x: Tensor,
     scale: Tensor,
@@ -167,11 +176,12 @@ def hadamard_patch(
         RuntimeError: ``out`` is given where gradients are being recorded for one of the operands.
     """
     if out is None:
-        return _call(x, scale, pre_scale, post_scale, down, up)
+        y: Tensor = _run(_call, x, scale, pre_scale, post_scale, down, up)
+        return y
     operands = (x, scale, pre_scale, post_scale, down, up, out)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
         raise RuntimeError("hadamard_patch with out= is not differentiable: call it under torch.no_grad()")
-    _call_out(*operands)
+    _run(_call_out, *operands)
     return out
 
 
@@ -208,4 +218,7 @@ def add_patch_rms_norm(
     Raises:
         InputError: as `hadamard_patch`.
     """
-    return _call_add_patch_rms_norm(x, residual, scale, norm_weight, eps, pre_scale, post_scale, down, up)
+    results: tuple[Tensor, Tensor] = _run(
+        _call_add_patch_rms_norm, x, residual, scale, norm_weight, eps, pre_scale, post_scale, down, up
+    )
+    return results
