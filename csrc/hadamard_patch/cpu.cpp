@@ -182,6 +182,14 @@ class Operands {
     return out;
   }
 
+  // What the scale of a patch of so many rows is.
+  void scale_of_patch(const Tensor& scale, int64_t rows, PatchCall& call) {
+    if (const auto dtype = kernel_dtype(scale); rows == 1 && dtype && (width_.d == 1 || scale.stride(0) == 1))
+      call.unfolded = {scale.const_data_ptr(), *dtype, norm()};
+    else
+      call.scale = vector(scale, norm(), true);
+  }
+
   // The square of H's norm: the kernels' matrices have entries +-1.
   float norm() const { return 1.0f / static_cast<float>(width_.m * width_.inner); }
 
@@ -241,7 +249,7 @@ void patch_into(const Tensor& x, const Tensor& scale, const Optional& pre, const
   call.run = layout->run;
   call.x = rows(*layout, x, 0);
   call.y = rows(*layout, y, 1);
-  call.scale = given.vector(scale, given.norm(), true);
+  given.scale_of_patch(scale, layout->rows, call);
   call.pre = given.vector(pre);
   call.post = given.vector(post);
   call.low_rank = given.low_rank(down, up);
@@ -403,7 +411,7 @@ std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor 
   call.residual = rows(layout, tensors[1], 1);
   call.y = rows(layout, tensors[2], 2);
   call.normed = rows(layout, tensors[3], 3);
-  call.scale = given.vector(scale, given.norm(), true);
+  given.scale_of_patch(scale, layout.rows, call);
   call.pre = given.vector(pre_scale);
   call.post = given.vector(post_scale);
   call.low_rank = given.low_rank(down, up);

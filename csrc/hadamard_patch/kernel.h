@@ -18,6 +18,7 @@ using linearpatch::GradientSums;
 using linearpatch::LowRank;
 using linearpatch::PatchCall;
 using linearpatch::Rows;
+using linearpatch::Unfolded;
 using linearpatch::Width;
 using Reg = Vector::Reg;
 
@@ -30,6 +31,15 @@ HOT void with_type(Dtype dtype, Function function) {
     case Dtype::float32: return function(static_cast<const float*>(nullptr));
     case Dtype::float16: return function(static_cast<const Half*>(nullptr));
     case Dtype::bfloat16: return function(static_cast<const BFloat16*>(nullptr));
+  }
+}
+
+// out = factor * values in float32, with one NaN for all of them; folded if Vector::turned is to use it.
+template <class T>
+void widen_values(const T* values, float factor, bool folded, float* out, long count) {
+  for (long c = 0; c < count; c += lanes) {
+    const Reg v = Vector::mul(Vector::load(values + c), Vector::set1(factor));
+    Vector::store(out + c, Vector::canonical(folded ? Vector::folded(v) : v));
   }
 }
 

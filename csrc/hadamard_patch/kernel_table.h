@@ -31,12 +31,22 @@ struct LowRank {
   Dtype down_dtype, up_dtype;
 };
 
+// A scale as it was given, and what it is to be multiplied by.
+struct Unfolded {
+  const void* values;
+  Dtype dtype;
+  float factor;
+};
+
 struct PatchCall {
   const Width* width;
   Dtype dtype;  // of all rows
   int64_t run;
   Rows x, y;
-  const float* scale;  // times the norm of H, squared; readable a vector beyond its end. For the patch folded
+  // Times the norm of H, squared; readable a vector beyond its end. For the patch folded; or null where `unfolded` is to be
+  // folded on the way, as it suits a single row: the folded scale is one row less in the first-level cache.
+  const float* scale;
+  Unfolded unfolded;
   const float* pre;    // or null
   const float* post;   // or null
   LowRank low_rank;

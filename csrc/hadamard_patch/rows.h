@@ -79,7 +79,7 @@ void patch_single_rows(const PatchCall& call, long begin, long end, float* scrat
       const Ahead start = ahead;
       float* const w = work_row(y + b, scratch);
       outer.there(x + b, call.pre ? call.pre + b : nullptr, w, h, table, ahead);
-      Patching work{w, call.scale + b};
+      Patching work{w, call, b};
       inner_there_and_back(work, 0, n, outer.inner, ahead);
       outer.back(w, call.post ? call.post + b : nullptr, y + b, {}, h, table, start);
     }
@@ -109,7 +109,7 @@ void patch_staged_rows(const PatchCall& call, long begin, long end, float* scrat
       for (long b = 0; b < d; b += n) {
         const Ahead start = ahead;
         outer.there(row + b, call.pre ? call.pre + b : nullptr, row + b, h, table, ahead);
-        Patching work{row + b, call.scale + b};
+        Patching work{row + b, call, b};
         inner_there_and_back(work, 0, n, outer.inner, ahead);
         outer.back(row + b, call.post ? call.post + b : nullptr, row + b, {}, h, table, start);
       }
@@ -234,11 +234,6 @@ void gradients(const PatchCall& call, const GradientSums& into, int64_t begin, i
 
 // --- operands ---
 
-void widen(const void* values, Dtype dtype, float factor, bool fold, float* out, int64_t count) {
-  with_type(dtype, [&]<class T>(const T*) {
-    for (long c = 0; c < count; c += lanes) {
-      const Reg v = Vector::mul(Vector::load(static_cast<const T*>(values) + c), Vector::set1(factor));
-      Vector::store(out + c, Vector::canonical(fold ? Vector::folded(v) : v));
-    }
-  });
+void widen(const void* values, Dtype dtype, float factor, bool folded, float* out, int64_t count) {
+  with_type(dtype, [&]<class T>(const T*) { widen_values(static_cast<const T*>(values), factor, folded, out, count); });
 }

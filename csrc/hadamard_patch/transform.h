@@ -171,6 +171,11 @@ void outer_back(const float* w, const float* factor, T* y, Product<T> product, l
 
 // --- inner: S_inner on each of the contiguous blocks of a row ---
 
+// n scales from c on, as Vector::turned wants them.
+void fold(const Unfolded& scale, long c, long n, float* out) {
+  with_type(scale.dtype, [&]<class S>(const S*) { widen_values(static_cast<const S*>(scale.values) + c, scale.factor, true, out, n); });
+}
+
 template <int bits, bool low>
 void pass(float* w, long floats, long stride, Ahead& next) {
   Ahead ahead = next;
@@ -188,10 +193,11 @@ void pass(float* w, long floats, long stride, Ahead& next) {
 
 // What is done to a row once it is in the basis of H. A work says which rows of float32 take part, and has the turn.
 //
-// The patch itself.
+// The patch itself, for a part of a row that begins at `offset` of the scale.
 struct Patching {
   float* w;
-  const float* scale;  // folded: as Vector::turned wants it
+  const PatchCall& call;
+  long offset;
 
   template <int bits, bool low>
   void there(long begin, long floats, long stride, Ahead& ahead) {
@@ -204,9 +210,21 @@ struct Patching {
 
   template <int bits, bool low>
   void turn(long begin, long floats, Ahead& next) {
+    if (call.scale) return turn_with<bits, low>(w + begin, call.scale + offset + begin, floats, next);
+    alignas(64) float folded[folded_together + lanes];
+    for (long c = begin; c < begin + floats; c += folded_together) {
+      const long n = begin + floats - c < folded_together ? begin + floats - c : folded_together;
+      fold(call.unfolded, offset + c, n, folded);
+      turn_with<bits, low>(w + c, folded, n, next);
+    }
+  }
+
+ private:
+  static constexpr long folded_together = 1024;
+
+  template <int bits, bool low>
+  HOT void turn_with(float* const row, const float* const scales, long floats, Ahead& next) {
     constexpr int count = 1 << bits;
-    float* const row = w + begin;
-    const float* const scales = scale + begin;
     Ahead ahead = next;
     for (long c = 0; c < floats; c += lanes << bits) {
       if (c % (4 * lanes) == 0) ahead.to_second_level<count>();

@@ -131,12 +131,17 @@ _call_add_patch_rms_norm = torch.ops.linearpatch.add_patch_rms_norm.default
 
 
 def _run(operator: Any, *operands: Any) -> Any:
-    """The operator; under no_grad, as in Transformers' generate, past the Python in which torch.library would note what
-    a gradient needs: that costs more than a row does."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    """The operator, with as little Python as can be: at one row it costs as much as the arithmetic.
+
+    Under no_grad, as in Transformers' generate, past the Python in which torch.library notes what a gradient needs.
+    """
+    if torch.compiler.is_compiling():
         return operator(*operands)
+    call = operator._op  # what an OpOverload calls when it is called
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return call(*operands)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*operands)
+        return call(*operands)
 
 
 def hadamard_patch(

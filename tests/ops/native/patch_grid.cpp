@@ -221,6 +221,7 @@ struct Checker {
     call.y = in_place ? x.view() : y.view();
     call.pre = with_pre ? pre.data() : nullptr;
     call.post = with_post ? post.data() : nullptr;
+    if (with_pre) call.scale = nullptr, call.unfolded = {scale.data(), Dtype::float32, static_cast<float>(norm)};
     if (with_rank) call.low_rank = {rank, ranks, down.data(), up.data(), Dtype::float32, Dtype::float32};
     if (with_norm) call.residual = residual.view(), call.normed = normed.view(), call.norm_weight = weight.data();
     call.eps = 0.25f;
