@@ -1,19 +1,26 @@
 """What can be said of the GPU kernels without a GPU: ``python benchmarks/gpu_static.py [--json FILE]``.
 
-The kernels are compiled ahead of time for every architecture; their machine code is read and counted instruction by
-instruction as one warp executes it for the rows that it holds at a time, every loop by its trip count; a model of the
-multiprocessor turns the counts into cycles per row. All of it is modelled, unvalidated: no kernel was ever timed. The
-model knows throughput alone (memory, issue, float32, shared memory with shuffles, matrix units), takes every access to
-shared memory as free of bank conflicts, and is blind to latency, barriers and the traffic of the caches.
+The kernels are compiled ahead of time for every architecture, and their machine code is counted instruction by
+instruction as a warp executes it for the rows that its block holds at a time. For the CUDA kernels the machine code is
+run, as far as its addresses and branches go, on the launch that the host would make (`gpu_warp`, `gpu_plan.cpp`): what
+one more turn of the loop over rows adds is counted, with every loop as often as it turns, every switch as it is taken,
+and the bank conflicts of the addresses seen. In Triton's the loop over rows is the only one, and shared memory is taken
+as free of conflicts.
 
-``dram_fraction`` is the time that reading x and writing y takes at the memory's full speed, over the modelled time.
+A model of the multiprocessor turns the counts into cycles per row. All of it is modelled, unvalidated: no kernel was
+ever timed. The model knows throughput alone (memory, issue, float32, shared memory with shuffles, matrix units) and is
+blind to latency, barriers and the traffic of the caches, where the scale and the partial sums are.
 
-Needs triton, whose wheel has cuobjdump and nvdisasm; compiling the CUDA C++ kernels is `setup.py`'s business.
+``dram_fraction`` is the time that reading and writing the rows takes at the memory's full speed, over the modelled time.
+``three_pass_fraction`` is the modelled time over that of fast-hadamard-transform in three passes.
+
+Triton's rows need triton, CUDA's nvcc; nvdisasm comes with either. What is not there is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -21,8 +28,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +37,20 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import gpu_build  # noqa: E402 - after the path is set
+from benchmarks.gpu_sass import (  # noqa: E402 - after the path is set
+    Instruction,
+    Program,
+    executed,
+    graph,
+    program_graph,
+    sass_programs,
+)
+from benchmarks.gpu_warp import Launched, Seen, Warp  # noqa: E402 - after the path is set
+
 STATUS = "modelled, unvalidated"
 DEFAULT_DS = (576, 2048, 3072, 4096, 5120, 8192)
+CUDA_DS = (576, 2048, 2880, 3072, 4096, 5120, 8192)  # 2880: a factor H_m without a program
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("hadamard_patch_forward", "hadamard_patch_backward", "add_patch_rms_norm")
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
@@ -42,20 +61,40 @@ DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4
 
 @dataclass(frozen=True)
 class Machine:
-    """Published figures: bytes/s of the memory, streaming multiprocessors, their clock in Hz."""
+    """Published figures.
+
+    Attributes:
+        bandwidth: bytes/s of the memory.
+        clock: of the multiprocessors, the boost clock in Hz.
+        lanes: float32 operations a cycle and multiprocessor.
+        matrix_products: bfloat16 products with float32 sums a cycle and multiprocessor, by warp-level instructions.
+        shared: bytes of shared memory that a block, and that a multiprocessor may have (CUDA C++ Programming Guide,
+            Technical Specifications per Compute Capability).
+    """
 
     name: str
     bandwidth: float
     multiprocessors: int
     clock: float
-    matrix_products: int  # bfloat16 products a cycle and multiprocessor by warp-level instructions
+    lanes: int
+    matrix_products: int
+    shared: tuple[int, int]
 
 
+KIB = 1024
 MACHINES = {
-    "sm_80": Machine("A100 80 GB", 2.039e12, 108, 1.41e9, 1024),
-    "sm_90": Machine("H100 SXM", 3.35e12, 132, 1.755e9, 1024),
-    "sm_100": Machine("B200", 8.0e12, 148, 1.85e9, 1024),
-    "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.41e9, 512),
+    # 108 multiprocessors of 64 lanes, 1.41 GHz, 2,039 GB/s, 312 TFLOP/s in bfloat16:
+    # glennklockwood.com/garden/processors/A100 (from NVIDIA's datasheet), thundercompute.com/blog/nvidia-a100-specs-full-guide
+    "sm_80": Machine("A100 80 GB", 2.039e12, 108, 1.41e9, 64, 1024, (163 * KIB, 164 * KIB)),
+    # 132 of 128 lanes, 3.35 TB/s: glennklockwood.com/garden/processors/h100. 1.755 GHz is the lowest boost clock listed
+    # for it. Its full matrix rate (2048) is that of warp groups; half of it for one warp's instructions is an assumption.
+    "sm_90": Machine("H100 SXM", 3.35e12, 132, 1.755e9, 128, 1024, (227 * KIB, 228 * KIB)),
+    # 148 of 128 lanes, 1.86 GHz for matrix units (1.98 GHz otherwise): hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100;
+    # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is an assumption: sm_80's.
+    "sm_100": Machine("B200", 8.0e12, 148, 1.86e9, 128, 1024, (227 * KIB, 228 * KIB)),
+    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090,
+    # which has 838 TFLOP/s for sparse matrices and half-precision sums: a quarter of it otherwise.
+    "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.407e9, 128, 256, (99 * KIB, 100 * KIB)),
 }
 
 
@@ -75,8 +114,8 @@ def modelled_cycles(
 ) -> dict[str, float]:
     """Cycles a row and multiprocessor that each unit is busy; the largest is the modelled time.
 
-    Per multiprocessor and cycle: four instructions are issued, 128 lanes add or multiply, one shuffle or one wavefront
-    of shared memory (128 bytes) is served.
+    Per multiprocessor and cycle: four instructions are issued, the machine's lanes add or multiply, one shuffle or one
+    wavefront of shared memory (128 bytes) is served.
 
     Args:
         counts: of one warp for ``rows`` rows.
@@ -87,7 +126,7 @@ def modelled_cycles(
     return {
         "dram": row_bytes / machine.bandwidth * machine.multiprocessors * machine.clock,
         "issue": share * counts.instructions / 4,
-        "fp": share * counts.fp * 32 / 128,
+        "fp": share * counts.fp * 32 / machine.lanes,
         "mio": share * (counts.shfl + counts.smem_wavefronts),
         "matrix": share * counts.matrix_products / machine.matrix_products,
     }
@@ -106,138 +145,6 @@ def three_pass_cycles(machine: Machine, d: int, itemsize: int) -> float:
         peer = WarpCounts(instructions=477, fp=0, shfl=128, smem_wavefronts=64)
         transform = max(modelled_cycles(machine, peer, row_bytes=row_bytes, warps=8).values())
     return 2 * transform + one_pass
-
-
-# --- machine code ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Instruction:
-    opcode: str
-    operands: str
-    predicated: bool
-
-
-@dataclass
-class Block:
-    label: str
-    instructions: list[Instruction]
-    successors: list[int]
-
-
-_SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<at>@\S+\s+)?(?P<opcode>[A-Z0-9_][\w.]*)\s*(?P<operands>[^;]*);")
-_LABEL = re.compile(r"\s*(\.L\w*):")
-_TARGET = re.compile(r"`\((\.L\w+)\)")
-
-
-def sass_functions(text: str) -> dict[str, list[Block]]:
-    """Control-flow graph of every function in the output of ``nvdisasm -c``."""
-    functions = {}
-    for name, body in re.findall(r"^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section\s|\Z)", text, re.M | re.S):
-        functions[name] = _graph(_sass_lines(body))
-    return functions
-
-
-def _sass_lines(body: str) -> Iterator[str | Instruction]:
-    for line in body.splitlines():
-        if label := _LABEL.match(line):
-            yield label[1]
-        elif found := _SASS.match(line):
-            yield Instruction(found["opcode"], found["operands"], bool(found["at"]))
-
-
-def _is_jump(instruction: Instruction) -> bool:
-    return instruction.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "CALL")
-
-
-def _graph(lines: Iterable[str | Instruction]) -> list[Block]:
-    blocks = [Block("", [], [])]
-    for line in lines:
-        if isinstance(line, str):
-            blocks.append(Block(line, [], []))
-        else:
-            blocks[-1].instructions.append(line)
-            if _is_jump(line):
-                blocks.append(Block("", [], []))
-    number = {block.label: i for i, block in enumerate(blocks) if block.label}
-    for i, block in enumerate(blocks):
-        last = block.instructions[-1] if block.instructions else None
-        falls_through = True
-        if last is not None and _is_jump(last):
-            kind = last.opcode.split(".")[0]
-            jumps = kind == "BRA" or last.opcode.startswith("CALL.REL.NOINC")  # a call that is never returned from
-            if not jumps and kind != "EXIT":
-                raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
-            falls_through = last.predicated
-            if jumps:
-                target = _TARGET.search(last.operands)
-                if target is None:
-                    raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
-                block.successors.append(number[target[1]])
-                falls_through = falls_through or not last.operands.startswith("`")
-        if falls_through and i + 1 < len(blocks):
-            block.successors.append(i + 1)
-    return blocks
-
-
-def natural_loops(blocks: Sequence[Block]) -> dict[int, set[int]]:
-    """The blocks of every loop by its header."""
-    reachable: set[int] = set()
-    waiting = [0]
-    while waiting:
-        if (i := waiting.pop()) not in reachable:
-            reachable.add(i)
-            waiting += blocks[i].successors
-    before: dict[int, list[int]] = {i: [] for i in reachable}
-    for i in reachable:
-        for successor in blocks[i].successors:
-            before[successor].append(i)
-    dominators = {i: set(reachable) for i in reachable} | {0: {0}}
-    changed = True
-    while changed:
-        changed = False
-        for i in sorted(reachable - {0}):
-            new = {i} | set.intersection(*(dominators[j] for j in before[i]))
-            changed, dominators[i] = changed or new != dominators[i], new
-    loops: dict[int, set[int]] = {}
-    for i in reachable:
-        for header in set(blocks[i].successors) & dominators[i]:
-            body = loops.setdefault(header, {header})
-            waiting = [i]
-            while waiting:
-                if (j := waiting.pop()) not in body:
-                    body.add(j)
-                    waiting += before[j]
-    return loops
-
-
-def executed(blocks: Sequence[Block], trips: Sequence[int] = ()) -> Counter[str]:
-    """How often a warp executes each opcode for one turn of the loop over rows; the longest outermost loop is that one.
-
-    What stands before and after it is executed once for all of a block's rows and is left out.
-
-    Args:
-        trips: how often the loops within it turn, in the order of their headers.
-
-    Raises:
-        ValueError: the loops are not as many as trips.
-    """
-    loops = natural_loops(blocks)
-    if not loops:
-        return Counter(instruction.opcode for block in blocks for instruction in block.instructions)
-    size = {header: sum(len(blocks[i].instructions) for i in body) for header, body in loops.items()}
-    row_loop = max(loops, key=lambda header: (size[header], -header))
-    inner = sorted(header for header in loops if header != row_loop and header in loops[row_loop])
-    if len(inner) != len(trips):
-        raise ValueError(f"{len(inner)} loops within the loop over rows, and the trip counts of {len(trips)} are known")
-    counts: Counter[str] = Counter()
-    for i in loops[row_loop]:
-        turns = 1
-        for header, count in zip(inner, trips, strict=True):
-            turns *= count if i in loops[header] else 1
-        for instruction in blocks[i].instructions:
-            counts[instruction.opcode] += turns
-    return counts
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------
@@ -314,27 +221,31 @@ class KernelRow:
         return self.kernel, self.source, self.arch, self.dtype, self.d
 
 
-def _row_bytes(kernel: str, d: int, itemsize: int) -> int:
-    arrays = {"hadamard_patch_forward": 2, "hadamard_patch_backward": 3, "add_patch_rms_norm": 4}
-    return arrays[kernel] * d * itemsize
+ARRAYS = {
+    "hadamard_patch_forward": ("x", "to y"),
+    "hadamard_patch_backward": ("x", "grad", "to dx"),
+    "add_patch_rms_norm": ("x", "residual", "to y", "to normed"),
+}
 
 
 def nvidia_row(
     kernel: str, source: str, arch: str, dtype: str, d: int, *, counts: Counter[str], registers: int, shared_bytes: int,
-    warps: int, rows: int,
+    warps: int, rows: int, wavefronts: int | None = None, spills: int = 0,
 ) -> KernelRow:  # fmt: skip
+    """A row from the counts of one warp; ``wavefronts`` of shared memory where they are known from addresses."""
     itemsize = DTYPES[dtype][1]
     work, machine = warp_counts(counts), MACHINES[arch]
-    cycles = modelled_cycles(machine, work, row_bytes=_row_bytes(kernel, d, itemsize), warps=warps, rows=rows)
+    if wavefronts is not None:
+        work = replace(work, smem_wavefronts=wavefronts)
+    cycles = modelled_cycles(machine, work, row_bytes=len(ARRAYS[kernel]) * d * itemsize, warps=warps, rows=rows)
     time = max(cycles.values())
     peer = three_pass_cycles(machine, d, itemsize) if kernel == "hadamard_patch_forward" else None
     allocated = -(-registers // 8) * 8 * 32 * warps
-    shared_limit = (164 if arch == "sm_80" else 100 if arch == "sm_120" else 228) * 1024
-    resident = min(65536 // allocated, shared_limit // (shared_bytes + 1024), 32)
+    resident = min(65536 // allocated, machine.shared[1] // (shared_bytes + 1024), 32)
     return KernelRow(
         kernel, source, arch, dtype, d,
         registers=registers,
-        spills=_total(counts, "LDL", "STL"),
+        spills=spills + _total(counts, "LDL", "STL"),
         shared_bytes=shared_bytes,
         ldg=_total(counts, "LDG", "LDGSTS"),
         ldg128=_wide(counts, "LDG") + _wide(counts, "LDGSTS"),
@@ -353,6 +264,92 @@ def nvidia_row(
         resident_blocks=resident,
         cycles={unit: round(value, 1) for unit, value in cycles.items()},
     )  # fmt: skip
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gpu_build.Plan, Seen]:
+    """What all warps of a block do for one more turn of their loop over rows, by running two and three.
+
+    Returns:
+        Source, name of the kernel, how it is launched, and what was seen.
+
+    Raises:
+        ValueError: there is no kernel for this, or a row was not read and written once.
+    """
+    from linearpatch_kernels.hadamard import paley_factor
+
+    signs, log2_inner = paley_factor(d)
+    order, number = len(signs), int(arch[3:])
+    machine, itemsize = MACHINES[arch], DTYPES[dtype][1]
+    of_order = f"StagedILi{order}E"
+    seen = []
+    for turns in (2, 3):
+        plan = gpu_build.launch_plan(
+            kernel,
+            order=order,
+            inner=1 << log2_inner,
+            blocks=d // (order << log2_inner),
+            has_program=any(of_order in name for name in gpu_build.programs("cuda_staged", number)),
+            dtype=("float32", "float16", "bfloat16").index(dtype),
+            turns=turns,
+            device=(machine.multiprocessors, *machine.shared),
+        )
+        source = "cuda_gradients" if kernel == "hadamard_patch_backward" else plan.source
+        if plan.fixed:
+            element = {"float32": "KnownIfE", "float16": "4HalfE", "bfloat16": "8BFloat16E"}[dtype]
+            wanted = (f"FixedILi{plan.log2_inner}E", element)
+        else:
+            wanted = (f"StagedILi{plan.order}E",)
+        programs = gpu_build.programs(source, number)
+        (name,) = (name for name in programs if all(part in name for part in wanted))
+        sizes = {
+            "scale": 4 * d, "weight": 4 * d, "signs": 1 << 20,
+            "scale_sums": 4 * d * plan.blocks * plan.rows_together,
+        }  # fmt: skip
+        tensors = {t: ((i + 1) << 40, sizes.get(t, plan.rows * d * itemsize)) for i, t in enumerate(gpu_build.TENSORS)}
+        launched = Launched(
+            plan.parameter, (plan.blocks, plan.diagonal_blocks), plan.threads, tensors, plan.shared_bytes
+        )
+        warps = [Warp(programs[name], launched, warp).run() for warp in range(plan.threads // 32)]
+        seen.append(sum(warps, Seen()))
+    turn = seen[1] - seen[0]
+    row = plan.rows_together * d // plan.diagonal_blocks * itemsize
+    if any(turn.moved[name] != row for name in ARRAYS[kernel]):
+        raise ValueError(f"a row is not read or written once: {dict(turn.moved)} bytes")
+    return source, name, plan, turn
+
+
+def cuda_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
+    source, name, plan, turn = cuda_turns(kernel, arch, dtype, d)
+    cubin = gpu_build.compiled(source, int(arch[3:]))
+    warps = plan.threads // 32
+    return nvidia_row(
+        kernel, "cuda", arch, dtype, d,
+        counts=Counter({opcode: -(-count // warps) for opcode, count in turn.counts.items()}),
+        wavefronts=-(-turn.wavefronts // warps),
+        registers=cubin.registers[name],
+        spills=cubin.spills[name],
+        shared_bytes=plan.shared_bytes,
+        warps=warps,
+        rows=plan.rows_together,
+    )  # fmt: skip
+
+
+def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[str, str, str, int]]:
+    """(kernel, arch, dtype, d): the forward for every width and all dtypes at one; the others where most models are."""
+    for arch in archs:
+        if arch.startswith("gfx"):
+            continue
+        for d in ds:
+            yield "hadamard_patch_forward", arch, "bfloat16", d
+        for dtype in ("float32", "float16"):
+            for d in {4096} & {*ds}:
+                yield "hadamard_patch_forward", arch, dtype, d
+        for kernel in ("hadamard_patch_backward", "add_patch_rms_norm"):
+            for d in sorted({3072, 4096} & {*ds}):
+                yield kernel, arch, "bfloat16", d
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -411,23 +408,23 @@ def compile_triton(
 
 
 def _tool(name: str, *arguments: str) -> str:
-    import triton
+    tool = gpu_build.tool(name)
+    if tool is None:
+        raise FileNotFoundError(f"no {name}: it comes with CUDA and with triton")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
-
-def disassemble(cubin: bytes) -> tuple[dict[str, list[Block]], dict[str, dict[str, int]]]:
-    """Control-flow graphs of a cubin's functions, and what ``cuobjdump -res-usage`` says of each."""
+def disassemble(cubin: bytes) -> tuple[dict[str, Program], dict[str, dict[str, int]]]:
+    """The functions of a cubin, and what ``cuobjdump -res-usage`` says of each."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code, usage = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
+        code, usage = _tool("nvdisasm", file.name), _tool("cuobjdump", "-res-usage", file.name)
     resources = {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         for name, line in re.findall(r"Function (\S+?):\s*\n\s*(.*)", usage)
     }
-    return sass_functions(code), resources
+    return sass_programs(code), resources
 
 
 def triton_row(
@@ -440,7 +437,7 @@ def triton_row(
     (name,) = functions
     row = nvidia_row(
         kernel, "triton", arch, dtype, d,
-        counts=executed(functions[name]),
+        counts=executed(program_graph(functions[name])),
         registers=resources[name]["REG"],
         shared_bytes=compiled.metadata.shared,
         warps=layout.warps,
@@ -460,13 +457,13 @@ def _amd_row(kernel: str, arch: str, dtype: str, d: int, compiled: Any, layout: 
             elif found := re.match(r"\s+([a-z]\w+)\s*([^;]*)", line):
                 opcode, operands = found[1], found[2].strip()
                 if opcode.startswith(("s_branch", "s_cbranch")):
-                    yield Instruction("BRA", f"`({operands})", opcode.startswith("s_cbranch"))
+                    yield Instruction("BRA", f"`({operands})", "@" * opcode.startswith("s_cbranch"))
                 elif opcode == "s_endpgm":
-                    yield Instruction("EXIT", "", False)
+                    yield Instruction("EXIT", "")
                 else:
-                    yield Instruction(opcode, operands, False)
+                    yield Instruction(opcode, operands)
 
-    counts = executed(_graph(lines()))
+    counts = executed(graph(lines()))
 
     def total(pattern: str) -> int:
         return sum(count for opcode, count in counts.items() if re.match(pattern, opcode))
@@ -536,29 +533,52 @@ def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *(
-        "kernel",
-        "source",
-        "arch",
-        "dtype",
-        "d",
-        "warps",
-        "rows",
-        "registers",
-        "spills",
-        "shared_bytes",
-        "resident_blocks",
-    ),
+COUNTS = (
+    *("registers", "spills", "shared_bytes", "resident_blocks", "warps", "rows"),
     *("ldg", "ldg128", "stg", "stg128", "shfl", "smem_wavefronts", "bar", "mma", "fp", "instructions"),
-    *("dram_fraction", "three_pass_fraction"),
 )
+CYCLES = ("dram", "issue", "fp", "mio", "matrix")
 
 
-def table(rows: Sequence[KernelRow]) -> str:
-    cells = [COLUMNS, *(tuple("" if (v := getattr(row, c)) is None else str(v) for c in COLUMNS) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def count_table(rows: Sequence[KernelRow]) -> str:
+    head = ("kernel", "source", "arch", "dtype", "d", *COUNTS)
+    return _aligned([head, *(tuple("" if (v := getattr(row, c)) is None else str(v) for c in head) for row in rows)])
+
+
+def cycle_table(rows: Sequence[KernelRow]) -> str:
+    """Cycles a row and multiprocessor, ours beside fast-hadamard-transform's three passes."""
+    lines: list[tuple[str, ...]] = [
+        (
+            "kernel",
+            "source",
+            "arch",
+            "dtype",
+            "d",
+            *CYCLES,
+            "bound by",
+            "of dram's speed",
+            "three passes",
+            "of their time",
+        )
+    ]
+    for row in rows:
+        if row.cycles is None:
+            continue
+        bound = max(CYCLES, key=lambda unit, cycles=row.cycles: cycles[unit])
+        peer = ("", "")
+        if row.three_pass_fraction is not None:
+            three_passes = three_pass_cycles(MACHINES[row.arch], row.d, DTYPES[row.dtype][1])
+            peer = (f"{three_passes:.0f}", f"{row.three_pass_fraction:.3f}")
+        cells = (f"{row.cycles[unit]:.0f}" for unit in CYCLES)
+        lines.append(
+            (row.kernel, row.source, row.arch, row.dtype, str(row.d), *cells, bound, f"{row.dram_fraction:.3f}", *peer)
+        )
+    return _aligned(lines)
 
 
 def read_rows(path: Path) -> list[KernelRow]:
@@ -570,18 +590,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write one object a kernel")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--d", nargs="+", type=int, default=DEFAULT_DS)
-    parser.add_argument("--rank", action="store_true", help="rank the ways to hold each width instead (H100)")
+    parser.add_argument("--d", nargs="+", type=int, help="default: those of most models")
+    parser.add_argument("--source", nargs="+", default=("cuda", "triton"), choices=("cuda", "triton"))
+    parser.add_argument("--rank", action="store_true", help="rank Triton's ways to hold each width instead (H100)")
     options = parser.parse_args(arguments)
-    rows = []
+    rows: list[KernelRow] = []
     if options.rank:
-        for d in options.d:
+        for d in options.d or DEFAULT_DS:
             for kernel in KERNELS:
                 rows += ranked(kernel, "sm_90", "bfloat16", d)
     else:
-        rows = [triton_row(*selected) for selected in triton_selection(options.arch, options.d)]
-    print(f"Counts of one warp for `rows` rows; fractions and cycles are {STATUS}.")
-    print(table(rows))
+        for source, module, row_of, selection, ds in (
+            ("cuda", gpu_build.nvcc(), cuda_row, cuda_selection, CUDA_DS),
+            ("triton", importlib.util.find_spec("triton"), triton_row, triton_selection, DEFAULT_DS),
+        ):
+            if source in options.source and module is None:
+                print(f"No rows of {source}: there is no {'nvcc' if source == 'cuda' else 'triton'} here.")
+            elif source in options.source:
+                rows += [row_of(*selected) for selected in selection(options.arch, options.d or ds)]
+    print("Counts of one warp for `rows` rows.")
+    print(count_table(rows))
+    print(f"\nCycles a row and multiprocessor: {STATUS}.")
+    print(cycle_table(rows))
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
     return 0

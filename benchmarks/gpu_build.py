@@ -1,0 +1,178 @@
+"""The CUDA kernels compiled where there is no GPU: machine code by architecture, and how the host would launch them.
+
+What is compiled is kept in the system's folder for temporary files, by the sources' contents; several processes may ask
+for the same at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks.gpu_sass import Program, sass_programs
+
+KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "hadamard_patch"
+SOURCES = tuple(sorted(path.stem for path in KERNELS.glob("*.cu")))
+PLAN = Path(__file__).with_name("gpu_plan.cpp")
+FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
+TENSORS = ("x", "residual", "y", "normed", "scale", "weight", "grad", "dx", "scale_sums", "signs")
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler, if there is one, and a compiler for the host's part."""
+    places = [shutil.which("nvcc"), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc"]
+    found = next((place for place in places if place and Path(place).exists()), None)
+    return found if shutil.which(os.environ.get("CXX", "g++")) else None
+
+
+@cache
+def tool(name: str) -> str | None:
+    """nvdisasm or cuobjdump: the toolkit's, or the one that triton brings."""
+    if found := shutil.which(name):
+        return found
+    if (spec := importlib.util.find_spec("triton")) and spec.origin:
+        place = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        return str(place) if place.exists() else None
+    return None
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """One source for one architecture, and what ptxas said of it."""
+
+    path: Path
+    said: str
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """A thread's, by kernel."""
+        found = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", self.said, re.S)
+        return {name: int(number) for name, number in found}
+
+    @property
+    def spills(self) -> dict[str, int]:
+        """Bytes of stack, and of what is stored and loaded there, by kernel."""
+        pattern = r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        return {name: sum(map(int, numbers)) for name, *numbers in re.findall(pattern, self.said)}
+
+    def code(self) -> str:
+        disassembler = tool("nvdisasm")
+        if disassembler is None:
+            raise FileNotFoundError("no nvdisasm: it comes with CUDA and with triton")
+        return subprocess.run([disassembler, str(self.path)], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _folder() -> Path:
+    compiler = nvcc()
+    if compiler is None:
+        raise FileNotFoundError("no nvcc and C++ compiler")
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    known = hashlib.sha256(" ".join([said, *FLAGS]).encode())
+    for path in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), PLAN]):
+        known.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"linearpatch-cubins-{os.getuid()}" / known.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    with target.with_suffix(target.suffix + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compiled(source: str, arch: int) -> Cubin:
+    """`source` (the stem of a .cu file) for ``sm_<arch>``.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        RuntimeError: it does not compile; what was said.
+    """
+    target = _folder() / f"{source}.{arch}.cubin"
+    with _alone(target):
+        said = target.with_suffix(".txt")
+        if not said.exists():
+            command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", KERNELS / f"{source}.cu", "-o", target]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                raise RuntimeError(ran.stderr)
+            said.write_text(ran.stderr)
+        return Cubin(target, said.read_text())
+
+
+def compile_all(archs: Sequence[int], sources: Sequence[str] = SOURCES) -> dict[tuple[str, int], Cubin]:
+    cases = [(source, arch) for arch in archs for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(lambda case: compiled(*case), cases), strict=True))
+
+
+@cache
+def programs(source: str, arch: int) -> dict[str, Program]:
+    """Every kernel of a source, by its mangled name."""
+    return sass_programs(compiled(source, arch).code())
+
+
+# --- how the host would launch a kernel ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``parameter`` is the kernel's only one; ``rows`` are those of the whole call."""
+
+    fixed: bool
+    order: int
+    log2_inner: int
+    blocks: int
+    diagonal_blocks: int
+    threads: int
+    shared_bytes: int
+    rows_together: int
+    rows: int
+    parameter: bytes
+
+    @property
+    def source(self) -> str:
+        return "cuda_fixed" if self.fixed else "cuda_staged"
+
+
+def launch_plan(
+    kernel: str, *, order: int, inner: int, blocks: int, has_program: bool, dtype: int, turns: int,
+    device: tuple[int, int, int],
+) -> Plan:  # fmt: skip
+    """By launch.h, for so many rows that every block takes ``turns`` turns of its loop over rows.
+
+    Args:
+        dtype: 0 float32, 1 float16, 2 bfloat16.
+        device: multiprocessors, and bytes of shared memory that a block and that a multiprocessor may have.
+
+    Raises:
+        ValueError: there is no kernel for this.
+    """
+    program = _folder() / "gpu_plan"
+    with _alone(program):
+        if not program.exists():
+            made = program.with_suffix(".new")
+            command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", PLAN, "-I", PLAN.parent, "-o", made]
+            subprocess.run(command, check=True)
+            made.rename(program)
+    arguments = [kernel, order, inner, blocks, int(has_program), dtype, turns, *device]
+    ran = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise ValueError(f"{kernel}: no CUDA kernel for a row of {order} x {inner}")
+    first, parameter = ran.stdout.split("\n")[:2]
+    fixed, *numbers = (int(number) for number in first.split())
+    return Plan(bool(fixed), *numbers, parameter=bytes.fromhex(parameter))

@@ -1,0 +1,82 @@
+// How the host would launch a kernel: csrc/hadamard_patch/launch.h for one call on a given device, for gpu_static.py.
+//
+//   gpu_plan KERNEL m inner blocks has_program dtype turns processors shared_per_block shared_per_processor
+//
+// prints: fixed m k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
+// of the kernel's parameter. Every block takes `turns` turns of the loop over rows. Tensor number i of the list below lies
+// at (i + 1) << 40.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "../csrc/hadamard_patch/launch.h"
+
+using namespace linearpatch;
+using namespace linearpatch::cuda;
+
+namespace {
+
+enum Tensor { x, residual, y, normed, scale, weight, grad, dx, scale_sums, signs };
+
+template <class T>
+T* place(Tensor tensor) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(tensor + 1) << 40);
+}
+
+template <class Call>
+int print(const Call& call, const Launch& launch) {
+  if (!launch.possible) return 1;
+  std::printf("%d %d %d %d %d %d %lld %d %lld\n", launch.fixed, call.signs_there ? 0 : call.shape.m, call.shape.k, launch.blocks,
+              launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes), call.rows_together,
+              static_cast<long long>(call.rows));
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&call);
+  for (size_t i = 0; i < sizeof call; ++i) std::printf("%02x", bytes[i]);
+  std::printf("\n");
+  return 0;
+}
+
+// The number of rows decides how many blocks there are, up to as many as the device holds.
+template <class Call, class Plan>
+int print_with_turns(Call& call, int turns, Plan plan) {
+  call.rows = int64_t{1} << 24;
+  const Launch many = plan();
+  call.rows = int64_t{turns} * many.blocks * call.rows_together;
+  return print(call, plan());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 11) return 2;
+  const auto number = [&](int i) { return std::atoll(arguments[i]); };
+  const char* const kernel = arguments[1];
+  Width width{number(2) * number(3) * number(4), number(2), number(3), number(4), number(5) != 0, nullptr, nullptr};
+  const bool tabled = width.m != 1 && !width.has_program;
+  const Dtype dtype = static_cast<Dtype>(number(6));
+  const Device device{static_cast<int>(number(8)), number(9), number(10)};
+  const int64_t stride = width.d * (dtype == Dtype::float32 ? 4 : 2);
+  const auto* const table = tabled ? place<const uint32_t>(signs) : nullptr;
+  if (!std::strcmp(kernel, "hadamard_patch_backward")) {
+    GradientRows call{};
+    call.x = place<const char>(x), call.grad = place<const char>(grad), call.dx = place<char>(dx);
+    call.x_stride = call.grad_stride = call.dx_stride = stride;
+    call.in = call.out = dtype;
+    call.scale = place<const float>(scale);
+    call.scale_sums = place<float>(scale_sums);
+    call.signs_there = call.signs_back = table;
+    return print_with_turns(call, number(7), [&] { return plan_gradients(call, width, 1, device); });
+  }
+  PatchRows call{};
+  call.x = place<const char>(x), call.y = place<char>(y);
+  call.x_stride = call.y_stride = stride;
+  call.in = call.out = dtype;
+  call.scale = place<const float>(scale);
+  call.signs_there = call.signs_back = table;
+  if (!std::strcmp(kernel, "add_patch_rms_norm")) {
+    call.residual = place<const char>(residual), call.normed = place<char>(normed);
+    call.residual_stride = call.normed_stride = stride;
+    call.norm_weight = place<const float>(weight);
+    call.eps = 1e-5f;
+  }
+  return print_with_turns(call, number(7), [&] { return plan_patch(call, width, device); });
+}

@@ -1,0 +1,215 @@
+"""Programs for GPUs as ``nvdisasm`` writes them: instructions, labels, constants, and the loops of a control-flow graph."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+BYTES_AN_INSTRUCTION = 16
+JUMPS = ("BRA", "EXIT", "RET", "BRX", "BRXU", "JMP", "JMX", "CALL")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``guard`` is the predicate in front of it with its @, or nothing."""
+
+    opcode: str
+    operands: str
+    guard: str = ""
+
+    @cached_property
+    def kind(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """The operands one by one."""
+        return [part.strip().replace(".reuse", "") for part in self.operands.split(",")] if self.operands else []
+
+
+@dataclass
+class Program:
+    """One function. ``labels`` are places in ``instructions``, ``constants`` the contents of its constant banks."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+    constants: dict[int, bytes]
+
+    def address(self, i: int) -> int:
+        return i * BYTES_AN_INSTRUCTION
+
+    def at(self, address: int) -> int:
+        return address // BYTES_AN_INSTRUCTION
+
+    def is_rare_at(self, i: int) -> bool:
+        """Whether what follows is a call of another function: how divisions and roots leave for rare floats."""
+        while i < len(self.instructions) and self.instructions[i].kind not in JUMPS:
+            i += 1
+        last = self.instructions[i]
+        return last.kind == "CALL" and ".L_" not in last.operands
+
+    def is_rare(self, label: str) -> bool:
+        return label in self.labels and self.is_rare_at(self.labels[label])
+
+
+@dataclass
+class Block:
+    label: str
+    instructions: list[Instruction]
+    successors: list[int]
+
+
+_SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(?P<at>@\S+)\s+)?(?P<opcode>[A-Z0-9_][\w.]*)\s*(?P<operands>[^;]*);")
+_LABEL = re.compile(r"\s*(\.L\w*):")
+_TARGET = re.compile(r"`\((\.L\w+)\)")
+_DATA = re.compile(r"\.(byte|short|word|dword|zero)\s+(.*)")
+_SIZES = {"byte": 1, "short": 2, "word": 4, "dword": 8}
+
+
+def sass_programs(text: str) -> dict[str, Program]:
+    """Every function in the output of ``nvdisasm``; its constants only if that was not asked for code alone."""
+    sections = dict(re.findall(r"^\s*\.section\s+(\.[^,\s]+),(.*?)(?=^\s*\.section\s|\Z)", text, re.M | re.S))
+    programs = {}
+    for section, body in sections.items():
+        if not section.startswith(".text."):
+            continue
+        name = section.removeprefix(".text.")
+        banks = {bank: _data(sections.get(f".nv.constant{bank}.{name}", "")) for bank in range(5)}
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        for line in _sass_lines(body):
+            if isinstance(line, str):
+                labels[line] = len(instructions)
+            else:
+                instructions.append(line)
+        programs[name] = Program(instructions, labels, banks)
+    return programs
+
+
+def _data(body: str) -> bytes:
+    data = bytearray()
+    for kind, values in _DATA.findall(body):
+        if kind == "zero":
+            data += bytes(int(values, 0))
+        else:
+            for value in values.split(","):
+                data += int(value, 0).to_bytes(_SIZES[kind], "little")
+    return bytes(data)
+
+
+def _sass_lines(body: str) -> Iterator[str | Instruction]:
+    for line in body.splitlines():
+        if label := _LABEL.match(line):
+            yield label[1]
+        elif found := _SASS.match(line):
+            yield Instruction(found["opcode"], found["operands"].strip(), found["at"] or "")
+
+
+# --- loops, where every branch is a loop's or the end's --------------------------------------------------------------
+
+
+def graph(lines: Iterable[str | Instruction]) -> list[Block]:
+    """Basic blocks of instructions and the labels between them.
+
+    Raises:
+        ValueError: a jump whose target is not written down.
+    """
+    blocks = [Block("", [], [])]
+    for line in lines:
+        if isinstance(line, str):
+            blocks.append(Block(line, [], []))
+        else:
+            blocks[-1].instructions.append(line)
+            if line.kind in JUMPS:
+                blocks.append(Block("", [], []))
+    number = {block.label: i for i, block in enumerate(blocks) if block.label}
+    for i, block in enumerate(blocks):
+        last = block.instructions[-1] if block.instructions else None
+        falls_through = True
+        if last is not None and last.kind in JUMPS:
+            jumps = last.kind == "BRA" or last.opcode.startswith("CALL.REL.NOINC")  # a call that is never returned from
+            if not jumps and last.kind != "EXIT":
+                raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
+            falls_through = bool(last.guard)
+            if jumps:
+                target = _TARGET.search(last.operands)
+                if target is None:
+                    raise ValueError(f"{last.opcode} {last.operands}: this program cannot be followed")
+                block.successors.append(number[target[1]])
+                falls_through = falls_through or not last.operands.startswith("`")
+        if falls_through and i + 1 < len(blocks):
+            block.successors.append(i + 1)
+    return blocks
+
+
+def program_graph(program: Program) -> list[Block]:
+    lines: list[str | Instruction] = []
+    labels: dict[int, list[str]] = {}
+    for label, place in program.labels.items():
+        labels.setdefault(place, []).append(label)
+    for i, instruction in enumerate(program.instructions):
+        lines += [*labels.get(i, []), instruction]
+    return graph(lines)
+
+
+def natural_loops(blocks: Sequence[Block]) -> dict[int, set[int]]:
+    """The blocks of every loop by its header."""
+    reachable: set[int] = set()
+    waiting = [0]
+    while waiting:
+        if (i := waiting.pop()) not in reachable:
+            reachable.add(i)
+            waiting += blocks[i].successors
+    before: dict[int, list[int]] = {i: [] for i in reachable}
+    for i in reachable:
+        for successor in blocks[i].successors:
+            before[successor].append(i)
+    dominators = {i: set(reachable) for i in reachable} | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for i in sorted(reachable - {0}):
+            new = {i} | set.intersection(*(dominators[j] for j in before[i]))
+            changed, dominators[i] = changed or new != dominators[i], new
+    loops: dict[int, set[int]] = {}
+    for i in reachable:
+        for header in set(blocks[i].successors) & dominators[i]:
+            body = loops.setdefault(header, {header})
+            waiting = [i]
+            while waiting:
+                if (j := waiting.pop()) not in body:
+                    body.add(j)
+                    waiting += before[j]
+    return loops
+
+
+def executed(blocks: Sequence[Block], trips: Sequence[int] = ()) -> Counter[str]:
+    """How often a warp executes each opcode for one turn of the loop over rows; the longest outermost loop is that one.
+
+    What stands before and after it is executed once for all of a block's rows and is left out.
+
+    Args:
+        trips: how often the loops within it turn, in the order of their headers.
+
+    Raises:
+        ValueError: the loops are not as many as trips.
+    """
+    loops = natural_loops(blocks)
+    if not loops:
+        return Counter(instruction.opcode for block in blocks for instruction in block.instructions)
+    size = {header: sum(len(blocks[i].instructions) for i in body) for header, body in loops.items()}
+    row_loop = max(loops, key=lambda header: (size[header], -header))
+    inner = sorted(header for header in loops if header != row_loop and header in loops[row_loop])
+    if len(inner) != len(trips):
+        raise ValueError(f"{len(inner)} loops within the loop over rows, and the trip counts of {len(trips)} are known")
+    counts: Counter[str] = Counter()
+    for i in loops[row_loop]:
+        turns = 1
+        for header, count in zip(inner, trips, strict=True):
+            turns *= count if i in loops[header] else 1
+        for instruction in blocks[i].instructions:
+            counts[instruction.opcode] += turns
+    return counts
