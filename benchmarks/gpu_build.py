@@ -64,7 +64,8 @@ class Cubin:
     @property
     def spills(self) -> dict[str, int]:
         """Bytes of stack, and of what is stored and loaded there, by kernel."""
-        pattern = r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        sizes = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        pattern = r"Function properties for (\S+)\s+" + sizes
         return {name: sum(map(int, numbers)) for name, *numbers in re.findall(pattern, self.said)}
 
     def code(self) -> str:

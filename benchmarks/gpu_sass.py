@@ -1,4 +1,4 @@
-"""Programs for GPUs as ``nvdisasm`` writes them: instructions, labels, constants, and the loops of a control-flow graph."""
+"""Programs for GPUs as ``nvdisasm`` writes them: instructions, labels, constants, and the loops of a graph of blocks."""
 
 from __future__ import annotations
 

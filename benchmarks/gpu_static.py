@@ -11,7 +11,7 @@ A model of the multiprocessor turns the counts into cycles per row. All of it is
 ever timed. The model knows throughput alone (memory, issue, float32, shared memory with shuffles, matrix units) and is
 blind to latency, barriers and the traffic of the caches, where the scale and the partial sums are.
 
-``dram_fraction`` is the time that reading and writing the rows takes at the memory's full speed, over the modelled time.
+``dram_fraction`` is the time that the rows take at the memory's full speed, read and written, over the modelled time.
 ``three_pass_fraction`` is the modelled time over that of fast-hadamard-transform in three passes.
 
 Triton's rows need triton, CUDA's nvcc; nvdisasm comes with either. What is not there is named and left out.
@@ -84,16 +84,16 @@ class Machine:
 KIB = 1024
 MACHINES = {
     # 108 multiprocessors of 64 lanes, 1.41 GHz, 2,039 GB/s, 312 TFLOP/s in bfloat16:
-    # glennklockwood.com/garden/processors/A100 (from NVIDIA's datasheet), thundercompute.com/blog/nvidia-a100-specs-full-guide
+    # glennklockwood.com/garden/processors/A100, thundercompute.com/blog/nvidia-a100-specs-full-guide
     "sm_80": Machine("A100 80 GB", 2.039e12, 108, 1.41e9, 64, 1024, (163 * KIB, 164 * KIB)),
     # 132 of 128 lanes, 3.35 TB/s: glennklockwood.com/garden/processors/h100. 1.755 GHz is the lowest boost clock listed
-    # for it. Its full matrix rate (2048) is that of warp groups; half of it for one warp's instructions is an assumption.
+    # for it. Its full matrix rate (2048) is that of warp groups; half of it for one warp's instructions is assumed.
     "sm_90": Machine("H100 SXM", 3.35e12, 132, 1.755e9, 128, 1024, (227 * KIB, 228 * KIB)),
     # 148 of 128 lanes, 1.86 GHz for matrix units (1.98 GHz otherwise): hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100;
-    # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is an assumption: sm_80's.
+    # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is assumed: sm_80's.
     "sm_100": Machine("B200", 8.0e12, 148, 1.86e9, 128, 1024, (227 * KIB, 228 * KIB)),
-    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090,
-    # which has 838 TFLOP/s for sparse matrices and half-precision sums: a quarter of it otherwise.
+    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums, of which a quarter
+    # is taken otherwise: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090.
     "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.407e9, 128, 256, (99 * KIB, 100 * KIB)),
 }
 

@@ -509,10 +509,8 @@ def _shift_add(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on
         return
     shift = values[-1]
     if "HI" in modifiers:
-        if "SX32" in modifiers:
-            upper = (_signed(values[0]) >> 31).astype(np.uint64) & MASK
-        else:
-            upper = values[2] & MASK
+        sign = "SX32" in modifiers
+        upper = (_signed(values[0]) >> 31).astype(np.uint64) & MASK if sign else values[2] & MASK
         shifted = ((values[0] & MASK) | upper << HIGH) << shift >> HIGH
     else:
         shifted = (values[0] & MASK) << shift & MASK
