@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def source(self) -> str:
-        return "cuda_fixed" if self.fixed else "cuda_staged"
+        return "cuda_staged" if not self.fixed else "cuda_powers" if self.order == 1 else "cuda_factors"
 
 
 def launch_plan(

@@ -212,7 +212,8 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   call.pre = floats(pre);
   call.post = floats(post);
   call.norm_weight = floats(gain);
-  check(launch.fixed ? launch_fixed(call, launch, place.stream) : launch_staged(call, launch, place.stream));
+  const auto start = !launch.fixed ? launch_staged : call.shape.m == 1 ? launch_powers : launch_factors;
+  check(start(call, launch, place.stream));
   return true;
 }
 

@@ -18,7 +18,8 @@ struct Place {
   void* guard;
 };
 
-const char* launch_fixed(const PatchRows&, const Launch&, void* stream);
+const char* launch_powers(const PatchRows&, const Launch&, void* stream);
+const char* launch_factors(const PatchRows&, const Launch&, void* stream);
 const char* launch_staged(const PatchRows&, const Launch&, void* stream);
 const char* launch_gradients(const GradientRows&, const Launch&, void* stream);
 const char* launch_sum(const PartSums&, void* stream);

@@ -145,10 +145,8 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     stages(u_there, true, [&](bool first) {
       const char* const of = first ? x : grad;
       const float* const factors = first ? call.pre : call.post;
-      outer_there(shape, first ? u : a, thread, [&](int i, float* v) {
-        load(of, i, v);
-        if (there) multiply8(v, factors, element + i);
-      });
+      const auto load_of = [&](int i, float* v) { load(of, i, v); };
+      outer_there(shape, first ? u : a, thread, there && factors ? factors + element : nullptr, load_of);
     });
     __syncthreads();
     inner_stages(u_there, true);
@@ -159,7 +157,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     stages(u_back, a_back, [&](bool first) {
       const char* const with = first ? grad : x;
       const Sums<Shape> sums{shape, first ? post_sums.data : pre_sums.data, call.sums_in_shared};
-      outer_back(shape, first ? u : a, thread, [&](int i, float* v) {
+      outer_back(shape, first ? u : a, thread, nullptr, [&](int i, float* v) {
         if (!there) return;
         if (sums) {
           float other[8];
@@ -167,7 +165,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
           sums.add8(i, v, other);
         }
         if (first || !call.dx) return;
-        multiply8(v, call.pre, element + i);
+        if (call.pre) multiply8(v, call.pre, element + i);
         out.store(dx, element + i, v);
       });
     });

@@ -19,9 +19,6 @@ constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows o
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
 
-// Bits of the outer stage beside those of a vector, for a power of two with a kernel of its own.
-constexpr int fixed_outer_bits(int k) { return k < 13 ? 3 : 4; }
-
 // A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), the threads that share it, and the floats
 // from row to row in shared memory.
 struct RowShape {
@@ -102,7 +99,7 @@ inline std::vector<uint32_t> packed_signs(const Width& width, bool transposed) {
   return words;
 }
 
-inline int floor_power_of_two(int64_t n) {
+constexpr int floor_power_of_two(int64_t n) {
   int power = 1;
   while (2 * power <= n) power *= 2;
   return power;
@@ -115,7 +112,7 @@ inline bool row_is_possible(int64_t m, int64_t k, bool has_program) {
 }
 
 // With few rows, many threads work on each: then it is the time of one row that counts.
-inline RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
+constexpr RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
   RowShape shape{m, k, 0, 0, 0, 0};
   const int64_t n = static_cast<int64_t>(m) << k;
   if (m == 1) {
@@ -131,6 +128,25 @@ inline RowShape staged_shape(int m, int k, bool has_program, bool few_rows) {
   const int64_t values = few_rows || tabled ? 16 : m == 1 ? 32 : 64;  // for each thread
   shape.threads = std::clamp(floor_power_of_two(n / values), 8, kMostThreads);
   shape.stride = stride_of_rows(static_cast<int>(n), shape.threads);
+  return shape;
+}
+
+// Rows with a kernel of their own: powers of two, and where models are, products with a factor, in 16 bits: float32 has
+// twice the time. Nowhere does the compiler know more than the shape that is used.
+constexpr bool has_fixed_kernel(int m, int k, Dtype dtype) {
+  if (m == 1) return k >= 10 && k <= 13;
+  const int n = m << k;
+  return dtype != Dtype::float32 &&
+         (n == 576 || n == 896 || n == 1536 || n == 2560 || n == 3072 || n == 3584 || n == 5120);
+}
+
+constexpr RowShape fixed_shape(int m, int k) {
+  RowShape shape = staged_shape(m, k, true, false);
+  if (m != 1) return shape;
+  shape.a = k < 13 ? 3 : 4;  // all but the middle's bits, so that there is no inner stage
+  shape.b = 0;
+  shape.threads = 1 << (k - 3 - shape.a);
+  shape.stride = stride_of_rows(1 << k, shape.threads);
   return shape;
 }
 
@@ -159,12 +175,9 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   const int64_t n = width.m * width.inner, row_bytes = n * 4;
   const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
   launch.diagonal_blocks = static_cast<int>(width.blocks);
-  launch.fixed = width.m == 1 && k >= 10 && k <= 13 && !fused && !few && call.in == call.out;
-  call.shape = staged_shape(static_cast<int>(width.m), k, width.has_program, few);
-  if (launch.fixed) {
-    call.shape.threads = static_cast<int>(n >> (3 + fixed_outer_bits(k)));
-    call.shape.stride = stride_of_rows(static_cast<int>(n), call.shape.threads);
-  }
+  const int m = static_cast<int>(width.m);
+  launch.fixed = !tabled && has_fixed_kernel(m, k, call.in) && !fused && !few && call.in == call.out;
+  call.shape = launch.fixed ? fixed_shape(m, k) : staged_shape(m, k, width.has_program, few);
   const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;
   const int64_t limit = device.shared_per_block;
   call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);

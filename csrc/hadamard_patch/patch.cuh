@@ -69,17 +69,15 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * call.rows_together; first < call.rows;
        first += static_cast<int64_t>(gridDim.x) * call.rows_together) {
     const int64_t index = first + lane;
-    const bool there = index < call.rows;  // threads without a row go through the barriers all the same
-    const char* const x = call.x + index * call.x_stride;
-    const char* const residual = call.residual + index * call.residual_stride;
+    const bool there = index < call.rows;  // threads without a row do as if theirs were the first, but write none
+    const int64_t from = there ? index : first;
+    const char* const x = call.x + from * call.x_stride;
+    const char* const residual = call.residual + from * call.residual_stride;
     char* const y = call.y + index * call.y_stride;
     char* const normed = call.normed + index * call.normed_stride;
     const auto at = [&](int i) { return static_cast<int>(element) + i; };
 
-    outer_there(shape, row, thread, [&](int i, float* v) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] = 0;
-      if (!there) return;
+    outer_there(shape, row, thread, call.pre ? call.pre + element : nullptr, [&](int i, float* v) {
       in.load(x, at(i), v);
       if (!Shape::known && call.residual) {
         float more[8];
@@ -87,7 +85,6 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] += more[e];
       }
-      multiply8(v, call.pre, at(i));
     });
     __syncthreads();
     inner(shape, row, thread);
@@ -98,8 +95,7 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
     if (shape.b) __syncthreads();
 
     float squares = 0;
-    outer_back(shape, row, thread, [&](int i, float* v) {
-      multiply8(v, call.post, at(i));
+    outer_back(shape, row, thread, call.post ? call.post + element : nullptr, [&](int i, float* v) {
       if (there) out.store(y, at(i), v);
       if (!Shape::known && call.normed) {
 #pragma unroll
@@ -134,22 +130,42 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 // --- which kernel ---
 
 template <class T, class Run>
-void with_fixed_kernel_of(int k, Run run) {
+void with_power_kernel_of(int k, Run run) {
   switch (k) {
-    case 10: return run(patch_rows<Known<T>, Known<T>, Fixed<10>>);
-    case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<11>>);
-    case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<12>>);
-    case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<13>>);
+    case 10: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 10>>);
+    case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 11>>);
+    case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 12>>);
+    case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 13>>);
   }
 }
 
 template <class Run>
-void with_fixed_kernel(const PatchRows& call, Run run) {
+void with_power_kernel(const PatchRows& call, Run run) {
   switch (call.in) {
-    case Dtype::float32: return with_fixed_kernel_of<float>(call.shape.k, run);
-    case Dtype::float16: return with_fixed_kernel_of<Half>(call.shape.k, run);
-    case Dtype::bfloat16: return with_fixed_kernel_of<BFloat16>(call.shape.k, run);
+    case Dtype::float32: return with_power_kernel_of<float>(call.shape.k, run);
+    case Dtype::float16: return with_power_kernel_of<Half>(call.shape.k, run);
+    case Dtype::bfloat16: return with_power_kernel_of<BFloat16>(call.shape.k, run);
   }
+}
+
+template <class T, class Run>
+void with_factor_kernel_of(int n, Run run) {
+  switch (n) {
+    case 576: return run(patch_rows<Known<T>, Known<T>, Fixed<36, 4>>);
+    case 896: return run(patch_rows<Known<T>, Known<T>, Fixed<28, 5>>);
+    case 1536: return run(patch_rows<Known<T>, Known<T>, Fixed<12, 7>>);
+    case 2560: return run(patch_rows<Known<T>, Known<T>, Fixed<20, 7>>);
+    case 3072: return run(patch_rows<Known<T>, Known<T>, Fixed<12, 8>>);
+    case 3584: return run(patch_rows<Known<T>, Known<T>, Fixed<28, 7>>);
+    case 5120: return run(patch_rows<Known<T>, Known<T>, Fixed<20, 8>>);
+  }
+}
+
+template <class Run>
+void with_factor_kernel(const PatchRows& call, Run run) {
+  const int n = call.shape.m << call.shape.k;
+  if (call.in == Dtype::float16) return with_factor_kernel_of<Half>(n, run);
+  with_factor_kernel_of<BFloat16>(n, run);
 }
 
 template <class Run>

@@ -33,16 +33,17 @@ struct Int {
 
 // --- shapes: how an index is cut into stages ---
 
-// Known to the compiler: a power of two, one tile a thread in the outer stage, no inner stage.
-template <int k_>
+// Known to the compiler. A power of two has one tile a thread in the outer stage, and no inner stage.
+template <int m_, int k_>
 struct Fixed {
   static constexpr bool known = true;
-  static constexpr int m = 1, k = k_, a = fixed_outer_bits(k), b = 0, middle_bits = k - 3 - a, inner_at = 3 + middle_bits;
-  static constexpr int threads = 1 << middle_bits, stride = stride_of_rows(1 << k, threads);
-  static constexpr int block_threads = 128, least_blocks = a == 3 ? 4 : 2;
+  static constexpr RowShape shape = fixed_shape(m_, k_);
+  static constexpr int m = m_, k = k_, a = shape.a, b = shape.b, threads = shape.threads, stride = shape.stride;
+  static constexpr int middle_bits = m == 1 ? k - 3 - a : 0, inner_at = 3 + middle_bits;
+  static constexpr int block_threads = 128, least_blocks = m > 1 ? 3 : a == 3 ? 4 : 2;
   DEVICE explicit Fixed(const RowShape&) {}
-  static DEVICE constexpr int order() { return 1; }
-  static DEVICE constexpr int size() { return 1 << k; }
+  static DEVICE constexpr int order() { return m; }
+  static DEVICE constexpr int size() { return m << k; }
 };
 
 // Known at run time, but for m; an m of 0 is one without a program, whose signs are a table.
@@ -81,7 +82,7 @@ DEVICE void with_inner_bits(const Shape& shape, Function f) {
 
 template <class Shape, class Function>
 DEVICE void each_unit(const Shape& shape, int units, int thread, Function f) {
-  if constexpr (Shape::known) {
+  if constexpr (Shape::known && Shape::m == 1) {
 #pragma unroll
     for (int step = 0; step < units / Shape::threads; ++step) f(thread + step * Shape::threads);
   } else {
@@ -206,9 +207,8 @@ struct Any {
   }
 };
 
-// v *= factors[i ...], if there are any.
+// v *= factors[i ...].
 DEVICE void multiply8(float* v, const float* factors, int i) {
-  if (!factors) return;
   float by[8];
   load8(float{}, reinterpret_cast<const char*>(factors + i), by);
 #pragma unroll
@@ -225,15 +225,19 @@ DEVICE void each_outer_unit(const Shape& shape, int thread, Visit visit) {
   });
 }
 
-// load(i, v): eight values from index i on.
+// load(i, v): eight values from index i on, which are multiplied by factors[i ...] if there are any.
 template <class Shape, class Load>
-DEVICE void outer_there(const Shape& shape, float* row, int thread, Load load) {
+DEVICE void outer_there(const Shape& shape, float* row, int thread, const float* factors, Load load) {
   with_outer_bits(shape, [&](auto bits) {
     constexpr int a = decltype(bits)::value;
     each_outer_unit<Shape, a>(shape, thread, [&](int start) {
       float v[8 << a];
 #pragma unroll
-      for (int h = 0; h < 1 << a; ++h) load(start + (h << (shape.k - a)), v + 8 * h);
+      for (int h = 0; h < 1 << a; ++h) {
+        const int i = start + (h << (shape.k - a));
+        load(i, v + 8 * h);
+        if (factors) multiply8(v + 8 * h, factors, i);
+      }
       butterflies<3 + a>(v);
       const int from = swizzled(shape, start);
 #pragma unroll
@@ -244,9 +248,9 @@ DEVICE void outer_there(const Shape& shape, float* row, int thread, Load load) {
   });
 }
 
-// give(i, v): eight values that belong at index i and after it.
+// give(i, v): eight values that belong at index i and after it, multiplied likewise.
 template <class Shape, class Give>
-DEVICE void outer_back(const Shape& shape, const float* row, int thread, Give give) {
+DEVICE void outer_back(const Shape& shape, const float* row, int thread, const float* factors, Give give) {
   with_outer_bits(shape, [&](auto bits) {
     constexpr int a = decltype(bits)::value;
     each_outer_unit<Shape, a>(shape, thread, [&](int start) {
@@ -259,7 +263,11 @@ DEVICE void outer_back(const Shape& shape, const float* row, int thread, Give gi
       }
       butterflies<3 + a>(v);
 #pragma unroll
-      for (int h = 0; h < 1 << a; ++h) give(start + (h << (shape.k - a)), v + 8 * h);
+      for (int h = 0; h < 1 << a; ++h) {
+        const int i = start + (h << (shape.k - a));
+        if (factors) multiply8(v + 8 * h, factors, i);
+        give(i, v + 8 * h);
+      }
     });
   });
 }

@@ -72,8 +72,12 @@ Device device_limits(int) { return device; }
 Place::Place(int index) : device(device_limits(index)), stream(nullptr), guard(nullptr) {}
 Place::~Place() = default;
 
-const char* launch_fixed(const PatchRows& call, const Launch& launch, void*) {
-  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_fixed_kernel(call, run); });
+const char* launch_powers(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_power_kernel(call, run); });
+}
+
+const char* launch_factors(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_factor_kernel(call, run); });
 }
 
 const char* launch_staged(const PatchRows& call, const Launch& launch, void*) {

@@ -7,9 +7,9 @@
 
 namespace linearpatch::cuda {
 
-const char* launch_fixed(const PatchRows& call, const Launch& launch, void* stream) {
+const char* launch_powers(const PatchRows& call, const Launch& launch, void* stream) {
   const char* error = nullptr;
-  with_fixed_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });
+  with_power_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });
   return error;
 }
 

@@ -1,0 +1,16 @@
+// The kernels for the widths m 2^k that most models have.
+#include "device.cuh"
+
+#include "patch.cuh"
+
+#include "cuda_launch.cuh"
+
+namespace linearpatch::cuda {
+
+const char* launch_factors(const PatchRows& call, const Launch& launch, void* stream) {
+  const char* error = nullptr;
+  with_factor_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });
+  return error;
+}
+
+}  // namespace linearpatch::cuda
