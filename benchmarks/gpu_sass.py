@@ -1,4 +1,4 @@
-"""Programs for GPUs as ``nvdisasm`` writes them: instructions, labels, constants, and the loops of a graph of blocks."""
+"""Programs for GPUs as ``nvdisasm`` writes them: instructions, labels, constants, and loops of blocks."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ MACHINES = {
     # 148 of 128 lanes, 1.86 GHz for matrix units (1.98 GHz otherwise): hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100;
     # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is assumed: sm_80's.
     "sm_100": Machine("B200", 8.0e12, 148, 1.86e9, 128, 1024, (227 * KIB, 228 * KIB)),
-    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums, of which a quarter
-    # is taken otherwise: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090.
+    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums; a quarter of that
+    # otherwise: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090.
     "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.407e9, 128, 256, (99 * KIB, 100 * KIB)),
 }
 
@@ -343,7 +343,8 @@ def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[st
         if arch.startswith("gfx"):
             continue
         for d in ds:
-            yield "hadamard_patch_forward", arch, "bfloat16", d
+            if d in DEFAULT_DS or arch == "sm_90":
+                yield "hadamard_patch_forward", arch, "bfloat16", d
         for dtype in ("float32", "float16"):
             for d in {4096} & {*ds}:
                 yield "hadamard_patch_forward", arch, dtype, d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,41 @@ def test_forcing_what_is_not_there_raises(tmp_path: Path) -> None:
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "InputError: LINEARPATCH_BACKEND=cpu is not available: _C.abi3.so is not built" in last
+
+
+def test_cuda_asked_for_where_it_cannot_run_raises() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = probe(LINEARPATCH_BACKEND="cuda")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert "InputError: LINEARPATCH_BACKEND=cuda is not available: " in last
+    assert any(
+        why in last for why in ("is not built", "built without nvcc", "not a CUDA build", "no CUDA device or driver")
+    )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "version", "device", "said"),
+    [
+        (False, "13.0", True, "was built without nvcc: reinstall with the CUDA toolkit to have it"),
+        (True, None, False, "the kernels are built, but torch .* is not a CUDA build"),
+        (True, "13.0", False, "the kernels are built, but torch finds no CUDA device or driver"),
+    ],
+    ids=["no nvcc", "torch for CPUs", "no driver"],
+)
+def test_why_cuda_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, version: str | None, device: bool, said: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(backend, "_EXTENSION_MISSING", None)
+    monkeypatch.setattr(backend, "_compiled_for", lambda key: key == "CUDA" and compiled)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    assert re.search(said, str(backend.backends()["cuda"]))
 
 
 def test_unknown_name_raises() -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_static
+from benchmarks import gpu_build, gpu_static
+from benchmarks.gpu_sass import executed, program_graph, sass_programs
 from benchmarks.gpu_static import (
+    CUDA_DS,
     DEFAULT_DS,
     MACHINES,
     KernelRow,
     WarpCounts,
-    executed,
+    cuda_row,
+    cuda_selection,
     modelled_cycles,
     read_rows,
-    sass_functions,
     three_pass_cycles,
     triton_row,
     triton_selection,
     warp_counts,
 )
+from benchmarks.gpu_warp import Launched, Seen, Warp, bank_wavefronts
 
 H100 = MACHINES["sm_90"]
 LIMITS = read_rows(Path(gpu_static.__file__).with_name("gpu_limits.json"))
@@ -82,8 +86,8 @@ PROGRAM = """
 
 
 def test_every_loop_is_counted_and_what_is_outside_of_the_rows_is_not() -> None:
-    (blocks,) = sass_functions(PROGRAM).values()
-    counts = executed(blocks, trips=(5, 3))
+    (program,) = sass_programs(PROGRAM).values()
+    counts = executed(program_graph(program), trips=(5, 3))
     assert counts["LDG.E.128"] == counts["STG.E.64"] == counts["STS.128"] == 1
     assert counts["FADD"] == 5
     assert counts["SHFL.BFLY"] == 15
@@ -92,14 +96,98 @@ def test_every_loop_is_counted_and_what_is_outside_of_the_rows_is_not() -> None:
 
 
 def test_a_loop_of_unknown_length_is_an_error() -> None:
-    (blocks,) = sass_functions(PROGRAM).values()
+    (program,) = sass_programs(PROGRAM).values()
     with pytest.raises(ValueError, match="2 loops within the loop over rows, and the trip counts of 0 are known"):
-        executed(blocks)
+        executed(program_graph(program))
 
 
 def test_code_that_cannot_be_followed_is_an_error() -> None:
+    (program,) = sass_programs(PROGRAM.replace("BRA `(.L_x_0)", "BRX R4 -0x10")).values()
     with pytest.raises(ValueError, match="cannot be followed"):
-        sass_functions(PROGRAM.replace("BRA `(.L_x_0)", "BRX R4 -0x10"))
+        program_graph(program)
+
+
+# A parameter of 8 bytes at 0x210: a pointer's low half, and how often a loop turns. 24 threads branch off.
+LOOPING = """
+	.section	.nv.constant0.kernel,"a",@progbits
+	.zero		536
+	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   ULDC UR4, c[0x0][0x214] ;
+        /*0020*/                   MOV R3, 0x100 ;
+        /*0030*/                   LEA R2, R0, c[0x0][0x210], 0x4 ;
+        /*0040*/                   MOV R5, RZ ;
+.L_x_0:
+        /*0050*/                   LDG.E.128 R8, desc[UR6][R2.64] ;
+        /*0060*/                   IADD3 R5, R5, 0x1, RZ ;
+        /*0070*/                   FADD R8, R8, R9 ;
+        /*0080*/                   SHF.L.U32 R6, R0, 0x7, RZ ;
+        /*0090*/                   STS [R6], R8 ;
+        /*00a0*/                   ISETP.GE.AND P0, PT, R5, UR4, PT ;
+        /*00b0*/              @!P0 BRA `(.L_x_0) ;
+        /*00c0*/                   BSSY B0, `(.L_x_2) ;
+        /*00d0*/                   ISETP.GE.U32.AND P1, PT, R0, 0x8, PT ;
+        /*00e0*/               @P1 BRA `(.L_x_1) ;
+        /*00f0*/                   FMUL R9, R8, R8 ;
+        /*0100*/                   STG.E.128 desc[UR6][R2.64], R8 ;
+.L_x_1:
+        /*0110*/                   BSYNC B0 ;
+.L_x_2:
+        /*0120*/               @P1 FMUL R9, R8, R8 ;
+        /*0130*/                   ISETP.LT.AND P2, PT, R5, RZ, PT ;
+        /*0140*/               @P2 STG.E.128 desc[UR6][R2.64], R8 ;
+        /*0150*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0160*/                   EXIT ;
+"""
+
+
+def ran(text: str, turns: int, *, threads: int = 32) -> Seen:
+    (program,) = sass_programs(text).values()
+    parameters = (0x1000).to_bytes(4, "little") + turns.to_bytes(4, "little")
+    tensors = {"x": ((0x100 << 32) + 0x1000, 512)}
+    return Warp(program, Launched(parameters, (1, 1), threads, tensors, 4096), 0).run()
+
+
+def test_a_loop_counts_as_often_as_it_turns() -> None:
+    more = ran(LOOPING, 7) - ran(LOOPING, 2)
+    assert more.counts == dict.fromkeys(("LDG.E.128", "IADD3", "FADD", "SHF.L.U32", "STS", "ISETP.GE.AND", "BRA"), 5)
+    assert more.moved == {"x": 5 * 512}
+    assert more.wavefronts == 5 * 32  # 128 bytes from lane to lane: all in one bank
+
+
+def test_who_branches_off_comes_back_and_who_is_off_moves_nothing() -> None:
+    seen = ran(LOOPING, 1)
+    assert seen.moved == {"x": 512, "to x": 8 * 16}
+    assert seen.counts["FMUL"] == 2
+    assert seen.counts["off STG.E.128"] == seen.counts["STG.E.128"] == 1
+    assert seen.counts["BAR.SYNC.DEFER_BLOCKING"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("R0, c[0x0][0x210], 0x4", "R0, c[0x0][0x210], 0x5", "not a place in a tensor"),
+        ("c[0x0][0x210], 0x4 ;", "0x1004, 0x4 ;", "not a place in a tensor"),
+        ("R6, R0, 0x7", "R6, R0, 0x8", "not a place in shared memory"),
+        ("P0, PT, R5, UR4", "P0, PT, R8, UR4", "where this goes depends on data"),
+        ("SHF.L.U32 R6", "FROB R6", "this operation is not known"),
+        ("MOV R3, 0x100", "MOV R3, SR_CLOCK", "SR_CLOCK"),
+    ],
+    ids=["beyond", "askew", "shared", "data", "operation", "special"],
+)
+def test_what_cannot_be_right_is_an_error(before: str, after: str, said: str) -> None:
+    assert LOOPING.count(before) == 1
+    with pytest.raises(ValueError, match=said):
+        ran(LOOPING.replace(before, after), 3)
+
+
+def test_banks() -> None:
+    import numpy as np
+
+    lanes, everyone = np.arange(32, dtype=np.uint64), np.ones(32, bool)
+    for stride, size, passes in ((4, 4, 1), (0, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1), (16, 16, 4), (64, 16, 16)):
+        assert bank_wavefronts(lanes * np.uint64(stride), everyone, size) == passes, stride
+    assert bank_wavefronts(lanes * np.uint64(128), lanes < 5, 4) == 5
 
 
 def check_limit(row: KernelRow, limit: KernelRow) -> None:
@@ -108,6 +196,7 @@ def check_limit(row: KernelRow, limit: KernelRow) -> None:
         assert getattr(row, count) <= getattr(limit, count), (row.key, count)
     assert row.ldg - row.ldg128 <= limit.ldg - limit.ldg128  # what is not wide: H_m, and on AMD rows of d = 576
     assert row.stg - row.stg128 <= limit.stg - limit.stg128
+    assert row.source == "triton" or row.stg == row.stg128
     assert limit.dram_fraction is None or (row.dram_fraction or 0) >= limit.dram_fraction
 
 
@@ -115,6 +204,21 @@ def test_limits() -> None:
     """Those of one kernel; all of them are a job of minutes."""
     (limit,) = [row for row in LIMITS if row.key == ("hadamard_patch_forward", "triton", "sm_90", "bfloat16", 2048)]
     check_limit(triton_row("hadamard_patch_forward", "sm_90", "bfloat16", 2048), limit)
+
+
+NVCC = pytest.mark.skipif(gpu_build.nvcc() is None, reason="no nvcc")
+
+
+@pytest.mark.slow
+@NVCC
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", sorted({row.arch for row in LIMITS if row.source == "cuda"}))
+def test_all_limits_of_cuda(arch: str) -> None:
+    limits = [row for row in LIMITS if row.source == "cuda" and row.arch == arch]
+    selected = cuda_selection([arch], CUDA_DS)
+    assert [row.key for row in limits] == [(kernel, "cuda", *others) for kernel, *others in selected]
+    for limit in limits:
+        check_limit(cuda_row(limit.kernel, limit.arch, limit.dtype, limit.d), limit)
 
 
 @pytest.mark.slow
@@ -133,8 +237,8 @@ def test_limits_keep_the_promises() -> None:
     assert {row.status for row in LIMITS} == {"modelled, unvalidated"}
     assert all(row.spills == 0 for row in LIMITS)
     assert all(row.stg == row.stg128 for row in LIMITS if row.arch.startswith("sm_"))
-    for d in (2048, 4096, 8192):
-        row = rows["hadamard_patch_forward", "triton", "sm_90", "bfloat16", d]
+    for source, d in product(("cuda", "triton"), (2048, 4096, 8192)):
+        row = rows["hadamard_patch_forward", source, "sm_90", "bfloat16", d]
         assert row.ldg == row.ldg128
         assert row.dram_fraction is not None
         assert row.dram_fraction >= 0.90
@@ -143,7 +247,8 @@ def test_limits_keep_the_promises() -> None:
 
 
 def test_command_writes_the_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_static.main(["--arch", "sm_90", "--d", "2048", "--json", str(tmp_path / "rows.json")]) == 0
+    arguments = ["--arch", "sm_90", "--d", "2048", "--source", "triton", "--json", str(tmp_path / "rows.json")]
+    assert gpu_static.main(arguments) == 0
     assert "modelled, unvalidated" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     asked = "kernel source arch dtype d registers spills shared_bytes ldg ldg128 stg stg128 shfl smem_wavefronts bar"

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "hadamard_patch"
+HOST = (KERNELS / "cuda.cpp", KERNELS / "width.cpp")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 
@@ -43,20 +45,30 @@ class Seen:
     scale_in_shared: bool
 
 
-def build(folder: Path, *, here: Path = HERE, optimize: str = "-O2") -> Path:
-    """The library of emulator.cpp with the host's half of the operators, made in a folder."""
-    kernels = here.parents[1] / "csrc" / "hadamard_patch"
+def compiled(folder: Path, sources: Sequence[Path], optimize: str) -> list[Path]:
+    """Their object files, in a folder."""
     include = [argument for path in include_paths() for argument in ("-isystem", path)]
     flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 
-    def compiled(source: Path) -> Path:
+    def one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         macro = "-DTORCH_TARGET_VERSION=0x020d000000000000"
         subprocess.run([COMPILER, *flags, macro, *include, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [here / "emulator.cpp", kernels / "cuda.cpp", kernels / "width.cpp"]))
+        return list(pool.map(one, sources))
+
+
+def build(folder: Path, *, here: Path = HERE, host: Sequence[Path] = (), optimize: str = "-O2") -> Path:
+    """The library of emulator.cpp with the host's half of the operators, made in a folder.
+
+    Args:
+        here: where emulator.cpp is, two folders below a copy of the sources.
+        host: object files of `HOST`, which knows nothing of the kernels' insides; made here if not given.
+    """
+    sources = [here / "emulator.cpp", *(() if host else HOST)]
+    objects = [*compiled(folder, sources, optimize), *host]
     library = folder / "emulator.so"
     libraries = [f"-L{path}" for path in library_paths()]
     subprocess.run([COMPILER, "-shared", "-o", library, *objects, *libraries, "-ltorch_cpu"], check=True)

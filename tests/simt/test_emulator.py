@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, HERE, KERNELS, SCHEDULES, Emulator, build
+from emulator import COMPILER, HERE, HOST, KERNELS, SCHEDULES, Emulator, build, compiled
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -123,12 +123,17 @@ print(*said, sep="\\n")
 """
 
 
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return compiled(tmp_path_factory.mktemp("host"), HOST, "-O0")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_of_the_kernels_is_seen(mutation: str, tmp_path: Path) -> None:
+def test_a_mutation_of_the_kernels_is_seen(mutation: str, tmp_path: Path, host: list[Path]) -> None:
     here = applied(mutation, tmp_path)
-    library = build(tmp_path, here=here, optimize="-O0")
+    library = build(tmp_path, here=here, host=host, optimize="-O0")
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, library],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])},

@@ -91,6 +91,21 @@ def test_powers_of_two_have_kernels_of_their_own(emulator: Emulator, d: int) -> 
         assert seen.shuffles == 0
 
 
+@pytest.mark.parametrize("d", [576, 896, 1536, 2560, 3072, 3584, 5120])
+def test_widths_of_models_have_kernels_of_their_own(emulator: Emulator, d: int) -> None:
+    """In 16 bits; against float64, with and without the channel scales, the last turn with fewer rows than places."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        emulator.configure("random", seed=d)
+        x, scale = torch.randn(17 if d < 1000 else 5, d).to(dtype), torch.randn(d)
+        for operands in ((scale, None, None, None, None), (scale, scale + 1, scale - 1, None, None)):
+            y = SIMT.hadamard_patch(x, *operands)
+            exact = REFERENCE.hadamard_patch_reference(*double(x, *operands))
+            assert not check("patch", (y,), (REFERENCE.hadamard_patch_reference(x, *operands),), (exact,))
+            assert emulator.seen().fixed == (dtype != torch.float32)
+        assert emulator.seen().barriers > 2
+        assert not emulator.faults()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_wherever_they_lie(emulator: Emulator, layout: str) -> None:
     for d, dtype in ((256, torch.float32), (576, torch.bfloat16), (2048, torch.float16)):
