@@ -1,12 +1,12 @@
 """All that is to be known from a machine with a GPU, in one command: ``make gpu``, or ``python benchmarks/gpu.py``.
 
 For each GPU backend that is there (cuda, triton), in a process of its own: the operators on random calls over all
-listed widths and dtypes against float64, then times of the forward, its gradients and the norm beside their peers:
-cuBLAS by the dense matrix, fast-hadamard-transform in three passes, torch.compile of the reference, and a copy as the
-bound. Writes one JSON and one Markdown file; the JSON is what is worth sending.
+listed widths and dtypes against float64, then times of the forward, its gradients and the norm beside their peers, by
+the runner of all benchmarks (`interleaved`): cuBLAS by the dense matrix, fast-hadamard-transform in three passes,
+torch.compile of the reference, and a copy as the bound. Writes one JSON and one Markdown file; the JSON is what is
+worth sending.
 
-``--dry`` runs all of it without a GPU, on a few rows: Triton's kernels by the interpreter, clocks instead of events.
-Its times mean nothing.
+``--dry`` runs all of it without a GPU, on a few rows, Triton's kernels by the interpreter. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +32,10 @@ if __name__ == "__main__":
 import torch  # noqa: E402 - after the path is set
 from torch import Tensor  # noqa: E402 - after the path is set
 
+from benchmarks.interleaved import FULL, QUICK, contest  # noqa: E402 - after the path is set
+from benchmarks.registry import Case, Peer, Run  # noqa: E402 - after the path is set
+
 BACKENDS = ("cuda", "triton")
-Run = Callable[[], Any]
 
 
 # --- one backend, in a process where it is forced --------------------------------------------------------------------
@@ -53,93 +54,98 @@ def check(device: str, widths: Sequence[int]) -> dict[str, Any]:
     return {"calls": len(widths) * len(DTYPES), "wrong": wrong}
 
 
-def peers(x: Tensor, scale: Tensor, dry: bool) -> dict[str, Callable[[], Run]]:
-    """What computes the same y, each to be built when its turn comes; and a copy, which no kernel can beat."""
-    from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+Operands = tuple[Tensor, Tensor, Tensor]
+
+
+def dense(operands: Operands) -> Run:
+    x, scale, out = operands
+    matrix = torch.ops.linearpatch.hadamard_patch_reference(
+        torch.eye(x.shape[-1], device=x.device), scale, None, None, None, None
+    ).to(x.dtype)
+    return lambda: torch.mm(x, matrix, out=out)
+
+
+def three_passes(operands: Operands) -> Run:
+    x, scale, _ = operands
+    transform = import_module("fast_hadamard_transform").hadamard_transform
+    weight, factor = scale.to(x.dtype), x.shape[-1] ** -0.5
+    return lambda: transform(transform(x, scale=factor) * weight, scale=factor)
+
+
+def compiled(operands: Operands) -> Run:
     from linearpatch_kernels.ops.hadamard_patch.reference import hadamard_patch_reference
 
-    out = torch.empty_like(x)
-
-    def dense() -> Run:
-        matrix = torch.ops.linearpatch.hadamard_patch_reference(
-            torch.eye(x.shape[-1], device=x.device), scale, None, None, None, None
-        ).to(x.dtype)
-        return lambda: torch.mm(x, matrix, out=out)
-
-    def three_passes() -> Run:
-        transform = import_module("fast_hadamard_transform").hadamard_transform
-        weight, factor = scale.to(x.dtype), x.shape[-1] ** -0.5
-        return lambda: transform(transform(x, scale=factor) * weight, scale=factor)
-
-    def compiled() -> Run:
-        call = torch.compile(hadamard_patch_reference, backend="eager" if dry else "inductor", dynamic=False)
-        return lambda: call(x, scale)
-
-    return {
-        "ours": lambda: lambda: hadamard_patch(x, scale, out=out),
-        "mm by the dense matrix": dense,
-        "fast-hadamard-transform, three passes": three_passes,
-        "torch.compile of the reference": compiled,
-        "copy": lambda: lambda: out.copy_(x),
-    }
+    x, scale, _ = operands
+    call = torch.compile(
+        hadamard_patch_reference, backend="eager" if x.device.type == "cpu" else "inductor", dynamic=False
+    )
+    return lambda: call(x, scale)
 
 
-def other_operators(x: Tensor, scale: Tensor) -> dict[str, Callable[[], Run]]:
+def patch(operands: Operands) -> Run:
+    from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+
+    x, scale, out = operands
+    return lambda: hadamard_patch(x, scale, out=out)
+
+
+def backward(operands: Operands) -> Run:
+    x, scale, _ = operands
+    grad, call = torch.randn_like(x), torch.ops.linearpatch.hadamard_patch_backward.default
+    return lambda: call(grad, x, scale, None, None, None, None, 0b11)[:2]
+
+
+def norm(operands: Operands) -> Run:
     from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm
 
-    grad, weight, residual = torch.randn_like(x), torch.ones_like(scale), torch.randn_like(x)
-    backward = torch.ops.linearpatch.hadamard_patch_backward.default
-    return {
-        "backward, dx and dscale": lambda: lambda: backward(grad, x, scale, None, None, None, None, 0b11),
-        "add_patch_rms_norm": lambda: lambda: add_patch_rms_norm(x, residual, scale, weight, 1e-5),
-    }
+    x, scale, _ = operands
+    weight, residual = torch.ones_like(scale), torch.randn_like(x)
+    return lambda: add_patch_rms_norm(x, residual, scale, weight, 1e-5)
 
 
-class Clock:
-    """Seconds of a call: by events on a GPU, where a burst of calls hides what starting them costs."""
-
-    def __init__(self, device: str, burst: int) -> None:
-        self.gpu, self.burst = device == "cuda", burst
-
-    def __call__(self, run: Run) -> float:
-        if not self.gpu:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(self.burst):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / self.burst
+def copy(operands: Operands) -> Run:
+    x, _, out = operands
+    return lambda: out.copy_(x)
 
 
-def measure(device: str, rows: int, d: int, dtype: torch.dtype, *, rounds: int, dry: bool) -> dict[str, Any]:
-    """Median seconds of ours and of every peer, whose turns alternate in each round, or why one has none."""
-    x, scale = torch.randn(rows, d, device=device).to(dtype), torch.rand(d, device=device) + 0.5
-    turns: dict[str, Run] = {}
-    missing: dict[str, str] = {}
-    with torch.inference_mode():
-        for name, build in (peers(x, scale, dry) | other_operators(x, scale)).items():
-            try:
-                turns[name] = build()
-                turns[name]()
-            except Exception as error:  # another's code may refuse a width in its own way
-                if name == "ours":
-                    raise
-                missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                turns.pop(name, None)
-        clock = Clock(device, burst=max(1, 2**27 // x.nbytes))
-        seconds: dict[str, list[float]] = {name: [] for name in turns}
-        for _ in range(rounds):
-            for name, run in turns.items():
-                seconds[name].append(clock(run))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+# What computes the same y; then a copy, which no kernel can beat, and our other operators.
+PEERS = (
+    Peer("mm by the dense matrix", dense),
+    Peer("fast-hadamard-transform, three passes", three_passes, "fast-hadamard-transform", "fast_hadamard_transform"),
+    Peer("torch.compile of the reference", compiled),
+    Peer("copy", copy, floor=True, same_result=False),
+    Peer("backward, dx and dscale", backward, floor=True, same_result=False),
+    Peer("add_patch_rms_norm", norm, floor=True, same_result=False),
+)
+
+
+def measure(device: str, rows: int, d: int, dtype: torch.dtype, *, dry: bool) -> dict[str, Any]:
+    """Median seconds of ours and of every peer, by the runner of all benchmarks; or why a peer has none."""
+
+    def operands() -> Operands:
+        x = torch.randn(rows, d, device=device).to(dtype)
+        return x, torch.rand(d, device=device) + 0.5, torch.empty_like(x)
+
+    case = Case(
+        "GPU",
+        f"{rows} x {d} {dtype}",
+        operands,
+        patch,
+        PEERS,
+        device=device,
+        tolerance=1e-4 if dtype == torch.float32 else 0.03,
+    )
+    seconds: list[float] = []
+    with contest(case, torch.get_num_threads(), QUICK if dry else FULL) as match:
+        for _ in range(match.rounds):
+            match.peers_take_turns()
+            seconds.append(match.ours.seconds() / match.ours.calls)
+    by_round = {"ours": seconds, **match.seconds}
+    medians = {name: statistics.median(values) for name, values in by_round.items()}
     return {
         "rows": rows, "d": d, "dtype": str(dtype).removeprefix("torch."),
-        "seconds": medians, "rounds": seconds, "missing": missing,
-        "bytes_per_second": 2 * x.nbytes / medians["ours"],
+        "seconds": medians, "rounds": by_round, "missing": match.skipped,
+        "bytes_per_second": 2 * rows * d * dtype.itemsize / medians["ours"],
     }  # fmt: skip
 
 
@@ -151,7 +157,7 @@ def work(backend: str, dry: bool) -> dict[str, Any]:
     shapes = [(2, 512)] if dry else [(n, d) for d in (576, 2048, 3072, 4096, 5120, 8192) for n in (1, 512, 16384)]
     dtypes = [torch.bfloat16] if dry else [torch.bfloat16, torch.float32]
     checked = check(device, widths)
-    measured = [measure(device, n, d, dtype, rounds=2 if dry else 31, dry=dry) for n, d in shapes for dtype in dtypes]
+    measured = [measure(device, n, d, dtype, dry=dry) for n, d in shapes for dtype in dtypes]
     return {"backend": backend, "checked": checked, "measured": measured}
 
 

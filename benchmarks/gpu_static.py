@@ -92,7 +92,7 @@ MACHINES = {
     # 148 of 128 lanes, 1.86 GHz for matrix units (1.98 GHz otherwise): hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100;
     # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is assumed: sm_80's.
     "sm_100": Machine("B200", 8.0e12, 148, 1.86e9, 128, 1024, (227 * KIB, 228 * KIB)),
-    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums; a quarter of that
+    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums, a fourth of it
     # otherwise: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090.
     "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.407e9, 128, 256, (99 * KIB, 100 * KIB)),
 }
