@@ -48,6 +48,12 @@ def tool(name: str) -> str | None:
     return None
 
 
+@cache
+def orders_with_programs() -> frozenset[int]:
+    """The m for which orders.h has a program that multiplies by H_m."""
+    return frozenset(map(int, re.findall(r"struct Order<(\d+), false>", (KERNELS / "orders.h").read_text())))
+
+
 @dataclass(frozen=True)
 class Cubin:
     """One source for one architecture, and what ptxas said of it."""

@@ -50,7 +50,6 @@ from benchmarks.gpu_warp import Launched, Seen, Warp  # noqa: E402 - after the p
 
 STATUS = "modelled, unvalidated"
 DEFAULT_DS = (576, 2048, 3072, 4096, 5120, 8192)
-CUDA_DS = (576, 2048, 2880, 3072, 4096, 5120, 8192)  # 2880: a factor H_m without a program
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("hadamard_patch_forward", "hadamard_patch_backward", "add_patch_rms_norm")
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
@@ -283,7 +282,6 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
     signs, log2_inner = paley_factor(d)
     order, number = len(signs), int(arch[3:])
     machine, itemsize = MACHINES[arch], DTYPES[dtype][1]
-    of_order = f"StagedILi{order}E"
     seen = []
     for turns in (2, 3):
         plan = gpu_build.launch_plan(
@@ -291,7 +289,7 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
             order=order,
             inner=1 << log2_inner,
             blocks=d // (order << log2_inner),
-            has_program=any(of_order in name for name in gpu_build.programs("cuda_staged", number)),
+            has_program=order in gpu_build.orders_with_programs(),
             dtype=("float32", "float16", "bfloat16").index(dtype),
             turns=turns,
             device=(machine.multiprocessors, *machine.shared),
@@ -343,8 +341,7 @@ def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[st
         if arch.startswith("gfx"):
             continue
         for d in ds:
-            if d in DEFAULT_DS or arch == "sm_90":
-                yield "hadamard_patch_forward", arch, "bfloat16", d
+            yield "hadamard_patch_forward", arch, "bfloat16", d
         for dtype in ("float32", "float16"):
             for d in {4096} & {*ds}:
                 yield "hadamard_patch_forward", arch, dtype, d
@@ -601,14 +598,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kernel in KERNELS:
                 rows += ranked(kernel, "sm_90", "bfloat16", d)
     else:
-        for source, module, row_of, selection, ds in (
-            ("cuda", gpu_build.nvcc(), cuda_row, cuda_selection, CUDA_DS),
-            ("triton", importlib.util.find_spec("triton"), triton_row, triton_selection, DEFAULT_DS),
+        for source, module, row_of, selection in (
+            ("cuda", gpu_build.nvcc(), cuda_row, cuda_selection),
+            ("triton", importlib.util.find_spec("triton"), triton_row, triton_selection),
         ):
             if source in options.source and module is None:
                 print(f"No rows of {source}: there is no {'nvcc' if source == 'cuda' else 'triton'} here.")
             elif source in options.source:
-                rows += [row_of(*selected) for selected in selection(options.arch, options.d or ds)]
+                rows += [row_of(*selected) for selected in selection(options.arch, options.d or DEFAULT_DS)]
     print("Counts of one warp for `rows` rows.")
     print(count_table(rows))
     print(f"\nCycles a row and multiprocessor: {STATUS}.")
