@@ -67,13 +67,13 @@ def _triton() -> bool | str:
 def triton_serves(device_type: str) -> bool:
     """Whether Triton's kernels run on tensors of such a device: ``cuda`` (AMD's name in torch too) or ``cpu``.
 
-    On GPUs they are where the extension has no kernels for them; on the CPU the interpreter, if it was asked for.
+    To be asked where the extension has no kernel of the operator. On the CPU it is the interpreter, if asked for.
     """
     if FORCED not in (None, "triton") or _triton() is not True:
         return False
     if device_type == "cpu":
         return FORCED == "triton" and _TRITON_INTERPRETED
-    return device_type == "cuda" and not _compiled_for("CUDA")
+    return device_type == "cuda"
 
 
 def backends() -> dict[str, bool | str]:

@@ -53,12 +53,15 @@ def _fake_linear(
     )
 
 
+_TRITON = "linearpatch_kernels.ops.topk_kl.triton"
+
 _loss = define_operator(
     "topk_kl_loss",
     "(Tensor logits, Tensor teacher_probs, Tensor teacher_ids, str normalization, float temperature)"
     " -> (Tensor loss, Tensor normalizers)",
     topk_kl_loss_reference,
     _fake_loss,
+    triton=_TRITON,
 )
 _loss_backward = define_operator(
     "topk_kl_loss_backward",
@@ -66,6 +69,7 @@ _loss_backward = define_operator(
     " float temperature) -> Tensor",
     topk_kl_loss_backward_reference,
     _fake_loss_backward,
+    triton=_TRITON,
 )
 _linear = define_operator(
     "linear_topk_kl_loss",
@@ -74,6 +78,7 @@ _linear = define_operator(
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     linear_topk_kl_loss_reference,
     _fake_linear,
+    triton=_TRITON,
 )
 
 if FORCED is None and backends()["cpu"] is not True:

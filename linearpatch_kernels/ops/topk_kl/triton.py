@@ -1,0 +1,663 @@
+"""The losses in Triton, for NVIDIA and AMD GPUs; the maths, and its letters p, z, Z, R, S, t, are `reference`'s.
+
+The linear loss over the slots ("topk") is one program a token, which reads the rows of its slots once: dhidden is
+``sum_k (S exp(z_k - Z) - p_k) w_k``, and both of its sums are carried along, the first one relative to the largest z so
+far, as an online softmax does.
+
+Over a whole vocabulary ("full", "tail") the logits of some thousand ids at a time are torch's matrix product in
+float32. One kernel then takes the slots' logits out, carries the log-sum-exp of the rest along, and leaves
+``exp(z - m)`` of the rest behind for the product that adds up dhidden; nothing is computed twice for it, and nothing
+[N, V] is ever there. dweight needs the final normalisers, so the products are made again for it alone.
+
+What a kernel adds up it adds up in one order, each number in one program: slots are sorted by their id for the gradient
+of a gathered row. There are no atomics, and the same call has the same bits.
+
+An id outside the vocabulary makes its token's loss NaN; ``LINEARPATCH_CHECK_IDS=1`` has it refused (`reference`).
+float64, and rows wider than 16384, are left to plain PyTorch.
+"""
+
+# Triton's functions have types of their own, and no unpacking of tuples.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearpatch_kernels.ops.topk_kl.reference import (
+    _check_ids,
+    check_operands,
+    linear_topk_kl_loss_reference,
+    topk_kl_loss_backward_reference,
+    topk_kl_loss_reference,
+)
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+# --- device code -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finite(largest):
+    """What is taken off before exp: the largest number, or 0 where that is infinite."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
+def _weight_of(before, after):
+    """By what sums of ``exp(z - before)`` become sums of ``exp(z - after)``; both are largest numbers."""
+    return tl.where(before == float("-inf"), 0.0, tl.exp(_finite(before) - _finite(after)))
+
+
+@triton.jit
+def slots_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, probs_ptr, ids_ptr, scale_ptr, z_ptr, dhidden_ptr,
+    slots, width, vocabulary, hidden_stride, weight_stride, temperature,
+    SLOTS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The slots' z of a token, and with ``dhidden`` its gradient for "topk"; grid (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, CHUNK)
+    hidden, student, teacher = (), (), ()
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + columns
+        h = tl.load(hidden_ptr + token * hidden_stride + column, mask=column < width, other=0.0)
+        hidden = hidden + (h.to(tl.float32),)
+        student = student + (tl.zeros([SLOTS, CHUNK], tl.float32),)
+        teacher = teacher + (tl.zeros([SLOTS, CHUNK], tl.float32),)
+    largest = tl.full([SLOTS], float("-inf"), tl.float32)
+    sums, totals = tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32)
+    present = tl.zeros([SLOTS], tl.int32)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        inside = slot < slots
+        ids = tl.load(ids_ptr + token * slots + slot, mask=inside, other=-1).to(tl.int64)
+        readable = (ids >= 0) & (ids < vocabulary)
+        rows = ()
+        z = tl.zeros([SLOTS], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + columns[None, :]
+            row = tl.load(
+                weight_ptr + ids[:, None] * weight_stride + column, mask=readable[:, None] & (column < width), other=0.0
+            ).to(tl.float32)
+            rows = rows + (row,)
+            z += tl.sum(row * hidden[i][None, :], axis=1)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + ids, mask=readable, other=0.0).to(tl.float32)
+        z = tl.where(ids < vocabulary, z / temperature, float("nan"))
+        tl.store(z_ptr + token * slots + slot, z, mask=inside)
+        if dhidden_ptr is not None:
+            p = tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32)
+            z = tl.where(ids >= 0, z, float("-inf"))
+            now = tl.maximum(largest, z)
+            kept, e = _weight_of(largest, now), tl.exp(z - _finite(now))
+            sums = sums * kept + e
+            totals += p
+            present |= (ids >= 0).to(tl.int32)
+            largest = now
+            carried, taught = (), ()
+            for i in tl.static_range(CHUNKS):
+                carried = carried + (student[i] * kept[:, None] + rows[i] * e[:, None],)
+                taught = taught + (teacher[i] + rows[i] * p[:, None],)
+            student, teacher = carried, taught
+    if dhidden_ptr is not None:
+        kept = _weight_of(largest, tl.max(largest, axis=0))
+        factor = kept * (tl.sum(totals, axis=0) / tl.sum(sums * kept, axis=0))
+        scale = tl.load(scale_ptr)
+        counted = tl.max(present, axis=0) > 0
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + columns
+            gradient = tl.sum(student[i] * factor[:, None] - teacher[i], axis=0) * scale
+            tl.store(
+                dhidden_ptr + token * width + column, tl.where(counted, gradient, 0.0), mask=column < width
+            )
+
+
+@triton.jit
+def token_kernel(
+    z_ptr, probs_ptr, ids_ptr, rest_ptr, scale_ptr, loss_ptr, normalizers_ptr, dz_ptr, factor_ptr, slots,
+    WHOLE: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Loss, (Z, R), gradient of the slots' logits, and of the rest's ``exp(z - m)``, from z and (m, s); grid (tokens,).
+
+    WHOLE: Z is over the vocabulary, and a token's ids are in ascending order.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.full([], float("-inf"), tl.float32)
+    sums, total, present = 0.0, 0.0, 0
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        ids = tl.load(ids_ptr + token * slots + slot, mask=slot < slots, other=-1)
+        z = tl.load(z_ptr + token * slots + slot, mask=ids >= 0, other=float("-inf"))
+        total += tl.sum(tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32), axis=0)
+        present = tl.maximum(present, tl.max((ids >= 0).to(tl.int32), axis=0))
+        if WHOLE:
+            previous = tl.load(ids_ptr + token * slots + slot - 1, mask=(slot > 0) & (slot < slots), other=-1)
+            z = tl.where(ids == previous, float("-inf"), z)
+        now = tl.maximum(largest, tl.max(z, axis=0))
+        sums = sums * _weight_of(largest, now) + tl.sum(tl.exp(z - _finite(now)), axis=0)
+        largest = now
+    rest_sum = 0.0
+    of_rest = tl.full([], float("-inf"), tl.float32)
+    if WHOLE:
+        rest_largest, rest_sum = tl.load(rest_ptr + 2 * token), tl.load(rest_ptr + 2 * token + 1)
+        of_rest = tl.log(rest_sum) + _finite(rest_largest)
+        now = tl.maximum(largest, rest_largest)
+        sums = sums * _weight_of(largest, now) + rest_sum * _weight_of(rest_largest, now)
+        largest = now
+    normalizer = tl.log(sums) + _finite(largest)
+    scale = tl.load(scale_ptr)
+    t, loss = 0.0, 0.0
+    if TAIL:
+        t = tl.where(of_rest == float("-inf"), 0.0, tl.maximum(1.0 - total, 0.0))
+        loss = tl.where(t == 0.0, 0.0, t * (tl.log(t) - (of_rest - normalizer)))
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        ids = tl.load(ids_ptr + token * slots + slot, mask=slot < slots, other=-1)
+        z = tl.load(z_ptr + token * slots + slot, mask=ids >= 0, other=float("-inf"))
+        p = tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32)
+        loss += tl.sum(tl.where(p == 0.0, 0.0, p * (tl.log(p) - (z - normalizer))), axis=0)
+        if dz_ptr is not None:
+            student = (total + t) * tl.exp(z - normalizer)
+            if WHOLE:
+                previous = tl.load(ids_ptr + token * slots + slot - 1, mask=(slot > 0) & (slot < slots), other=-1)
+                student = tl.where(ids == previous, 0.0, student)
+            dz = tl.where(ids >= 0, (student - p) * scale, 0.0)
+            tl.store(dz_ptr + token * slots + slot, dz, mask=slot < slots)
+    tl.store(loss_ptr + token, tl.where(present > 0, loss, 0.0))
+    tl.store(normalizers_ptr + 2 * token, normalizer)
+    tl.store(normalizers_ptr + 2 * token + 1, of_rest if TAIL else float("-inf"))
+    if factor_ptr is not None:
+        # Of each exp(z - R), then of each exp(z - m).
+        factor = (total + t) * tl.exp(of_rest - normalizer) - t
+        nothing = (present == 0) | (rest_sum == 0.0)
+        tl.store(factor_ptr + token, tl.where(nothing, 0.0, factor * scale / rest_sum))
+
+
+@triton.jit
+def combine_rows_kernel(
+    rows_ptr, index_ptr, factors_ptr, starts_ptr, old_factors_ptr, out_ptr, sums_ptr, rows, width, stride,
+    SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``out[r] = sum of factors[i] * rows[index[i]]`` over ``starts[r] <= i < starts[r + 1]``; grid (results, chunks).
+
+    With old_factors, plus ``old_factors[r] * out[r]``. ``sums[r]`` are those of the factors alone. An index outside of
+    [0, rows) adds nothing.
+    """
+    result = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    end = tl.load(starts_ptr + result + 1)
+    combined = tl.zeros([SLOTS, CHUNK], tl.float32)
+    sums = tl.zeros([SLOTS], tl.float32)
+    for first in range(tl.load(starts_ptr + result), end, SLOTS):
+        place = first + tl.arange(0, SLOTS)
+        factor = tl.load(factors_ptr + place, mask=place < end, other=0.0)
+        sums += factor
+        if out_ptr is not None:
+            index = tl.load(index_ptr + place, mask=place < end, other=-1).to(tl.int64)
+            there = ((index >= 0) & (index < rows))[:, None] & (column < width)[None, :]
+            row = tl.load(rows_ptr + index[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+            combined += row * factor[:, None]
+    if out_ptr is not None:
+        total = tl.sum(combined, axis=0)
+        if old_factors_ptr is not None:
+            old = tl.load(old_factors_ptr + result)
+            # Not read where it counts nothing: an ignored token may hold anything.
+            counted = tl.where(old == 0.0, 0, width)
+            total += old * tl.load(out_ptr + result * width + column, mask=column < counted, other=0.0)
+        tl.store(out_ptr + result * width + column, total, mask=column < width)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + result, tl.sum(sums, axis=0), mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _block(logits_ptr, bias_ptr, offset, columns, size, first, temperature):
+    """z of a row's columns, -inf beyond the last."""
+    z = tl.load(logits_ptr + offset + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + first + columns, mask=columns < size, other=0.0).to(tl.float32)
+    return z / temperature
+
+
+@triton.jit
+def vocabulary_kernel(
+    logits_ptr, bias_ptr, ids_ptr, bounds_ptr, z_ptr, rest_ptr, exp_ptr, dhidden_ptr,
+    slots, width, first, size, stride, blocks, temperature,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Logits [tokens, size] of the ids ``first ..``: their slots' z, and the rest into (m, s); grid (tokens,).
+
+    With ``exp``, the logits are overwritten and exp is ``exp(z - m)`` of the rest, and what dhidden has so far is made
+    relative to the new m. bounds[token, b] is how many of a token's ascending ids are below ``b * BLOCK``.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    offset = token * stride
+    largest, sum_before = tl.load(rest_ptr + 2 * token), tl.load(rest_ptr + 2 * token + 1)
+    before = largest
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _block(logits_ptr, bias_ptr, offset, columns, size, first, temperature)
+        bound = bounds_ptr + token * (blocks + 1) + (first + start) // BLOCK
+        for k in range(tl.load(bound), tl.load(bound + 1)):
+            column = tl.load(ids_ptr + token * slots + k).to(tl.int32) - first
+            one = tl.load(logits_ptr + offset + column).to(tl.float32)
+            if bias_ptr is not None:
+                one += tl.load(bias_ptr + first + column).to(tl.float32)
+            tl.store(z_ptr + token * slots + k, one / temperature)
+            z = tl.where(columns == column, float("-inf"), z)
+        if exp_ptr is not None:
+            tl.debug_barrier()  # the slots' logits have been read
+            tl.store(logits_ptr + offset + columns, z, mask=columns < size)
+        now = tl.maximum(largest, tl.max(z, axis=0))
+        sums = sums * _weight_of(largest, now) + tl.exp(z - _finite(now))
+        largest = now
+    kept = _weight_of(before, largest)
+    tl.store(rest_ptr + 2 * token, largest)
+    tl.store(rest_ptr + 2 * token + 1, sum_before * kept + tl.sum(sums, axis=0))
+    if exp_ptr is not None:
+        tl.debug_barrier()
+        for start in range(0, size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + offset + columns, mask=columns < size, other=float("-inf"))
+            e = tl.exp(z - _finite(largest))
+            tl.store(exp_ptr + offset + columns, e.to(exp_ptr.dtype.element_ty), mask=columns < size)
+        if kept != 1.0:
+            for start in range(0, width, CHUNK):
+                column = start + tl.arange(0, CHUNK)
+                place = dhidden_ptr + token * width + column
+                tl.store(place, kept * tl.load(place, mask=column < width, other=0.0), mask=column < width)
+
+
+@triton.jit
+def vocabulary_gradient_kernel(
+    logits_ptr, bias_ptr, probs_ptr, ids_ptr, bounds_ptr, normalizers_ptr, scale_ptr, dlogits_ptr,
+    slots, first, size, stride, out_stride, blocks, temperature,
+    WHOLE: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of logits [tokens, size] of the ids ``first ..`` from (Z, R), times scale; grid (tokens, blocks)."""
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
+    total, present = 0.0, 0
+    for begin in range(0, slots, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        ids = tl.load(ids_ptr + token * slots + slot, mask=slot < slots, other=-1)
+        total += tl.sum(tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32), axis=0)
+        present = tl.maximum(present, tl.max((ids >= 0).to(tl.int32), axis=0))
+    normalizer, of_rest = tl.load(normalizers_ptr + 2 * token), tl.load(normalizers_ptr + 2 * token + 1)
+    t = 0.0
+    if TAIL:
+        t = tl.where(of_rest == float("-inf"), 0.0, tl.maximum(1.0 - total, 0.0))
+    student = tl.zeros([BLOCK], tl.float32)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    if WHOLE:
+        z = _block(logits_ptr, bias_ptr, token * stride, columns, size, first, temperature)
+        student = (total + t) * tl.exp(z - normalizer)
+        gradient = student
+        if TAIL:
+            gradient -= tl.where(t == 0.0, 0.0, t * tl.exp(z - of_rest))
+    bound = bounds_ptr + token * (blocks + 1) + (first + start) // BLOCK
+    begin, end = tl.load(bound), tl.load(bound + 1)
+    if TAIL:
+        for k in range(begin, end):
+            column = tl.load(ids_ptr + token * slots + k).to(tl.int32) - first
+            gradient = tl.where(columns == column, student, gradient)
+    for k in range(begin, end):
+        column = tl.load(ids_ptr + token * slots + k).to(tl.int32) - first
+        change = -tl.load(probs_ptr + token * slots + k).to(tl.float32)
+        if not WHOLE:
+            z = tl.load(logits_ptr + token * stride + column).to(tl.float32) / temperature
+            change += total * tl.exp(z - normalizer)
+        gradient += tl.where(columns == column, change, 0.0)
+    gradient = tl.where(present > 0, gradient * tl.load(scale_ptr), 0.0)
+    tl.store(
+        dlogits_ptr + token * out_stride + columns, gradient.to(dlogits_ptr.dtype.element_ty), mask=columns < size
+    )
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+WIDEST = 16384
+BLOCK = 2048  # of the vocabulary, in one program at a time
+WARPS = 4  # of the kernels over the vocabulary
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+# One stage: what is loaded is met in registers.
+OPTIONS = {"num_stages": 1}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows of a width are held: ``chunks`` times ``chunk`` columns, ``slots`` rows at a time, over ``warps``."""
+
+    chunk: int
+    chunks: int
+    slots: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"SLOTS": self.slots, "CHUNK": self.chunk, "CHUNKS": self.chunks}
+
+
+@cache
+def layout_of(width: int, slots: int, lanes: int = 32) -> Layout | None:
+    """For `slots_kernel`: 32 numbers of the rows a thread, a row's in at most 16 of them; None for too wide a row."""
+    if width > WIDEST:
+        return None
+    chunk = max(16, triton.next_power_of_2(width))
+    while chunk > 64 and -(-width // (chunk // 2)) * (chunk // 2) <= 9 * width // 8 < chunk * -(-width // chunk):
+        chunk //= 2
+    chunks = -(-width // chunk)
+    held = triton.next_power_of_2(chunk * chunks)
+    warps = min(max(held // (16 * lanes), 1), 1024 // lanes)
+    together = max(2, 32 * lanes * warps // held)
+    if INTERPRETED:
+        together *= 8
+    return Layout(chunk, chunks, min(together, max(2, triton.next_power_of_2(slots))), warps)
+
+
+def _slots_at_once(slots: int) -> int:
+    return max(2, min(1024, triton.next_power_of_2(slots)))
+
+
+# --- host code -------------------------------------------------------------------------------------------------------
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
+
+
+def _plain_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
+
+
+def _single(x: Tensor | None) -> Tensor | None:
+    return x if x is None else (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The slots, how many tokens have any, and what every gradient is multiplied with.
+
+    For kernels that go over a vocabulary the slots are in ascending order of their ids, and ``bounds`` [N, blocks + 1]
+    is how many of a token's are below the start of each block.
+    """
+
+    probs: Tensor
+    ids: Tensor
+    count: Tensor
+    scale: Tensor
+    bounds: Tensor | None = None
+
+    @classmethod
+    def of(cls, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int | None = None) -> _Teacher:
+        count = (ids >= 0).any(1).sum().clamp(min=1)
+        scale = (1 / (count * temperature)).float().reshape(1)
+        probs = probs.float() if probs.dtype == torch.float64 else probs
+        if vocabulary is None:
+            return cls(probs.contiguous(), ids.contiguous(), count, scale)
+        ids, order = ids.sort(dim=1)
+        starts = torch.arange(0, vocabulary + BLOCK, BLOCK, device=ids.device, dtype=ids.dtype).clamp_(max=vocabulary)
+        bounds = torch.searchsorted(ids, starts.expand(len(ids), -1).contiguous(), out_int32=True)
+        return cls(probs.gather(1, order), ids, count, scale, bounds)
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        return 0 if self.bounds is None else self.bounds.shape[1] - 1
+
+
+def _finish(
+    teacher: _Teacher, z: Tensor, rest: Tensor | None, normalization: str, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``(loss, normalizers, dz, factor of the rest)`` from what `token_kernel` says of every token."""
+    losses, normalizers = z.new_empty(teacher.tokens), z.new_empty(teacher.tokens, 2)
+    dz = torch.empty_like(z) if gradient else None
+    factor = torch.empty_like(losses) if gradient and rest is not None else None
+    _launch(
+        token_kernel, (teacher.tokens,), z, teacher.probs, teacher.ids, rest, teacher.scale, losses, normalizers, dz,
+        factor, teacher.slots, WHOLE=rest is not None, TAIL=normalization == "tail",
+        SLOTS=_slots_at_once(teacher.slots), warps=min(4, max(1, teacher.slots // 32)),
+    )  # fmt: skip
+    return losses.sum() / teacher.count, normalizers, dz, factor
+
+
+def _combine(
+    rows: Tensor, index: Tensor, factors: Tensor, starts: Tensor, out: Tensor | None, sums: Tensor | None = None,
+    old_factors: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One launch of `combine_rows_kernel`."""
+    width = rows.shape[1]
+    chunk = min(1024, max(16, triton.next_power_of_2(width)))
+    _launch(
+        combine_rows_kernel, (len(starts) - 1, 1 if out is None else -(-width // chunk)),
+        rows, index, factors, starts, old_factors, out, sums, len(rows), width, rows.stride(0),
+        SLOTS=4, CHUNK=chunk, warps=max(1, chunk // 256),
+    )  # fmt: skip
+
+
+def _over_slots(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: _Teacher, temperature: float, grads: list[Tensor | None]
+) -> Tensor:
+    """The linear loss for "topk"; the gradients that are there are filled."""
+    (tokens, width), slots = hidden.shape, teacher.slots
+    dhidden, dweight, dbias = grads
+    layout = layout_of(width, slots, 64 if torch.version.hip else 32)
+    assert layout is not None
+    z = hidden.new_empty((tokens, slots), dtype=torch.float32)
+    _launch(
+        slots_kernel, (tokens,), hidden, weight, bias, teacher.probs, teacher.ids, teacher.scale, z, dhidden, slots,
+        width, len(weight), hidden.stride(0), weight.stride(0), temperature, **layout.constants, warps=layout.warps,
+    )  # fmt: skip
+    loss, _, dz, _ = _finish(teacher, z, None, "topk", dweight is not None or dbias is not None)
+    if dz is not None:
+        ids, order = teacher.ids.flatten().sort(stable=True)
+        starts = torch.searchsorted(ids, torch.arange(len(weight) + 1, device=ids.device, dtype=ids.dtype))
+        _combine(hidden, order // slots, dz.flatten()[order], starts, dweight, dbias)
+    return loss
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out (+)= a @ b`` in float32."""
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=int(add), out=out)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The logits of a linear loss, some ids at a time: one buffer that every part of them passes through."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Vocabulary:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        at_once = max(1, _LOGITS_AT_ONCE // len(hidden) // BLOCK) * BLOCK
+        size = min(at_once, -(-len(weight) // 16) * 16)
+        logits = hidden.new_empty((len(hidden), size), dtype=torch.float32)
+        return cls(hidden.to(torch.float32 if INTERPRETED else dtype), weight, bias, logits)
+
+    def parts(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``(first id, rows of the weight, their logits without the bias)``."""
+        step = self.logits.shape[1]
+        for first in range(0, len(self.weight), step):
+            rows = self.weight[first : first + step].to(self.hidden.dtype)
+            logits = self.logits[:, : len(rows)]
+            _product(self.hidden, rows.mT, logits)
+            yield first, rows, logits
+
+    def carried(self, teacher: _Teacher, temperature: float, dhidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The slots' z and (m, s) of the rest; dhidden is then the sum of ``exp(z - m) * weight`` over the rest."""
+        z, rest = _start(teacher, self.logits.device)
+        e = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
+        for first, rows, logits in self.parts():
+            _carry(logits, self.bias, teacher, z, rest, e, dhidden, first, temperature)
+            if dhidden is not None and e is not None:
+                _product(e[:, : len(rows)], rows, dhidden, add=True)
+        return z, rest
+
+    def gradients(
+        self, teacher: _Teacher, normalizers: Tensor, normalization: str, temperature: float,
+        dweight: Tensor | None, dbias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The gradients of weight and bias, without their scale."""
+        one = torch.ones_like(teacher.scale)
+        counted = (teacher.ids >= 0).any(1, keepdim=True)
+        hidden = torch.where(counted, self.hidden, 0)  # an ignored token may hold anything
+        dlogits = torch.empty_like(self.logits, dtype=self.hidden.dtype)
+        for first, rows, logits in self.parts():
+            _differentiate(
+                logits, self.bias, teacher, normalizers, one, dlogits, first, normalization, temperature
+            )
+            part = dlogits[:, : len(rows)]
+            if dweight is not None:
+                _product(part.mT, hidden, dweight[first : first + len(rows)])
+            if dbias is not None:
+                torch.sum(part, 0, dtype=torch.float32, out=dbias[first : first + len(rows)])
+
+
+def _start(teacher: _Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
+    """NaN is the z of a slot that no part of the vocabulary has; the rest is empty."""
+    z = torch.full(teacher.ids.shape, torch.nan, device=device)
+    rest = torch.zeros(teacher.tokens, 2, device=device)
+    rest[:, 0] = -torch.inf
+    return z, rest
+
+
+def _carry(
+    logits: Tensor, bias: Tensor | None, teacher: _Teacher, z: Tensor, rest: Tensor, e: Tensor | None,
+    dhidden: Tensor | None, first: int, temperature: float,
+) -> None:  # fmt: skip
+    """One launch of `vocabulary_kernel`."""
+    width = 0 if dhidden is None else dhidden.shape[1]
+    _launch(
+        vocabulary_kernel, (teacher.tokens,), logits, bias, teacher.ids, teacher.bounds, z, rest, e, dhidden, teacher.slots,
+        width, first, logits.shape[1], logits.stride(0), teacher.blocks, temperature, BLOCK=BLOCK, CHUNK=1024,
+        warps=WARPS,
+    )  # fmt: skip
+
+
+def _differentiate(
+    logits: Tensor, bias: Tensor | None, teacher: _Teacher, normalizers: Tensor, scale: Tensor, dlogits: Tensor,
+    first: int, normalization: str, temperature: float,
+) -> None:  # fmt: skip
+    """One launch of `vocabulary_gradient_kernel`."""
+    size = logits.shape[1]
+    _launch(
+        vocabulary_gradient_kernel, (teacher.tokens, -(-size // BLOCK)), logits, bias, teacher.probs, teacher.ids,
+        teacher.bounds, normalizers, scale, dlogits, teacher.slots, first, size, logits.stride(0), dlogits.stride(0),
+        teacher.blocks, temperature, WHOLE=normalization != "topk", TAIL=normalization == "tail", BLOCK=BLOCK,
+        SLOTS=_slots_at_once(teacher.slots), warps=WARPS,
+    )  # fmt: skip
+
+
+def _over_vocabulary(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: _Teacher, normalization: str, temperature: float,
+    grads: list[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """The linear loss for "full" and "tail"; the gradients that are there are filled."""
+    dhidden, dweight, dbias = grads
+    vocabulary = _Vocabulary.of(hidden, weight, bias)
+    z, rest = vocabulary.carried(teacher, temperature, None if dhidden is None else dhidden.zero_())
+    loss, normalizers, dz, factor = _finish(teacher, z, rest, normalization, dhidden is not None)
+    if dhidden is not None and dz is not None:
+        starts = torch.arange(teacher.tokens + 1, device=dz.device) * teacher.slots
+        _combine(weight, teacher.ids, dz, starts, dhidden, old_factors=factor)
+    if dweight is not None or dbias is not None:
+        vocabulary.gradients(teacher, normalizers, normalization, temperature, dweight, dbias)
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.mul_(teacher.scale)
+    return loss
+
+
+def linear_topk_kl_loss(
+    hidden: Tensor, weight: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, bias: Tensor | None,
+    normalization: str, temperature: float, hidden_grad: bool, weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator ``linearpatch::linear_topk_kl_loss``."""
+    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
+    flags = (hidden_grad, weight_grad, bias_grad)
+    width = hidden.shape[1]
+    if torch.float64 in (hidden.dtype, weight.dtype) or not width or layout_of(width, 1) is None:
+        return linear_topk_kl_loss_reference(
+            hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
+        )
+    _check_ids(teacher_ids, len(weight))
+    nothing = not teacher_ids.numel() or not len(weight)
+    grads = [
+        hidden.new_empty(of.shape[:dimensions], dtype=torch.float32).fill_(0 if nothing else torch.nan) if wanted else None
+        for of, dimensions, wanted in zip((hidden, weight, weight), (2, 2, 1), flags, strict=True)
+    ]
+    if nothing:
+        loss = hidden.new_zeros((), dtype=torch.float32)
+    else:
+        hidden, weight, bias = _plain_rows(hidden), _plain_rows(weight), _single(bias)
+        vocabulary = None if normalization == "topk" else len(weight)
+        teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary)
+        if normalization == "topk":
+            loss = _over_slots(hidden, weight, bias, teacher, temperature, grads)
+        else:
+            loss = _over_vocabulary(hidden, weight, bias, teacher, normalization, temperature, grads)
+    dhidden, dweight, dbias = (loss.new_empty(0) if gradient is None else gradient for gradient in grads)
+    return loss, dhidden, dweight, dbias
+
+
+def topk_kl_loss(
+    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The operator ``linearpatch::topk_kl_loss``."""
+    check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
+    if logits.dtype == torch.float64 or not teacher_ids.numel() or not logits.shape[1]:
+        return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
+    vocabulary = logits.shape[1]
+    _check_ids(teacher_ids, vocabulary)
+    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, logits.shape[1])
+    if normalization == "topk":
+        rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
+        z = logits.gather(1, index).float().div_(temperature).masked_fill_(teacher.ids >= vocabulary, torch.nan)
+    else:
+        z, rest = _start(teacher, logits.device)
+        _carry(_plain_rows(logits), None, teacher, z, rest, None, None, 0, temperature)
+    return _finish(teacher, z, rest, normalization, False)[:2]
+
+
+def topk_kl_loss_backward(
+    grad: Tensor, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalizers: Tensor, normalization: str,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """The operator ``linearpatch::topk_kl_loss_backward``."""
+    if logits.dtype == torch.float64 or not teacher_ids.numel() or not logits.shape[1]:
+        return topk_kl_loss_backward_reference(
+            grad, logits, teacher_probs, teacher_ids, normalizers, normalization, temperature
+        )
+    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, logits.shape[1])
+    # The interpreter truncates to bfloat16 where a GPU takes the nearest.
+    dlogits = logits.new_empty(logits.shape, dtype=torch.float32 if INTERPRETED else logits.dtype)
+    _differentiate(
+        _plain_rows(logits), None, teacher, normalizers.contiguous(), teacher.scale * grad.float(), dlogits, 0,
+        normalization, temperature,
+    )  # fmt: skip
+    return dlogits.to(logits.dtype)
