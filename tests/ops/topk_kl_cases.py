@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,12 +59,20 @@ def teacher(n: int, k: int, v: int, normalization: str, chance: random.Random) -
     return probs, ids
 
 
-def one_case(chance: random.Random) -> list[str]:
-    n = chance.choice([0, 1, 2, 3, 7, 33, 130, 300])
-    d = chance.choice([1, 3, 8, 31, 32, 33, 64, 100, 160, 576])
-    v = chance.choice([1, 2, 17, 64, 333, 1025, 5000])
-    k = chance.choice([1, 2, 5, 16, 50, 100, 512])
-    while n * k * d > 3_000_000 or n * v * d > 60_000_000:
+class Sizes(NamedTuple):
+    """What a case is drawn from; N is halved until N * K * d and N * V * d are small enough."""
+
+    n: tuple[int, ...] = (0, 1, 2, 3, 7, 33, 130, 300)
+    d: tuple[int, ...] = (1, 3, 8, 31, 32, 33, 64, 100, 160, 576)
+    v: tuple[int, ...] = (1, 2, 17, 64, 333, 1025, 5000)
+    k: tuple[int, ...] = (1, 2, 5, 16, 50, 100, 512)
+    most_of_slots: int = 3_000_000
+    most_of_vocabulary: int = 60_000_000
+
+
+def one_case(chance: random.Random, sizes: Sizes = Sizes()) -> list[str]:
+    n, d, v, k = (chance.choice(of) for of in sizes[:4])
+    while n * k * d > sizes.most_of_slots or n * v * d > sizes.most_of_vocabulary:
         n //= 2
     normalization = chance.choice(["topk", "full", "tail"])
     temperature = chance.choice([1.0, 0.7, 2.5])

@@ -84,9 +84,9 @@ def slots_kernel(
         rows = ()
         z = tl.zeros([SLOTS], tl.float32)
         for i in tl.static_range(CHUNKS):
-            column = i * CHUNK + columns[None, :]
+            across = i * CHUNK + columns[None, :]
             row = tl.load(
-                weight_ptr + ids[:, None] * weight_stride + column, mask=readable[:, None] & (column < width), other=0.0
+                weight_ptr + ids[:, None] * weight_stride + across, mask=readable[:, None] & (across < width), other=0.0
             ).to(tl.float32)
             rows = rows + (row,)
             z += tl.sum(row * hidden[i][None, :], axis=1)
@@ -328,6 +328,7 @@ def vocabulary_gradient_kernel(
 
 WIDEST = 16384
 BLOCK = 2048  # of the vocabulary, in one program at a time
+CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 # One stage: what is loaded is met in registers.
@@ -353,11 +354,11 @@ def layout_of(width: int, slots: int, lanes: int = 32) -> Layout | None:
     """For `slots_kernel`: 32 numbers of the rows a thread, a row's in at most 16 of them; None for too wide a row."""
     if width > WIDEST:
         return None
-    chunk = max(16, triton.next_power_of_2(width))
-    while chunk > 64 and -(-width // (chunk // 2)) * (chunk // 2) <= 9 * width // 8 < chunk * -(-width // chunk):
-        chunk //= 2
+    whole = max(16, triton.next_power_of_2(width))
+    fitting = (whole >> i for i in range(max(1, whole.bit_length() - 6)))  # down to 64
+    chunk = next((chunk for chunk in fitting if -(-width // chunk) * chunk <= 9 * width // 8), whole)
     chunks = -(-width // chunk)
-    held = triton.next_power_of_2(chunk * chunks)
+    held = 1 << (chunk * chunks).bit_length() - 1
     warps = min(max(held // (16 * lanes), 1), 1024 // lanes)
     together = max(2, 32 * lanes * warps // held)
     if INTERPRETED:
@@ -365,8 +366,19 @@ def layout_of(width: int, slots: int, lanes: int = 32) -> Layout | None:
     return Layout(chunk, chunks, min(together, max(2, triton.next_power_of_2(slots))), warps)
 
 
-def _slots_at_once(slots: int) -> int:
+def slots_at_once(slots: int) -> int:
+    """Slots of a token that a program looks at together, where it needs none of their rows."""
     return max(2, min(1024, triton.next_power_of_2(slots)))
+
+
+def token_warps(slots: int) -> int:
+    return min(4, max(1, slots_at_once(slots) // 32))
+
+
+def combine_layout(width: int) -> tuple[dict[str, int], int]:
+    """Constants and warps of `combine_rows_kernel`."""
+    chunk = min(1024, max(16, triton.next_power_of_2(width)))
+    return {"SLOTS": 4, "CHUNK": chunk}, max(1, chunk // 256)
 
 
 # --- host code -------------------------------------------------------------------------------------------------------
@@ -434,7 +446,7 @@ def _finish(
     _launch(
         token_kernel, (teacher.tokens,), z, teacher.probs, teacher.ids, rest, teacher.scale, losses, normalizers, dz,
         factor, teacher.slots, WHOLE=rest is not None, TAIL=normalization == "tail",
-        SLOTS=_slots_at_once(teacher.slots), warps=min(4, max(1, teacher.slots // 32)),
+        SLOTS=slots_at_once(teacher.slots), warps=token_warps(teacher.slots),
     )  # fmt: skip
     return losses.sum() / teacher.count, normalizers, dz, factor
 
@@ -445,11 +457,11 @@ def _combine(
 ) -> None:  # fmt: skip
     """One launch of `combine_rows_kernel`."""
     width = rows.shape[1]
-    chunk = min(1024, max(16, triton.next_power_of_2(width)))
+    constants, warps = combine_layout(width)
     _launch(
-        combine_rows_kernel, (len(starts) - 1, 1 if out is None else -(-width // chunk)),
+        combine_rows_kernel, (len(starts) - 1, 1 if out is None else -(-width // constants["CHUNK"])),
         rows, index, factors, starts, old_factors, out, sums, len(rows), width, rows.stride(0),
-        SLOTS=4, CHUNK=chunk, warps=max(1, chunk // 256),
+        **constants, warps=warps,
     )  # fmt: skip
 
 
@@ -554,7 +566,7 @@ def _carry(
     width = 0 if dhidden is None else dhidden.shape[1]
     _launch(
         vocabulary_kernel, (teacher.tokens,), logits, bias, teacher.ids, teacher.bounds, z, rest, e, dhidden, teacher.slots,
-        width, first, logits.shape[1], logits.stride(0), teacher.blocks, temperature, BLOCK=BLOCK, CHUNK=1024,
+        width, first, logits.shape[1], logits.stride(0), teacher.blocks, temperature, BLOCK=BLOCK, CHUNK=CHUNK,
         warps=WARPS,
     )  # fmt: skip
 
@@ -569,7 +581,7 @@ def _differentiate(
         vocabulary_gradient_kernel, (teacher.tokens, -(-size // BLOCK)), logits, bias, teacher.probs, teacher.ids,
         teacher.bounds, normalizers, scale, dlogits, teacher.slots, first, size, logits.stride(0), dlogits.stride(0),
         teacher.blocks, temperature, WHOLE=normalization != "topk", TAIL=normalization == "tail", BLOCK=BLOCK,
-        SLOTS=_slots_at_once(teacher.slots), warps=WARPS,
+        SLOTS=slots_at_once(teacher.slots), warps=WARPS,
     )  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""The losses' Triton kernels without a GPU: ``python benchmarks/topk_kl_static.py``, beside gpu_static.py.
+
+They are compiled ahead of time, and their machine code is read as gpu_static.py reads the patch operators'. All of it
+is modelled, unvalidated: no kernel was ever timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_static import DTYPES, MACHINES, disassemble, executed, modelled_cycles, warp_counts  # noqa: E402
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+KERNELS = (
+    "linear_topk_kl_forward",  # the slots' logits of the linear loss for "topk"
+    "linear_topk_kl_forward_backward",  # and dhidden, in the same pass
+    "topk_kl_token",  # a token's normalisers, loss and slot gradients
+    "topk_kl_combine_rows",  # dweight by sorted segments
+    "topk_kl_vocabulary",  # a part of the vocabulary: the online log-sum-exp of "full" and "tail"
+    "topk_kl_vocabulary_exp",  # and what dhidden is made of
+    "topk_kl_vocabulary_gradient",
+)
+# Of the rest the kernels' names for their pointers say what they are: numbers of the model are in its dtype.
+_FLOAT32 = {"z_ptr", "rest_ptr", "scale_ptr", "loss_ptr", "normalizers_ptr", "dz_ptr", "factor_ptr", "factors_ptr",
+            "sums_ptr", "old_factors_ptr", "out_ptr", "dhidden_ptr", "bias_ptr", "probs_ptr"}  # fmt: skip
+_INTEGERS = {"ids_ptr": "*i64", "index_ptr": "*i64", "starts_ptr": "*i64", "bounds_ptr": "*i32"}
+
+
+def _what(kernel: str, d: int, slots: int, lanes: int) -> tuple[Any, dict[str, Any], int, set[str], set[str]]:
+    """The function, its constants, its warps, pointers that are None, and those of the logits in float32."""
+    from linearpatch_kernels.ops.topk_kl import triton as kernels
+
+    if kernel.startswith("linear_topk_kl"):
+        layout = kernels.layout_of(d, slots, lanes)
+        if layout is None:
+            raise ValueError(f"Triton leaves d = {d} to PyTorch")
+        missing = set() if kernel.endswith("backward") else {"dhidden_ptr"}
+        return kernels.slots_kernel, layout.constants, layout.warps, missing | {"bias_ptr"}, set()
+    if kernel == "topk_kl_token":
+        constants = {"WHOLE": True, "TAIL": True, "SLOTS": kernels.slots_at_once(slots)}
+        return kernels.token_kernel, constants, kernels.token_warps(slots), set(), set()
+    if kernel == "topk_kl_combine_rows":
+        constants, warps = kernels.combine_layout(d)
+        return kernels.combine_rows_kernel, constants, warps, {"old_factors_ptr", "sums_ptr"}, set()
+    if kernel == "topk_kl_vocabulary_gradient":
+        constants = {"WHOLE": True, "TAIL": True, "BLOCK": kernels.BLOCK, "SLOTS": kernels.slots_at_once(slots)}
+        return kernels.vocabulary_gradient_kernel, constants, kernels.WARPS, {"bias_ptr"}, {"logits_ptr"}
+    missing = set() if kernel.endswith("exp") else {"exp_ptr", "dhidden_ptr"}
+    constants = {"BLOCK": kernels.BLOCK, "CHUNK": kernels.CHUNK}
+    return kernels.vocabulary_kernel, constants, kernels.WARPS, missing | {"bias_ptr"}, {"logits_ptr"}
+
+
+def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tuple[Any, dict[str, Any], int]:
+    """The kernel as a machine with this GPU would compile it, its constants and warps; no GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from linearpatch_kernels.ops.topk_kl.triton import OPTIONS
+
+    lanes = 64 if arch.startswith("gfx") else 32
+    function, constants, warps, missing, float32 = _what(kernel, d, slots, lanes)
+
+    def kind(name: str) -> str:
+        if name in constants or name in missing:
+            return "constexpr"
+        if name == "temperature":
+            return "fp32"
+        if not name.endswith("_ptr"):
+            return "i32"
+        return _INTEGERS.get(name) or ("*fp32" if name in _FLOAT32 | float32 else "*" + DTYPES[dtype][0])
+
+    signature = {name: kind(name) for name in function.arg_names}
+    values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
+    aligned = [
+        (i,)
+        for i, (name, of) in enumerate(signature.items())
+        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name in ("width", "first", "size")))
+    ]
+    target = GPUTarget("hip", arch, lanes) if lanes == 64 else GPUTarget("cuda", int(arch[3:]), lanes)
+    source = ASTSource(function, signature, values, {position: [["tt.divisibility", 16]] for position in aligned})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = triton.compile(source, target=target, options={"num_warps": warps, **OPTIONS})
+    return compiled, constants, warps
+
+
+def slots_row(arch: str, dtype: str, d: int, slots: int, gradient: bool) -> dict[str, Any]:
+    """`linear_topk_kl_forward` (and its gradient): counts of a warp for the slots of one turn, cycles for one slot."""
+    kernel = "linear_topk_kl_forward" + "_backward" * gradient
+    compiled, constants, warps = compile_triton(kernel, arch, dtype, d, slots)
+    functions, resources = disassemble(compiled.asm["cubin"])
+    (name,) = functions
+    counts = executed(functions[name])
+    work = warp_counts(counts)
+    row_bytes = d * DTYPES[dtype][1]
+    cycles = modelled_cycles(MACHINES[arch], work, row_bytes=row_bytes, warps=warps, rows=constants["SLOTS"])
+    return {
+        "kernel": kernel, "arch": arch, "dtype": dtype, "d": d, "slots": slots, **constants, "warps": warps,
+        "registers": resources[name]["REG"], "local": resources[name]["LOCAL"] + resources[name]["STACK"],
+        "shared_bytes": compiled.metadata.shared,
+        "ldg128": sum(n for opcode, n in counts.items() if opcode.startswith("LDG") and ".128" in opcode),
+        "ldg": sum(n for opcode, n in counts.items() if opcode.split(".")[0] == "LDG"),
+        "instructions": work.instructions, "fp": work.fp, "shfl": work.shfl, "bar": counts["BAR.SYNC.DEFER_BLOCKING"],
+        "cycles": {unit: round(value, 1) for unit, value in cycles.items()},
+        "dram_fraction": round(cycles["dram"] / max(cycles.values()), 3),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--d", type=int, nargs="*", default=[576, 2048, 4096])
+    parser.add_argument("--arch", nargs="*", default=["sm_90"])
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
+    options = parser.parse_args(arguments)
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for d in options.d:
+                for gradient in (False, True):
+                    print(slots_row(arch, dtype, d, 100, gradient))
+
+
+if __name__ == "__main__":
+    main()

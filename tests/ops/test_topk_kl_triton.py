@@ -1,0 +1,82 @@
+"""The losses' Triton kernels: run by the interpreter, compiled ahead of time for every architecture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.gpu_static import disassemble
+from benchmarks.topk_kl_static import ARCHITECTURES, KERNELS, compile_triton
+from linearpatch_kernels.ops.topk_kl import reference
+from linearpatch_kernels.ops.topk_kl import triton as kernels
+from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT
+
+
+def cases(seed: int, count: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-P", "-m", "tests.ops.topk_kl_triton_cases", str(seed), str(count)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **INTERPRETED},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{count} cases" in result.stdout
+
+
+def test_interpreted_against_float64() -> None:
+    cases(0, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_interpreted_against_float64_in_many_cases(seed: int) -> None:
+    cases(seed, 40)
+
+
+@pytest.mark.parametrize("width", [1, 16, 33, 100, 576, 896, 1000, 3072, 4096, 5120, 7168, 16384])
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_a_row_is_held_whole_by_few_enough_numbers_a_thread(width: int, lanes: int) -> None:
+    layout = kernels.layout_of(width, 100, lanes)
+    assert layout is not None
+    assert layout.chunk * (layout.chunks - 1) < width <= layout.chunk * layout.chunks
+    assert layout.chunk * layout.chunks <= max(2 * width, 16)
+    assert layout.warps * lanes <= 1024
+    assert layout.slots * layout.chunk * layout.chunks / (layout.warps * lanes) <= 64
+
+
+def test_wider_rows_are_left_to_the_reference() -> None:
+    assert kernels.layout_of(16385, 100) is None
+
+
+def test_ids_on_a_gpu_are_looked_at_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.empty(2, 3, dtype=torch.int64, device="meta")  # whose numbers cannot be had
+    reference._check_ids(ids, 10)
+    monkeypatch.setattr(reference, "CHECKED_EVERYWHERE", True)
+    with pytest.raises(RuntimeError, match="meta"):
+        reference._check_ids(ids, 10)
+
+
+def test_compiles_ahead_of_time_without_atomics_or_spills() -> None:
+    for kernel in KERNELS:
+        compiled, _, _ = compile_triton(kernel, "sm_90", "bfloat16", 576, 100)
+        functions, resources = disassemble(compiled.asm["cubin"])
+        (name,) = functions
+        opcodes = {instruction.opcode.split(".")[0] for block in functions[name] for instruction in block.instructions}
+        assert not opcodes & {"ATOM", "ATOMG", "RED", "REDG", "LDL", "STL"}, kernel
+        assert resources[name]["LOCAL"] == resources[name]["STACK"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_75", "sm_86", "sm_89"])
+def test_compiles_for_every_architecture(arch: str) -> None:
+    for d, dtype, slots in ((576, "bfloat16", 100), (4096, "float16", 50), (3072, "float32", 512)):
+        for kernel in KERNELS:
+            compiled, _, _ = compile_triton(kernel, arch, dtype, d, slots)
+            assert compiled.asm["hsaco" if arch.startswith("gfx") else "cubin"][:4] == b"\x7fELF"
+            assert compiled.metadata.shared <= 65536, (kernel, d)
