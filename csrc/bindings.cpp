@@ -5,6 +5,7 @@
 #include "topk_kl/cpu.h"
 #ifdef LINEARPATCH_CUDA
 #include "hadamard_patch/cuda.h"
+#include "topk_kl/cuda.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
@@ -23,5 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CUDA, library) {
   library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cuda::hadamard_patch_backward));
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cuda::add_patch_rms_norm));
   library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cuda::hadamard_patch_out));
+  library.impl("topk_kl_slots", TORCH_BOX(&linearpatch::cuda::topk_kl_slots));
+  library.impl("topk_kl_tokens", TORCH_BOX(&linearpatch::cuda::topk_kl_tokens));
+  library.impl("topk_kl_combine", TORCH_BOX(&linearpatch::cuda::topk_kl_combine));
+  library.impl("topk_kl_carry", TORCH_BOX(&linearpatch::cuda::topk_kl_carry));
+  library.impl("topk_kl_differentiate", TORCH_BOX(&linearpatch::cuda::topk_kl_differentiate));
 }
 #endif

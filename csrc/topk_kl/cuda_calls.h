@@ -1,0 +1,118 @@
+// What the losses' CUDA kernels work on. No CUDA and no torch here: the operators in cuda.cpp, the kernels, and the
+// emulator of tests/simt share it.
+//
+// The maths and its letters (p, z, Z, R, S, t) are those of linearpatch_kernels/ops/topk_kl/reference.py. All rows are
+// contiguous but for a stride, in bytes for those of a Dtype; an id of -1 is an absent slot.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../hadamard_patch/kernel_table.h"
+#include "../hadamard_patch/launch.h"
+
+namespace linearpatch::cuda {
+
+constexpr int kVectorOfRow = 8;       // numbers that a thread reads together
+constexpr int kWidestRow = 8192;      // of slot_rows: a thread holds two vectors of a row, of 512 threads
+constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2;
+constexpr int kTokenThreads = 128;
+constexpr int kCombineThreads = 128;
+constexpr int kVocabularyThreads = 256;
+constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
+
+struct SlotRows {
+  const char* hidden;
+  const char* weight;
+  int64_t hidden_stride, weight_stride;
+  Dtype hidden_dtype, weight_dtype;
+  const float* bias;  // or null
+  const float* probs;
+  const int32_t* ids;
+  const float* scale;  // of the gradient: one number
+  float* z;
+  float* dhidden;  // or null
+  int tokens, slots, width, vocabulary;
+  float temperature;
+};
+
+struct TokenSlots {
+  const float* z;
+  const float* probs;
+  const int32_t* ids;  // ascending where there is a rest
+  const float* rest;   // [tokens, 2], m and s; or null: Z is over the slots
+  const float* scale;
+  float* losses;
+  float* normalizers;  // [tokens, 2]: Z and R
+  float* dz;           // or null
+  float* factors;      // of exp(z - m) of the rest in dhidden; or null
+  int tokens, slots;
+  bool tail;
+};
+
+struct RowSums {
+  const char* rows;
+  int64_t stride;
+  Dtype dtype;
+  const int32_t* index;
+  const float* factors;
+  const int32_t* starts;     // [results + 1]
+  const float* old_factors;  // or null
+  float* out;                // or null
+  float* sums;               // or null
+  int results, count, width;  // count: of the rows
+};
+
+struct VocabularyPart {
+  float* logits;  // [tokens, size], a part of the vocabulary from `first` on
+  const float* bias;
+  const int32_t* ids;
+  const int32_t* bounds;  // [tokens, blocks + 1]
+  int tokens, slots, first, size, blocks;
+  int64_t stride;  // of the logits, in numbers, and of exp or dlogits: a multiple of 16
+  float temperature;
+  char* out;  // exp or dlogits; or null
+  Dtype out_dtype;
+  // to carry
+  float* z;
+  float* rest;
+  float* dhidden;
+  int width;
+  // to differentiate
+  const float* probs;
+  const float* normalizers;
+  const float* scale;
+  bool tail;
+};
+
+// --- launches ---
+
+inline int warps_of(int64_t threads) { return static_cast<int>((threads + 31) / 32); }
+
+inline int vectors_of(const SlotRows& call) { return call.width > 2048 ? 2 : 1; }
+
+inline Launch plan_slots(const SlotRows& call) {
+  const int threads = 32 * warps_of((call.width / kVectorOfRow + vectors_of(call) - 1) / vectors_of(call));
+  return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
+          2 * threads / 32 * kSlotsTogether * 4};
+}
+
+inline Launch plan_tokens(const TokenSlots& call) {
+  return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};
+}
+
+inline Launch plan_sums(const RowSums& call) {
+  const int wide = kCombineThreads * kVectorOfRow;
+  return {true, false, call.results, call.out ? (call.width + wide - 1) / wide : 1, kCombineThreads, 0};
+}
+
+inline Launch plan_carry(const VocabularyPart& call) {
+  return {true, false, call.tokens, 1, kVocabularyThreads, kVocabularyThreads / 32 * 4};
+}
+
+inline Launch plan_differentiate(const VocabularyPart& call) {
+  return {true, false, call.tokens, (call.size + kVocabularyBlock - 1) / kVocabularyBlock, kVocabularyThreads,
+          kVocabularyThreads / 32 * 4};
+}
+
+}  // namespace linearpatch::cuda

@@ -1,0 +1,14 @@
+// Starting the losses' CUDA kernels, for code that knows no CUDA. What is wrong is the result, or null.
+#pragma once
+
+#include "cuda_calls.h"
+
+namespace linearpatch::cuda {
+
+const char* launch_slots(const SlotRows&, void* stream);
+const char* launch_tokens(const TokenSlots&, void* stream);
+const char* launch_sums(const RowSums&, void* stream);
+const char* launch_carry(const VocabularyPart&, void* stream);
+const char* launch_differentiate(const VocabularyPart&, void* stream);
+
+}  // namespace linearpatch::cuda

@@ -1,0 +1,352 @@
+// The losses' kernels. The includer has device.cuh or tests/simt/simt.h before it; nothing here knows which.
+//
+// What is added up is added up in one order, each number by one block, without atomics: the same call, the same bits.
+#pragma once
+
+#include "../hadamard_patch/stages.cuh"
+#include "cuda_calls.h"
+
+namespace linearpatch::cuda {
+
+DEVICE int read_int(const int32_t* p) { return static_cast<int>(__float_as_uint(read(reinterpret_cast<const float*>(p)))); }
+DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// What is taken off before exp: the largest number, or 0 where that is infinite.
+DEVICE float finite(float largest) { return fabsf(largest) == infinity() ? 0.0f : largest; }
+// By what sums of exp(z - before) become sums of exp(z - after); both are largest numbers.
+DEVICE float weight_of(float before, float after) {
+  return before == -infinity() ? 0.0f : expf(finite(before) - finite(after));
+}
+
+struct Add {
+  DEVICE float operator()(float a, float b) const { return a + b; }
+};
+struct Larger {
+  DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <class Operation>
+DEVICE float over_warp(float v, Operation operation) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) v = operation(v, __shfl_xor_sync(0xffffffffu, v, lanes));
+  return v;
+}
+
+// Of all threads' v, for all of them. Shared memory has a float for every warp.
+template <class Operation>
+DEVICE float over_block(float v, Operation operation) {
+  float* const shared = shared_memory();
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  v = over_warp(v, operation);
+  if (threadIdx.x % 32 == 0) write(shared + warp, v);
+  __syncthreads();
+  v = read(shared);
+  for (int w = 1; w < warps; ++w) v = operation(v, read(shared + w));
+  __syncthreads();
+  return v;
+}
+
+// --- the slots of the linear loss ---
+
+// A block has one token: every slot's z, and with dhidden the gradient for "topk". A slot's row is read once: the sums of
+// exp(z - m) w and of p w are carried along, m the largest z so far, `together` slots between two barriers.
+template <class Weight, int vectors, int together>
+__global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const SlotRows call) {
+  const Weight weight(call.weight_dtype);
+  const Any hidden(call.hidden_dtype);
+  float* const shared = shared_memory();
+  const int thread = threadIdx.x, warps = blockDim.x / 32, count = call.width / kVectorOfRow;
+  const int64_t token = blockIdx.x, place = token * call.slots;
+  const auto vector = [&](int v) { return thread + v * static_cast<int>(blockDim.x); };
+  float h[vectors][8], student[vectors][8], teacher[vectors][8];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) h[v][e] = student[v][e] = teacher[v][e] = 0;
+    if (vector(v) < count) hidden.load(call.hidden + token * call.hidden_stride, 8 * vector(v), h[v]);
+  }
+  float largest = -infinity(), sum = 0, total = 0;
+  bool counted = false;
+  int turn = 0;
+  for (int first = 0; first < call.slots; first += together, turn ^= 1) {
+    float rows[together][vectors][8], z[together];
+    int ids[together];
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      const int id = first + g < call.slots ? read_int(call.ids + place + first + g) : -1;
+      ids[g] = id;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) rows[g][v][e] = 0;
+        if (id >= 0 && id < call.vocabulary && vector(v) < count)
+          weight.load(call.weight + id * call.weight_stride, 8 * vector(v), rows[g][v]);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      float dot = 0;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) dot += rows[g][v][e] * h[v][e];
+      dot = over_warp(dot, Add{});
+      if (thread % 32 == 0) write(shared + (turn * warps + thread / 32) * together + g, dot);
+    }
+    __syncthreads();  // the other turn's dots are read before the next one: one barrier is enough
+    float now = largest;
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      z[g] = 0;
+      for (int w = 0; w < warps; ++w) z[g] += read(shared + (turn * warps + w) * together + g);
+      const bool inside = ids[g] >= 0 && ids[g] < call.vocabulary;
+      if (call.bias && inside) z[g] += read(call.bias + ids[g]);
+      z[g] = ids[g] < call.vocabulary ? z[g] / call.temperature : not_a_number();
+      if (thread == 0 && first + g < call.slots) write(call.z + place + first + g, z[g]);
+      if (ids[g] < 0) z[g] = -infinity();
+      now = fmaxf(now, z[g]);
+    }
+    if (!call.dhidden) continue;
+    const float kept = weight_of(largest, now);
+    sum *= kept;
+#pragma unroll
+    for (int v = 0; v < vectors; ++v)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) student[v][e] *= kept;
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      if (ids[g] < 0) continue;
+      const float p = read(call.probs + place + first + g), e_of_z = expf(z[g] - finite(now));
+      sum += e_of_z;
+      total += p;
+      counted = true;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          student[v][e] += e_of_z * rows[g][v][e];
+          teacher[v][e] += p * rows[g][v][e];
+        }
+    }
+    largest = now;
+  }
+  if (!call.dhidden) return;
+  const float scale = counted ? read(call.scale) : 0.0f, factor = counted ? total / sum : 0.0f;
+#pragma unroll
+  for (int v = 0; v < vectors; ++v) {
+    if (vector(v) >= count) continue;
+    float gradient[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) gradient[e] = (factor * student[v][e] - teacher[v][e]) * scale;
+    store8(float{}, reinterpret_cast<char*>(call.dhidden + token * call.width + 8 * vector(v)), gradient);
+  }
+}
+
+template <class Weight, class Run>
+void with_vectors(const SlotRows& call, Run run) {
+  if (vectors_of(call) == 1) return run(slot_rows<Weight, 1, kSlotsTogether>);
+  run(slot_rows<Weight, 2, kSlotsTogetherOfTwo>);
+}
+
+template <class Run>
+void with_slots_kernel(const SlotRows& call, Run run) {
+  switch (call.weight_dtype) {
+    case Dtype::float32: return with_vectors<Known<float>>(call, run);
+    case Dtype::float16: return with_vectors<Known<Half>>(call, run);
+    case Dtype::bfloat16: return with_vectors<Known<BFloat16>>(call, run);
+  }
+}
+
+// --- a token's loss ---
+
+// A block has one token: normalisers, loss, the slots' gradients, from z and the rest of the vocabulary.
+__global__ void __launch_bounds__(kTokenThreads) token_slots(const TokenSlots call) {
+  const int64_t token = blockIdx.x, place = token * call.slots;
+  const auto each_slot = [&](auto visit) {
+    for (int k = threadIdx.x; k < call.slots; k += blockDim.x) {
+      const int id = read_int(call.ids + place + k);
+      // An id that stands twice is two slots, and one of the vocabulary.
+      if (id >= 0) visit(k, read(call.z + place + k), read(call.probs + place + k), !call.rest || !k || read_int(call.ids + place + k - 1) != id);
+    }
+  };
+  float largest = -infinity(), total = 0, present = 0;
+  each_slot([&](int, float z, float p, bool) {
+    largest = fmaxf(largest, z);
+    total += p;
+    present = 1;
+  });
+  largest = over_block(largest, Larger{});
+  total = over_block(total, Add{});
+  present = over_block(present, Larger{});
+  float sum = 0, rest_sum = 0, of_rest = -infinity();
+  each_slot([&](int, float z, float, bool first) { sum += first ? expf(z - finite(largest)) : 0.0f; });
+  sum = over_block(sum, Add{});
+  if (call.rest) {
+    const float rest_largest = read(call.rest + 2 * token), now = fmaxf(largest, rest_largest);
+    rest_sum = read(call.rest + 2 * token + 1);
+    of_rest = logf(rest_sum) + finite(rest_largest);
+    sum = sum * weight_of(largest, now) + rest_sum * weight_of(rest_largest, now);
+    largest = now;
+  }
+  const float normalizer = logf(sum) + finite(largest), scale = read(call.scale);
+  const float t = call.tail && of_rest != -infinity() ? fmaxf(1.0f - total, 0.0f) : 0.0f;
+  float loss = 0;
+  each_slot([&](int k, float z, float p, bool first) {
+    if (p != 0.0f) loss += p * (logf(p) - (z - normalizer));
+    if (call.dz) write(call.dz + place + k, ((first ? (total + t) * expf(z - normalizer) : 0.0f) - p) * scale);
+  });
+  for (int k = threadIdx.x; call.dz && k < call.slots; k += blockDim.x)
+    if (read_int(call.ids + place + k) < 0) write(call.dz + place + k, 0.0f);
+  loss = over_block(loss, Add{});
+  if (threadIdx.x) return;
+  if (t != 0.0f) loss += t * (logf(t) - (of_rest - normalizer));
+  write(call.losses + token, present != 0.0f ? loss : 0.0f);
+  write(call.normalizers + 2 * token, normalizer);
+  write(call.normalizers + 2 * token + 1, call.tail ? of_rest : -infinity());
+  if (!call.factors) return;
+  const float factor = (total + t) * expf(of_rest - normalizer) - t;  // of each exp(z - R)
+  write(call.factors + token, present == 0.0f || rest_sum == 0.0f ? 0.0f : factor * scale / rest_sum);
+}
+
+// --- sums of rows ---
+
+// out[r] = the sum of factors[i] * rows[index[i]] over starts[r] <= i < starts[r + 1], plus old_factors[r] * out[r].
+__global__ void __launch_bounds__(kCombineThreads) combine_rows(const RowSums call) {
+  const Any type(call.dtype);
+  const int64_t result = blockIdx.x;
+  const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
+  const int end = read_int(call.starts + result + 1);
+  const bool mine = call.out && column < call.width;
+  float total[8] = {}, sum = 0;
+  float* const out = call.out + result * call.width + column;
+  if (mine && call.old_factors) {
+    const float old = read(call.old_factors + result);
+    if (old != 0.0f) {  // else it is not read: an ignored token may hold anything
+      load8(float{}, reinterpret_cast<const char*>(out), total);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) total[e] *= old;
+    }
+  }
+  for (int i = read_int(call.starts + result); i < end; ++i) {
+    const float factor = read(call.factors + i);
+    sum += factor;
+    if (!mine) continue;
+    const int index = read_int(call.index + i);
+    if (index < 0 || index >= call.count) continue;
+    float row[8];
+    type.load(call.rows + index * call.stride, column, row);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) total[e] += factor * row[e];
+  }
+  if (mine) store8(float{}, reinterpret_cast<char*>(out), total);
+  if (call.sums && !threadIdx.x && !blockIdx.y) write(call.sums + result, sum);
+}
+
+// --- a part of the vocabulary ---
+
+// z of eight columns, -infinity beyond the last; the row is padded to whole vectors.
+DEVICE void load_part(const VocabularyPart& call, const float* row, int column, float* z) {
+  load8(float{}, reinterpret_cast<const char*>(row + column), z);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const bool inside = column + e < call.size;
+    if (inside && call.bias) z[e] += read(call.bias + call.first + column + e);
+    z[e] = inside ? z[e] / call.temperature : -infinity();
+  }
+}
+
+// A block has one token: its slots' z go out, the rest into (m, s); with `out` exp(z - m) of the rest goes there, and
+// dhidden is made relative to the new m. The slots' logits are overwritten.
+__global__ void __launch_bounds__(kVocabularyThreads) carry_part(const VocabularyPart call) {
+  const int64_t token = blockIdx.x;
+  float* const row = call.logits + token * call.stride;
+  const int32_t* const ids = call.ids + token * call.slots;
+  const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock;
+  const int begin = read_int(bounds), end = read_int(bounds + (call.size + kVocabularyBlock - 1) / kVocabularyBlock);
+  for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
+    const int id = read_int(ids + k);
+    const float z = read(row + id - call.first) + (call.bias ? read(call.bias + id) : 0.0f);
+    write(call.z + token * call.slots + k, z / call.temperature);
+  }
+  __syncthreads();
+  for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
+    const int id = read_int(ids + k);
+    if (k == begin || read_int(ids + k - 1) != id) write(row + id - call.first, -infinity());
+  }
+  __syncthreads();
+  const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
+  float largest = before, sum = 0, z[8];
+  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
+    load_part(call, row, column, z);
+    float now = largest;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) now = fmaxf(now, z[e]);
+    sum *= weight_of(largest, now);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += expf(z[e] - finite(now));
+    largest = now;
+  }
+  const float most = over_block(largest, Larger{});
+  sum = over_block(sum * weight_of(largest, most), Add{});
+  const float kept = weight_of(before, most);
+  if (!threadIdx.x) {
+    write(call.rest + 2 * token, most);
+    write(call.rest + 2 * token + 1, sum_before * kept + sum);
+  }
+  if (!call.out) return;
+  const Any type(call.out_dtype);
+  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
+  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
+    load_part(call, row, column, z);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) z[e] = expf(z[e] - finite(most));
+    type.store(call.out + token * call.stride * bytes, column, z);
+  }
+  if (kept == 1.0f) return;
+  float* const dhidden = call.dhidden + token * call.width;
+  for (int i = threadIdx.x; i < call.width; i += blockDim.x) write(dhidden + i, kept * read(dhidden + i));
+}
+
+// A block has some columns of one token: the gradient of their logits from (Z, R), times scale.
+__global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const VocabularyPart call) {
+  const int64_t token = blockIdx.x;
+  const int32_t* const ids = call.ids + token * call.slots;
+  float total = 0, present = 0;
+  for (int k = threadIdx.x; k < call.slots; k += blockDim.x)
+    if (read_int(ids + k) >= 0) {
+      total += read(call.probs + token * call.slots + k);
+      present = 1;
+    }
+  total = over_block(total, Add{});
+  present = over_block(present, Larger{});
+  const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
+  if (column >= call.size) return;
+  const float normalizer = read(call.normalizers + 2 * token), of_rest = read(call.normalizers + 2 * token + 1);
+  const float t = call.tail && of_rest != -infinity() ? fmaxf(1.0f - total, 0.0f) : 0.0f;
+  float gradient[8], student[8];
+  load_part(call, call.logits + token * call.stride, column, gradient);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    student[e] = (total + t) * expf(gradient[e] - normalizer);
+    gradient[e] = t != 0.0f ? student[e] - t * expf(gradient[e] - of_rest) : student[e];
+  }
+  const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock + blockIdx.y;
+  const int begin = read_int(bounds), end = read_int(bounds + 1);
+  for (int k = begin; k < end; ++k) {
+    const int id = read_int(ids + k), here = id - call.first - column;
+    if (here < 0 || here >= 8) continue;
+    const bool again = k > begin && read_int(ids + k - 1) == id;
+    const float p = read(call.probs + token * call.slots + k);
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (e == here) gradient[e] = (again ? gradient[e] : student[e]) - p;
+  }
+  const float scale = read(call.scale);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) gradient[e] = present != 0.0f ? gradient[e] * scale : 0.0f;
+  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
+  Any(call.out_dtype).store(call.out + token * call.stride * bytes, column, gradient);
+}
+
+}  // namespace linearpatch::cuda
