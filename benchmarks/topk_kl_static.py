@@ -32,7 +32,7 @@ KERNELS = (
 # Of the rest the kernels' names for their pointers say what they are: numbers of the model are in its dtype.
 _FLOAT32 = {"z_ptr", "rest_ptr", "scale_ptr", "loss_ptr", "normalizers_ptr", "dz_ptr", "factor_ptr", "factors_ptr",
             "sums_ptr", "old_factors_ptr", "out_ptr", "dhidden_ptr", "bias_ptr", "probs_ptr"}  # fmt: skip
-_INTEGERS = {"ids_ptr": "*i64", "index_ptr": "*i64", "starts_ptr": "*i64", "bounds_ptr": "*i32"}
+_INTEGERS = {"ids_ptr", "index_ptr", "starts_ptr", "bounds_ptr"}
 
 
 def _what(kernel: str, d: int, slots: int, lanes: int) -> tuple[Any, dict[str, Any], int, set[str], set[str]]:
@@ -77,7 +77,9 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tu
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        return _INTEGERS.get(name) or ("*fp32" if name in _FLOAT32 | float32 else "*" + DTYPES[dtype][0])
+        if name in _INTEGERS:
+            return "*i32"
+        return "*fp32" if name in _FLOAT32 | float32 else "*" + DTYPES[dtype][0]
 
     signature = {name: kind(name) for name in function.arg_names}
     values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}

@@ -76,6 +76,12 @@ def triton_serves(device_type: str) -> bool:
     return device_type == "cuda"
 
 
+def compiled_for_gpus(device_type: str, operator: str) -> bool:
+    """Whether the extension has this operator for GPUs, and may be used on tensors of such a device."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    return device_type == "cuda" and FORCED in (None, "cuda") and f"linearpatch::{operator}" in registered
+
+
 def backends() -> dict[str, bool | str]:
     """Every implementation by name: True where it can run here, else one line that says why not.
 

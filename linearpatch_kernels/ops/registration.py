@@ -10,7 +10,7 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
-from linearpatch_kernels.backend import check_reference_allowed, triton_serves
+from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.hadamard import without_autocast
 
 
@@ -22,6 +22,7 @@ def define_operator(
     *,
     mutates_args: Iterable[str] = (),
     triton: str | None = None,
+    compiled: str | None = None,
 ) -> CustomOpDef:
     """Define ``linearpatch::name`` with its reference on every device, and ``linearpatch::name_reference``.
 
@@ -34,6 +35,7 @@ def define_operator(
         reference: the operator in plain PyTorch; takes every argument of the schema positionally.
         fake: the shapes, dtypes and strides of the result; the same arguments.
         triton: the module whose function ``name`` runs on tensors of the devices that Triton serves; imported then.
+        compiled: an operator of the extension that this module uses, too: where it is there, Triton need not be.
         mutates_args: names of the arguments that are written to.
     """
 
@@ -42,7 +44,8 @@ def define_operator(
             return reference(*arguments)
 
     def where_no_kernel_is(*arguments: Any) -> Any:
-        if triton is not None and triton_serves(arguments[0].device.type):
+        device = arguments[0].device.type
+        if triton is not None and (triton_serves(device) or (compiled and compiled_for_gpus(device, compiled))):
             with without_autocast(arguments[0].device):
                 return getattr(import_module(triton), name)(*arguments)
         check_reference_allowed(name, arguments[0].device)

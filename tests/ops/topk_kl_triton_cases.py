@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from linearpatch_kernels.ops.topk_kl import gpu
 from linearpatch_kernels.ops.topk_kl import triton as kernels
 from tests.ops.topk_kl_cases import OPS, Sizes, one_case
 
@@ -73,17 +74,17 @@ def properties() -> Iterator[str]:
 
         outside = ids.clone()
         outside[1, 2] = 90
-        check, kernels._check_ids = kernels._check_ids, lambda *_: None  # as on a GPU
-        loss, dhidden, _, _ = kernels.linear_topk_kl_loss(hidden, weight, probs, outside, None, *flags)
-        given = kernels.topk_kl_loss(hidden @ weight.T, probs, outside, normalization, 1.0)[0]
-        kernels._check_ids = check
+        check, gpu._check_ids = gpu._check_ids, lambda *_: None  # as on a GPU
+        loss, dhidden, _, _ = gpu.linear_topk_kl_loss(hidden, weight, probs, outside, None, *flags)
+        given = gpu.topk_kl_loss(hidden @ weight.T, probs, outside, normalization, 1.0)[0]
+        gpu._check_ids = check
         if not loss.isnan() or not given.isnan() or not dhidden[[0, 2, 3, 4, 5]].equal(clean[1][[0, 2, 3, 4, 5]]):
             yield f"{normalization}: an id outside of the vocabulary spoils more or less than its token"
 
-        kernels.BLOCK, kernels._LOGITS_AT_ONCE = 8, 6 * 8
+        kernels.BLOCK, gpu._LOGITS_AT_ONCE = 8, 6 * 8
         with LargestTensor() as largest:
-            parts = kernels.linear_topk_kl_loss(hidden, weight, probs, ids, None, normalization, 1.3, True, False, False)
-        kernels.BLOCK, kernels._LOGITS_AT_ONCE = 2048, 2**24
+            parts = gpu.linear_topk_kl_loss(hidden, weight, probs, ids, None, normalization, 1.3, True, False, False)
+        kernels.BLOCK, gpu._LOGITS_AT_ONCE = 2048, 2**24
         if largest.numel >= 6 * 90:
             yield f"{normalization}: a tensor of {largest.numel} numbers, where N * V is {6 * 90}"
         for one, two in zip(parts[:2], clean, strict=False):
@@ -118,9 +119,9 @@ def main(seed: int, count: int) -> int:
     wrong = []
     for _ in range(count):
         kernels.BLOCK = chance.choice([16, 64, 2048])
-        kernels._LOGITS_AT_ONCE = chance.choice([1, 4000, 2**24])
+        gpu._LOGITS_AT_ONCE = chance.choice([1, 4000, 2**24])
         wrong += one_case(chance, SIZES)
-    kernels.BLOCK, kernels._LOGITS_AT_ONCE = 2048, 2**24
+    kernels.BLOCK, gpu._LOGITS_AT_ONCE = 2048, 2**24
     wrong += properties()
     print(*wrong, f"{count} cases, {dict(launches)}, {len(wrong)} wrong", sep="\n")
     return 1 if wrong or set(launches) != NAMES else 0

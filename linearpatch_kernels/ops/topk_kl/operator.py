@@ -53,7 +53,7 @@ def _fake_linear(
     )
 
 
-_TRITON = "linearpatch_kernels.ops.topk_kl.triton"
+_GPU = "linearpatch_kernels.ops.topk_kl.gpu"
 
 _loss = define_operator(
     "topk_kl_loss",
@@ -61,7 +61,8 @@ _loss = define_operator(
     " -> (Tensor loss, Tensor normalizers)",
     topk_kl_loss_reference,
     _fake_loss,
-    triton=_TRITON,
+    triton=_GPU,
+    compiled="topk_kl_slots",
 )
 _loss_backward = define_operator(
     "topk_kl_loss_backward",
@@ -69,7 +70,8 @@ _loss_backward = define_operator(
     " float temperature) -> Tensor",
     topk_kl_loss_backward_reference,
     _fake_loss_backward,
-    triton=_TRITON,
+    triton=_GPU,
+    compiled="topk_kl_slots",
 )
 _linear = define_operator(
     "linear_topk_kl_loss",
@@ -78,7 +80,8 @@ _linear = define_operator(
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     linear_topk_kl_loss_reference,
     _fake_linear,
-    triton=_TRITON,
+    triton=_GPU,
+    compiled="topk_kl_slots",
 )
 
 if FORCED is None and backends()["cpu"] is not True:

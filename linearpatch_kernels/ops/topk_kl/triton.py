@@ -1,19 +1,8 @@
-"""The losses in Triton, for NVIDIA and AMD GPUs; the maths, and its letters p, z, Z, R, S, t, are `reference`'s.
+"""The kernels of the losses in Triton, for NVIDIA and AMD GPUs; `gpu` makes the losses of them.
 
-The linear loss over the slots ("topk") is one program a token, which reads the rows of its slots once: dhidden is
+The linear loss over the slots is one program a token, which reads the rows of its slots once: dhidden is
 ``sum_k (S exp(z_k - Z) - p_k) w_k``, and both of its sums are carried along, the first one relative to the largest z so
-far, as an online softmax does.
-
-Over a whole vocabulary ("full", "tail") the logits of some thousand ids at a time are torch's matrix product in
-float32. One kernel then takes the slots' logits out, carries the log-sum-exp of the rest along, and leaves
-``exp(z - m)`` of the rest behind for the product that adds up dhidden; nothing is computed twice for it, and nothing
-[N, V] is ever there. dweight needs the final normalisers, so the products are made again for it alone.
-
-What a kernel adds up it adds up in one order, each number in one program: slots are sorted by their id for the gradient
-of a gathered row. There are no atomics, and the same call has the same bits.
-
-An id outside the vocabulary makes its token's loss NaN; ``LINEARPATCH_CHECK_IDS=1`` has it refused (`reference`).
-float64, and rows wider than 16384, are left to plain PyTorch.
+far, as an online softmax does. Rows wider than 16384 are left to plain PyTorch.
 """
 
 # Triton's functions have types of their own, and no unpacking of tuples.
@@ -21,7 +10,6 @@ float64, and rows wider than 16384, are left to plain PyTorch.
 # ruff: noqa: RUF005
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,14 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from linearpatch_kernels.ops.topk_kl.reference import (
-    _check_ids,
-    check_operands,
-    linear_topk_kl_loss_reference,
-    topk_kl_loss_backward_reference,
-    topk_kl_loss_reference,
-)
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -330,7 +310,6 @@ WIDEST = 16384
 BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
-_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 # One stage: what is loaded is met in registers.
 OPTIONS = {"num_stages": 1}
 
@@ -381,7 +360,7 @@ def combine_layout(width: int) -> tuple[dict[str, int], int]:
     return {"SLOTS": 4, "CHUNK": chunk}, max(1, chunk // 256)
 
 
-# --- host code -------------------------------------------------------------------------------------------------------
+# --- host code: what `gpu` calls -------------------------------------------------------------------------------------
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
@@ -389,73 +368,60 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **c
         kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
 
 
-def _plain_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
+def _layout(width: int, slots: int) -> Layout | None:
+    return layout_of(width, slots, 64 if torch.version.hip else 32)
 
 
-def _single(x: Tensor | None) -> Tensor | None:
-    return x if x is None else (x.float() if x.dtype == torch.float64 else x).contiguous()
+def serves(width: int) -> bool:
+    return _layout(width, 1) is not None
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """The slots, how many tokens have any, and what every gradient is multiplied with.
-
-    For kernels that go over a vocabulary the slots are in ascending order of their ids, and ``bounds`` [N, blocks + 1]
-    is how many of a token's are below the start of each block.
-    """
-
-    probs: Tensor
-    ids: Tensor
-    count: Tensor
-    scale: Tensor
-    bounds: Tensor | None = None
-
-    @classmethod
-    def of(cls, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int | None = None) -> _Teacher:
-        count = (ids >= 0).any(1).sum().clamp(min=1)
-        scale = (1 / (count * temperature)).float().reshape(1)
-        probs = probs.float() if probs.dtype == torch.float64 else probs
-        if vocabulary is None:
-            return cls(probs.contiguous(), ids.contiguous(), count, scale)
-        ids, order = ids.sort(dim=1)
-        starts = torch.arange(0, vocabulary + BLOCK, BLOCK, device=ids.device, dtype=ids.dtype).clamp_(max=vocabulary)
-        bounds = torch.searchsorted(ids, starts.expand(len(ids), -1).contiguous(), out_int32=True)
-        return cls(probs.gather(1, order), ids, count, scale, bounds)
-
-    @property
-    def tokens(self) -> int:
-        return self.ids.shape[0]
-
-    @property
-    def slots(self) -> int:
-        return self.ids.shape[1]
-
-    @property
-    def blocks(self) -> int:
-        return 0 if self.bounds is None else self.bounds.shape[1] - 1
+def readable(rows: Tensor) -> Tensor:
+    """The same rows where the kernels can read them."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] < 2 else rows.contiguous()
 
 
-def _finish(
-    teacher: _Teacher, z: Tensor, rest: Tensor | None, normalization: str, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(loss, normalizers, dz, factor of the rest)`` from what `token_kernel` says of every token."""
-    losses, normalizers = z.new_empty(teacher.tokens), z.new_empty(teacher.tokens, 2)
-    dz = torch.empty_like(z) if gradient else None
-    factor = torch.empty_like(losses) if gradient and rest is not None else None
-    _launch(
-        token_kernel, (teacher.tokens,), z, teacher.probs, teacher.ids, rest, teacher.scale, losses, normalizers, dz,
-        factor, teacher.slots, WHOLE=rest is not None, TAIL=normalization == "tail",
-        SLOTS=slots_at_once(teacher.slots), warps=token_warps(teacher.slots),
-    )  # fmt: skip
-    return losses.sum() / teacher.count, normalizers, dz, factor
+def writable(dtype: torch.dtype) -> torch.dtype:
+    """The interpreter truncates to bfloat16 where a GPU takes the nearest."""
+    return torch.float32 if INTERPRETED else dtype
 
 
-def _combine(
-    rows: Tensor, index: Tensor, factors: Tensor, starts: Tensor, out: Tensor | None, sums: Tensor | None = None,
-    old_factors: Tensor | None = None,
+def slots(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, probs: Tensor, ids: Tensor, scale: Tensor, temperature: float,
+    z: Tensor, dhidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """One launch of `combine_rows_kernel`."""
+    """The slots' z of every token; with dhidden, its gradient for "topk"."""
+    layout = _layout(hidden.shape[1], ids.shape[1])
+    assert layout is not None
+    _launch(
+        slots_kernel, (len(hidden),), hidden, weight, bias, probs, ids, scale, z, dhidden, ids.shape[1],
+        hidden.shape[1], len(weight), hidden.stride(0), weight.stride(0), temperature, **layout.constants,
+        warps=layout.warps,
+    )  # fmt: skip
+
+
+def tokens(
+    z: Tensor, probs: Tensor, ids: Tensor, rest: Tensor | None, scale: Tensor, tail: bool, losses: Tensor,
+    normalizers: Tensor, dz: Tensor | None, factors: Tensor | None,
+) -> None:  # fmt: skip
+    """A token's loss, (Z, R), and gradients, from its slots' z, and from (m, s) of the rest of the vocabulary.
+
+    With a rest, the ids of a token ascend. factors [N] are what to multiply a rest of dhidden with.
+    """
+    _launch(
+        token_kernel, (len(z),), z, probs, ids, rest, scale, losses, normalizers, dz, factors, z.shape[1],
+        WHOLE=rest is not None, TAIL=tail, SLOTS=slots_at_once(z.shape[1]), warps=token_warps(z.shape[1]),
+    )  # fmt: skip
+
+
+def combine(
+    rows: Tensor, index: Tensor, factors: Tensor, starts: Tensor, old_factors: Tensor | None, out: Tensor | None,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    """``out[r] = sum of factors[i] * rows[index[i]]`` over ``starts[r] <= i < starts[r + 1]``; sums are the factors'.
+
+    With old_factors [R], plus ``old_factors[r] * out[r]``. An index outside of the rows adds nothing.
+    """
     width = rows.shape[1]
     constants, warps = combine_layout(width)
     _launch(
@@ -465,211 +431,29 @@ def _combine(
     )  # fmt: skip
 
 
-def _over_slots(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: _Teacher, temperature: float, grads: list[Tensor | None]
-) -> Tensor:
-    """The linear loss for "topk"; the gradients that are there are filled."""
-    (tokens, width), slots = hidden.shape, teacher.slots
-    dhidden, dweight, dbias = grads
-    layout = layout_of(width, slots, 64 if torch.version.hip else 32)
-    assert layout is not None
-    z = hidden.new_empty((tokens, slots), dtype=torch.float32)
-    _launch(
-        slots_kernel, (tokens,), hidden, weight, bias, teacher.probs, teacher.ids, teacher.scale, z, dhidden, slots,
-        width, len(weight), hidden.stride(0), weight.stride(0), temperature, **layout.constants, warps=layout.warps,
-    )  # fmt: skip
-    loss, _, dz, _ = _finish(teacher, z, None, "topk", dweight is not None or dbias is not None)
-    if dz is not None:
-        ids, order = teacher.ids.flatten().sort(stable=True)
-        starts = torch.searchsorted(ids, torch.arange(len(weight) + 1, device=ids.device, dtype=ids.dtype))
-        _combine(hidden, order // slots, dz.flatten()[order], starts, dweight, dbias)
-    return loss
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """``out (+)= a @ b`` in float32."""
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=int(add), out=out)
-    else:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=int(add), out=out)
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The logits of a linear loss, some ids at a time: one buffer that every part of them passes through."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    logits: Tensor
-
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Vocabulary:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        at_once = max(1, _LOGITS_AT_ONCE // len(hidden) // BLOCK) * BLOCK
-        size = min(at_once, -(-len(weight) // 16) * 16)
-        logits = hidden.new_empty((len(hidden), size), dtype=torch.float32)
-        return cls(hidden.to(torch.float32 if INTERPRETED else dtype), weight, bias, logits)
-
-    def parts(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """``(first id, rows of the weight, their logits without the bias)``."""
-        step = self.logits.shape[1]
-        for first in range(0, len(self.weight), step):
-            rows = self.weight[first : first + step].to(self.hidden.dtype)
-            logits = self.logits[:, : len(rows)]
-            _product(self.hidden, rows.mT, logits)
-            yield first, rows, logits
-
-    def carried(self, teacher: _Teacher, temperature: float, dhidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The slots' z and (m, s) of the rest; dhidden is then the sum of ``exp(z - m) * weight`` over the rest."""
-        z, rest = _start(teacher, self.logits.device)
-        e = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
-        for first, rows, logits in self.parts():
-            _carry(logits, self.bias, teacher, z, rest, e, dhidden, first, temperature)
-            if dhidden is not None and e is not None:
-                _product(e[:, : len(rows)], rows, dhidden, add=True)
-        return z, rest
-
-    def gradients(
-        self, teacher: _Teacher, normalizers: Tensor, normalization: str, temperature: float,
-        dweight: Tensor | None, dbias: Tensor | None,
-    ) -> None:  # fmt: skip
-        """The gradients of weight and bias, without their scale."""
-        one = torch.ones_like(teacher.scale)
-        counted = (teacher.ids >= 0).any(1, keepdim=True)
-        hidden = torch.where(counted, self.hidden, 0)  # an ignored token may hold anything
-        dlogits = torch.empty_like(self.logits, dtype=self.hidden.dtype)
-        for first, rows, logits in self.parts():
-            _differentiate(
-                logits, self.bias, teacher, normalizers, one, dlogits, first, normalization, temperature
-            )
-            part = dlogits[:, : len(rows)]
-            if dweight is not None:
-                _product(part.mT, hidden, dweight[first : first + len(rows)])
-            if dbias is not None:
-                torch.sum(part, 0, dtype=torch.float32, out=dbias[first : first + len(rows)])
-
-
-def _start(teacher: _Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
-    """NaN is the z of a slot that no part of the vocabulary has; the rest is empty."""
-    z = torch.full(teacher.ids.shape, torch.nan, device=device)
-    rest = torch.zeros(teacher.tokens, 2, device=device)
-    rest[:, 0] = -torch.inf
-    return z, rest
-
-
-def _carry(
-    logits: Tensor, bias: Tensor | None, teacher: _Teacher, z: Tensor, rest: Tensor, e: Tensor | None,
-    dhidden: Tensor | None, first: int, temperature: float,
+def carry(
+    logits: Tensor, size: int, bias: Tensor | None, ids: Tensor, bounds: Tensor, first: int, temperature: float,
+    z: Tensor, rest: Tensor, exp: Tensor | None, dhidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """One launch of `vocabulary_kernel`."""
+    """Logits [N, size], the vocabulary's from ``first`` on: their slots' z, and the rest into (m, s).
+
+    With exp and dhidden, the logits are overwritten, exp is ``exp(z - m)`` of the rest, and what dhidden has so far is
+    made relative to the new m. ids ascend, and bounds [N, b] are how many are below ``b * BLOCK``.
+    """
     width = 0 if dhidden is None else dhidden.shape[1]
     _launch(
-        vocabulary_kernel, (teacher.tokens,), logits, bias, teacher.ids, teacher.bounds, z, rest, e, dhidden, teacher.slots,
-        width, first, logits.shape[1], logits.stride(0), teacher.blocks, temperature, BLOCK=BLOCK, CHUNK=CHUNK,
-        warps=WARPS,
+        vocabulary_kernel, (len(ids),), logits, bias, ids, bounds, z, rest, exp, dhidden, ids.shape[1], width, first,
+        size, logits.stride(0), bounds.shape[1] - 1, temperature, BLOCK=BLOCK, CHUNK=CHUNK, warps=WARPS,
     )  # fmt: skip
 
 
-def _differentiate(
-    logits: Tensor, bias: Tensor | None, teacher: _Teacher, normalizers: Tensor, scale: Tensor, dlogits: Tensor,
-    first: int, normalization: str, temperature: float,
+def differentiate(
+    logits: Tensor, size: int, bias: Tensor | None, probs: Tensor, ids: Tensor, bounds: Tensor, first: int,
+    temperature: float, normalizers: Tensor, scale: Tensor, tail: bool, dlogits: Tensor, whole: bool = True,
 ) -> None:  # fmt: skip
-    """One launch of `vocabulary_gradient_kernel`."""
-    size = logits.shape[1]
+    """The gradient of the logits [N, size] from (Z, R), times scale; ``whole`` as for "full" and "tail"."""
     _launch(
-        vocabulary_gradient_kernel, (teacher.tokens, -(-size // BLOCK)), logits, bias, teacher.probs, teacher.ids,
-        teacher.bounds, normalizers, scale, dlogits, teacher.slots, first, size, logits.stride(0), dlogits.stride(0),
-        teacher.blocks, temperature, WHOLE=normalization != "topk", TAIL=normalization == "tail", BLOCK=BLOCK,
-        SLOTS=slots_at_once(teacher.slots), warps=WARPS,
+        vocabulary_gradient_kernel, (len(ids), -(-size // BLOCK)), logits, bias, probs, ids, bounds, normalizers, scale,
+        dlogits, ids.shape[1], first, size, logits.stride(0), dlogits.stride(0), bounds.shape[1] - 1, temperature,
+        WHOLE=whole, TAIL=tail, BLOCK=BLOCK, SLOTS=slots_at_once(ids.shape[1]), warps=WARPS,
     )  # fmt: skip
-
-
-def _over_vocabulary(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: _Teacher, normalization: str, temperature: float,
-    grads: list[Tensor | None],
-) -> Tensor:  # fmt: skip
-    """The linear loss for "full" and "tail"; the gradients that are there are filled."""
-    dhidden, dweight, dbias = grads
-    vocabulary = _Vocabulary.of(hidden, weight, bias)
-    z, rest = vocabulary.carried(teacher, temperature, None if dhidden is None else dhidden.zero_())
-    loss, normalizers, dz, factor = _finish(teacher, z, rest, normalization, dhidden is not None)
-    if dhidden is not None and dz is not None:
-        starts = torch.arange(teacher.tokens + 1, device=dz.device) * teacher.slots
-        _combine(weight, teacher.ids, dz, starts, dhidden, old_factors=factor)
-    if dweight is not None or dbias is not None:
-        vocabulary.gradients(teacher, normalizers, normalization, temperature, dweight, dbias)
-        for gradient in (dweight, dbias):
-            if gradient is not None:
-                gradient.mul_(teacher.scale)
-    return loss
-
-
-def linear_topk_kl_loss(
-    hidden: Tensor, weight: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, bias: Tensor | None,
-    normalization: str, temperature: float, hidden_grad: bool, weight_grad: bool, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator ``linearpatch::linear_topk_kl_loss``."""
-    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
-    flags = (hidden_grad, weight_grad, bias_grad)
-    width = hidden.shape[1]
-    if torch.float64 in (hidden.dtype, weight.dtype) or not width or layout_of(width, 1) is None:
-        return linear_topk_kl_loss_reference(
-            hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
-        )
-    _check_ids(teacher_ids, len(weight))
-    nothing = not teacher_ids.numel() or not len(weight)
-    grads = [
-        hidden.new_empty(of.shape[:dimensions], dtype=torch.float32).fill_(0 if nothing else torch.nan) if wanted else None
-        for of, dimensions, wanted in zip((hidden, weight, weight), (2, 2, 1), flags, strict=True)
-    ]
-    if nothing:
-        loss = hidden.new_zeros((), dtype=torch.float32)
-    else:
-        hidden, weight, bias = _plain_rows(hidden), _plain_rows(weight), _single(bias)
-        vocabulary = None if normalization == "topk" else len(weight)
-        teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary)
-        if normalization == "topk":
-            loss = _over_slots(hidden, weight, bias, teacher, temperature, grads)
-        else:
-            loss = _over_vocabulary(hidden, weight, bias, teacher, normalization, temperature, grads)
-    dhidden, dweight, dbias = (loss.new_empty(0) if gradient is None else gradient for gradient in grads)
-    return loss, dhidden, dweight, dbias
-
-
-def topk_kl_loss(
-    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The operator ``linearpatch::topk_kl_loss``."""
-    check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
-    if logits.dtype == torch.float64 or not teacher_ids.numel() or not logits.shape[1]:
-        return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
-    vocabulary = logits.shape[1]
-    _check_ids(teacher_ids, vocabulary)
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, logits.shape[1])
-    if normalization == "topk":
-        rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
-        z = logits.gather(1, index).float().div_(temperature).masked_fill_(teacher.ids >= vocabulary, torch.nan)
-    else:
-        z, rest = _start(teacher, logits.device)
-        _carry(_plain_rows(logits), None, teacher, z, rest, None, None, 0, temperature)
-    return _finish(teacher, z, rest, normalization, False)[:2]
-
-
-def topk_kl_loss_backward(
-    grad: Tensor, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalizers: Tensor, normalization: str,
-    temperature: float,
-) -> Tensor:  # fmt: skip
-    """The operator ``linearpatch::topk_kl_loss_backward``."""
-    if logits.dtype == torch.float64 or not teacher_ids.numel() or not logits.shape[1]:
-        return topk_kl_loss_backward_reference(
-            grad, logits, teacher_probs, teacher_ids, normalizers, normalization, temperature
-        )
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, logits.shape[1])
-    # The interpreter truncates to bfloat16 where a GPU takes the nearest.
-    dlogits = logits.new_empty(logits.shape, dtype=torch.float32 if INTERPRETED else logits.dtype)
-    _differentiate(
-        _plain_rows(logits), None, teacher, normalizers.contiguous(), teacher.scale * grad.float(), dlogits, 0,
-        normalization, temperature,
-    )  # fmt: skip
-    return dlogits.to(logits.dtype)

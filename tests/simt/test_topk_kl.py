@@ -1,0 +1,217 @@
+"""The losses' CUDA kernels, run on the CPU by the emulator: against float64, in several orders of threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import COMPILER, HERE, SCHEDULES
+from test_compiles import FLAGS, NVCC, disassembler
+from topk_kl_emulator import Emulator, build
+from torch import Tensor
+
+from linearpatch_kernels.ops.topk_kl import cuda, gpu
+from tests.ops.topk_kl_cases import DTYPES, OPS, check, double, teacher
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+NORMALIZATIONS = ["topk", "full", "tail"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(build(tmp_path_factory.mktemp("topk_kl")))
+
+
+@pytest.fixture
+def emulator(compiled: Emulator) -> Emulator:
+    compiled.configure()
+    return compiled
+
+
+def held_to_float64(emulator: Emulator, normalization: str, dtype: torch.dtype, chance: random.Random) -> list[str]:
+    """A random call; what is wrong, one line each."""
+    n, k = chance.choice([1, 2, 5]), chance.choice([1, 2, 7, 33])
+    d = chance.choice([8, 16, 72, 256, 264, 2056])
+    v = chance.choice([1, 17, 90]) if d > 300 else chance.choice([1, 17, 333, 4100])
+    hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) / d**0.5).to(chance.choice([dtype, *DTYPES]))
+    if chance.random() < 0.3:
+        hidden = torch.randn(n, d + 4).to(dtype)[:, :d]
+    bias = torch.randn(v) if chance.random() < 0.5 else None
+    probs, ids = teacher(n, k, v, normalization, chance)
+    ids = ids.to(chance.choice([torch.int32, torch.int64]))
+    flags = [chance.random() < 0.7, chance.random() < 0.7, bias is not None and chance.random() < 0.7]
+    arguments = (hidden, weight, probs, ids, bias, normalization, chance.choice([1.0, 0.7]), *flags)
+    wrong = check(
+        f"{normalization} N {n} d {d} V {v} K {k} {dtype} {weight.dtype} {flags}",
+        gpu.linear_topk_kl_loss(*arguments, kernels=emulator.kernels),
+        OPS.linear_topk_kl_loss_reference(*arguments),
+        OPS.linear_topk_kl_loss_reference(*double(*arguments)),
+    )
+    return wrong + emulator.faults()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_against_float64(emulator: Emulator, normalization: str, schedule: str, count: int) -> None:
+    chance = random.Random(f"{normalization} {schedule} {count}")
+    for i in range(count):
+        emulator.configure(schedule, seed=i)
+        assert not held_to_float64(emulator, normalization, chance.choice(DTYPES), chance)
+        assert emulator.launches() >= 2
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.randn(5, 32), torch.randn(60, 32), torch.rand(5, 6).softmax(1) * 0.9, torch.randint(0, 60, (5, 6))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_same_bits_in_every_order(emulator: Emulator, normalization: str) -> None:
+    results = []
+    given = operands()
+    for schedule in SCHEDULES:
+        emulator.configure(schedule, seed=3)
+        results.append(
+            gpu.linear_topk_kl_loss(*given, torch.ones(60), normalization, 1.0, True, True, True, emulator.kernels)
+        )
+    assert all(one.equal(two) for other in results[1:] for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_what_does_not_count_is_not_read(
+    emulator: Emulator, normalization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ignored token, an absent slot, an id outside of the vocabulary, a NaN in one token."""
+    hidden, weight, probs, ids = operands()
+    ids[3], ids[1, 2] = -1, -1
+
+    def run(hidden: Tensor, probs: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        return gpu.linear_topk_kl_loss(
+            hidden, weight, probs, ids, None, normalization, 1.0, True, True, False, emulator.kernels
+        )
+
+    clean = run(hidden, probs, ids)
+    spoiled = hidden.clone()
+    spoiled[3] = torch.nan
+    for one, two in zip(run(spoiled, probs.masked_fill(ids < 0, torch.nan), ids), clean, strict=True):
+        assert one.equal(two)
+    spoiled[2, 7] = torch.nan
+    loss, dhidden, _, _ = run(spoiled, probs, ids)
+    assert loss.isnan()
+    assert dhidden[2].isnan().all()
+    assert dhidden[[0, 1, 3, 4]].equal(clean[1][[0, 1, 3, 4]])
+    monkeypatch.setattr(gpu, "_check_ids", lambda *_: None)  # as on a GPU
+    ids[4, 0] = 60
+    loss, dhidden, _, _ = run(hidden, probs, ids)
+    assert loss.isnan()
+    assert dhidden[[0, 1, 2, 3]].equal(clean[1][[0, 1, 2, 3]])
+    assert not emulator.faults()
+
+
+@pytest.mark.parametrize("width", [1, 12, 8200])
+def test_other_widths_are_not_served(width: int) -> None:
+    assert not cuda.COMPILED.serves(width)
+
+
+# What is changed in the kernels, and what is said of it. Each is a slip that somebody could make.
+MUTATIONS = {
+    "no barrier between a token's dots": ("__syncthreads();  // the other", "// the other", "race: shared word"),
+    "an id of its own for every slot": (
+        "if (k == begin || read_int(ids + k - 1) != id) write(row",
+        "write(row",
+        "race: logits",
+    ),
+    "no check of an id": ("if (id >= 0 && id < call.vocabulary && vector(v)", "if (id >= 0 && vector(v)", "out of bounds"),
+    "slots overwritten before they are read": (
+        "z / call.temperature);\n  }\n  __syncthreads();",
+        "z / call.temperature);\n  }",
+        "race: logits",
+    ),
+    "a gradient left out": ("if (vector(v) >= count) continue;", "if (vector(v) >= count - 1) continue;", "never written"),
+}
+
+
+def applied(mutation: str, folder: Path) -> Path:
+    """A copy of the sources with one mutation, whose emulator is to be built."""
+    root = HERE.parents[1]
+    shutil.copytree(root / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(HERE, folder / "tests" / "simt", ignore=shutil.ignore_patterns("__pycache__"))
+    target = folder / "csrc" / "topk_kl" / "losses.cuh"
+    before, after, _ = MUTATIONS[mutation]
+    text = target.read_text()
+    assert text.count(before) == 1, f"losses.cuh has changed: {mutation} is to be written anew"
+    target.write_text(text.replace(before, after))
+    return folder / "tests" / "simt"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_apply(mutation: str, tmp_path: Path) -> None:
+    applied(mutation, tmp_path)
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+import linearpatch_kernels.ops.topk_kl
+from linearpatch_kernels.ops.topk_kl import gpu
+from topk_kl_emulator import Emulator
+gpu._check_ids = lambda *_: None
+emulator = Emulator(Path(sys.argv[1]))
+said = []
+ids = torch.tensor([[3, 9, 9, 60, 1], [9, 9, 4, 0, 59]])
+for normalization in ("topk", "tail"):
+    for schedule in ("forward", "reverse"):
+        emulator.configure(schedule)
+        given = torch.randn(2, 576), torch.randn(60, 576), torch.rand(2, 5), ids, None
+        gpu.linear_topk_kl_loss(*given, normalization, 1.0, True, True, False, emulator.kernels)
+        said += emulator.faults()
+print(*said, sep="\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_a_mutation_of_the_kernels_is_seen(mutation: str | None, tmp_path: Path) -> None:
+    library = build(tmp_path, here=applied(mutation, tmp_path) if mutation else HERE, optimize="-O0")
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, library],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (MUTATIONS[mutation][2] in ran.stdout) if mutation else not ran.stdout.strip()
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
+def test_compiles_without_spills_and_in_vectors_of_16_bytes(architecture: int, tmp_path: Path) -> None:
+    target = tmp_path / "cubin"
+    source = HERE.parents[1] / "csrc" / "topk_kl" / "cuda_losses.cu"
+    command = [NVCC, *FLAGS, f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ran.stderr)
+    assert len(spills) == 10
+    assert set(spills) == {("0", "0", "0")}
+    assert "warning" not in ran.stderr
+    if (tool := disassembler()) is None:
+        pytest.skip("no nvdisasm: it comes with CUDA and with triton")
+    text = subprocess.run([tool, "-c", target], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b(ATOMG?|REDG?)\b", text)
+    slot_rows = [body for name, body in re.findall(r"\.text\.(\w+),(.*?)(?=\.section|\Z)", text, re.S) if "slot_rows" in name]
+    assert len(slot_rows) == 6
+    assert all(len(re.findall(r"LDG\.E\.128|LDG\.E\.\w+\.128|LDG\.128", body)) >= 4 for body in slot_rows)
