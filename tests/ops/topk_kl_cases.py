@@ -70,7 +70,10 @@ class Sizes(NamedTuple):
     most_of_vocabulary: int = 60_000_000
 
 
-def one_case(chance: random.Random, sizes: Sizes = Sizes()) -> list[str]:
+SIZES = Sizes()
+
+
+def one_case(chance: random.Random, sizes: Sizes = SIZES) -> list[str]:
     n, d, v, k = (chance.choice(of) for of in sizes[:4])
     while n * k * d > sizes.most_of_slots or n * v * d > sizes.most_of_vocabulary:
         n //= 2

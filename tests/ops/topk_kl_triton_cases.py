@@ -1,4 +1,4 @@
-"""The losses' Triton kernels in the interpreter, held to float64: ``python -m tests.ops.topk_kl_triton_cases SEED COUNT``.
+"""The losses' Triton kernels, interpreted, held to float64: ``python -m tests.ops.topk_kl_triton_cases SEED COUNT``.
 
 A program of its own, with TRITON_INTERPRET=1 and LINEARPATCH_BACKEND=triton, because both are read at import. The cases
 and the rule are those of `topk_kl_cases`, with a vocabulary that takes several parts; then what is true of one call.

@@ -128,13 +128,21 @@ MUTATIONS = {
         "write(row",
         "race: logits",
     ),
-    "no check of an id": ("if (id >= 0 && id < call.vocabulary && vector(v)", "if (id >= 0 && vector(v)", "out of bounds"),
+    "no check of an id": (
+        "if (id >= 0 && id < call.vocabulary && vector(v)",
+        "if (id >= 0 && vector(v)",
+        "out of bounds",
+    ),
     "slots overwritten before they are read": (
         "z / call.temperature);\n  }\n  __syncthreads();",
         "z / call.temperature);\n  }",
         "race: logits",
     ),
-    "a gradient left out": ("if (vector(v) >= count) continue;", "if (vector(v) >= count - 1) continue;", "never written"),
+    "a gradient left out": (
+        "if (vector(v) >= count) continue;",
+        "if (vector(v) >= count - 1) continue;",
+        "never written",
+    ),
 }
 
 
@@ -212,6 +220,7 @@ def test_compiles_without_spills_and_in_vectors_of_16_bytes(architecture: int, t
         pytest.skip("no nvdisasm: it comes with CUDA and with triton")
     text = subprocess.run([tool, "-c", target], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(ATOMG?|REDG?)\b", text)
-    slot_rows = [body for name, body in re.findall(r"\.text\.(\w+),(.*?)(?=\.section|\Z)", text, re.S) if "slot_rows" in name]
+    bodies = re.findall(r"\.text\.(\w+),(.*?)(?=\.section|\Z)", text, re.S)
+    slot_rows = [body for name, body in bodies if "slot_rows" in name]
     assert len(slot_rows) == 6
     assert all(len(re.findall(r"LDG\.E\.128|LDG\.E\.\w+\.128|LDG\.128", body)) >= 4 for body in slot_rows)

@@ -1,4 +1,4 @@
-"""The losses' CUDA kernels on CPU tensors: topk_kl.cpp, compiled and loaded as ``torch.ops.linearpatch_simt.topk_kl_*``."""
+"""The losses' CUDA kernels on CPU tensors: topk_kl.cpp, compiled and loaded into ``torch.ops.linearpatch_simt``."""
 
 from __future__ import annotations
 

@@ -155,8 +155,9 @@ class _Vocabulary:
         exp = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
         for first, rows in self.parts():
             self.kernels.carry(
-                self.logits, len(rows), self.bias, teacher.ids, teacher.bounds, first, temperature, z, rest, exp, dhidden
-            )
+                self.logits, len(rows), self.bias, teacher.ids, teacher.bounds, first, temperature, z, rest, exp,
+                dhidden,
+            )  # fmt: skip
             if dhidden is not None and exp is not None:
                 _product(exp[:, : len(rows)], rows, dhidden, add=True)
         return z, rest

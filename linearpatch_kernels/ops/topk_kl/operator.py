@@ -62,7 +62,6 @@ _loss = define_operator(
     topk_kl_loss_reference,
     _fake_loss,
     triton=_GPU,
-    compiled="topk_kl_slots",
 )
 _loss_backward = define_operator(
     "topk_kl_loss_backward",
@@ -71,7 +70,6 @@ _loss_backward = define_operator(
     topk_kl_loss_backward_reference,
     _fake_loss_backward,
     triton=_GPU,
-    compiled="topk_kl_slots",
 )
 _linear = define_operator(
     "linear_topk_kl_loss",
@@ -156,7 +154,8 @@ def topk_kl_loss(
         A scalar, float32 (float64 for float64 logits); 0 if all tokens are ignored. Differentiable once in the logits.
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU.
+        InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU. On a GPU such
+            an id makes the loss NaN, unless ``LINEARPATCH_CHECK_IDS=1`` was set at import: it costs a synchronisation.
     """
     return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
 
@@ -174,7 +173,8 @@ def linear_topk_kl_loss(
     """`topk_kl_loss` of ``hidden @ weight.T + bias`` without those logits [N, V] in memory.
 
     ``"topk"`` reads no more than the N * K rows of the weight that the ids name; the others make the logits of some
-    tokens at a time. The gradients that will be needed are computed in the same pass, and kept in float32.
+    tokens, or of some ids, at a time. The gradients that will be needed are computed in the same call, and kept in
+    float32.
 
     Args:
         hidden: [N, d], floating: what enters the head.

@@ -78,8 +78,11 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
     # On a GPU the answer costs a synchronisation, so it has to be asked for.
-    if (ids.device.type == "cpu" or CHECKED_EVERYWHERE) and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocabulary):
-        wrong = int(ids.min()) if int(ids.min()) < -1 else int(ids.max())
+    if not ids.numel() or not (CHECKED_EVERYWHERE or ids.device.type == "cpu"):
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < -1 or most >= vocabulary:
+        wrong = least if least < -1 else most
         raise InputError(f"teacher id {wrong} is outside the vocabulary of {vocabulary}: the tokenizers must agree")
 
 

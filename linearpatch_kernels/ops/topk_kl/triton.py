@@ -96,9 +96,7 @@ def slots_kernel(
         for i in tl.static_range(CHUNKS):
             column = i * CHUNK + columns
             gradient = tl.sum(student[i] * factor[:, None] - teacher[i], axis=0) * scale
-            tl.store(
-                dhidden_ptr + token * width + column, tl.where(counted, gradient, 0.0), mask=column < width
-            )
+            tl.store(dhidden_ptr + token * width + column, tl.where(counted, gradient, 0.0), mask=column < width)
 
 
 @triton.jit
@@ -299,9 +297,7 @@ def vocabulary_gradient_kernel(
             change += total * tl.exp(z - normalizer)
         gradient += tl.where(columns == column, change, 0.0)
     gradient = tl.where(present > 0, gradient * tl.load(scale_ptr), 0.0)
-    tl.store(
-        dlogits_ptr + token * out_stride + columns, gradient.to(dlogits_ptr.dtype.element_ty), mask=columns < size
-    )
+    tl.store(dlogits_ptr + token * out_stride + columns, gradient.to(dlogits_ptr.dtype.element_ty), mask=columns < size)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
