@@ -57,7 +57,7 @@ VocabularyPart part_of(const Tensor& logits, int64_t size, const Optional& bias,
   call.bounds = integers("bounds", bounds, ids.size(0) * bounds.size(1));
   if (bias) require(bias->numel() >= first + size, "bias", *bias);
   call.bias = bias ? floats("bias", *bias, bias->numel()) : nullptr;
-  call.temperature = static_cast<float>(temperature);
+  call.inverse_temperature = static_cast<float>(1 / temperature);
   return call;
 }
 
@@ -88,7 +88,7 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   call.probs = floats("probs", probs, count);
   call.ids = integers("ids", ids, count);
   call.scale = floats("scale", scale, 1);
-  call.temperature = static_cast<float>(temperature);
+  call.inverse_temperature = static_cast<float>(1 / temperature);
   call.z = floats("z", z, count);
   call.dhidden = floats("dhidden", dhidden, hidden.numel());
   require(weight.size(1) == hidden.size(1) && plan_slots(call).possible, "hidden", hidden);

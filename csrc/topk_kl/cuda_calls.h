@@ -33,7 +33,7 @@ struct SlotRows {
   float* z;
   float* dhidden;  // or null
   int tokens, slots, width, vocabulary;
-  float temperature;
+  float inverse_temperature;
 };
 
 struct TokenSlots {
@@ -70,7 +70,7 @@ struct VocabularyPart {
   const int32_t* bounds;  // [tokens, blocks + 1]
   int tokens, slots, first, size, blocks;
   int64_t stride;  // of the logits, in numbers, and of exp or dlogits: a multiple of 16
-  float temperature;
+  float inverse_temperature;
   char* out;  // exp or dlogits; or null
   Dtype out_dtype;
   // to carry

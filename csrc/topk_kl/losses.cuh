@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
       for (int w = 0; w < warps; ++w) z[g] += read(shared + (turn * warps + w) * together + g);
       const bool inside = ids[g] >= 0 && ids[g] < call.vocabulary;
       if (call.bias && inside) z[g] += read(call.bias + ids[g]);
-      z[g] = ids[g] < call.vocabulary ? z[g] / call.temperature : not_a_number();
+      z[g] = ids[g] < call.vocabulary ? z[g] * call.inverse_temperature : not_a_number();
       if (thread == 0 && first + g < call.slots) write(call.z + place + first + g, z[g]);
       if (ids[g] < 0) z[g] = -infinity();
       now = fmaxf(now, z[g]);
@@ -252,7 +252,7 @@ DEVICE void load_part(const VocabularyPart& call, const float* row, int column, 
   for (int e = 0; e < 8; ++e) {
     const bool inside = column + e < call.size;
     if (inside && call.bias) z[e] += read(call.bias + call.first + column + e);
-    z[e] = inside ? z[e] / call.temperature : -infinity();
+    z[e] = inside ? z[e] * call.inverse_temperature : -infinity();
   }
 }
 
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
     const int id = read_int(ids + k);
     const float z = read(row + id - call.first) + (call.bias ? read(call.bias + id) : 0.0f);
-    write(call.z + token * call.slots + k, z / call.temperature);
+    write(call.z + token * call.slots + k, z * call.inverse_temperature);
   }
   __syncthreads();
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.gpu_static import disassemble
-from benchmarks.topk_kl_static import ARCHITECTURES, KERNELS, compile_triton
-from linearpatch_kernels.ops.topk_kl import reference
+from benchmarks.topk_kl_static import ARCHITECTURES, KERNELS, compile_triton, slots_row
+from linearpatch_kernels import backend
+from linearpatch_kernels.ops.topk_kl import cuda, gpu, reference
 from linearpatch_kernels.ops.topk_kl import triton as kernels
 from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT
 
@@ -70,6 +71,28 @@ def test_compiles_ahead_of_time_without_atomics_or_spills() -> None:
         opcodes = {instruction.opcode.split(".")[0] for block in functions[name] for instruction in block.instructions}
         assert not opcodes & {"ATOM", "ATOMG", "RED", "REDG", "LDL", "STL"}, kernel
         assert resources[name]["LOCAL"] == resources[name]["STACK"] == 0
+
+
+def test_the_static_model_has_the_slots_bound_by_memory() -> None:
+    """Modelled, unvalidated; rows are read in vectors of 16 bytes, and nothing else takes longer than reading them."""
+    row = slots_row("sm_90", "bfloat16", 4096, 100, gradient=True)
+    assert row["ldg128"] * 8 * 32 * row["warps"] >= row["SLOTS"] * 4096
+    assert row["local"] == 0
+    assert row["dram_fraction"] == 1.0
+
+
+def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension's kernels before Triton's, and neither on the CPU unless it is asked for."""
+    monkeypatch.setattr(backend, "FORCED", None)
+    hidden = torch.randn(2, 16)
+    assert gpu.kernels_for(hidden) is None
+    monkeypatch.setattr(gpu, "triton_serves", lambda device: device == "cpu")
+    assert gpu.kernels_for(hidden) is kernels
+    monkeypatch.setattr(gpu, "compiled_for_gpus", lambda device, operator: operator == "topk_kl_slots")
+    assert gpu.kernels_for(hidden) is cuda.COMPILED
+    assert gpu.kernels_for(torch.randn(2, 12)) is kernels
+    assert gpu.kernels_for(torch.randn(2, 16384)) is kernels
+    assert gpu.kernels_for(torch.randn(2, 16392)) is None
 
 
 @pytest.mark.slow

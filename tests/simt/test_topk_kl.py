@@ -134,8 +134,8 @@ MUTATIONS = {
         "out of bounds",
     ),
     "slots overwritten before they are read": (
-        "z / call.temperature);\n  }\n  __syncthreads();",
-        "z / call.temperature);\n  }",
+        "z * call.inverse_temperature);\n  }\n  __syncthreads();",
+        "z * call.inverse_temperature);\n  }",
         "race: logits",
     ),
     "a gradient left out": (
