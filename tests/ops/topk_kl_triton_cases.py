@@ -84,7 +84,7 @@ def properties() -> Iterator[str]:
         kernels.BLOCK, gpu._LOGITS_AT_ONCE = 8, 6 * 8
         with LargestTensor() as largest:
             parts = gpu.linear_topk_kl_loss(hidden, weight, probs, ids, None, normalization, 1.3, True, False, False)
-        kernels.BLOCK, gpu._LOGITS_AT_ONCE = 2048, 2**24
+        kernels.BLOCK, gpu._LOGITS_AT_ONCE = 128, 2**24
         if largest.numel >= 6 * 90:
             yield f"{normalization}: a tensor of {largest.numel} numbers, where N * V is {6 * 90}"
         for one, two in zip(parts[:2], clean, strict=False):
@@ -121,7 +121,7 @@ def main(seed: int, count: int) -> int:
         kernels.BLOCK = chance.choice([16, 64, 2048])
         gpu._LOGITS_AT_ONCE = chance.choice([1, 4000, 2**24])
         wrong += one_case(chance, SIZES)
-    kernels.BLOCK, gpu._LOGITS_AT_ONCE = 2048, 2**24
+    kernels.BLOCK, gpu._LOGITS_AT_ONCE = 128, 2**24
     wrong += properties()
     print(*wrong, f"{count} cases, {dict(launches)}, {len(wrong)} wrong", sep="\n")
     return 1 if wrong or set(launches) != NAMES else 0
