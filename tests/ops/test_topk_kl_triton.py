@@ -35,9 +35,8 @@ def test_interpreted_against_float64() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_interpreted_against_float64_in_many_cases(seed: int) -> None:
-    cases(seed, 40)
+def test_interpreted_against_float64_in_many_cases() -> None:
+    cases(1, 20)
 
 
 @pytest.mark.parametrize("width", [1, 16, 33, 100, 576, 896, 1000, 3072, 4096, 5120, 7168, 16384])
@@ -104,8 +103,9 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_75", "sm_86", "sm_89"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_architecture(arch: str) -> None:
-    for d, dtype, slots in ((576, "bfloat16", 100), (4096, "float16", 50), (3072, "float32", 512)):
-        for kernel in KERNELS:
-            compiles(kernel, arch, dtype, d, slots)
+    for kernel in KERNELS:
+        compiles(kernel, arch, "bfloat16", 576, 100)
+    for d, dtype, slots in ((4096, "float16", 50), (3072, "float32", 512)):
+        compiles("linear_topk_kl_forward_backward", arch, dtype, d, slots)
