@@ -116,12 +116,14 @@ def _over_slots(
     return loss
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``out (+)= a @ b`` in float32; on the CPU the kernels are run for tests alone."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
+    elif add:  # not by addmm: not every torch lets a float32 be added to a product of halves
+        out.add_(torch.mm(a, b, out_dtype=torch.float32))
     else:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=int(add), out=out)
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
 
 @dataclass(frozen=True)
