@@ -94,7 +94,7 @@ def _start(teacher: _Teacher) -> tuple[Tensor, Tensor]:
     """``(z, rest)``: NaN for a slot that no part of the vocabulary has, and (m, s) of nothing."""
     z = torch.full(teacher.ids.shape, torch.nan, device=teacher.ids.device)
     rest = torch.zeros(len(teacher.ids), 2, device=teacher.ids.device)
-    rest[:, 0] = -torch.inf
+    rest.select(1, 0).fill_(-torch.inf)
     return z, rest
 
 
@@ -112,7 +112,7 @@ def _over_slots(
         rows = torch.arange(len(weight) + 1, device=ids.device, dtype=ids.dtype)
         starts = torch.searchsorted(ids, rows, out_int32=True)
         tokens = (order // teacher.ids.shape[1]).int()
-        kernels.combine(hidden, tokens, dz.flatten()[order], starts, None, dweight, dbias)
+        kernels.combine(hidden, tokens, dz.flatten().index_select(0, order), starts, None, dweight, dbias)
     return loss
 
 
