@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import COMPILER, HERE, SCHEDULES
-from test_compiles import FLAGS, NVCC, disassembler
 from topk_kl_emulator import Emulator, build
 from torch import Tensor
 
+from benchmarks.gpu_build import FLAGS, nvcc, tool
 from linearpatch_kernels.ops.topk_kl import cuda, gpu
 from tests.ops.topk_kl_cases import DTYPES, OPS, check, double, teacher
 
@@ -204,21 +204,21 @@ def test_a_mutation_of_the_kernels_is_seen(mutation: str | None, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
 def test_compiles_without_spills_and_in_vectors_of_16_bytes(architecture: int, tmp_path: Path) -> None:
     target = tmp_path / "cubin"
     source = HERE.parents[1] / "csrc" / "topk_kl" / "cuda_losses.cu"
-    command = [NVCC, *FLAGS, f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
+    command = [nvcc(), *FLAGS, f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ran.stderr)
     assert len(spills) == 10
     assert set(spills) == {("0", "0", "0")}
     assert "warning" not in ran.stderr
-    if (tool := disassembler()) is None:
+    if (disassembler := tool("nvdisasm")) is None:
         pytest.skip("no nvdisasm: it comes with CUDA and with triton")
-    text = subprocess.run([tool, "-c", target], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(ATOMG?|REDG?)\b", text)
     bodies = re.findall(r"\.text\.(\w+),(.*?)(?=\.section|\Z)", text, re.S)
     slot_rows = [body for name, body in bodies if "slot_rows" in name]
