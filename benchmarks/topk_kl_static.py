@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_static import DTYPES, MACHINES, disassemble, executed, modelled_cycles, warp_counts  # noqa: E402
+from benchmarks.gpu_sass import executed, program_graph  # noqa: E402 - after the path is set
+from benchmarks.gpu_static import DTYPES, MACHINES, disassemble, modelled_cycles, warp_counts  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = (
@@ -102,7 +103,7 @@ def slots_row(arch: str, dtype: str, d: int, slots: int, gradient: bool) -> dict
     compiled, constants, warps = compile_triton(kernel, arch, dtype, d, slots)
     functions, resources = disassemble(compiled.asm["cubin"])
     (name,) = functions
-    counts = executed(functions[name])
+    counts = executed(program_graph(functions[name]))
     work = warp_counts(counts)
     row_bytes = d * DTYPES[dtype][1]
     cycles = modelled_cycles(MACHINES[arch], work, row_bytes=row_bytes, warps=warps, rows=constants["SLOTS"])
