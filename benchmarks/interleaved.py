@@ -136,7 +136,8 @@ def _prepared(case: Case, effort: Effort) -> Contest:
             skipped[peer.name] = reason
     once = sum(turn.estimate for turn in (ours, *turns.values()))
     least, most = effort.rounds
-    return Contest(ours, turns, skipped, rounds=min(max(round(case.seconds * effort.share / once), least), most))
+    rounds = case.rounds or min(max(round(case.seconds * effort.share / once), least), most)
+    return Contest(ours, turns, skipped, rounds)
 
 
 def _tensors(result: Any) -> list[Tensor]:

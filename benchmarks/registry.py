@@ -16,7 +16,7 @@ import torch
 
 from linearpatch_kernels.errors import InputError
 
-CASE_MODULES = ("benchmarks.hadamard_patch",)
+CASE_MODULES = ("benchmarks.hadamard_patch", "benchmarks.topk_kl")
 
 Run = Callable[[], Any]
 
@@ -75,6 +75,7 @@ class Case:
         device: where the operands are; a case for a device that is not there is shown as such.
         tolerance: largest difference of a peer's result from ours, over the largest value in ours.
         seconds: how long to measure, for one number of threads.
+        rounds: exactly so many, whatever they take, for peers that take seconds.
         quick: part of ``--quick``.
         threads: numbers of threads to measure on; the headline is the first.
         about: JSON values for the plot: ``width``, ``order`` (its m), ``dtype``.
@@ -90,6 +91,7 @@ class Case:
     device: str = "cpu"
     tolerance: float = 1e-4
     seconds: float = 1.5
+    rounds: int | None = None
     quick: bool = False
     threads: tuple[int, ...] = (1, 2)
     about: Mapping[str, Any] = field(default_factory=dict)
