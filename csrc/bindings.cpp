@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
   library.impl("topk_kl_loss", TORCH_BOX(&linearpatch::cpu::topk_kl_loss));
   library.impl("topk_kl_loss_backward", TORCH_BOX(&linearpatch::cpu::topk_kl_loss_backward));
   library.impl("linear_topk_kl_loss", TORCH_BOX(&linearpatch::cpu::linear_topk_kl_loss));
+  library.impl("linear_topk_kl_loss_softcapped", TORCH_BOX(&linearpatch::cpu::linear_topk_kl_loss_softcapped));
 }
 
 #ifdef LINEARPATCH_CUDA

@@ -337,6 +337,10 @@ class TopKKLLoss(nn.Module):
 class LinearTopKKLLoss(TopKKLLoss):
     """`linearpatch_kernels.linear_topk_kl_loss` with its options fixed: takes the head's input and weight."""
 
+    def __init__(self, normalization: str = "topk", temperature: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__(normalization, temperature)
+        self.softcap = softcap
+
     def forward(  # type: ignore[override]  # the same options, other inputs
         self, hidden: Tensor, weight: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, bias: Tensor | None = None
     ) -> Tensor:
@@ -348,4 +352,8 @@ class LinearTopKKLLoss(TopKKLLoss):
             bias=bias,
             normalization=self.normalization,
             temperature=self.temperature,
+            softcap=self.softcap,
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", softcap={self.softcap}" if self.softcap is not None else "")

@@ -22,4 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss(Tensor hidden, Te
                                                                std::string normalization, double temperature,
                                                                bool hidden_grad, bool weight_grad, bool bias_grad);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
+    Tensor hidden, Tensor weight, Tensor teacher_probs, Tensor teacher_ids, std::optional<Tensor> bias,
+    std::string normalization, double temperature, bool hidden_grad, bool weight_grad, bool bias_grad, double softcap);
+
 }  // namespace linearpatch::cpu

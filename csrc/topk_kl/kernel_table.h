@@ -22,6 +22,7 @@ struct Teacher {
 struct Call {
   Normalization normalization;
   float temperature;
+  float softcap;  // logits are softcap * tanh(logits / softcap) before the temperature; 0 leaves them
   float gradient_scale;  // what every gradient is multiplied with in the end
   Teacher teacher;
   const void* scores;

@@ -96,9 +96,20 @@ HOT void store_slot_grads(const Call& call, long token, const Slots& slots, cons
   for (long k = 0; k < slots.count; ++k) grads[slots.position[k]] = dz[k];
 }
 
-// z = (z + bias) / temperature.
+// The soft-cap of logits that nothing else was done to, and its derivative by the logits that came of it.
+HOT Reg capped(const Call& call, Reg logits) { return tanh_of(logits / call.softcap) * call.softcap; }
+HOT Reg cap_slope(const Call& call, Reg z) {
+  const Reg u = z * (call.temperature / call.softcap);
+  return 1.0f - u * u;
+}
+void scale_by_slope(const Call& call, const float* z, float* dz, long count) {
+  for (long k = 0; k < count; k += lanes) store(dz + k, load(dz + k) * cap_slope(call, load(z + k)));
+}
+
+// z = (z + bias) / temperature, with the soft-cap in between.
 HOT void finish_slot_logits(const Call& call, const Slots& slots, float* z) {
   for (long k = 0; call.bias && k < slots.count; ++k) z[k] += call.bias[slots.id[k]];
+  for (long k = 0; call.softcap != 0 && k < slots.count; k += lanes) store(z + k, capped(call, load(z + k)));
   for (long k = 0; k < slots.count; k += lanes) store(z + k, load(z + k) / call.temperature);
 }
 
@@ -140,6 +151,7 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
     call.losses[n] = slots_loss(*now, z, normalizer);
     if (!gradient) continue;
     slots_gradient(*now, z, normalizer, now->total, call.gradient_scale, dz);
+    if (call.softcap != 0) scale_by_slope(call, z, dz, now->count);
     if (call.slot_grads) store_slot_grads(call, n, *now, dz);
     if (!call.dhidden) continue;
     fill(dh, 0.0f, padded(call.width));

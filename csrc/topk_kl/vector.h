@@ -73,32 +73,44 @@ HOT void load_pair_part(const T* p, long n, Reg& a, Reg& b) {
   load_pair(part, a, b);
 }
 
+// Lanes in another order. Written as a table: of a loop that fills a register the compiler makes code that fills it lane
+// by lane, every time.
+struct Order {
+  int32_t lane[lanes];
+  template <class Rule>
+  constexpr explicit Order(Rule rule) : lane{} {
+    for (int i = 0; i < lanes; ++i) lane[i] = rule(i);
+  }
+  static INLINE Ints get(const Order& order) {
+    Ints v;
+    __builtin_memcpy(&v, order.lane, sizeof v);
+    return v;
+  }
+};
+constexpr Order even([](int i) { return 2 * i; }), odd([](int i) { return 2 * i + 1; });
+constexpr Order low([](int i) { return i / 2 + i % 2 * lanes; }), high([](int i) { return (i + lanes) / 2 + i % 2 * lanes; });
+
 // Registers of consecutive numbers to that order, and back.
 template <class T>
 HOT void to_order(const T*, Reg&, Reg&) {}
 template <class T>
 HOT void from_order(const T*, Reg&, Reg&) {}
 HOT void to_order(const BFloat16*, Reg& a, Reg& b) {
-  Ints even, odd;
-  UNROLL for (int i = 0; i < lanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   const Reg first = a;
-  a = __builtin_shuffle(first, b, even);
-  b = __builtin_shuffle(first, b, odd);
+  a = __builtin_shuffle(first, b, Order::get(even));
+  b = __builtin_shuffle(first, b, Order::get(odd));
 }
 HOT void from_order(const BFloat16*, Reg& a, Reg& b) {
-  Ints low, high;
-  UNROLL for (int i = 0; i < lanes; ++i) low[i] = i / 2 + i % 2 * lanes, high[i] = low[i] + lanes / 2;
-  const Reg even = a;
-  a = __builtin_shuffle(even, b, low);
-  b = __builtin_shuffle(even, b, high);
+  const Reg first = a;
+  a = __builtin_shuffle(first, b, Order::get(low));
+  b = __builtin_shuffle(first, b, Order::get(high));
 }
 
+template <int half = lanes / 2>
 HOT float sum(Reg v) {
-  UNROLL for (int half = lanes / 2; half; half /= 2) {
-    Ints other;
-    UNROLL for (int i = 0; i < lanes; ++i) other[i] = i ^ half;
-    v += __builtin_shuffle(v, other);
-  }
+  static constexpr Order other([](int i) { return i ^ half; });
+  v += __builtin_shuffle(v, Order::get(other));
+  if constexpr (half > 1) return sum<half / 2>(v);
   return v[0];
 }
 HOT Reg larger(Reg a, Reg b) { return a > b ? a : b; }  // b where one is NaN
@@ -148,6 +160,19 @@ HOT Reg log_of(Reg x) {
   y = m + y + e * 0.693359375f;
   y = x == 0.0f ? broadcast(-infinity) : x < 0.0f ? broadcast(__builtin_nanf("")) : y;
   return x < infinity ? y : x;  // infinity, and NaN
+}
+
+// tanh, by Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+HOT Reg tanh_of(Reg x) {
+  const Reg s = x * x;
+  Reg y = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  y = y * s - 5.37397155531e-2f;
+  y = y * s + 1.33314422036e-1f;
+  y = y * s - 3.33332819422e-1f;
+  y = y * s * x + x;
+  const Reg magnitude = x < 0.0f ? -x : x;
+  const Reg far = 1.0f - 2.0f / (exp_of(magnitude * 2.0f) + 1.0f);
+  return magnitude < 0.625f ? y : x < 0.0f ? -far : far;
 }
 
 template <class Function>

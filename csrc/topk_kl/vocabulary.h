@@ -47,13 +47,32 @@ HOT void store_up_to(float* p, Reg v, long n) {
     store_part(p, v, n);
 }
 
+// z = the soft-cap of z + bias.
+HOT void cap_row(const Call& call, const float* bias, long size, float* z) {
+  for (long c = 0; c < size; c += lanes) {
+    const long n = size - c;
+    Reg v = load_up_to(z + c, n);
+    if (bias) v += load_up_to(bias + c, n);
+    store_up_to(z + c, capped(call, v), n);
+  }
+}
+// A gradient by z as one by what was capped; 0 stays 0 where z is the -infinity of a slot.
+HOT Reg with_slope(const Call& call, Reg z, Reg gradient) {
+  if (call.softcap == 0) return gradient;
+  return gradient == 0.0f ? gradient : gradient * cap_slope(call, z);
+}
+
 // A part of a token's logits, products without bias and temperature: their slots are noted, the rest joins the running
-// sums, and with `keep` z becomes exp(z - m) over the rest. Returns what sums of earlier parts are to be multiplied with.
+// sums, and with `keep` z becomes exp(z - m) over the rest, times the soft-cap's derivative. Returns what sums of earlier parts are to be multiplied with.
 HOT float add_part(const Call& call, long token, long first, long size, float* z, bool keep) {
   const float inverse = 1.0f / call.temperature;
-  const float* const bias = call.bias ? call.bias + first : nullptr;
+  const float* bias = call.bias ? call.bias + first : nullptr;
   const long slots = call.teacher.slots;
   Running& sums = running_of(call, token);
+  if (call.softcap != 0) {
+    cap_row(call, bias, size, z);
+    bias = nullptr;
+  }
   if (call.slot_logits)
     slots_within(call, token, first, size, [&](long k, long i) INLINE {
       call.slot_logits[token * slots + k] = (bias ? z[i] + bias[i] : z[i]) * inverse;
@@ -90,14 +109,14 @@ HOT float add_part(const Call& call, long token, long first, long size, float* z
   Reg total = {};
   long c = 0;
   for (; c + lanes <= size; c += lanes) {
-    const Reg e = exp_of(load(z + c) - shift);
-    if (keep) store(z + c, e);
+    const Reg v = load(z + c), e = exp_of(v - shift);
+    if (keep) store(z + c, with_slope(call, v, e));
     total += e;
   }
   float part_sum = sum(total);
   if (c < size) {
-    const Reg e = exp_of(load_part(z + c, size - c) - shift);
-    if (keep) store_part(z + c, e, size - c);
+    const Reg v = load_part(z + c, size - c), e = exp_of(v - shift);
+    if (keep) store_part(z + c, with_slope(call, v, e), size - c);
     for (long i = 0; i < size - c; ++i) part_sum += e[i];
   }
   sums.rest_sum = (sums.rest_sum == 0 ? 0 : sums.rest_sum * earlier) + part_sum;
@@ -130,6 +149,7 @@ HOT float rest_loss(float t, float whole, float rest) {
 
 HOT Finished rest_gradient(float total, float t, float whole, float rest, float scale) {
   if (rest == -infinity) return {scale * total, whole, {}};
+  if (rest == infinity) return {scale * (total + t), rest, {}};  // NaN for the infinite z, 0 for the others
   return {scale * ((total + t) * __builtin_expf(rest - whole) - t), rest, {}};
 }
 
@@ -158,6 +178,7 @@ void finish_tokens_of(const Call& call, long begin, long end, float* scratch) {
   float* const dh = pieces.floats(call.width);
   float* const z = pieces.floats(k_all);
   float* const dz = pieces.floats(k_all);
+  float* const slope = pieces.floats(k_all);
   Slots slots(call, pieces);
   for (long n = begin; n < end; ++n) {
     slots.read(call, n);
@@ -178,14 +199,19 @@ void finish_tokens_of(const Call& call, long begin, long end, float* scratch) {
     const Finished finished = rest_gradient(slots.total, t, whole, rest, call.gradient_scale);
     finished_of(call, n) = finished;
     if (!call.dhidden && !call.slot_grads) continue;
+    fill(slope, 1.0f, slots.count);
+    if (call.softcap != 0) scale_by_slope(call, z, slope, slots.count);
     for (long k = 0; k < slots.count; ++k)  // an id that stands twice has one logit
       if (!call.slot_first[n * k_all + slots.position[k]]) z[k] = -infinity;
     slots_gradient(slots, z, whole, slots.total + t, call.gradient_scale, dz);
+    for (long k = 0; call.softcap != 0 && k < slots.count; ++k) dz[k] *= slope[k];
     if (call.slot_grads) store_slot_grads(call, n, slots, dz);
     if (!call.dhidden) continue;
     fill(dh, 0.0f, padded(call.width));
     add_rows_of<0>(weight, slots.id, slots.count, dz, dh, Next{});
-    const float factor = finished.factor * __builtin_expf(reached - finished.offset);
+    // An infinite logit: its product with the weight's row is in the sum, and 0 would hide it.
+    const float factor = finished.offset == infinity ? __builtin_nanf("")
+                                                     : finished.factor * __builtin_expf(reached - finished.offset);
     row_from_order<W>(dh, call.width, factor, call.dhidden + n * call.width);
   }
 }
@@ -207,7 +233,9 @@ void block_gradient(const Call& call, const Block& block) {
         const long n = block.size - c;
         Reg v = load_up_to(z + c, n);
         if (call.bias) v += load_up_to(call.bias + block.first + c, n);
-        store_up_to(z + c, exp_of(v * inverse - offset) * factor, n);
+        if (call.softcap != 0) v = capped(call, v);
+        v *= inverse;
+        store_up_to(z + c, with_slope(call, v, exp_of(v - offset) * factor), n);
       }
     }
     slots_within(call, token, block.first, block.size, [&](long, long i) INLINE { z[i] = 0; });

@@ -26,7 +26,8 @@ def fuse_distillation_loss(
         logits = model(...).logits
         topk_kl_loss(logits.flatten(0, 1), teacher_probs.flatten(0, 1), teacher_ids.flatten(0, 1), ...)
 
-    A factor on the logits (Granite's ``logits_scaling``, Cohere's ``logit_scale``) becomes a part of the temperature.
+    A factor on the logits (Granite's ``logits_scaling``, Cohere's ``logit_scale``) becomes a part of the temperature; a
+    soft-cap (``final_logit_softcapping``, Gemma 2) is that of `linear_topk_kl_loss`.
     ``transformers.Trainer`` needs nothing else::
 
         fuse_distillation_loss(model)
@@ -43,12 +44,13 @@ def fuse_distillation_loss(
         A function that takes it back.
 
     Raises:
-        InputError: the head is no ``nn.Linear``, or the logits are more than its output times a factor (a soft-cap).
+        InputError: the head is no ``nn.Linear``, or the logits are more than its output times a factor or soft-capped.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise InputError(f"a head of type {type(head).__name__} cannot be fused: it must be a plain nn.Linear")
-    loss_of = LinearTopKKLLoss(normalization, temperature / _logits_factor(model, head))
+    factor, softcap = _logits_options(model, head)
+    loss_of = LinearTopKKLLoss(normalization, temperature / factor, softcap)
     stock, before = model.forward, vars(model).copy()
 
     def forward(
@@ -76,9 +78,10 @@ def fuse_distillation_loss(
     return undo
 
 
-def _logits_factor(model: PreTrainedModel, head: nn.Linear) -> float:
-    """By what the model multiplies its head's output: asked of the config, and checked on two tokens."""
+def _logits_options(model: PreTrainedModel, head: nn.Linear) -> tuple[float, float | None]:
+    """By what the model multiplies its head's output, soft-capped first: of the config, and checked on two tokens."""
     config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None) or None
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, args, output: seen.extend((args[0], output)))
@@ -92,14 +95,13 @@ def _logits_factor(model: PreTrainedModel, head: nn.Linear) -> float:
         model.train(mode)
         handle.remove()
     rounding = 8 * torch.finfo(logits.dtype).eps
-    if not (_alike(seen[0], hidden, rounding) and _alike(logits, seen[1] * factor, rounding)):
-        cap = getattr(config, "final_logit_softcapping", None)
-        what = f"final_logit_softcapping={cap}" if cap else "something that no known option of its config explains"
+    expected = seen[1] * factor if softcap is None else (seen[1] / softcap).tanh() * softcap * factor
+    if not (_alike(seen[0], hidden, rounding) and _alike(logits, expected, rounding)):
         raise InputError(
-            f"{type(model).__name__} does more to its logits than multiply them ({what}): set the option to None if the"
-            " model may be trained without it, or use topk_kl_loss on its logits"
+            f"{type(model).__name__} does something to its logits that no known option of its config explains:"
+            " use topk_kl_loss on them"
         )
-    return factor
+    return factor, softcap
 
 
 def _alike(one: Tensor, other: Tensor, rounding: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.topk_kl_training import curves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss
@@ -42,6 +44,8 @@ def scaled_model(name: str) -> PreTrainedModel:
     if name == "granite":
         sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
         return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0)).eval()
+    if name == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.5)).eval()
     return Cohere2ForCausalLM(Cohere2Config(**SIZES, logit_scale=0.25)).eval()
 
 
@@ -53,6 +57,7 @@ def models() -> dict[str, Any]:
         "patched llama": lambda: tiny_patched_model("llama"),
         "granite": lambda: scaled_model("granite"),
         "cohere2": lambda: scaled_model("cohere2"),
+        "gemma2": lambda: scaled_model("gemma2"),
     }
 
 
@@ -93,13 +98,43 @@ def test_loss_and_gradients_are_those_of_the_logits(name: str, normalization: st
     assert "forward" not in vars(model)
 
 
-def test_a_soft_cap_is_refused_in_one_line() -> None:
-    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.5))
-    with pytest.raises(InputError, match=r"final_logit_softcapping=0\.5") as refused:
+def test_logits_that_no_option_explains_are_refused_in_one_line() -> None:
+    model = tiny_model("llama", layers=1)
+    model.lm_head.register_forward_hook(lambda _module, _args, output: output.abs())
+    stock = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = stock(*args, **kwargs)
+        output.logits = output.logits.sqrt()
+        return output
+
+    model.forward = forward
+    with pytest.raises(InputError, match="does something to its logits that no known option") as refused:
         fuse_distillation_loss(model)
     assert "\n" not in str(refused.value)
-    model.config.final_logit_softcapping = None
-    fuse_distillation_loss(model)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere2"])
+@pytest.mark.parametrize("normalization", ["topk", "full", "tail"])
+def test_capped_and_scaled_logits_against_float64(name: str, normalization: str) -> None:
+    """The float32 model's loss and gradients within the error that its own logits would give."""
+    model, given = scaled_model(name), batch()
+    flat = [given[key].flatten(0, 1) for key in ("teacher_probs", "teacher_ids")]
+
+    def by_logits(one: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = one(input_ids=given["input_ids"]).logits
+        loss = topk_kl_loss(logits.flatten(0, 1), *flat, normalization=normalization, temperature=1.5)
+        return loss.detach(), gradients(one, loss)
+
+    exact, exact_gradients = by_logits(copy.deepcopy(model).double())
+    plain, plain_gradients = by_logits(model)
+    fuse_distillation_loss(model, normalization=normalization, temperature=1.5)
+    loss = model(**given).loss
+    ours = gradients(model, loss)
+    assert (loss - exact).abs() <= 2 * (plain - exact).abs() + 1e-5
+    for key, true in exact_gradients.items():
+        allowed = 2 * (plain_gradients[key] - true).abs().max() + 1e-5 * true.abs().max()
+        assert (ours[key] - true).abs().max() <= allowed, key
 
 
 def test_an_unknown_head_is_refused() -> None:
@@ -173,3 +208,11 @@ def test_fifty_steps_give_the_curve_of_the_papers_four_lines() -> None:
     ours, paper = curve(True), curve(False)
     assert ours == pytest.approx(paper, rel=1e-4)
     assert sum(ours[-5:]) < 0.8 * sum(ours[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_fifty_steps_of_the_demo_model_give_the_curve_of_the_papers_four_lines() -> None:
+    paper, ours = curves(steps=50, tokens=64)
+    assert ours == pytest.approx(paper, rel=1e-4)
+    assert sum(ours[-10:]) < 0.98 * sum(ours[:10])

@@ -78,6 +78,20 @@ def test_loss_and_gradient_of_logits(normalization: str, temperature: float, hol
 
 @with_normalization
 @with_temperature
+def test_a_soft_cap_is_that_of_the_logits(normalization: str, temperature: float) -> None:
+    p = problem(normalization=normalization)
+    wanted = [tensor.requires_grad_() for tensor in (p.hidden, p.weight, p.bias)]
+    options = {"normalization": normalization, "temperature": temperature}
+    ours = linear_topk_kl_loss(p.hidden, p.weight, p.probs, p.ids, bias=p.bias, softcap=1.5, **options)
+    logits = 1.5 * (torch.nn.functional.linear(p.hidden, p.weight, p.bias) / 1.5).tanh()
+    exact = definition(logits, p.probs, p.ids, normalization, temperature)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(exact, wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@with_normalization
+@with_temperature
 @pytest.mark.parametrize("biased", [False, True], ids=["weight", "weight+bias"])
 def test_linear_loss_and_gradients(normalization: str, temperature: float, biased: bool) -> None:
     p = problem(normalization=normalization)
@@ -387,6 +401,8 @@ def test_opcheck(normalization: str, dtype: torch.dtype) -> None:
     opcheck(linear, (hidden, weight, p.probs, p.ids, bias, *options, True, True, True))
     opcheck(linear, (hidden, weight.detach(), p.probs, p.ids, None, *options, True, False, False))
     opcheck(linear, (hidden.detach(), weight.detach(), p.probs, p.ids, None, *options, False, False, False))
+    softcapped = OPS.linear_topk_kl_loss_softcapped.default
+    opcheck(softcapped, (hidden, weight, p.probs, p.ids, bias, *options, True, True, True, 2.0))
 
 
 @with_normalization
@@ -477,6 +493,8 @@ def test_id_outside_the_vocabulary(wrong: int) -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"softcap": float("nan")}, "softcap must be positive"),
     ],
 )
 def test_bad_operands(change: dict[str, object], message: str) -> None:
@@ -484,7 +502,7 @@ def test_bad_operands(change: dict[str, object], message: str) -> None:
     every = {"hidden": p.hidden, "weight": p.weight, "teacher_probs": p.probs, "teacher_ids": p.ids, "bias": p.bias}
     with pytest.raises((InputError, RuntimeError), match=message):
         linear_topk_kl_loss(**(every | change))
-    if not change.keys() & {"hidden", "weight", "bias"}:
+    if not change.keys() & {"hidden", "weight", "bias", "softcap"}:
         every = {"logits": p.hidden @ p.weight.T, "teacher_probs": p.probs, "teacher_ids": p.ids}
         with pytest.raises((InputError, RuntimeError), match=message):
             topk_kl_loss(**(every | change))

@@ -91,11 +91,12 @@ def one_case(chance: random.Random, sizes: Sizes = SIZES) -> list[str]:
     flags = [chance.random() < 0.7, chance.random() < 0.5, bias is not None and chance.random() < 0.7]
 
     arguments = (hidden, weight, probs, ids, bias, normalization, temperature, *flags)
+    softcap = chance.choice([0.0, 0.0, 0.5, 4.0])
     wrong = check(
-        f"linear {flags}",
-        OPS.linear_topk_kl_loss(*arguments),
-        OPS.linear_topk_kl_loss_reference(*arguments),
-        OPS.linear_topk_kl_loss_reference(*double(*arguments)),
+        f"linear {flags} softcap {softcap}",
+        OPS.linear_topk_kl_loss_softcapped(*arguments, softcap) if softcap else OPS.linear_topk_kl_loss(*arguments),
+        OPS.linear_topk_kl_loss_softcapped_reference(*arguments, softcap),
+        OPS.linear_topk_kl_loss_softcapped_reference(*double(*arguments), softcap),
     )
     logits = torch.randn(n, v).to(dtype) * 3
     if chance.random() < 0.3:

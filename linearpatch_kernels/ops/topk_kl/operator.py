@@ -42,8 +42,9 @@ def _fake_linear(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
+    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap)
     dtype = arithmetic_dtype(hidden, weight)
     return (
         hidden.new_empty((), dtype=dtype),
@@ -82,6 +83,16 @@ _linear = define_operator(
     compiled="topk_kl_slots",
 )
 
+# An operator of its own, so that a kernel without a soft-cap has a schema without one.
+_softcapped = define_operator(
+    "linear_topk_kl_loss_softcapped",
+    "(Tensor hidden, Tensor weight, Tensor teacher_probs, Tensor teacher_ids, Tensor? bias, str normalization,"
+    " float temperature, bool hidden_grad, bool weight_grad, bool bias_grad, float softcap)"
+    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    linear_topk_kl_loss_reference,
+    _fake_linear,
+)
+
 if FORCED is None and backends()["cpu"] is not True:
     _linear.register_kernel("cpu")(linear_topk_kl_loss_embedding_bag)
 
@@ -98,11 +109,11 @@ def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _, bias, *_ = inputs
+    hidden, weight, _, _, bias, _, _, *others = inputs
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.computed = inputs[-3:]
+    ctx.computed, ctx.options = others[:3], len(inputs) - 5
 
 
 def _backward_linear(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -113,14 +124,16 @@ def _backward_linear(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ..
         (gradient * grad).to(dtype) if need else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
     )
-    return dhidden, dweight, None, None, dbias, *[None] * 5
+    return dhidden, dweight, None, None, dbias, *[None] * ctx.options
 
 
 _loss.register_autograd(_backward_loss, setup_context=_save_loss)
-_linear.register_autograd(_backward_linear, setup_context=_save_linear)
+for _operator in (_linear, _softcapped):
+    _operator.register_autograd(_backward_linear, setup_context=_save_linear)
 
 _call = torch.ops.linearpatch.topk_kl_loss.default
 _call_linear = torch.ops.linearpatch.linear_topk_kl_loss.default
+_call_softcapped = torch.ops.linearpatch.linear_topk_kl_loss_softcapped.default
 
 
 def topk_kl_loss(
@@ -169,6 +182,7 @@ def linear_topk_kl_loss(
     bias: Tensor | None = None,
     normalization: str = "topk",
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """`topk_kl_loss` of ``hidden @ weight.T + bias`` without those logits [N, V] in memory.
 
@@ -181,6 +195,8 @@ def linear_topk_kl_loss(
         weight: [V, d], floating: the head.
         teacher_probs, teacher_ids, normalization, temperature: as `topk_kl_loss`.
         bias: [V] or None.
+        softcap: c > 0, for ``logits = c * tanh((hidden @ weight.T + bias) / c)`` (Gemma 2), before the temperature.
+            On GPUs this is served by plain PyTorch.
 
     Returns:
         A scalar, float32 (float64 where hidden or weight is). Differentiable once in hidden, weight and bias.
@@ -190,4 +206,5 @@ def linear_topk_kl_loss(
     """
     recording = torch.is_grad_enabled()
     flags = [recording and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
-    return _call_linear(hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags)[0]
+    operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
+    return (_call_linear(*operands) if softcap is None else _call_softcapped(*operands, softcap))[0]

@@ -12,6 +12,8 @@ the temperature T. A slot with id -1 is absent, a token without a slot is ignore
     dloss/dz_v = S exp(z_v - Z) - p_v                                    "topk" over the slots, "full"
     dloss/dz_v = (S + t) exp(z_v - Z) - p_v - t exp(z_v - R) [v is no slot's id]                "tail"
 
+With a soft-cap c (Gemma 2) z is c tanh(logits / c) / T, and the logits' gradient has the factor 1 - tanh(logits / c)^2.
+
 Slots are taken as they come: an id that stands twice is two slots. The loss of a batch is the mean over its tokens that
 are not ignored, 0 if there are none. The gradient of the logits is that of z divided by T and by their number.
 
@@ -47,6 +49,7 @@ def check_operands(
     temperature: float,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Shapes, dtypes and options of both losses; ``scores`` are the logits, or the hidden states with a weight."""
     name = "logits" if weight is None else "hidden"
@@ -65,6 +68,8 @@ def check_operands(
         raise InputError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, not {normalization!r}")
     if not temperature > 0:
         raise InputError(f"temperature must be positive, not {temperature}")
+    if not softcap >= 0:
+        raise InputError(f"softcap must be positive, or 0 for none, not {softcap}")
 
 
 def _told(tensor: Tensor) -> str:
@@ -128,6 +133,14 @@ def _vocabulary_gradient(z: Tensor, p: Tensor, index: Tensor, normalizers: Tenso
         outside = (z - rest[:, None]).exp().scatter(1, index, 0)
         gradient -= torch.where((t == 0)[:, None], 0, t[:, None] * outside)
     return gradient.scatter_add_(1, index, -p)
+
+
+def _softcapped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """``(c tanh(logits / c), its derivative)``; a cap of 0 is none."""
+    if not softcap:
+        return logits, 1.0
+    bounded = (logits / softcap).tanh()
+    return bounded * softcap, 1 - bounded.square()
 
 
 def _chunks(tokens: int, numbers_per_token: int, at_once: int) -> Iterator[slice]:
@@ -203,15 +216,17 @@ def _add_gathered(
     bias: Tensor | None,
     slots: tuple[Tensor, Tensor, Tensor],
     temperature: float,
+    softcap: float,
 ) -> None:
     """Some tokens of the linear loss for "topk", by the weight's rows of their slots."""
     p, index, present = slots
     h, rows = hidden[tokens].to(p.dtype), weight[index].to(p.dtype)
     z = (rows @ h[:, :, None]).squeeze(2)
-    z = (z if bias is None else z + bias[index].to(p.dtype)) / temperature
+    z, slope = _softcapped(z if bias is None else z + bias[index].to(p.dtype), softcap)
+    z = z / temperature
     normalizers = _normalizers(z, index, present, "topk")
     sums.loss.add_(_token_losses(z, p, normalizers).sum())
-    dz = _slot_gradient(z, p, present, normalizers)
+    dz = _slot_gradient(z, p, present, normalizers) * slope
     if sums.hidden is not None:
         sums.hidden[tokens] = (dz[:, None] @ rows).squeeze(1)
     if sums.weight is not None:
@@ -229,17 +244,19 @@ def _add_whole(
     slots: tuple[Tensor, Tensor, Tensor],
     temperature: float,
     normalization: str,
+    softcap: float,
 ) -> None:
     """Some tokens of the linear loss for "full" and "tail", by the logits of the whole vocabulary."""
     p, index, present = slots
     h = hidden[tokens]
     z = (h @ weight.mT).to(p.dtype)
-    z = (z if bias is None else z + bias.to(p.dtype)) / temperature
+    z, slope = _softcapped(z if bias is None else z + bias.to(p.dtype), softcap)
+    z = z / temperature
     normalizers = _normalizers(z, index, present, normalization)
     sums.loss.add_(_token_losses(z.gather(1, index), p, normalizers).sum())
     if sums.hidden is None and sums.weight is None and sums.bias is None:
         return
-    dz = _vocabulary_gradient(z, p, index, normalizers, normalization)
+    dz = _vocabulary_gradient(z, p, index, normalizers, normalization) * slope
     if sums.bias is not None:
         sums.bias.add_(dz.sum(0))
     dz = dz.to(h.dtype)
@@ -260,6 +277,7 @@ def linear_topk_kl_loss_reference(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of ``logits = hidden @ weight.T + bias``, and in the same pass the gradients that are asked for.
 
@@ -269,7 +287,7 @@ def linear_topk_kl_loss_reference(
     Returns:
         ``(loss, dhidden [N, d], dweight [V, d], dbias [V])`` in the arithmetic's dtype; empty where not asked for.
     """
-    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
+    check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap)
     _check_ids(teacher_ids, len(weight))
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     weight = weight.to(product_dtype)
@@ -293,9 +311,9 @@ def linear_topk_kl_loss_reference(
     for tokens in chunks:
         slots = _slots(probs[tokens], ids[tokens], dtype)
         if normalization == "topk":
-            _add_gathered(sums, tokens, kept_hidden, weight, bias, slots, temperature)
+            _add_gathered(sums, tokens, kept_hidden, weight, bias, slots, temperature, softcap)
         else:
-            _add_whole(sums, tokens, kept_hidden, weight, bias, slots, temperature, normalization)
+            _add_whole(sums, tokens, kept_hidden, weight, bias, slots, temperature, normalization, softcap)
 
     count = max(1, len(kept))
     dhidden, dweight, dbias = (
