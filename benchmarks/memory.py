@@ -1,7 +1,8 @@
 """What the calls of the registered cases allocate: ``python -m benchmarks.memory -k TEXT``.
 
 Each implementation runs in a process of its own: once, so that code, caches and compiled graphs are there, then once
-more, while the system keeps the largest resident size. What it returns is taken off that; what it reads was there before.
+more, while the system keeps the largest resident size. What it returns is taken off that; what it reads was there
+before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Top-K KL within distillation of the demo model, SmolLM2-135M less 6 of 30 layers: ``python -m benchmarks.topk_kl_training``.
+"""Distilling the demo model (SmolLM2-135M less 6 layers) with the fused loss: ``python -m benchmarks.topk_kl_training``.
 
 ``curve`` trains the patch twice over the same windows, by the paper's four lines on the model's logits and by
 `fuse_distillation_loss`, and prints both losses. ``step`` prints what a whole step takes with each loss, in turns.
@@ -109,9 +109,8 @@ def print_steps(rounds: int, tokens: int) -> None:
             step(0)
             if i:
                 seconds[name].append(time.perf_counter() - begin)
-    print(
-        f"a step of {tokens} tokens, float32, {torch.get_num_threads()} thread, median of {rounds}; {describe()['cpu']}"
-    )
+    print(f"a step of {tokens} tokens, float32, {torch.get_num_threads()} thread, median of {rounds}")
+    print(describe()["cpu"])
     paper = seconds["topk, by the logits"]
     rows = []
     for name, its in seconds.items():
