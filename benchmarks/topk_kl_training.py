@@ -1,4 +1,4 @@
-"""Distilling the demo model (SmolLM2-135M less 6 layers) with the fused loss: ``python -m benchmarks.topk_kl_training``.
+"""Distilling the demo model (SmolLM2-135M) with the fused loss: ``python -m benchmarks.topk_kl_training``.
 
 ``curve`` trains the patch twice over the same windows, by the paper's four lines on the model's logits and by
 `fuse_distillation_loss`, and prints both losses. ``step`` prints what a whole step takes with each loss, in turns.
