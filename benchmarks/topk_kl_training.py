@@ -110,13 +110,13 @@ def print_steps(rounds: int, tokens: int) -> None:
             if i:
                 seconds[name].append(time.perf_counter() - begin)
     print(f"a step of {tokens} tokens, float32, {torch.get_num_threads()} thread, median of {rounds}")
-    print(describe()["cpu"])
     paper = seconds["topk, by the logits"]
     rows = []
     for name, its in seconds.items():
         ratio = statistics.median(theirs / mine for theirs, mine in zip(paper, its, strict=True))
         rows.append((name, f"{statistics.median(its) * 1e3:.0f} ms", f"{ratio:.2f}x"))
-    print(markdown(("loss", "step", "as fast as the paper's lines"), rows))
+    print(markdown(("loss", "step", "as fast as the paper's lines"), rows), flush=True)
+    print(describe()["cpu"])
 
 
 def main() -> None:
