@@ -25,7 +25,6 @@ constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth
 constexpr int64_t kBytesAhead = 65536;  // what is fetched before its turn: further gains nothing, and the cache loses
 constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kBlockIds = 2048;
-constexpr int64_t kColumnParts = 4;
 constexpr int64_t kBlockWeights = 1 << 22;  // float32 numbers of the weight in a block of the vocabulary: 16 MiB
 
 thread_local Buffer scratch;
@@ -202,10 +201,10 @@ void slots_alone(Operands& given, const Tensor& dweight, const Tensor& dbias) {
 
 // --- the linear loss over the vocabulary, in blocks ---
 
-// float32 [rows, columns], `stride` numbers from row to row, in memory that somebody else owns.
-Tensor blob(const float* data, int64_t rows, int64_t columns, int64_t stride, bool transposed = false) {
+// float32 [rows, columns] in memory that somebody else owns.
+Tensor blob(const float* data, int64_t rows, int64_t columns, bool transposed = false) {
   const std::array<int64_t, 2> sizes = transposed ? std::array{columns, rows} : std::array{rows, columns};
-  const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, stride} : std::array<int64_t, 2>{stride, 1};
+  const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, columns} : std::array<int64_t, 2>{columns, 1};
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes.data(), strides.data(),
                                                                    0, aoti_torch_dtype_float32(),
@@ -243,16 +242,6 @@ struct Blocks {
   Block block(int64_t token_block, int64_t id_block, float* logits) const {
     const int64_t token = token_block * kBlockTokens, first = id_block * ids;
     return {token, std::min(kBlockTokens, given.tokens - token), first, std::min(ids, given.vocabulary - first), logits};
-  }
-  // A product's columns, divided among the threads where there are no other tokens to be theirs. The parts are the same
-  // for any number of threads, and one thread computes a part: left to itself, the product divides its sums, too.
-  template <class Work>
-  void in_parts(int64_t columns, const Work& work) const {
-    const int64_t parts = token_blocks() > 1 ? 1 : kColumnParts, width = (columns + parts - 1) / parts;
-    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * width; first < std::min(end * width, columns); first += width)
-        work(first, std::min(width, columns - first));
-    });
   }
   bool counts(const Block& b) const {
     const auto begin = given.counted.begin() + b.token;
@@ -294,22 +283,16 @@ void add_blocks(const Blocks& blocks) {
       parallel_for(0, ids.size, std::max<int64_t>(1, kElementsPerThread / d), [&](int64_t begin, int64_t end) {
         wide_rows(call.weight, call.weight_dtype, call.weight_stride, d, ids.first + begin, end - begin, memory + begin * d);
       });
+    const Tensor rows = blob(weight, ids.size, d), columns = blob(weight, ids.size, d, true);
     parallel_for(0, blocks.token_blocks(), 1, [&](int64_t begin, int64_t end) {
       float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
       for (int64_t n = begin; n < end; ++n) {
         const Block block = blocks.block(n, v, logits);
         if (!blocks.counts(block)) continue;
-        const Tensor hidden = blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d, d);
-        blocks.in_parts(block.size, [&](int64_t first, int64_t count) {
-          multiply(hidden, blob(weight + first * d, count, d, d, true), blob(logits + first, block.count, count, block.size));
-        });
+        const Tensor products = blob(logits, block.count, block.size);
+        multiply(blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d), columns, products);
         kernels().add_block(call, block);
-        if (!call.dhidden) continue;
-        const Tensor products = blob(logits, block.count, block.size, block.size);
-        blocks.in_parts(d, [&](int64_t first, int64_t count) {
-          multiply_add(products, blob(weight + first, block.size, count, d),
-                       blob(call.dhidden + block.token * d + first, block.count, count, d));
-        });
+        if (call.dhidden) multiply_add(products, rows, blob(call.dhidden + block.token * d, block.count, d));
       }
     });
   }
@@ -326,16 +309,15 @@ void add_gradients(const Blocks& blocks, float* dweight, float* dbias) {
     float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
     for (int64_t v = begin; v < end; ++v) {
       const Block ids = blocks.block(0, v, nullptr);
-      const Tensor columns = blob(blocks.weight(ids, memory), ids.size, d, d, true);
+      const Tensor columns = blob(blocks.weight(ids, memory), ids.size, d, true);
       for (int64_t n = 0; n < blocks.token_blocks(); ++n) {
         const Block block = blocks.block(n, v, logits);
         if (!blocks.counts(block)) continue;
-        const Tensor hidden = blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d, d);
-        multiply(hidden, columns, blob(logits, block.count, block.size, block.size));
+        const Tensor hidden = blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d);
+        multiply(hidden, columns, blob(logits, block.count, block.size));
         kernels().block_gradient(call, block);
         if (dweight)
-          multiply_add(blob(logits, block.count, block.size, block.size, true), hidden,
-                       blob(dweight + ids.first * d, ids.size, d, d));
+          multiply_add(blob(logits, block.count, block.size, true), hidden, blob(dweight + ids.first * d, ids.size, d));
         if (dbias) kernels().add_columns(logits, block.count, block.size, dbias + ids.first);
       }
     }
