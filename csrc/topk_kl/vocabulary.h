@@ -47,13 +47,14 @@ HOT void store_up_to(float* p, Reg v, long n) {
     store_part(p, v, n);
 }
 
-// z = the soft-cap of z + bias.
-HOT void cap_row(const Call& call, const float* bias, long size, float* z) {
+// z = z + bias, soft-capped.
+HOT void complete_row(const Call& call, long first, long size, float* z) {
   for (long c = 0; c < size; c += lanes) {
     const long n = size - c;
     Reg v = load_up_to(z + c, n);
-    if (bias) v += load_up_to(bias + c, n);
-    store_up_to(z + c, capped(call, v), n);
+    if (call.bias) v += load_up_to(call.bias + first + c, n);
+    if (call.softcap != 0) v = capped(call, v);
+    store_up_to(z + c, v, n);
   }
 }
 // A gradient by z as one by what was capped; 0 stays 0 where z is the -infinity of a slot.
@@ -66,19 +67,16 @@ HOT Reg with_slope(const Call& call, Reg z, Reg gradient) {
 // sums, and with `keep` z becomes exp(z - m) over the rest, times the soft-cap's derivative. Returns what sums of earlier parts are to be multiplied with.
 HOT float add_part(const Call& call, long token, long first, long size, float* z, bool keep) {
   const float inverse = 1.0f / call.temperature;
-  const float* bias = call.bias ? call.bias + first : nullptr;
   const long slots = call.teacher.slots;
   Running& sums = running_of(call, token);
-  if (call.softcap != 0) {
-    cap_row(call, bias, size, z);
-    bias = nullptr;
-  }
+  // Before a slot becomes -infinity, which an infinite bias or the soft-cap would undo.
+  if (call.bias || call.softcap != 0) complete_row(call, first, size, z);
   if (call.slot_logits)
     slots_within(call, token, first, size, [&](long k, long i) INLINE {
-      call.slot_logits[token * slots + k] = (bias ? z[i] + bias[i] : z[i]) * inverse;
+      call.slot_logits[token * slots + k] = z[i] * inverse;
     });
   slots_within(call, token, first, size, [&](long k, long i) INLINE {
-    const float value = (bias ? z[i] + bias[i] : z[i]) * inverse;
+    const float value = z[i] * inverse;
     const bool unseen = z[i] != -infinity;
     if (call.slot_first) call.slot_first[token * slots + k] = unseen;
     z[i] = -infinity;
@@ -93,9 +91,7 @@ HOT float add_part(const Call& call, long token, long first, long size, float* z
   Reg most = broadcast(-infinity);
   for (long c = 0; c < size; c += lanes) {
     const long n = size - c;
-    Reg v = load_up_to(z + c, n);
-    if (bias) v += load_up_to(bias + c, n);
-    v *= inverse;
+    const Reg v = load_up_to(z + c, n) * inverse;
     store_up_to(z + c, v, n);
     if (n < lanes)
       for (long i = 0; i < n; ++i) most[0] = v[i] > most[0] ? v[i] : most[0];
