@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "curve":
-        print_curves(options.steps, options.tokens or 64)
+        print_curves(options.steps, options.tokens or 16)
     else:
         print_steps(options.rounds, options.tokens or 512)
 
