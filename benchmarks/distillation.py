@@ -1,121 +1,297 @@
-"""Distillation against the authors' loop, SmolLM2-135M less 6 of 30 layers: ``python -m benchmarks.distillation``.
+"""Distillation against the authors' loop on SmolLM2-135M: ``python -m benchmarks.distillation rows``, then ``tables``.
 
-``step`` prints the time and the memory of a training step for the same trained parameters (a dense P), taking turns.
-``curve --method NAME ...`` trains and prints the held-out KL now and then, on the same windows for every method.
-What both need (statistics, the teacher's answers) is kept in ``--work`` and not computed again.
+``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
+row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
+was. ``step`` times a training step of every kind, taking turns, and measures its memory; it is the part that wants an
+idle machine. ``tables`` prints what is there.
+
+All rows of a depth share the span (that of the authors' score, cosine per channel), the calibration, training and
+held-out windows, the teacher's answers, and the order of the windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
+import json
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
+from benchmarks.authors_loop import AuthorsLoop
+from benchmarks.hardware import describe
+from benchmarks.table import markdown
+from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
-from linearpatch_kernels.distillation.trainer import Step, SuffixLoss, TrainingSettings, distill, heldout_losses
-from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.distillation.trainable import prepare
+from linearpatch_kernels.distillation.trainer import SuffixLoss, TrainingSettings, distill, heldout_losses
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode, token_losses
+from linearpatch_kernels.modeling.families import num_layers, suffix_model
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import Patch
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.text import demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.surgery.scoring import choose_spans
+from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
 
-SPAN = Span(13, 19)
-HELDOUT = 4
-CALIBRATION = 24
+DROPS = (3, 6, 9)
+STEPS, LENGTH = 100, 512
+FIT, HELDOUT, REPORT = 64, 8, 12
+LOOK_EVERY = 10
+TEXTS = ("BoolQ passages", "LAMBADA passages")
+STRUCTURED_RANK = 32
 
-# method: the closed-form fit it starts from, the form that is trained, what else is trained
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What stands at the joint, and how it is trained.
+
+    Attributes:
+        fit: the closed form it starts from.
+        form: of `forms.FORMS`.
+        train: of `trainable.TRAIN`; "" for a method without training.
+        rank: of the fit and the form, where they have one.
+    """
+
+    fit: str
+    form: str = "keep"
+    train: str = ""
+    rank: int = STRUCTURED_RANK
+
+
 METHODS = {
-    "authors": ("linearpatch", "dense", "patch"),
-    "ours-from-linearpatch": ("linearpatch", "dense", "patch"),
-    "ours": ("least-squares", "dense", "patch"),
-    "ours-low-rank": ("low-rank", "keep", "patch"),
-    "ours-norms": ("least-squares", "dense", "patch+norms"),
-    "ours-lora": ("least-squares", "dense", "lora"),
+    "dropped": Method("none"),
+    "linearpatch": Method("linearpatch"),
+    "fitted": Method("shrunk-least-squares"),
+    "fitted, rank 32": Method("shrunk-low-rank"),
+    "authors": Method("linearpatch", "dense", "patch"),
+    "ours, same start": Method("linearpatch", "dense", "patch"),
+    "ours, dense": Method("shrunk-least-squares", "keep", "patch"),
+    "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
+    "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
+    "ours, scale": Method("linearpatch", "scale", "patch"),
+    "ours, scale + pre/post": Method("linearpatch", "scales", "patch"),
+    "ours, rank 32": Method("shrunk-low-rank", "keep", "patch"),
+    "ours, rank 32 + pre/post": Method("shrunk-low-rank", "low-rank", "patch"),
+    "ours, rank 32 + norms": Method("shrunk-low-rank", "keep", "patch+norms"),
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table: so many layers less, by a method, with a learning rate (0: none needed)."""
+
+    drop: int
+    method: str
+    learning_rate: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.drop}/{self.method}/{self.learning_rate:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        drop, method, rate = text.split("/")
+        if method not in METHODS:
+            raise SystemExit(f"no method is called {method!r}: one of {', '.join(METHODS)}")
+        return cls(int(drop), method, float(rate))
+
+
+def default_rows() -> list[Row]:
+    """What the tables need, the most wanted first: the authors' best of three rates, ours, each freedom at 6 of 30."""
+    free = ("dropped", "linearpatch", "fitted", "fitted, rank 32")
+    rows = [Row(6, name) for name in free]
+    rows += [Row(6, "authors", rate) for rate in (3e-4, 1e-4, 1e-3)]
+    rows += [Row(6, name, 3e-4) for name in ("ours, dense", "ours, dense + norms", "ours, dense + norms + LoRA")]
+    rows += [Row(6, name, 1e-3) for name in METHODS if name.startswith(("ours, rank", "ours, scale"))]
+    for drop in (9, 3):
+        rows += [Row(drop, name) for name in free]
+        rows += [Row(drop, "authors", 3e-4), Row(drop, "ours, dense + norms", 3e-4)]
+    return rows
+
+
 class Study:
-    """The demo model, windows to calibrate, train and choose on, and what is computed from them once."""
+    """The demo model, its texts as windows, and what is computed from them once and kept in a folder."""
 
-    def __init__(self, work: Path, steps: int, length: int, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
         self.model, tokenizer = load_model(demo_model_path(), device="cpu")
-        # A number of windows of its own, so that runs of other lengths train on a part of the same store.
-        count = CALIBRATION + steps + HELDOUT
-        shares = split_windows(
-            token_windows(tokenizer, demo_text("calibration"), length=length, count=count),
-            {"fit": CALIBRATION, "training": steps, "heldout": HELDOUT},
-        )
-        place = work / f"{steps}x{length}"
-        place.mkdir(parents=True, exist_ok=True)
-        self.statistics = self._statistics(place / "statistics.safetensors", shares["fit"])
-        windows = torch.cat([shares["training"], shares["heldout"]])
-        self.store = write_teacher_store(self.model, windows, place / "store", joint=SPAN.start)
-        self.training, self.heldout = range(steps), range(steps, steps + HELDOUT)
+        sizes = {"fit": FIT, "training": STEPS, "heldout": HELDOUT, "report": REPORT}
+        near = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(sizes.values()))
+        self.windows = split_windows(near, sizes)
+        far = token_windows(tokenizer, demo_text("heldout"), length=LENGTH, count=REPORT)
+        self.reported = torch.cat([self.windows["report"], far])
+        self.training, self.heldout = range(STEPS), range(STEPS, STEPS + HELDOUT)
+        self.statistics = self._statistics(work / "statistics.safetensors")
+        self.spans = {drop: choose_spans(self.statistics, drop, "channel-cosine")[0] for drop in DROPS}
+        self.dense = self._dense(work / "report.safetensors")
 
-    def _statistics(self, file: Path, windows: Tensor) -> CalibrationStatistics:
+    def _statistics(self, file: Path) -> CalibrationStatistics:
         if not file.exists():
-            calibrate(self.model, windows.split(4), moments=[SPAN]).save(file, fingerprint="benchmark")
+            batches = self.windows["fit"].split(1)
+            first = calibrate(self.model, batches, progress=show)
+            spans = [choose_spans(first, drop, "channel-cosine")[0] for drop in DROPS]
+            found = collect_moments(self.model, batches, spans, progress=show)
+            first.with_moments(found).save(file, fingerprint="benchmark")
         return CalibrationStatistics.load(file, fingerprint="benchmark")
 
-    def student(self, method: str) -> PreTrainedModel:
-        fit, form, _ = METHODS[method]
-        patch = fit_patch(self.statistics, SPAN, fit)
-        assert isinstance(patch, Patch)
-        start = patch if form == "keep" else reformed(patch, form, 0)
-        return apply_plan(self.model, PrunePlan(num_layers(self.model), (Joint(SPAN, start, fit),)))
+    @torch.no_grad()
+    def _dense(self, file: Path) -> dict[str, Tensor]:
+        """What the dense model says of the report's windows: its losses, its likeliest tokens, its states at joints."""
+        if not file.exists():
+            layers = num_layers(self.model)
+            starts = sorted({span.start for span in self.spans.values()})
+            found: dict[str, list[Tensor]] = {}
+            head = suffix_model(self.model, layers)
+            with evaluation_mode(self.model):
+                for window in self.reported.split(1):
+                    states = residual_stream(self.model, window, [*starts, layers])
+                    logits = head(inputs_embeds=states[layers], use_cache=False).logits
+                    kept = {"loss": token_losses(logits, window), "likeliest": logits.argmax(-1)}
+                    for name, tensor in (kept | {f"state.{start}": states[start] for start in starts}).items():
+                        found.setdefault(name, []).append(tensor)
+            save_file({name: torch.cat(parts).contiguous() for name, parts in found.items()}, file)
+        return load_file(file)
+
+    def store(self, drop: int) -> TeacherStore:
+        """The teacher's answers on the training and held-out windows, with the states at this depth's joint."""
+        start = self.spans[drop].start
+        windows = torch.cat([self.windows["training"], self.windows["heldout"]])
+        return write_teacher_store(self.model, windows, self.work / f"store-{start}", joint=start, progress=show)
+
+    def student(self, row: Row) -> PreTrainedModel:
+        method, span = METHODS[row.method], self.spans[row.drop]
+        patch = fit_patch(self.statistics, span, method.fit, rank=method.rank)
+        if patch is not None and method.form != "keep":
+            patch = reformed(patch, method.form, method.rank)
+        return apply_plan(self.model, PrunePlan(num_layers(self.model), (Joint(span, patch, method.fit),)))
+
+    @torch.no_grad()
+    def quality(self, student: PreTrainedModel, drop: int) -> dict[str, dict[str, float]]:
+        """Per text the loss, and how often the likeliest token is the dense model's."""
+        start = self.spans[drop].start
+        suffix = suffix_model(student, start)
+        losses, agreeing = [], []
+        with evaluation_mode(student):
+            for i, window in enumerate(self.reported.split(1)):
+                logits = suffix(inputs_embeds=self.dense[f"state.{start}"][i : i + 1], use_cache=False).logits
+                losses.append(token_losses(logits, window))
+                agreeing.append((logits.argmax(-1) == self.dense["likeliest"][i])[:, :-1])
+        return self._by_text(torch.cat(losses), torch.cat(agreeing))
+
+    def dense_quality(self) -> dict[str, dict[str, float]]:
+        return self._by_text(self.dense["loss"], torch.ones_like(self.dense["loss"]))
+
+    def _by_text(self, losses: Tensor, agreeing: Tensor) -> dict[str, dict[str, float]]:
+        return {
+            text: {
+                "loss": float(losses[i * REPORT : (i + 1) * REPORT].double().mean()),
+                "agreement": float(agreeing[i * REPORT : (i + 1) * REPORT].double().mean()),
+            }
+            for i, text in enumerate(TEXTS)
+        }
 
 
-class AuthorsLoop:
-    """LinearPatch's offline distillation: the whole student runs, its logits are held, K of them are gathered.
+def show(description: str, done: int, total: int) -> None:
+    if done % 8 == 0 or done == total:
+        print(f"  {description} {done}/{total}", flush=True)
 
-    loss = KL(teacher's K, softmaxed over the K || softmax of the student's logits at the same ids), summed over the
-    vocabulary's K, mean over the tokens. Only P [d, d] is trained: AdamW, weight decay 1e-4, cosine to 1/20.
-    """
 
-    def __init__(self, student: PreTrainedModel, store: TeacherStore, learning_rate: float, steps: int) -> None:
-        self.student, self.store = student, store
-        student.requires_grad_(False)
-        self.matrix = patches(student)[SPAN.start].weight.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW([self.matrix], lr=learning_rate, weight_decay=1e-4)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps, eta_min=learning_rate / 20)
+class Results:
+    """``rows.json``: what is finished, by name."""
 
-    def step(self, window: int) -> float:
-        batch = self.store.batch([window])
-        logits = self.student(batch.input_ids, use_cache=False).logits
-        student = logits.gather(-1, batch.ids.long()).log_softmax(-1)
-        teacher = batch.probs / batch.probs.sum(-1, keepdim=True)
-        loss = torch.nn.functional.kl_div(student, teacher, reduction="batchmean") / student.shape[1]
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        return float(loss.detach())
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.content: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+
+    def put(self, name: str, value: Any) -> None:
+        # Another process may have finished other rows since.
+        self.content = (json.loads(self.file.read_bytes()) if self.file.exists() else {}) | {name: value}
+        new = self.file.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(self.content, indent=1))
+        os.replace(new, self.file)
+
+
+def make_row(study: Study, row: Row) -> dict[str, Any]:
+    student = study.student(row)
+    trained = METHODS[row.method].train
+    if not trained:
+        patch = patches(student).get(study.spans[row.drop].start)
+        found: dict[str, Any] = {"parameters": patch.num_parameters if isinstance(patch, Patch) else 0}
+    else:
+        found = (train_authors if row.method == "authors" else train_ours)(study, row, student)
+    quality = study.quality(student, row.drop)
+    return {"span": str(study.spans[row.drop]), **found, "quality": quality}
+
+
+def train_authors(study: Study, row: Row, student: PreTrainedModel) -> dict[str, Any]:
+    store, joint = study.store(row.drop), study.spans[row.drop].start
+    loop = AuthorsLoop(student, store, joint, row.learning_rate, STEPS)
+    place = study.work / f"{str(row).replace('/', '-')}.pt"
+    curve: list[Any] = []
+    seconds = 0.0
+    if place.exists():
+        about = loop.load(place)
+        curve, seconds = about["curve"], about["seconds"]  # type: ignore[assignment]  # as saved below
+    order = torch.randperm(STEPS, generator=torch.Generator().manual_seed(0)).tolist()
+    while True:
+        if loop.done % LOOK_EVERY == 0 and (not curve or curve[-1]["step"] < loop.done):
+            found = heldout_losses(student, store, joint, study.heldout, ("tail", "topk"))
+            curve.append({"step": loop.done, **found})
+            loop.save(place, {"curve": curve, "seconds": seconds})
+            show(f"{row}: held-out KL {found['tail']:.4f},", loop.done, STEPS)
+        if loop.done == STEPS:
+            break
+        begin = time.perf_counter()
+        loop.step(study.training[order[loop.done]])
+        seconds += time.perf_counter() - begin
+    place.unlink()
+    return {"parameters": loop.matrix.numel(), "seconds": seconds, "curve": curve}
+
+
+def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, Any]:
+    settings = TrainingSettings(
+        steps=STEPS,
+        train=METHODS[row.method].train,
+        learning_rate=row.learning_rate,
+        evaluate_every=LOOK_EVERY,
+    )
+    result = distill(
+        student,
+        study.store(row.drop),
+        joint=study.spans[row.drop].start,
+        training=study.training,
+        heldout=study.heldout,
+        settings=settings,
+        directory=study.work / str(row).replace("/", "-"),
+        on_step=lambda step: show(f"{row}: held-out KL {step.heldout:.4f}, step", step.done, step.steps),
+    )
+    return {"parameters": result.parameters, "seconds": result.seconds, "curve": [dict(p) for p in result.curve]}
 
 
 class OurStep:
-    """The same trained parameter, from the cached state at the joint, through the suffix and the linear loss."""
+    """A step of ours, from the cached state at the joint, through the suffix and the linear loss."""
 
-    def __init__(self, student: PreTrainedModel, store: TeacherStore, loss: str, precision: torch.dtype) -> None:
-        student.requires_grad_(False)
-        self.matrix = patches(student)[SPAN.start].weight.requires_grad_(True)
-        self.store, self.loss = store, loss
-        self.measure = SuffixLoss(student, SPAN.start, precision)
-        self.optimizer = torch.optim.AdamW([self.matrix], lr=1e-4, weight_decay=0.0, foreach=False)
+    def __init__(self, study: Study, row: Row, student: PreTrainedModel, loss: str) -> None:
+        joint = study.spans[row.drop].start
+        trainable = prepare(student, joint, METHODS[row.method].train, lora_rank=16, seed=0)
+        self.store, self.loss = study.store(row.drop), loss
+        self.measure = SuffixLoss(student, joint)
+        self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
     def step(self, window: int) -> float:
         batch = self.store.batch([window])
@@ -127,33 +303,33 @@ class OurStep:
         return float(loss.detach())
 
 
-def compare_steps(study: Study, rounds: int) -> None:
-    """Time of a step, pairwise in turns; memory of a step above what is resident before it."""
-    cases: dict[str, Any] = {"authors' loop": AuthorsLoop(study.student("authors"), study.store, 1e-4, 1000)}
-    for loss in ("topk", "tail"):
-        for precision in (torch.float32, torch.bfloat16):
-            name = f"ours, {loss}, {str(precision).removeprefix('torch.')}"
-            cases[name] = OurStep(study.student("authors"), study.store, loss, precision)
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+def compare_steps(study: Study, rounds: int, names: Sequence[str]) -> dict[str, Any]:
+    """Seconds of a step, taking turns; bytes of a step above what is resident before it; of a teacher's window too."""
+    cases: dict[str, Any] = {}
+    for name in ("authors", *names):
+        row = Row(6, name, 1e-5)
+        student = study.student(row)
+        if name == "authors":
+            cases[name] = AuthorsLoop(student, study.store(6), study.spans[6].start, 1e-5, 1000)
+        else:
+            cases[name] = OurStep(study, row, student, "tail")
     for case in cases.values():
         case.step(0)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         for name, case in cases.items():
             begin = time.perf_counter()
-            case.step(study.training[i % len(study.training)])
+            case.step(study.training[i % STEPS])
             seconds[name].append(time.perf_counter() - begin)
-    theirs = seconds["authors' loop"]
-    tokens = study.store.request.length
-    print(f"a step of {tokens} tokens, dense P trained, {torch.get_num_threads()} threads, median of {rounds}")
-    base = 0.0
+    found = {}
     for name, case in cases.items():
-        memory = peak_memory(lambda case=case: case.step(0))
-        base = base or memory
-        ratio = statistics.median(mine / its for mine, its in zip(seconds[name], theirs, strict=True))
-        print(
-            f"  {name:24} {statistics.median(seconds[name]):.3f} s ({ratio:.2f} of theirs), "
-            f"{memory / 1e6:.0f} MB above the resident ({memory / base:.2f} of theirs)"
-        )
+        ratios = [mine / its for mine, its in zip(seconds[name], seconds["authors"], strict=True)]
+        found[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "of theirs": statistics.median(ratios),
+            "bytes": peak_memory(lambda case=case: case.step(0)),  # type: ignore[misc]  # bound at once
+        }
+    return {"threads": torch.get_num_threads(), "rounds": rounds, "steps": found}
 
 
 def peak_memory(run: Callable[[], object]) -> float:
@@ -171,75 +347,88 @@ def _status(field: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def curve(study: Study, method: str, learning_rate: float, steps: int) -> None:
-    """Train with one method; print the held-out KL (of both losses) after some of the steps, and the time."""
-    student = study.student(method)
-    points = authors_curve if method == "authors" else our_curve
-    print(f"{method}, learning rate {learning_rate:g}, {steps} steps of {study.store.request.length} tokens")
-    for step, tail, topk, seconds in points(study, student, method, learning_rate, steps):
-        print(f"  step {step:4}: held-out KL {tail:.4f} with the tail, {topk:.4f} over the top 50, {seconds:.0f} s")
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def authors_curve(
-    study: Study, student: PreTrainedModel, method: str, learning_rate: float, steps: int
-) -> Iterator[tuple[int, float, float, float]]:
-    loop = AuthorsLoop(student, study.store, learning_rate, steps)
-    order = torch.randperm(len(study.training), generator=torch.Generator().manual_seed(0)).tolist()
-    seconds = 0.0
-    for step in range(steps + 1):
-        if step % max(1, steps // 4) == 0 or step == steps:
-            found = heldout_losses(student, study.store, SPAN.start, study.heldout, ("tail", "topk"))
-            yield step, found["tail"], found["topk"], seconds
-        if step < steps:
-            begin = time.perf_counter()
-            loop.step(study.training[order[step]])
-            seconds += time.perf_counter() - begin
+def print_tables(results: Mapping[str, Any]) -> None:
+    print(f"{describe()['cpu']}, {os.cpu_count()} cores, torch {torch.__version__}")
+    for name, found in results.items():
+        if name.startswith("step, "):
+            print(f"\nA step of {LENGTH} tokens, 6 of 30 layers gone, median of {found['rounds']}, {name[6:]}\n")
+            print(markdown(("step", "seconds", "of theirs", "MB above the resident", "of theirs"), step_rows(found)))
+    header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "run (s)")
+    for drop in DROPS:
+        rows = list(table_rows(results, drop))
+        if rows:
+            print(f"\n{drop} of 30 layers gone: perplexity / agreement on {REPORT} windows of each text\n")
+            print(markdown(header, rows))
 
 
-def our_curve(
-    study: Study, student: PreTrainedModel, method: str, learning_rate: float, steps: int
-) -> Iterator[tuple[int, float, float, float]]:
-    settings = TrainingSettings(
-        steps=steps, train=METHODS[method][2], learning_rate=learning_rate, evaluate_every=max(1, steps // 4)
-    )
-    spent = {0: 0.0}
+def step_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    theirs = found["steps"]["authors"]["bytes"]
+    return [
+        (
+            name,
+            f"{one['seconds']:.2f}",
+            f"{one['of theirs']:.2f}",
+            f"{one['bytes'] / 1e6:.0f}",
+            f"{one['bytes'] / theirs:.2f}",
+        )
+        for name, one in found["steps"].items()
+    ]
 
-    def count(step: Step) -> None:
-        spent[step.done] = spent[step.done - 1] + study.store.request.length / step.tokens_per_second
 
-    result = distill(
-        student,
-        study.store,
-        joint=SPAN.start,
-        training=study.training,
-        heldout=study.heldout,
-        settings=settings,
-        on_step=count,
-    )
-    for point in result.curve:
-        yield int(point["step"]), point["tail"], point["topk"], spent[int(point["step"])]
+def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...]]:
+    dense = results.get("dense")
+    found = {Row.parse(name): one for name, one in results.items() if name.startswith(f"{drop}/")}
+    lost = found.get(Row(drop, "dropped"))
+    order = list(METHODS)
+    for row, one in sorted(found.items(), key=lambda item: (order.index(item[0].method), item[0].learning_rate)):
+        curve = one.get("curve", [])
+        kl = f"{curve[0]['tail']:.4f} to {min(point['tail'] for point in curve):.4f}" if curve else ""
+        texts = [
+            f"{math.exp(one['quality'][text]['loss']):.1f} / {one['quality'][text]['agreement']:.1%}" for text in TEXTS
+        ]
+        healed = [healed_share(dense, lost, one, text) for text in TEXTS] if dense and lost else []
+        rate = f"{row.learning_rate:g}" if row.learning_rate else ""
+        seconds = f"{one['seconds']:.0f}" if "seconds" in one else ""
+        shares = " / ".join(f"{share:.0%}" for share in healed)
+        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *texts, shares, seconds
+
+
+def healed_share(dense: Mapping[str, Any], dropped: Mapping[str, Any], one: Mapping[str, Any], text: str) -> float:
+    """(what plain removal lost - what this one loses) / what plain removal lost, in log-perplexity."""
+    worst = dropped["quality"][text]["loss"]
+    return float((worst - one["quality"][text]["loss"]) / (worst - dense["quality"][text]["loss"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "curve"], nargs="?", default="step")
-    parser.add_argument("--method", choices=list(METHODS), nargs="+", default=["authors", "ours"])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("what", choices=["rows", "step", "tables"])
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="as --list writes them")
+    parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-4])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--work", type=Path, default=Path("distillation-benchmark"))
+    parser.add_argument("--steps-of", nargs="+", default=["ours, same start"], choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--work", type=Path, default=cache_dir() / "benchmark-distillation")
     options = parser.parse_args()
-    study = Study(options.work, options.steps, options.length, options.threads)
-    size = study.store.request.bytes_per_token
-    print(f"SmolLM2-135M without layers {SPAN}; the teacher's answers and states: {size} MB per million tokens")
-    if options.what == "step":
-        compare_steps(study, options.rounds)
-        return
-    for method in options.method:
-        for learning_rate in options.learning_rate:
-            curve(study, method, learning_rate, options.steps)
+    results = Results(options.work / "rows.json")
+    rows = [Row.parse(text) for text in options.only] if options.only else default_rows()
+    if options.list:
+        print("\n".join(f"{row}{'  (done)' if str(row) in results.content else ''}" for row in rows))
+    elif options.what == "tables":
+        print_tables(results.content)
+    else:
+        study = Study(options.work)
+        results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
+        if options.what == "step":
+            found = compare_steps(study, options.rounds, options.steps_of)
+            results.put(f"step, {found['threads']} threads", found)
+            print_tables({name: one for name, one in results.content.items() if name.startswith("step, ")})
+            return
+        for row in rows:
+            if str(row) not in results.content:
+                results.put(str(row), make_row(study, row))
+        print_tables(results.content)
 
 
 if __name__ == "__main__":

@@ -91,19 +91,22 @@ class HadamardPatch(Patch):
         self.register_parameter("up", up)
 
     @classmethod
-    def from_dense(cls, matrix: Tensor, rank: int = 0) -> Self:
-        """The patch (``scale`` and, for a rank, ``down`` and ``up``) nearest to a matrix [d, d] in Frobenius norm.
+    def from_dense(cls, matrix: Tensor, rank: int = 0, *, second_moments: Tensor | None = None) -> Self:
+        """The patch (``scale`` and, for a rank, ``down`` and ``up``) nearest to a matrix [d, d].
 
-        H leaves the norm as it is, so this is the diagonal plus rank-r matrix nearest to ``M = H.T @ matrix @ H``.
-        For rank 0 that is ``scale = diag(M)``, the global minimum. For a rank, `nearest_diagonal_plus_low_rank` says
-        which minimum is found. Computed in float64 on the matrix's device; the parameters are float32.
+        Without ``second_moments`` in Frobenius norm; with those of the inputs, ``C = X.T @ X``, in what it makes of
+        them: ``||X @ (matrix - P)||_F``. H leaves either norm as it is, so this is the diagonal plus rank-r matrix
+        nearest to ``H.T @ matrix @ H``, for inputs of moments ``H.T @ C @ H``. For rank 0 the minimum is global; for a
+        rank, `nearest_diagonal_plus_low_rank` says which one is found. Computed in float64 on the matrix's device; the
+        parameters are float32.
 
         Raises:
-            InputError: not a square floating matrix, or a rank that is not in [0, d].
+            InputError: not a square floating matrix, moments of another shape or not positive definite, or a rank that
+                is not in [0, d].
         """
         dim = _check_square(matrix, rank)
-        rotated = hadamard_transform(hadamard_transform(matrix.detach().double()).mT).mT
-        scale, down, up = nearest_diagonal_plus_low_rank(rotated, rank)
+        moments = None if second_moments is None else _in_hadamard_domain(second_moments.to(matrix.device))
+        scale, down, up = nearest_diagonal_plus_low_rank(_in_hadamard_domain(matrix), rank, moments)
         patch = cls(dim, rank, device=matrix.device)
         with torch.no_grad():
             patch.scale.copy_(scale)
@@ -167,19 +170,23 @@ class LowRankPatch(Patch):
         self.down, self.up = _empty_low_rank(dim, rank, device, dtype)
 
     @classmethod
-    def from_dense(cls, matrix: Tensor, rank: int) -> Self:
-        """The patch nearest to a matrix [d, d] in Frobenius norm: the truncated SVD of ``matrix - I`` (Eckart-Young).
+    def from_dense(cls, matrix: Tensor, rank: int, *, second_moments: Tensor | None = None) -> Self:
+        """The patch nearest to a matrix [d, d]: `nearest_low_rank` of ``matrix - I``.
+
+        Without ``second_moments`` in Frobenius norm; with those of the inputs, ``X.T @ X``, in what it makes of them:
+        ``||X @ (matrix - P)||_F``.
 
         Raises:
-            InputError: not a square floating matrix, or a rank that is not in [1, d].
+            InputError: not a square floating matrix, moments of another shape or not positive definite, or a rank that
+                is not in [1, d].
         """
         dim = _check_square(matrix, rank)
         rest = matrix.detach().double() - torch.eye(dim, dtype=torch.float64, device=matrix.device)
         patch = cls(dim, rank, device=matrix.device)
-        left, values, right = torch.linalg.svd(rest)
+        down, up = nearest_low_rank(rest, rank, second_moments)
         with torch.no_grad():
-            patch.down.copy_(left[:, :rank] * values[:rank].sqrt())
-            patch.up.copy_(values[:rank, None].sqrt() * right[:rank])
+            patch.down.copy_(down)
+            patch.up.copy_(up)
         return patch
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,38 +268,88 @@ def build_patch(description: Mapping[str, Any]) -> Patch:
         raise InputError(f"a description that does not fit a {kind} patch: {error}") from None
 
 
-def nearest_diagonal_plus_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(diagonal [d], down [d, r], up [r, d])`` that minimise ``||matrix - diag(diagonal) - down @ up||_F``.
+def nearest_low_rank(matrix: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(down [d, r], up [r, d])`` that minimise ``||X @ (matrix - down @ up)||_F``, for ``X.T @ X = second_moments``.
 
-    For rank 0 the minimum is ``diag(matrix)``. For a rank the problem is not convex, and this is block coordinate
-    descent: ``down`` for given ``up`` and diagonal, then ``up``, then the diagonal, each in closed form, so that the
-    norm never rises. It starts from rank 0 and a fixed random subspace and ends at a stationary point: when a round
-    takes less than 1e-12 of the matrix's squared norm off, or after 500 rounds. A round costs O(d^2 r).
+    The best ``down @ up`` is ``matrix @ V @ V.T``, V the r leading eigenvectors of ``matrix.T @ second_moments @
+    matrix`` (Eckart-Young for ``X @ matrix``; reduced-rank regression, Izenman 1975). The columns of ``down`` and the
+    rows of ``up`` have equal norms, so that a later training step or a cast to bfloat16 treats them alike.
 
     Args:
         matrix: [d, d], float64.
         rank: r in [0, d].
+        second_moments: [d, d]; None: the identity, which makes it the Frobenius norm of the difference.
+    """
+    moments = _check_moments(second_moments, matrix)
+    spread = matrix.mT @ matrix if moments is None else matrix.mT @ moments @ matrix
+    leading = torch.linalg.eigh((spread + spread.mT) / 2).eigenvectors.flip(1)[:, :rank]
+    down = matrix @ leading
+    balance = down.norm(dim=0).clamp_min(1e-12).sqrt()
+    return down / balance, leading.mT * balance.unsqueeze(1)
+
+
+def nearest_diagonal_plus_low_rank(
+    matrix: Tensor, rank: int, second_moments: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(diagonal [d], down [d, r], up [r, d])`` that minimise ``||X @ (matrix - diag(diagonal) - down @ up)||_F``, for
+    ``X.T @ X = second_moments``.
+
+    For rank 0 the minimum is ``diagonal[i] = (C @ matrix)[i, i] / C[i, i]``, C the moments. For a rank the problem is
+    not convex, and this is block coordinate descent: ``down`` for given ``up`` and diagonal, then ``up``, then the
+    diagonal, each in closed form, so that the norm never rises. It starts from rank 0 and a fixed random subspace and
+    ends at a stationary point: when a round takes less than 1e-12 of ``||X @ matrix||^2`` off, or after 500 rounds. A
+    round costs O(d^2 r).
+
+    Args:
+        matrix: [d, d], float64.
+        rank: r in [0, d].
+        second_moments: [d, d]; None: the identity, which makes it the Frobenius norm of the difference.
     """
     d = matrix.shape[0]
-    diagonal = matrix.diagonal().clone()
+    moments = _check_moments(second_moments, matrix)
+    if moments is None:
+        moments = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
+    root = torch.linalg.cholesky(moments).mT
+    # Row i of `own` dotted with column i of a matrix R, over C[i, i]: the best entry of the diagonal for R.
+    own = moments / moments.diagonal().unsqueeze(1)
+    diagonal = (own * matrix.mT).sum(1)
     if rank == 0:
         return diagonal, matrix.new_empty(d, 0), matrix.new_empty(0, d)
     generator = torch.Generator().manual_seed(0)
     up = torch.randn(rank, d, generator=generator, dtype=torch.float64).to(matrix)
-    enough = 1e-12 * float(matrix.square().sum())
+    seen = root @ matrix
+    enough = 1e-12 * float(seen.square().sum())
     before = float("inf")
     for _ in range(500):
-        rest = matrix - torch.diag(diagonal)
+        rest = seen - root * diagonal
         basis = torch.linalg.qr(rest @ up.mT)[0]
         up = basis.mT @ rest
-        rest = matrix - basis @ up
-        diagonal = rest.diagonal().clone()
-        error = float(rest.square().sum() - diagonal.square().sum())
+        down = torch.linalg.solve_triangular(root, basis, upper=True)
+        diagonal = (own * (matrix - down @ up).mT).sum(1)
+        error = float((seen - root * diagonal - basis @ up).square().sum())
         if before - error <= enough:
             break
         before = error
     left, values, right = torch.linalg.svd(up, full_matrices=False)
-    return diagonal, basis @ left * values.sqrt(), values.sqrt()[:, None] * right
+    return diagonal, down @ left * values.sqrt(), values.sqrt()[:, None] * right
+
+
+def _in_hadamard_domain(matrix: Tensor) -> Tensor:
+    """H.T @ matrix @ H in float64."""
+    return hadamard_transform(hadamard_transform(matrix.detach().double()).mT).mT
+
+
+def _check_moments(second_moments: Tensor | None, matrix: Tensor) -> Tensor | None:
+    if second_moments is None:
+        return None
+    moments = second_moments.detach().to(matrix)
+    if moments.shape != matrix.shape:
+        raise InputError(f"second moments {list(moments.shape)} do not fit a matrix {list(matrix.shape)}: give X.T @ X")
+    if int(torch.linalg.cholesky_ex(moments).info) != 0:
+        raise InputError(
+            "second moments that are not positive definite: give those of more tokens, or add a multiple of the identity"
+        )
+    return moments
 
 
 def _empty_low_rank(

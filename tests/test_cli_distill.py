@@ -114,7 +114,7 @@ def test_what_is_printed(world: World, run: Run, tmp_path: Path) -> None:
     about = content["distillation"]
     assert about["parameters"] == 48 * 48
     lost = about["structured"]["heldout_after"] - about["structured"]["heldout_before"]
-    assert f"Hadamard + rank 3 instead of the dense patch costs {lost:+.4f} nats" in told.stderr
+    assert f"Hadamard + rank 3 instead of the dense patch costs {lost:+.4f} nats of held-out KL" in told.stderr
     assert lost > 0
     assert "distilled, structured" in content["quality"]
     last = [line for line in told.stderr.splitlines() if line.startswith("distilling: 24/24")]

@@ -269,6 +269,62 @@ def test_nearest_low_rank_patch_is_the_truncated_decomposition() -> None:
     torch.testing.assert_close((patch.to_dense() - matrix).square().sum(), best, rtol=1e-6, atol=0)
 
 
+def anisotropic(d: int) -> torch.Tensor:
+    """X.T @ X of inputs whose channels, mixed, differ a hundredfold."""
+    x = torch.randn(4 * d, d, dtype=torch.float64) * torch.logspace(-1, 1, d, dtype=torch.float64)
+    mixed = x @ torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
+    return mixed.T @ mixed
+
+
+def weighted_error(patch: Patch, matrix: torch.Tensor, moments: torch.Tensor) -> float:
+    """||X (matrix - P)||^2."""
+    rest = matrix - patch.to_dense()
+    return float((rest.T @ moments @ rest).trace())
+
+
+@pytest.mark.parametrize(("cls", "rank"), [(HadamardPatch, 0), (HadamardPatch, 3), (LowRankPatch, 3)])
+def test_nearest_for_the_inputs_given_is_nearer_for_them(cls: Any, rank: int) -> None:
+    matrix, moments = torch.eye(D) + 0.3 * torch.randn(D, D, dtype=torch.float64), anisotropic(D)
+    plain, weighted = cls.from_dense(matrix, rank), cls.from_dense(matrix, rank, second_moments=moments)
+    assert weighted_error(weighted, matrix, moments) < 0.95 * weighted_error(plain, matrix, moments)
+    assert (plain.to_dense() - matrix).norm() < (weighted.to_dense() - matrix).norm()
+    # A minimum: no small step in the parameters leads lower.
+    least = weighted_error(weighted, matrix, moments)
+    for parameter in weighted.parameters():
+        step = 1e-3 * torch.randn(parameter.shape)
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step
+                assert weighted_error(weighted, matrix, moments) > least
+                parameter -= sign * step
+
+
+@pytest.mark.parametrize(("cls", "rank"), [(HadamardPatch, 0), (HadamardPatch, 2), (LowRankPatch, 2)])
+def test_nearest_for_the_inputs_given_is_exact_where_there_is_one(cls: Any, rank: int) -> None:
+    patch = cls(44, rank)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    matrix, moments = patch.to_dense(), anisotropic(44)
+    found = cls.from_dense(matrix, rank, second_moments=moments)
+    scale = float((matrix.T @ moments @ matrix).trace())
+    assert weighted_error(found, matrix, moments) < 1e-8 * scale
+
+
+@pytest.mark.parametrize("cls", [HadamardPatch, LowRankPatch])
+def test_moments_of_the_identity_change_nothing(cls: Any) -> None:
+    matrix = torch.randn(D, D)
+    plain, weighted = cls.from_dense(matrix, 3), cls.from_dense(matrix, 3, second_moments=7 * torch.eye(D))
+    torch.testing.assert_close(weighted.to_dense(), plain.to_dense(), rtol=0, atol=1e-5)
+
+
+def test_moments_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match="do not fit a matrix"):
+        HadamardPatch.from_dense(torch.randn(D, D), second_moments=torch.eye(D + 1))
+    with pytest.raises(InputError, match="not positive definite"):
+        LowRankPatch.from_dense(torch.randn(D, D), 2, second_moments=torch.diag(torch.arange(D) - 1.0))
+
+
 def test_dense_patch_of_a_matrix() -> None:
     matrix = torch.randn(D, D)
     assert DensePatch.from_dense(matrix).to_dense().equal(matrix.double())

@@ -143,6 +143,7 @@ def distill(
     the same command goes on."""
     from linearpatch_kernels.distillation.forms import check_form
     from linearpatch_kernels.distillation.processes import launched_processes
+    from linearpatch_kernels.distillation.structure import structure
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
@@ -231,7 +232,8 @@ def distill(
     if structured is not None:
         with run.stage("structure"):
             before = heldout_losses(student, answers, joint, windows.heldout)["tail"]
-            _structure(student, plan, structured)
+            dense_ones = _dense_patches(student, plan, structured)
+            structure(student, answers, joint=joint, windows=windows.training, dense=dense_ones, rank=structured)
             after = heldout_losses(student, answers, joint, windows.heldout)["tail"]
         costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
         found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run)
@@ -249,7 +251,8 @@ def distill(
     if costs:
         lost = costs["heldout_after"] - costs["heldout_before"]
         console.print(
-            f"Hadamard + rank {structured} instead of the dense patch costs {lost:+.4f} nats of held-out KL.",
+            f"Hadamard + rank {structured} instead of the dense patch costs {lost:+.4f} nats of held-out KL "
+            f"({costs['heldout_before']:.4f} before, {costs['heldout_after']:.4f} after).",
             soft_wrap=True,
         )
     print_seconds(run)
@@ -379,16 +382,6 @@ def _dense_patches(student: PreTrainedModel, plan: PrunePlan, rank: int) -> dict
     if rank > hidden_size(student):
         raise InputError(f"--structured {rank} is more than the model's width {hidden_size(student)}")
     return dense
-
-
-def _structure(student: PreTrainedModel, plan: PrunePlan, rank: int) -> None:
-    """Hadamard + rank r in the place of every dense patch at a joint of the plan."""
-    from linearpatch_kernels.distillation.forms import dense_map
-    from linearpatch_kernels.modeling.patched import replace_patch
-    from linearpatch_kernels.nn import HadamardPatch
-
-    for joint, patch in _dense_patches(student, plan, rank).items():
-        replace_patch(student, joint, HadamardPatch.from_dense(dense_map(patch), rank).to(student.dtype))
 
 
 def _trained_plan(plan: PrunePlan, student: PreTrainedModel, form: str, structured: int | None) -> PrunePlan:

@@ -17,7 +17,7 @@ from torch import Tensor
 from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
 
 PatchT = TypeVar("PatchT", bound=Patch)
 
@@ -192,16 +192,9 @@ def _regression(moments: Moments) -> Tensor:
 def _reduced_rank(moments: Moments, base: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """down [d, r], up [r, d] that minimise the same sum for P = base + down up.
 
-    With M the full regression of the residual x_b - x_a base, the best M of rank r is M V V^T, V the r leading right
-    singular vectors of C^(1/2) M, C the (ridged) moments of x_a: an eigenproblem of M^T C M.
+    The low-rank matrix that is nearest to the full regression of the residual x_b - x_a base, as the x_a see it.
     """
-    full = _regression(moments) - base
-    spread = full.mT @ _normal_equations(moments)[0] @ full
-    leading = torch.linalg.eigh((spread + spread.mT) / 2).eigenvectors[:, -rank:].flip(1)
-    down, up = full @ leading, leading.mT
-    # The same norm on both sides, so that a later training step or a cast to bfloat16 treats them alike.
-    balance = (down.norm(dim=0).clamp_min(1e-12)).sqrt()
-    return down / balance, up * balance.unsqueeze(1)
+    return nearest_low_rank(_regression(moments) - base, rank, _normal_equations(moments)[0])
 
 
 def _from_hadamard(second: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""A trained dense patch taken back to Hadamard + rank r, as what flows through it sees the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import Span, stream_statistics
+from linearpatch_kernels.distillation.forms import dense_map
+from linearpatch_kernels.distillation.teacher_store import TeacherStore
+from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.modeling.families import num_layers, partial_decoder
+from linearpatch_kernels.modeling.patched import replace_patch
+from linearpatch_kernels.nn import HadamardPatch
+
+# Relative to the mean eigenvalue: where the text never went, the two should be alike as matrices.
+_RIDGE = 1e-4
+_WINDOWS = 64
+
+
+def structure(
+    student: PreTrainedModel,
+    store: TeacherStore,
+    *,
+    joint: int,
+    windows: Sequence[int],
+    dense: Mapping[int, nn.Module],
+    rank: int,
+) -> None:
+    """Put the nearest Hadamard + rank r into the place of dense patches: least ``||X (P - Q)||_F`` on the store's text.
+
+    Each token is divided by the norm of ``x P``, as the RMSNorm behind it will; otherwise the first tokens, attention
+    sinks, would be all that counts. At most 64 of the windows are run, from the joint on.
+
+    Args:
+        student: changed in place.
+        joint: its first joint; nothing before it differs from the teacher.
+        windows: numbers of windows in the store.
+        dense: the patches to replace, by joint.
+        rank: r in [0, d].
+    """
+    measured = {at: input_moments(student, store, patch, joint=joint, windows=windows) for at, patch in dense.items()}
+    for at, patch in dense.items():
+        structured = HadamardPatch.from_dense(dense_map(patch), rank, second_moments=measured[at])
+        replace_patch(student, at, structured.to(student.dtype))
+
+
+@torch.no_grad()
+def input_moments(
+    student: PreTrainedModel, store: TeacherStore, patch: nn.Module, *, joint: int, windows: Sequence[int]
+) -> Tensor:
+    """X.T @ X [d, d], float64, of the stream that enters a patch, every token over the norm of what leaves it; plus a
+    ten-thousandth of its mean eigenvalue times the identity."""
+    statistics = stream_statistics(_through(student, store, patch, joint, windows[:_WINDOWS]))
+    moments = statistics.moments[Span(0, 1)].xx
+    return moments + _RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+
+
+def _through(
+    student: PreTrainedModel, store: TeacherStore, patch: nn.Module, joint: int, windows: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per window the tokens [T, d] before and after the patch."""
+    begin = joint_depth(student, joint)
+    suffix = partial_decoder(student, begin, num_layers(student))
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = patch.register_forward_hook(lambda _patch, args, output: seen.append((args[0], output)))
+    try:
+        with evaluation_mode(student):
+            for window in windows:
+                suffix(inputs_embeds=joint_state(student, store.batch([window]), begin), use_cache=False)
+                before, after = seen.pop()
+                yield before.flatten(0, 1), after.flatten(0, 1)
+    finally:
+        handle.remove()
