@@ -12,13 +12,15 @@ of the others', so that a mean with it and a mean without it can disagree; both 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, hidden_size, num_layers, partial_decoder
+from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
 
 # Tokens that are worked on at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
@@ -59,6 +61,20 @@ class Span(NamedTuple):
         if span.length < 1:
             raise InputError(f"the span {span} is empty or reversed: write START:END with START < END (half-open)")
         return span
+
+
+class Ranks(Protocol):
+    """The processes among which a pass is shared out: what `distillation.processes.Processes` is."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def gather(self, one: Any) -> list[Any]:
+        """What every rank has, in their order."""
+        ...
 
 
 class Positions(IntEnum):
@@ -215,6 +231,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     *,
     moments: Sequence[Span] = (),
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStatistics:
     """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.surgery` needs.
@@ -232,6 +249,8 @@ def calibrate(
             vary.
         moments: spans whose second moments are kept in the same pass (``16 d^2`` bytes each). Where the spans are only
             known from this pass's scores, use :func:`collect_moments` for a second one.
+        ranks: every one of them calls this with the same batches (a sequence), runs its own stretch of them, and gets
+            the statistics of all.
         progress: called after each batch.
 
     Raises:
@@ -245,14 +264,15 @@ def calibrate(
     sums = _Sums(num_layers(model), hidden_size(model), spans)
     windows = 0
     with evaluation_mode(model):
-        for ids, total in _batches(model, batches):
+        for ids, total in _batches(model, _stretch(batches, ranks)):
             sums.add_batch(residual_stream(model, ids, range(num_layers(model) + 1)))
             windows += len(ids)
             if progress is not None:
                 progress("calibrating", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
-    return sums.statistics()
+    mine = sums.statistics()
+    return mine if ranks is None else functools.reduce(operator.add, ranks.gather(mine))
 
 
 @torch.no_grad()
@@ -261,6 +281,7 @@ def collect_moments(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     spans: Sequence[Span],
     *,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> dict[Span, Moments]:
     """The second moments of ``spans``, in a pass that runs no layer behind the last of them.
@@ -275,14 +296,18 @@ def collect_moments(
     depths = sorted({depth for span in wanted for depth in span})
     windows = 0
     with evaluation_mode(model):
-        for ids, total in _batches(model, batches):
+        for ids, total in _batches(model, _stretch(batches, ranks)):
             _add_moments(sums, residual_stream(model, ids, depths))
             windows += len(ids)
             if progress is not None:
                 progress("second moments", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
-    return {span: moment.total() for span, moment in sums.items()}
+    mine = {span: moment.total() for span, moment in sums.items()}
+    if ranks is None:
+        return mine
+    found: list[dict[Span, Moments]] = ranks.gather(mine)
+    return {span: functools.reduce(operator.add, [one[span] for one in found]) for span in mine}
 
 
 @torch.no_grad()
@@ -324,15 +349,23 @@ def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dic
         layers[depth].register_forward_pre_hook(keep(depth), with_kwargs=True) for depth in depths if depth < last
     ]
     try:
-        found[last] = view(input_ids=ids.to(_device(model)), use_cache=False).last_hidden_state
+        found[last] = view(input_ids=ids.to(model_device(model)), use_cache=False).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(decoder(model).parameters()).device
+def _stretch(
+    batches: Iterable[Tensor | Mapping[str, Tensor]], ranks: Ranks | None
+) -> Iterable[Tensor | Mapping[str, Tensor]]:
+    """This rank's share of the batches, in their order, so that the ranks' shares one after the other are the whole."""
+    if ranks is None or ranks.count == 1:
+        return batches
+    if not isinstance(batches, Sequence) or len(batches) < ranks.count:
+        raise InputError(f"{ranks.count} processes need a sequence of at least as many batches to calibrate on")
+    bounds = [len(batches) * rank // ranks.count for rank in (ranks.rank, ranks.rank + 1)]
+    return batches[slice(*bounds)]
 
 
 def _batches(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Iterable[tuple[Tensor, int]]:

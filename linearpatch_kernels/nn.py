@@ -347,7 +347,7 @@ def _check_moments(second_moments: Tensor | None, matrix: Tensor) -> Tensor | No
         raise InputError(f"second moments {list(moments.shape)} do not fit a matrix {list(matrix.shape)}: give X.T @ X")
     if int(torch.linalg.cholesky_ex(moments).info) != 0:
         raise InputError(
-            "second moments that are not positive definite: give those of more tokens, or add a multiple of the identity"
+            "second moments that are not positive definite: give those of more tokens, or add some of the identity"
         )
     return moments
 

@@ -299,9 +299,17 @@ def _model_parts(model: nn.Module) -> Iterator[bytes]:
         yield json.dumps(described, sort_keys=True, default=str).encode()
     for name, tensor in sorted(model.state_dict().items()):
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-        if tensor.device.type != "meta":
+        tensor = _brought(model, name) if tensor.device.type == "meta" else tensor
+        if tensor is not None:
             step = max(1, tensor.numel() // 32)
             yield tensor.detach().flatten()[::step][:32].to("cpu", torch.float64).numpy().tobytes()
+
+
+def _brought(model: nn.Module, name: str) -> Tensor | None:
+    """A tensor that accelerate keeps off its module (``device_map``) and brings for a call; None: it has no values."""
+    path, _, leaf = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
+    return None if kept is None else kept[leaf]
 
 
 def _digest(parts: Iterable[bytes]) -> str:

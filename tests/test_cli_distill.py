@@ -329,26 +329,47 @@ def test_a_disk_that_is_too_small_is_told_up_front(
     assert os.listdir(tmp_path) == []
 
 
+def in_processes(place: Path, count: int, command: list[object]) -> str:
+    """What the command writes to standard error, run by so many processes of torchrun."""
+    program = place / "linearpatch"
+    program.write_text("from linearpatch_kernels.cli import main\nmain()\n")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"] if count > 1 else []
+    finished = subprocess.run(
+        [sys.executable, *launcher, program, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_do_the_same(world: World, tmp_path: Path) -> None:
-    program = tmp_path / "linearpatch"
-    program.write_text("from linearpatch_kernels.cli import main\nmain()\n")
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1"}
-    for name, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]),
-    ):
-        command = arguments(world, tmp_path / name, "--batch-size", 2, "--steps", 10)
-        finished = subprocess.run(
-            [sys.executable, *launcher, program, *map(str, command)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        assert finished.stderr.count("distilling: 10/10") == 1
+    for count, name in ((1, "one"), (2, "two")):
+        told = in_processes(tmp_path, count, arguments(world, tmp_path / name, "--batch-size", 2, "--steps", 10))
+        assert told.count("distilling: 10/10") == 1
     one, two = (summary(tmp_path / name)["distillation"]["curve"] for name in ("one", "two"))
     assert [point["tail"] for point in two] == pytest.approx([point["tail"] for point in one], rel=1e-3)
     torch.testing.assert_close(logits_at(tmp_path / "two"), logits_at(tmp_path / "one"), rtol=1e-3, atol=1e-3)
     assert sorted(os.listdir(tmp_path)) == ["linearpatch", "one", "two"]
+
+
+@pytest.mark.slow
+def test_two_processes_prune_as_one(world: World, tmp_path: Path) -> None:
+    flags = ["--drop", 2, "--fit", "least-squares", "--text", world.text, "--batch-size", 1, *SMALL]
+    for count, name in ((1, "one"), (2, "two")):
+        told = in_processes(tmp_path, count, ["prune", world.model, "-o", tmp_path / name, *flags])
+        assert told.count("report: ") == 1
+    one, two = (PrunePlan.load(tmp_path / name) for name in ("one", "two"))
+    assert two.spans == one.spans
+    torch.testing.assert_close(two.joints[0].patch.weight, one.joints[0].patch.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_that_accelerate_places(world: World, run: Run, tmp_path: Path, distilled: Path) -> None:
+    assert run(*arguments(world, tmp_path / "out", "--teacher-device-map", "auto")).status == 0
+    assert torch.equal(logits_at(tmp_path / "out"), logits_at(distilled))
+    assert "no device map is called 'all'" in refusal(
+        run(*arguments(world, tmp_path / "no", "--teacher-device-map", "all"))
+    )

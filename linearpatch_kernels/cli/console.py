@@ -117,14 +117,16 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
 
     if not found:
         return
-    dense, dropped = found["dense"], found["dropped (no patch)"]
+    dense, dropped = found["dense"], found.get("dropped (no patch)")
     rows = [
         [
             name,
             figure(quality.perplexity),
             share(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
-            "" if quality in (dense, dropped) else f"{100 * healed_share(dense, dropped, quality):.0f} %",
+            ""
+            if dropped is None or quality in (dense, dropped)
+            else f"{100 * healed_share(dense, dropped, quality):.0f} %",
         ]
         for name, quality in found.items()
     ]

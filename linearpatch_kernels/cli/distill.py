@@ -137,6 +137,15 @@ def distill(
     json_file: JsonFile = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    teacher_device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher-device-map",
+            metavar="MAP",
+            help="Spread a teacher that is larger than a device: auto, balanced or sequential (by accelerate).",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train DIR's patch against the dense model it was cut from; write the result like prune's. Killed or interrupted:
@@ -182,7 +191,7 @@ def distill(
     progress = run if processes.first else None
     with run.stage("load the models"):
         student, tokenizer = load(str(directory), dtype, place, trust_remote_code)
-        dense, its_tokenizer = load(teacher, dtype, place, trust_remote_code)
+        dense, its_tokenizer = load(teacher, dtype, place, trust_remote_code, teacher_device_map)
     _check_teacher(
         directory, plan, student, dense, fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(its_tokenizer)
     )
@@ -331,12 +340,16 @@ def _quality_before(
     dense: PreTrainedModel, student: PreTrainedModel, plan: PrunePlan, windows: Tensor | None, run: Reporter
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
-    from linearpatch_kernels.modeling.families import keep_layers
+    from linearpatch_kernels.modeling.families import is_dispatched, keep_layers
 
     if windows is None:
         return {}
-    dropped = keep_layers(dense, plan.kept_layers)
-    models = {"dense": dense, "dropped (no patch)": dropped, _BEFORE: student}
+    dropped: dict[str, PreTrainedModel] = {}
+    if is_dispatched(dense):
+        problems.print("note: a teacher spread over devices cannot be cut, so plain removal is not measured")
+    else:
+        dropped = {"dropped (no patch)": keep_layers(dense, plan.kept_layers)}
+    models = {"dense": dense, **dropped, _BEFORE: student}
     return compare_quality(models, windows, dense, progress=run)
 
 

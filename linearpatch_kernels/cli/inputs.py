@@ -31,7 +31,9 @@ class Windows:
     evaluation_source: str
 
 
-def load(source: str, dtype: str, device: str | None, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+def load(
+    source: str, dtype: str, device: str | None, trust_remote_code: bool, device_map: str | None = None
+) -> tuple[PreTrainedModel, Any]:
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -47,7 +49,11 @@ def load(source: str, dtype: str, device: str | None, trust_remote_code: bool) -
         raise InputError(f"--dtype {dtype} is not known: choose one of {', '.join(dtypes)}")
     path = str(demo_model_path()) if source == "demo" else source
     model, tokenizer = load_model(
-        path, dtype=dtypes[dtype], device=device or "auto", trust_remote_code=trust_remote_code
+        path,
+        dtype=dtypes[dtype],
+        device=device or "auto",
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
     )
     return model, tokenizer
 

@@ -89,6 +89,7 @@ def prune(
     batch_size: BatchSize = 4,
 ) -> None:
     """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
@@ -110,8 +111,10 @@ def prune(
     check_output(output, overwrite=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
+    processes = launched_processes()
+    place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
-        dense, tokenizer = load(model, dtype, device, trust_remote_code)
+        dense, tokenizer = load(model, dtype, place, trust_remote_code)
     layers = num_layers_of(dense)
     if wanted:
         checked_spans(wanted, layers)
@@ -141,8 +144,11 @@ def prune(
             about=windows.about,
             fingerprint=fingerprint_model(dense),
             batch_size=batch_size,
-            progress=run,
+            ranks=processes,
+            progress=run if processes.first else None,
         )
+    if not processes.first:
+        return
     found = _compare(dense, pruning, windows, run)
     data = report_data(model, pruning, found, windows, run, dense)
     with run.stage("draw the report"):

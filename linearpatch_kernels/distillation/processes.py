@@ -20,12 +20,18 @@ class Processes:
         rank, count: which of how many.
         wait: returns when every sibling has called it.
         device: where this process computes; None: not decided by the launcher.
+        exchange: takes what this one has and returns what each of them has, in the order of their ranks.
     """
 
     rank: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
     device: Any = None
+    exchange: Callable[[Any], list[Any]] = lambda one: [one]
+
+    def gather(self, one: Any) -> list[Any]:
+        """``one`` of every sibling, in the order of their ranks; every sibling has to call it."""
+        return self.exchange(one)
 
     @property
     def first(self) -> bool:
@@ -39,7 +45,14 @@ def launched_processes() -> Processes:
         return Processes()
     # accelerate has to be told: without it, processes on CPUs would each believe to be alone.
     state = need_accelerate().PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
-    return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device)
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device, _exchange)
+
+
+def _exchange(one: Any) -> list[Any]:
+    # accelerate's own gathering of objects joins lists, and leaves out what is not one.
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, one)
+    return found
 
 
 def need_accelerate() -> Any:

@@ -125,8 +125,13 @@ def model_logits(model: Model, windows: Tensor) -> Tensor:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's input belongs: the device of its first parameter (its embedding), else the CPU."""
+    """Where the model's input belongs: the device of its first parameter (its embedding), or the one that accelerate
+    brings it to for a call; the CPU where there is none."""
     parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device.type == "meta":
+        hooks = (vars(module).get("_hf_hook") for module in model.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((place for place in places if place is not None), "meta"))
     return torch.device("cpu") if parameter is None else parameter.device
 
 

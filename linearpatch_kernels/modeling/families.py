@@ -291,6 +291,11 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     return view
 
 
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate moves the model's weights, or what flows between them, about (``device_map``)."""
+    return any("_hf_hook" in vars(module) for module in model.modules())
+
+
 def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A model of the same class with only the layers ``keep``, in their order.
 
@@ -326,7 +331,7 @@ def rebuild(
         raise InputError(f"a {type(model).__name__} cannot be cut: merge or unload the wrapper first")
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
-    if any("_hf_hook" in module.__dict__ for module in model.modules()):
+    if is_dispatched(model):
         raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
     with torch.device("meta"), no_init_weights():
         twin = model_class(config)
@@ -365,6 +370,11 @@ def _shallow_copy(module: ModuleT) -> ModuleT:
     for name, value in vars(module).items():
         if name.startswith("_") and isinstance(value, (dict, set)):
             vars(clone)[name] = copy.copy(value)
+    # What accelerate puts around a module's forward is bound to that module, and would run it instead of the copy.
+    # Weights that it keeps elsewhere stay with the modules that hold them, whose own hooks bring them.
+    if "_hf_hook" in vars(clone) and clone._modules:
+        for name in ("_hf_hook", "forward", "_old_forward"):
+            vars(clone).pop(name, None)
     return clone
 
 

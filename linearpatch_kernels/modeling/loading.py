@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from linearpatch_kernels.text import cache_dir
 # Architecture names inside GGUF files (mistral is written as llama).
 _GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 _GGUF_MAGIC = b"GGUF"
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""How accelerate shares a model out: what fits best; the same to every device; one device after the other."""
+
 _FINGERPRINT_BYTES = 1 << 20
 
 
@@ -33,23 +38,30 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """The model, in evaluation mode, and its tokenizer.
 
     A GGUF file is dequantised to float32 once and kept as a checkpoint under `text.cache_dir`.
 
+    A model that is larger than any one device can be spread with ``device_map`` (by accelerate): it answers, measures
+    and calibrates like any other, but cannot be cut or trained.
+
     Args:
         source: a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``).
         dtype: of the weights; None is the checkpoint's own.
         device: None or ``"auto"`` is the accelerator if there is one, else the CPU.
+        device_map: instead of a device: ``"auto"``, ``"balanced"``, ``"sequential"``, or module -> device, ``"cpu"`` or
+            ``"disk"`` (the weights then stay in the checkpoint's files, and are read for every call).
         trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
 
     Raises:
         InputError: not a model, an unsupported family, damaged or incomplete files, a tokenizer that is missing or
             belongs to another model, a hub that cannot be reached.
     """
-    target = _device(device)
+    target = _device(device) if device_map is None else None
+    spread = {} if device_map is None else _spread(device_map)
     path = Path(source).expanduser()
     if path.is_file():
         place = str(_converted_gguf(path))
@@ -58,7 +70,7 @@ def load_model(
         place = str(path)
     else:
         place = _hub_id(str(source))
-    model = _load_weights(str(source), place, dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    model = _load_weights(str(source), place, dtype, spread, trust_remote_code=trust_remote_code, use_safetensors=True)
     tokenizer = _load_tokenizer(str(source), place, trust_remote_code=trust_remote_code)
     rows = decoder(model).embed_tokens.num_embeddings
     # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
@@ -67,7 +79,19 @@ def load_model(
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it belongs "
             "to another model"
         )
-    return model.to(target).eval(), tokenizer
+    return (model if target is None else model.to(target)).eval(), tokenizer
+
+
+def _spread(device_map: str | Mapping[str, str | int | torch.device]) -> dict[str, Any]:
+    """What `from_pretrained` is told; what does not fit the devices and the memory stays on the disk."""
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise InputError(f"no device map is called {device_map!r}: choose one of {', '.join(DEVICE_MAPS)}")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError(
+            "spreading a model over devices needs accelerate, which is not installed: "
+            "pip install 'linearpatch-kernels[train]'"
+        )
+    return {"device_map": device_map, "offload_folder": str(cache_dir() / "offload")}
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -120,13 +144,15 @@ def _weight_files(path: Path) -> list[Path]:
         raise InputError(f"{index} cannot be read ({error}): copy the model again") from error
 
 
-def _load_weights(source: str, place: str, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+def _load_weights(
+    source: str, place: str, dtype: torch.dtype | None, spread: Mapping[str, Any], **options: Any
+) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(place, **options)
         family_of(config)
         with no_progress_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype or "auto", output_loading_info=True, **options
+                place, config=config, dtype=dtype or "auto", output_loading_info=True, **spread, **options
             )
     except InputError:
         raise
@@ -205,7 +231,7 @@ def _convert_gguf(path: Path, converted: Path) -> None:
     # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with quiet:
-        model = _load_weights(str(path), str(path.parent), torch.float32, gguf_file=path.name)
+        model = _load_weights(str(path), str(path.parent), torch.float32, {}, gguf_file=path.name)
     tokenizer = _load_tokenizer(str(path), str(path.parent), gguf_file=path.name)
     # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
     model.hf_quantizer = None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate, collect_moments
+from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows
@@ -55,6 +55,7 @@ def plan_pruning(
     about: Mapping[str, Any] | None = None,
     fingerprint: str = "",
     batch_size: int = 4,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Pruning:
     """Decide what to remove and what heals it.
@@ -71,6 +72,7 @@ def plan_pruning(
         score, fit, rank, structured: see :mod:`~linearpatch_kernels.surgery.scoring`,
             :mod:`~linearpatch_kernels.surgery.fitting` and :func:`~linearpatch_kernels.surgery.selection.choose_fit`.
         about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
+        ranks: processes that share the passes over ``fit_windows``; all of them get the same result.
 
     Raises:
         InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
@@ -93,13 +95,13 @@ def plan_pruning(
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
-            model, fit_windows.split(batch_size), moments=chosen if moments else (), progress=progress
+            model, fit_windows.split(batch_size), moments=chosen if moments else (), ranks=ranks, progress=progress
         )
     else:
-        statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+        statistics = calibrate(model, fit_windows.split(batch_size), ranks=ranks, progress=progress)
         short = _short_list(statistics, drop or 0) if score == LOSS else choose_spans(statistics, drop or 0, score)
         if moments or score == LOSS:
-            found = collect_moments(model, fit_windows.split(batch_size), short, progress=progress)
+            found = collect_moments(model, fit_windows.split(batch_size), short, ranks=ranks, progress=progress)
             statistics = statistics.with_moments(found)
         chosen = short
         if score == LOSS and heldout_windows is not None:

@@ -1,6 +1,7 @@
 """Store and training of a tiny model in processes of their own.
 
-``work DIR OUT``: once, also under torchrun. ``kill DIR SEED KILLS``: again and again, killed at random moments.
+``work DIR OUT``: once, also under torchrun. ``calibrate OUT``: the statistics, also under torchrun. ``kill DIR SEED
+KILLS``: again and again, killed at random moments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from modeling.tiny import VOCABULARY, random_patch, tiny_model
 from safetensors.torch import save, save_file
 
-from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.calibration import Span, calibrate, collect_moments
 from linearpatch_kernels.distillation.processes import launched_processes
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.distillation.trainer import Step, TrainingSettings, distill
@@ -58,6 +59,17 @@ def work(place: Path) -> dict[str, Any]:
         on_step=remember,
     )
     return {"student": student, "gradients": gradients, "run": run, "first": processes.first}
+
+
+def calibrated(file: Path) -> None:
+    """Eleven windows, so that two processes have shares of different sizes."""
+    processes = launched_processes()
+    windows = torch.randint(3, VOCABULARY, (11, 20), generator=torch.Generator().manual_seed(0))
+    model, spans = tiny_model("llama"), [Span(2, 4)]
+    found = calibrate(model, windows.split(1), moments=spans, ranks=processes)
+    later = collect_moments(model, windows.split(1), spans, ranks=processes)
+    assert torch.equal(later[spans[0]].xy, found.moments[spans[0]].xy)
+    found.save(file.with_suffix(f".{processes.rank}"), fingerprint="test")
 
 
 def digest(place: Path, student: Any) -> str:
@@ -109,6 +121,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "kill":
         kill(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "calibrate":
+        calibrated(Path(sys.argv[2]))
     else:
         result = work(Path(sys.argv[2]))
         if result["first"]:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from modeling.tiny import VOCABULARY, tiny_model
 from safetensors.torch import load_file
 
+from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
 from linearpatch_kernels.distillation.processes import Processes, launched_processes
+from linearpatch_kernels.errors import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +54,28 @@ def test_two_processes_are_one_on_the_same_global_batch(tmp_path: Path) -> None:
     assert float(two["curve"][-1]) < float(two["curve"][0])
     stores = [{p.name: p.read_bytes() for p in (tmp_path / name / "store").iterdir()} for name in ("one", "two")]
     assert stores[0] == stores[1]
+
+
+def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
+    start(PROGRAM, "calibrate", tmp_path / "one")
+    start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", PROGRAM, "calibrate", tmp_path / "two")
+    whole = CalibrationStatistics.load(tmp_path / "one.0", fingerprint="test")
+    for rank in (0, 1):
+        shared = CalibrationStatistics.load(tmp_path / f"two.{rank}", fingerprint="test")
+        assert shared.samples == whole.samples == 11
+        assert torch.equal(shared.tokens, whole.tokens)
+        assert torch.equal(shared.hadamard_mean_abs, whole.hadamard_mean_abs)
+        for name in ("token_cosine", "token_angle", "last_token_angle", "channel_cosine"):
+            torch.testing.assert_close(getattr(shared, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+        span = Span(2, 4)
+        torch.testing.assert_close(shared.moments[span].xx, whole.moments[span].xx, rtol=1e-12, atol=1e-12)
+        assert shared.moments[span].yy == whole.moments[span].yy
+
+
+def test_too_little_for_so_many() -> None:
+    windows = torch.randint(3, VOCABULARY, (1, 20))
+    with pytest.raises(InputError, match="2 processes need a sequence of at least as many batches"):
+        calibrate(tiny_model("llama"), [windows], ranks=Processes(1, 2))
 
 
 def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from linearpatch_kernels.calibration import Span, residual_stream
 from linearpatch_kernels.distillation.structure import input_moments, structure
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import heldout_losses
-from linearpatch_kernels.modeling.patched import patches, replace_patch
+from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan

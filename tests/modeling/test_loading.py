@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,11 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
+from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.modeling import loading
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
+from linearpatch_kernels.text import fingerprint_model
 
 from .tiny import FAMILY_NAMES, VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -47,6 +52,44 @@ def test_a_directory(stock: Path, ids: torch.Tensor) -> None:
     assert torch.equal(model(ids).logits, tiny_model("llama", layers=2)(ids).logits)
     assert not model.training
     assert len(tokenizer) == VOCABULARY
+
+
+SPREAD = [
+    {"": "disk"},
+    {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    | {f"model.layers.{i}": ("cpu", "disk")[i] for i in range(2)},
+]
+
+
+@pytest.mark.parametrize("device_map", [*SPREAD, "auto"], ids=["disk", "mixed", "auto"])
+def test_spread_over_memory_and_disk(
+    stock: Path, ids: torch.Tensor, device_map: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path))
+    whole, _ = load_model(stock, device="cpu")
+    spread, _ = load_model(stock, device_map=device_map)
+    kept = {parameter.device.type for parameter in spread.parameters()}
+    assert kept == ({"meta"} if device_map == {"": "disk"} else {"cpu"} if device_map == "auto" else {"cpu", "meta"})
+    assert torch.equal(spread(ids).logits, whole(ids).logits)
+    assert fingerprint_model(spread) == fingerprint_model(whole)
+    windows = ids.repeat(3, 1)
+    assert perplexity(spread, windows) == perplexity(whole, windows)
+    ours, theirs = (calibrate(model, [windows], moments=[Span(0, 1)]) for model in (spread, whole))
+    assert torch.equal(ours.token_cosine, theirs.token_cosine)
+    assert torch.equal(ours.moments[Span(0, 1)].xy, theirs.moments[Span(0, 1)].xy)
+    stores = [
+        write_teacher_store(model, windows, tmp_path / name, top_k=5, joint=1)
+        for name, model in (("spread", spread), ("whole", whole))
+    ]
+    assert (stores[0].directory / "index.json").read_bytes() == (stores[1].directory / "index.json").read_bytes()
+    if device_map != "auto":
+        with pytest.raises(InputError, match="dispatched by accelerate"):
+            keep_layers(spread, [0])
+
+
+def test_no_such_device_map(stock: Path) -> None:
+    with pytest.raises(InputError, match="no device map is called 'everywhere': choose one of auto"):
+        load_model(stock, device_map="everywhere")
 
 
 def test_dtype_and_device(stock: Path) -> None:
