@@ -32,6 +32,7 @@ from test_cli import (
 )
 from transformers import AutoModelForCausalLM
 
+from linearpatch_kernels.distillation.processes import Processes
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import heldout_losses
 from linearpatch_kernels.modeling.patched import patches
@@ -293,6 +294,16 @@ def test_refusals(world: World, run: Run, tmp_path: Path, case: str) -> None:
     assert says in refusal(run(*arguments(world, tmp_path / "out", *flags)))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.work").exists()
+
+
+def test_one_process_for_a_teacher_on_all_devices(
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "linearpatch_kernels.distillation.processes.launched_processes", lambda: Processes(rank=0, count=2)
+    )
+    flags = ["--teacher-device-map", "auto", "--batch-size", "2"]
+    assert "start only one" in refusal(run(*arguments(world, tmp_path / "out", *flags)))
 
 
 def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain: Path) -> None:

@@ -186,6 +186,8 @@ def distill(
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
     settings.check_processes(processes.count)
+    if teacher_device_map is not None and processes.count > 1:
+        raise InputError("--teacher-device-map spreads the teacher over all devices of one process: start only one")
     place = str(processes.device) if processes.device is not None and device is None else device
     run = Reporter()
     progress = run if processes.first else None
