@@ -2,8 +2,8 @@
 
 ``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
 row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
-was. ``step`` times a training step of every kind, taking turns, and measures its memory; it is the part that wants an
-idle machine. ``tables`` prints what is there.
+was. ``step`` times a training step of ``--steps-of``, taking turns with the authors', and measures its memory; it is the
+part that wants an idle machine, and the minutes of the tables are so many of its steps. ``tables`` prints what is there.
 
 All rows of a depth share the span (that of the authors' score, cosine per channel), the calibration, training and
 held-out windows, the teacher's answers, and the order of the windows.
@@ -356,7 +356,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
         if name.startswith("step, "):
             print(f"\nA step of {LENGTH} tokens, 6 of 30 layers gone, median of {found['rounds']}, {name[6:]}\n")
             print(markdown(("step", "seconds", "of theirs", "MB above the resident", "of theirs"), step_rows(found)))
-    header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "run (s)")
+    header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes")
     for drop in DROPS:
         rows = list(table_rows(results, drop))
         if rows:
@@ -380,6 +380,7 @@ def step_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...]]:
     dense = results.get("dense")
+    steps = results.get("step, 2 threads", {}).get("steps", {}) if drop == 6 else {}
     found = {Row.parse(name): one for name, one in results.items() if name.startswith(f"{drop}/")}
     lost = found.get(Row(drop, "dropped"))
     order = list(METHODS)
@@ -391,9 +392,10 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
         ]
         healed = [healed_share(dense, lost, one, text) for text in TEXTS] if dense and lost else []
         rate = f"{row.learning_rate:g}" if row.learning_rate else ""
-        seconds = f"{one['seconds']:.0f}" if "seconds" in one else ""
+        step = steps.get(row.method, {}).get("seconds")
+        minutes = f"{STEPS * step / 60:.1f}" if step else ""
         shares = " / ".join(f"{share:.0%}" for share in healed)
-        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *texts, shares, seconds
+        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *texts, shares, minutes
 
 
 def healed_share(dense: Mapping[str, Any], dropped: Mapping[str, Any], one: Mapping[str, Any], text: str) -> float:
