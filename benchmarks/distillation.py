@@ -2,8 +2,9 @@
 
 ``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
 row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
-was. ``step`` times a training step of ``--steps-of``, taking turns with the authors', and measures its memory; it is the
-part that wants an idle machine, and the minutes of the tables are so many of its steps. ``tables`` prints what is there.
+was. ``step`` times a training step of ``--steps-of``, taking turns with the authors', and measures its memory; it is
+the part that wants an idle machine, and the minutes of the tables are so many of its steps. ``tables`` prints what is
+there.
 
 All rows of a depth share the span (that of the authors' score, cosine per channel), the calibration, training and
 held-out windows, the teacher's answers, and the order of the windows.
