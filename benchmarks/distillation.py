@@ -140,6 +140,7 @@ class Study:
         self.statistics = self._statistics(work / "statistics.safetensors")
         self.spans = {drop: choose_spans(self.statistics, drop, "channel-cosine")[0] for drop in DROPS}
         self.dense = self._dense(work / "report.safetensors")
+        self.stores: dict[int, TeacherStore] = {}
 
     def _statistics(self, file: Path) -> CalibrationStatistics:
         if not file.exists():
@@ -171,8 +172,11 @@ class Study:
     def store(self, drop: int) -> TeacherStore:
         """The teacher's answers on the training and held-out windows, with the states at this depth's joint."""
         start = self.spans[drop].start
-        windows = torch.cat([self.windows["training"], self.windows["heldout"]])
-        return write_teacher_store(self.model, windows, self.work / f"store-{start}", joint=start, progress=show)
+        if start not in self.stores:
+            windows = torch.cat([self.windows["training"], self.windows["heldout"]])
+            place = self.work / f"store-{start}"
+            self.stores[start] = write_teacher_store(self.model, windows, place, joint=start, progress=show)
+        return self.stores[start]
 
     def student(self, row: Row) -> PreTrainedModel:
         method, span = METHODS[row.method], self.spans[row.drop]
@@ -425,7 +429,9 @@ def main() -> None:
         results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
         if options.what == "step":
             found = compare_steps(study, options.rounds, options.steps_of)
-            results.put(f"step, {found['threads']} threads", found)
+            name = f"step, {found['threads']} threads"
+            earlier = results.content.get(name, {}).get("steps", {})
+            results.put(name, found | {"steps": earlier | found["steps"]})
             print_tables({name: one for name, one in results.content.items() if name.startswith("step, ")})
             return
         for row in rows:
