@@ -66,12 +66,14 @@ class Method:
         form: of `forms.FORMS`.
         train: of `trainable.TRAIN`; "" for a method without training.
         rank: of the fit and the form, where they have one.
+        loss: of `trainer.LOSSES`.
     """
 
     fit: str
     form: str = "keep"
     train: str = ""
     rank: int = STRUCTURED_RANK
+    loss: str = "tail"
 
 
 METHODS = {
@@ -80,7 +82,7 @@ METHODS = {
     "fitted": Method("shrunk-least-squares"),
     "fitted, rank 32": Method("shrunk-low-rank"),
     "authors": Method("linearpatch", "dense", "patch"),
-    "ours, same start": Method("linearpatch", "dense", "patch"),
+    "ours, all as theirs": Method("linearpatch", "dense", "patch", loss="topk"),
     "ours, dense": Method("shrunk-least-squares", "keep", "patch"),
     "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
     "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
@@ -272,6 +274,7 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
     settings = TrainingSettings(
         steps=STEPS,
         train=METHODS[row.method].train,
+        loss=METHODS[row.method].loss,
         learning_rate=row.learning_rate,
         evaluate_every=LOOK_EVERY,
     )
@@ -291,10 +294,10 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
 class OurStep:
     """A step of ours, from the cached state at the joint, through the suffix and the linear loss."""
 
-    def __init__(self, study: Study, row: Row, student: PreTrainedModel, loss: str) -> None:
+    def __init__(self, study: Study, row: Row, student: PreTrainedModel) -> None:
         joint = study.spans[row.drop].start
         trainable = prepare(student, joint, METHODS[row.method].train, lora_rank=16, seed=0)
-        self.store, self.loss = study.store(row.drop), loss
+        self.store, self.loss = study.store(row.drop), METHODS[row.method].loss
         self.measure = SuffixLoss(student, joint)
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
@@ -317,7 +320,7 @@ def compare_steps(study: Study, rounds: int, names: Sequence[str]) -> dict[str, 
         if name == "authors":
             cases[name] = AuthorsLoop(student, study.store(6), study.spans[6].start, 1e-5, 1000)
         else:
-            cases[name] = OurStep(study, row, student, "tail")
+            cases[name] = OurStep(study, row, student)
     for case in cases.values():
         case.step(0)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -415,7 +418,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="as --list writes them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps-of", nargs="+", default=["ours, same start"], choices=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--steps-of", nargs="+", default=["ours, all as theirs", "ours, dense"], choices=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--work", type=Path, default=cache_dir() / "benchmark-distillation")
     options = parser.parse_args()
     results = Results(options.work / "rows.json")
