@@ -392,18 +392,22 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
     found = {Row.parse(name): one for name, one in results.items() if name.startswith(f"{drop}/")}
     lost = found.get(Row(drop, "dropped"))
     order = list(METHODS)
+    if dense:
+        yield "", "dense", "", "", "", *_figures(dense), "", ""
     for row, one in sorted(found.items(), key=lambda item: (order.index(item[0].method), item[0].learning_rate)):
         curve = one.get("curve", [])
         kl = f"{curve[0]['tail']:.4f} to {min(point['tail'] for point in curve):.4f}" if curve else ""
-        texts = [
-            f"{math.exp(one['quality'][text]['loss']):.1f} / {one['quality'][text]['agreement']:.1%}" for text in TEXTS
-        ]
         healed = [healed_share(dense, lost, one, text) for text in TEXTS] if dense and lost else []
         rate = f"{row.learning_rate:g}" if row.learning_rate else ""
         step = steps.get(row.method, {}).get("seconds")
         minutes = f"{STEPS * step / 60:.1f}" if step else ""
         shares = " / ".join(f"{share:.0%}" for share in healed)
-        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *texts, shares, minutes
+        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *_figures(one), shares, minutes
+
+
+def _figures(one: Mapping[str, Any]) -> list[str]:
+    """Perplexity and agreement per text."""
+    return [f"{math.exp(one['quality'][text]['loss']):.1f} / {one['quality'][text]['agreement']:.1%}" for text in TEXTS]
 
 
 def healed_share(dense: Mapping[str, Any], dropped: Mapping[str, Any], one: Mapping[str, Any], text: str) -> float:
