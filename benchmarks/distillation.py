@@ -392,7 +392,7 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
     found = {Row.parse(name): one for name, one in results.items() if name.startswith(f"{drop}/")}
     lost = found.get(Row(drop, "dropped"))
     order = list(METHODS)
-    if dense:
+    if dense and found:
         yield "", "dense", "", "", "", *_figures(dense), "", ""
     for row, one in sorted(found.items(), key=lambda item: (order.index(item[0].method), item[0].learning_rate)):
         curve = one.get("curve", [])
