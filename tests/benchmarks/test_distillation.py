@@ -1,0 +1,81 @@
+"""The authors' loop that ours is held against, and how results are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from modeling.tiny import VOCABULARY, random_patch, tiny_model
+from transformers import PreTrainedModel
+
+from benchmarks.authors_loop import AuthorsLoop
+from benchmarks.distillation import METHODS, Results, Row, default_rows, healed_share
+from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+from linearpatch_kernels.distillation.trainer import SuffixLoss, joint_state
+from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.surgery.apply import apply_plan
+from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+
+JOINT = 2
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TeacherStore:
+    windows = torch.randint(3, VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
+    return write_teacher_store(tiny_model("llama"), windows, tmp_path_factory.mktemp("store"), top_k=10)
+
+
+def student() -> PreTrainedModel:
+    return apply_plan(tiny_model("llama"), PrunePlan(6, (Joint(Span(2, 4), random_patch("dense"), "test"),)))
+
+
+def test_its_loss_and_gradient_are_those_of_topk(store: TeacherStore) -> None:
+    loop, ours = AuthorsLoop(student(), store, JOINT, 1e-3, 8), student()
+    value = loop.step(0)
+    weight = patches(ours)[JOINT].weight
+    batch = store.batch([0])
+    mine = SuffixLoss(ours, JOINT)(joint_state(ours, batch, JOINT), batch.probs, batch.ids, ["topk"])[0]
+    mine.backward()
+    assert float(mine.detach()) == pytest.approx(value, rel=1e-5)
+    torch.testing.assert_close(loop.matrix.grad, weight.grad, rtol=1e-4, atol=1e-7)
+    assert float(weight.grad.norm()) > 0
+
+
+def test_it_goes_on_bit_for_bit(store: TeacherStore, tmp_path: Path) -> None:
+    whole, first = (AuthorsLoop(student(), store, JOINT, 1e-3, 8) for _ in range(2))
+    for step in range(4):
+        whole.step(step)
+        if step < 2:
+            first.step(step)
+    first.save(tmp_path / "state.pt", {"curve": [{"step": 2}]})
+    again = AuthorsLoop(student(), store, JOINT, 1e-3, 8)
+    assert again.load(tmp_path / "state.pt") == {"curve": [{"step": 2}]}
+    assert again.done == 2
+    for step in (2, 3):
+        again.step(step)
+    assert torch.equal(again.matrix, whole.matrix)
+    assert not torch.equal(again.matrix, first.matrix)
+
+
+def test_rows_have_names_of_their_own() -> None:
+    rows = default_rows()
+    assert [Row.parse(str(row)) for row in rows] == rows
+    assert len(set(rows)) == len(rows)
+    assert {row.method for row in rows} <= set(METHODS)
+    with pytest.raises(SystemExit, match="no method is called 'theirs'"):
+        Row.parse("6/theirs/0")
+
+
+def test_two_processes_keep_each_others_results(tmp_path: Path) -> None:
+    one, two = Results(tmp_path / "rows.json"), Results(tmp_path / "rows.json")
+    one.put("a", 1)
+    two.put("b", 2)
+    assert Results(tmp_path / "rows.json").content == {"a": 1, "b": 2}
+
+
+def test_what_is_healed() -> None:
+    dense, dropped, half = ({"quality": {"text": {"loss": loss}}} for loss in (3.0, 4.0, 3.5))
+    assert healed_share(dense, dropped, half, "text") == pytest.approx(0.5)
+    assert healed_share(dense, dropped, dropped, "text") == 0
