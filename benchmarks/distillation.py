@@ -87,9 +87,9 @@ METHODS = {
     "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
     "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
     "ours, scale": Method("linearpatch", "scale", "patch"),
-    "ours, scale + pre/post": Method("linearpatch", "scales", "patch"),
+    "ours, scale + diagonals": Method("linearpatch", "scales", "patch"),
     "ours, rank 32": Method("shrunk-low-rank", "keep", "patch"),
-    "ours, rank 32 + pre/post": Method("shrunk-low-rank", "low-rank", "patch"),
+    "ours, rank 32 + diagonals": Method("shrunk-low-rank", "low-rank", "patch"),
     "ours, rank 32 + norms": Method("shrunk-low-rank", "keep", "patch+norms"),
 }
 
