@@ -302,9 +302,8 @@ class OurStep:
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
     def step(self, window: int) -> float:
-        batch = self.store.batch([window])
-        assert batch.joint_state is not None
-        loss = self.measure(batch.joint_state.float(), batch.probs, batch.ids, [self.loss])[0]
+        batch = self.store.batch([window], [SPAN.start])
+        loss = self.measure(batch.states[SPAN.start].float(), batch.probs, batch.ids, [self.loss])[0]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -221,7 +221,7 @@ def test_a_store_serves_several_runs(world: World, run: Run, tmp_path: Path, dis
 
 def test_states_of_the_joint_may_be_kept(world: World, run: Run, tmp_path: Path, distilled: Path) -> None:
     assert run(*arguments(world, tmp_path / "out", "--store-states", "--store", tmp_path / "store")).status == 0
-    assert "joint_state" in load_file(tmp_path / "store" / "shard-00000.safetensors")
+    assert "state.3" in load_file(tmp_path / "store" / "shard-00000.safetensors")
     assert heldout(tmp_path / "out")[1] == pytest.approx(heldout(distilled)[1], rel=0.05)
 
 

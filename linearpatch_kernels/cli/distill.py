@@ -213,7 +213,7 @@ def distill(
             windows.all,
             store or place_of_work / "store",
             top_k=top_k,
-            joint=joint_depth(student, joint) if store_states else None,
+            depths=[joint_depth(student, joint)] if store_states else [],
             tokenizer=fingerprint_tokenizer(tokenizer),
             processes=processes,
             progress=progress,

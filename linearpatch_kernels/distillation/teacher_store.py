@@ -1,5 +1,5 @@
 """What the teacher says about a text, computed once and kept: per token its K likeliest tokens with their true
-probabilities, and on request the hidden state that enters the joint.
+probabilities, and on request its hidden states at some depths.
 
 A store is a directory: ``request.json`` (whose answers, on what; written first), ``shard-00000.safetensors`` and so on,
 ``index.json`` (the shards with their checksums; written last, so that its presence means: complete). Shard by shard it
@@ -32,7 +32,7 @@ from linearpatch_kernels.text import fingerprint_model
 DEFAULT_TOP_K = 50
 
 _FORMAT = "linearpatch-teacher-store"
-_VERSION = 1
+_VERSION = 2
 _SHARD_BYTES = 64 << 20
 # Logits that exist at once while the store is written: 64 MB of float32, whatever the vocabulary.
 _LOGITS_AT_ONCE = 1 << 24
@@ -47,7 +47,7 @@ class StoreRequest:
         count, length: windows, and tokens in each.
         vocabulary, hidden_size: of the teacher.
         top_k: K.
-        joint: the depth whose hidden state is kept too (the stream entering layer ``joint``), None: none.
+        depths: whose hidden states are kept too, increasing (depth i is the stream entering layer i, or behind all).
         shard_windows: windows in a shard.
     """
 
@@ -59,7 +59,7 @@ class StoreRequest:
     vocabulary: int
     hidden_size: int
     top_k: int
-    joint: int | None
+    depths: tuple[int, ...]
     shard_windows: int
 
     @property
@@ -75,9 +75,7 @@ class StoreRequest:
             "probs": (torch.float16, (self.top_k,)),
             "kept_mass": (torch.float32, ()),
         }
-        if self.joint is not None:
-            kept["joint_state"] = (torch.bfloat16, (self.hidden_size,))
-        return kept
+        return kept | {_state(depth): (torch.bfloat16, (self.hidden_size,)) for depth in self.depths}
 
     @property
     def bytes_per_token(self) -> int:
@@ -98,7 +96,7 @@ class StoreRequest:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self)}
+        return {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self), "depths": list(self.depths)}
 
     @classmethod
     def read(cls, file: Path) -> StoreRequest:
@@ -106,12 +104,16 @@ class StoreRequest:
         try:
             content = json.loads(file.read_bytes())
             if content.pop("format") == _FORMAT and content.pop("version") == _VERSION:
-                return cls(**content)
+                return cls(**content | {"depths": tuple(content["depths"])})
         except FileNotFoundError as error:
             raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         raise InputError(f"{file} is damaged or not of this version: give another --store")
+
+
+def _state(depth: int) -> str:
+    return f"state.{depth}"
 
 
 def fingerprint_windows(windows: Tensor) -> str:
@@ -126,21 +128,22 @@ def store_request(
     windows: Tensor,
     *,
     top_k: int = DEFAULT_TOP_K,
-    joint: int | None = None,
+    depths: Sequence[int] = (),
     tokenizer: str = "",
     shard_windows: int | None = None,
 ) -> StoreRequest:
     """The request for the answers of ``model`` on ``windows`` [W, T]; shards of about 64 MB unless told.
 
     Raises:
-        InputError: windows that do not fit the model, a ``top_k`` outside the vocabulary, a joint outside the layers.
+        InputError: windows that do not fit the model, a ``top_k`` outside the vocabulary, depths outside the layers.
     """
     check_windows(model, windows)
     vocabulary, layers = int(model.config.vocab_size), num_layers(model)
     if not 1 <= top_k <= vocabulary:
         raise InputError(f"--top-k {top_k} is not between 1 and the vocabulary's {vocabulary} tokens")
-    if joint is not None and not 0 <= joint <= layers:
-        raise InputError(f"there is no depth {joint} in a model of {layers} layers")
+    for depth in depths:
+        if not 0 <= depth <= layers:
+            raise InputError(f"there is no depth {depth} in a model of {layers} layers")
     request = StoreRequest(
         model=fingerprint_model(model),
         tokenizer=tokenizer,
@@ -150,7 +153,7 @@ def store_request(
         vocabulary=vocabulary,
         hidden_size=hidden_size(model),
         top_k=top_k,
-        joint=joint,
+        depths=tuple(sorted(set(depths))),
         shard_windows=shard_windows or 1,
     )
     fitting = max(1, _SHARD_BYTES // (request.bytes_per_token * request.length))
@@ -163,7 +166,7 @@ def write_teacher_store(
     directory: str | Path,
     *,
     top_k: int = DEFAULT_TOP_K,
-    joint: int | None = None,
+    depths: Sequence[int] = (),
     tokenizer: str = "",
     shard_windows: int | None = None,
     batch_size: int = 1,
@@ -173,13 +176,13 @@ def write_teacher_store(
     """One pass of the dense model over ``windows`` [W, T]; what an earlier call for the same finished is not repeated.
 
     A token takes ``K * (2 + ids) + ids + 4`` bytes, ids being 2 up to 65,536 tokens of vocabulary, else 4, and ``2 d``
-    more with a joint's state: for K = 50 and a small vocabulary 206 MB per million tokens. A shard that is damaged is
+    more per depth whose state is kept: for K = 50 and a small vocabulary 206 MB per million tokens. A damaged shard is
     written again (`TeacherStore.repaired` names it). Memory beyond the decoder's pass over a batch: 64 MB of logits,
     their Top-K, and one shard.
 
     Args:
         model: the teacher.
-        joint: keep the hidden state at this depth too, in bfloat16.
+        depths: keep the hidden states at these depths too, in bfloat16.
         tokenizer: fingerprint of the tokenizer that made the windows (`text.fingerprint_tokenizer`).
         shard_windows: windows in a shard; None: about 64 MB of them.
         batch_size: windows per forward pass.
@@ -192,7 +195,9 @@ def write_teacher_store(
     """
     processes = processes or Processes()
     folder = Path(directory).expanduser()
-    request = store_request(model, windows, top_k=top_k, joint=joint, tokenizer=tokenizer, shard_windows=shard_windows)
+    request = store_request(
+        model, windows, top_k=top_k, depths=depths, tokenizer=tokenizer, shard_windows=shard_windows
+    )
     if not processes.first:
         processes.wait()
         _write_shards(model, windows, folder, request, batch_size, processes, None)
@@ -246,7 +251,7 @@ _WHOSE = {
     "count": "other text",
     "length": "windows of another length",
     "top_k": "another --top-k",
-    "joint": "another joint, or with and without its states",
+    "depths": "the states of other depths",
     "shard_windows": "shards of another size",
 }
 
@@ -310,9 +315,8 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
         InputError: logits that are not finite.
     """
     layers = num_layers(model)
-    depths = {layers, request.joint} - {None}
     with evaluation_mode(model):
-        states = residual_stream(model, windows, [depth for depth in depths if depth is not None])
+        states = residual_stream(model, windows, sorted({layers, *request.depths}))
         head = suffix_model(model, layers)
         step = max(1, _LOGITS_AT_ONCE // (request.vocabulary * len(windows)))
         parts = [
@@ -324,8 +328,7 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
     if not bool(mass.isfinite().all()):
         raise InputError("the teacher gives logits that are not finite: load it in bfloat16 or float32")
     answers = {"input_ids": windows, "ids": ids, "probs": probs, "kept_mass": mass}
-    if request.joint is not None:
-        answers["joint_state"] = states[request.joint]
+    answers |= {_state(depth): states[depth] for depth in request.depths}
     return {name: tensor.to("cpu", request.layout[name][0]) for name, tensor in answers.items()}
 
 
@@ -342,13 +345,13 @@ class TeacherBatch(NamedTuple):
         input_ids: [B, T] int64.
         probs: [B, T, K] float32, the teacher's true probabilities (their sum is the kept mass).
         ids: [B, T, K] int32.
-        joint_state: [B, T, d] bfloat16, or None.
+        states: depth -> [B, T, d] bfloat16.
     """
 
     input_ids: Tensor
     probs: Tensor
     ids: Tensor
-    joint_state: Tensor | None
+    states: dict[int, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,23 +398,29 @@ class TeacherStore:
             )
         if tokenizer and self.request.tokenizer and tokenizer != self.request.tokenizer:
             raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")
-        if self.request.joint is not None and hidden_size(model) != self.request.hidden_size:
+        if self.request.depths and hidden_size(model) != self.request.hidden_size:
             raise InputError(
-                f"the joint's states in the store have width {self.request.hidden_size}, the model {hidden_size(model)}"
+                f"the states in the store have width {self.request.hidden_size}, the model {hidden_size(model)}"
             )
 
-    def batch(self, windows: Sequence[int]) -> TeacherBatch:
-        """The answers on these windows (numbers from 0), on the CPU."""
-        rows = [self._window(window) for window in windows]
-        parts = {name: torch.cat([row[name] for row in rows]) for name in self.request.layout}
+    def batch(self, windows: Sequence[int], depths: Sequence[int] = ()) -> TeacherBatch:
+        """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept."""
+        kept = [depth for depth in self.request.depths if depth in depths]
+        left_out = {_state(depth) for depth in self.request.depths if depth not in depths}
+        names = [name for name in self.request.layout if name not in left_out]
+        rows = [self._window(window, names) for window in windows]
+        parts = {name: torch.cat([row[name] for row in rows]) for name in names}
         probs = parts["probs"].float()
         # fp16 rounds each probability; the recorded mass keeps what they leave to the rest of the vocabulary exact.
         probs *= (parts["kept_mass"] / probs.sum(-1)).unsqueeze(-1)
         return TeacherBatch(
-            parts["input_ids"].to(torch.int64), probs, parts["ids"].to(torch.int32), parts.get("joint_state")
+            parts["input_ids"].to(torch.int64),
+            probs,
+            parts["ids"].to(torch.int32),
+            {depth: parts[_state(depth)] for depth in kept},
         )
 
-    def _window(self, window: int) -> dict[str, Tensor]:
+    def _window(self, window: int, names: Sequence[str]) -> dict[str, Tensor]:
         shard, row = divmod(window, self.request.shard_windows)
         with safe_open(self.directory / self.request.shards[shard][0], framework="pt") as file:
-            return {name: file.get_slice(name)[row : row + 1] for name in self.request.layout}
+            return {name: file.get_slice(name)[row : row + 1] for name in names}

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import linear_layers, norm_gains
+from linearpatch_kernels.modeling.families import decoder_layers, linear_layers, merge_tree, norm_gains
 from linearpatch_kernels.modeling.patched import patches
 
-TRAIN = ("patch", "patch+norms", "lora")
-"""The patches alone; they and the RMSNorm gains behind them; and LoRA on the projections behind them too."""
+TRAIN = ("patch", "patch+norms", "lora", "merged")
+"""The patches alone; they and the RMSNorm gains from them on; and LoRA on the projections from them on too; the patches
+and all weights of the merged layers (CoMe). Without patches "them" is the first merged layer."""
 
 # Relative to --learning-rate: gains and scales are near 1 and each of them moves a whole channel.
 _RATES = {"matrix": 1.0, "vector": 10.0}
@@ -69,11 +70,15 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
         _need_peft()
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
-    if train != "patch":
+    if train in ("patch+norms", "lora"):
         chosen |= {id(parameter) for parameter in norm_gains(student, begin).values()}
+    if train == "merged":
+        merged = [layer for layer, node in enumerate(merge_tree(student)) if isinstance(node, list)]
+        chosen |= {id(parameter) for layer in merged for parameter in decoder_layers(student)[layer].parameters()}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
-        raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+        what = "merged layer" if train == "merged" else "patch"
+        raise InputError(f"there is no {what} to train: make one with --patch dense, or train more with --train")
     return names
 
 

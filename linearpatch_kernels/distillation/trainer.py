@@ -12,9 +12,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -134,7 +134,7 @@ class Distillation:
     Attributes:
         parameters: how many numbers were trained.
         steps: how many steps were made; best_step: whose parameters the student has now.
-        curve: per look at the held-out windows its ``step`` and the KL of every loss measured, nats per token.
+        curve: per look at the held-out windows its ``step`` and every loss measured (a KL in nats per token).
         log: the lines of the log, one a step.
         seconds: of training, looks included, earlier processes of this run too.
     """
@@ -207,7 +207,7 @@ def heldout_losses(
     total = torch.zeros(len(losses), dtype=torch.float64)
     with evaluation_mode(student):
         for window in windows:
-            batch = store.batch([window])
+            batch = store.batch([window], [begin])
             state = joint_state(student, batch, begin)
             total += measure(state, batch.probs.to(device), batch.ids.to(device), losses).double().cpu()
     return dict(zip(losses, (total / len(windows)).tolist(), strict=True))
@@ -216,10 +216,64 @@ def heldout_losses(
 @torch.no_grad()
 def joint_state(student: PreTrainedModel, batch: TeacherBatch, begin: int) -> Tensor:
     """The stream that enters layer ``begin`` [B, T, d]: the store's, or that of the student's own prefix."""
-    if batch.joint_state is None:
+    if begin not in batch.states:
         return residual_stream(student, batch.input_ids, [begin])[begin]
     weight = student.get_input_embeddings().weight
-    return batch.joint_state.to(weight.device, weight.dtype)
+    return batch.states[begin].to(weight.device, weight.dtype)
+
+
+class Objective(Protocol):
+    """Toward what a run trains; made for the student once what is trained is prepared.
+
+    Attributes:
+        module: ``module(*inputs, losses=names)`` is [len(names)], the losses of these names; it holds what is trained.
+        weights: loss -> its weight in the sum that is minimised.
+        measured: the losses that held-out windows are looked at with; the first chooses the best step.
+        about: what tells this objective from others, for a checkpoint; JSON values.
+    """
+
+    module: nn.Module
+    weights: Mapping[str, float]
+    measured: Sequence[str]
+    about: Mapping[str, Any]
+
+    def inputs(self, windows: Sequence[int]) -> tuple[Tensor, ...]:
+        """What the module takes for these windows of the store."""
+        ...
+
+
+ObjectiveMaker = Callable[[PreTrainedModel, TeacherStore, int, TrainingSettings, torch.dtype], Objective]
+"""Student, store, the depth from which to train, settings, precision of the matrix products -> objective."""
+
+
+class JointObjective:
+    """The Top-K KL of the student's output, from the joint on.
+
+    Raises:
+        InputError: a store with the states of other depths than the joint's.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        store: TeacherStore,
+        begin: int,
+        settings: TrainingSettings,
+        precision: torch.dtype,
+    ) -> None:
+        if store.request.depths and begin not in store.request.depths:
+            there = ", ".join(map(str, store.request.depths))
+            raise InputError(f"the store holds the states of depth {there}, the run starts at {begin}")
+        self._student, self._store, self._begin = student, store, begin
+        self.module: nn.Module = SuffixLoss(student, begin, precision)
+        self.weights: Mapping[str, float] = {settings.loss: 1.0}
+        self.measured: Sequence[str] = list(dict.fromkeys(("tail", "topk", settings.loss)))
+        self.about: Mapping[str, Any] = {}
+
+    def inputs(self, windows: Sequence[int]) -> tuple[Tensor, ...]:
+        batch = self._store.batch(windows, [self._begin])
+        state = joint_state(self._student, batch, self._begin)
+        return state, batch.probs.to(state.device), batch.ids.to(state.device)
 
 
 def distill(
@@ -234,6 +288,7 @@ def distill(
     checkpoint_seconds: float = 30.0,
     processes: Processes | None = None,
     on_step: Callable[[Step], None] | None = None,
+    objective: ObjectiveMaker = JointObjective,
 ) -> Distillation:
     """Train the student on the store's windows; it ends with the parameters of the best look at the held-out ones.
 
@@ -245,14 +300,16 @@ def distill(
     frozen.
 
     Args:
-        student: a patched causal LM, changed in place; parameters it shares with another model are copied first.
+        student: a patched or merged causal LM, changed in place; parameters it shares with another model are copied
+            first.
         store: the teacher's answers; where it holds the joint's states, they are where a step starts.
-        joint: the student's first joint; nothing before it differs from the teacher.
+        joint: the student's first joint or merged layer; nothing before it differs from the teacher.
         training, heldout: numbers of windows in the store.
         directory: for the checkpoint and the log.
         checkpoint_seconds: between two checkpoints; 0: after every step.
         processes: of one global batch (data parallel, by accelerate).
         on_step: called after every step.
+        objective: what is minimised; the loss of the settings, unless told.
 
     Raises:
         InputError: nothing to train, a store that does not fit, a directory of another run, a loss that is not finite.
@@ -263,8 +320,6 @@ def distill(
     settings.check_processes(processes.count)
     store.check(student)
     begin = joint_depth(student, joint)
-    if store.request.joint not in (None, begin):
-        raise InputError(f"the store holds the states of depth {store.request.joint}, the run starts at {begin}")
     about = {
         "student": fingerprint_model(student),
         "store": store.request.to_json(),
@@ -280,7 +335,11 @@ def distill(
         processes.wait()
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
         try:
-            run = _Run(student, store, trainable, begin, settings, processes, folder, about)
+            half = trainable.dtype in (torch.float16, torch.bfloat16)
+            precision = torch.bfloat16 if half else PRECISIONS[settings.precision]
+            goal = objective(student, store, begin, settings, precision)
+            about["objective"] = dict(goal.about)
+            run = _Run(goal, trainable, store.request.length, settings, processes, folder, about)
             return run.finish(training, heldout, checkpoint_seconds, on_step)
         finally:
             trainable.release()
@@ -291,37 +350,30 @@ class _Run:
 
     def __init__(
         self,
-        student: PreTrainedModel,
-        store: TeacherStore,
+        objective: Objective,
         trainable: Trainable,
-        begin: int,
+        length: int,
         settings: TrainingSettings,
         processes: Processes,
         folder: Path | None,
         about: dict[str, Any],
     ) -> None:
-        self.student, self.store, self.trainable, self.begin = student, store, trainable, begin
+        self.objective, self.trainable, self.length = objective, trainable, length
         self.settings, self.processes, self.folder, self.about = settings, processes, folder, about
-        half = trainable.dtype in (torch.float16, torch.bfloat16)
-        precision = torch.bfloat16 if half else PRECISIONS[settings.precision]
-        self.loss: nn.Module = SuffixLoss(student, begin, precision)
+        self.loss: nn.Module = objective.module
         self.accelerator: Any = None
         if processes.count > 1:
-            self.accelerator = need_accelerate().Accelerator(cpu=self._device.type == "cpu")
+            device = next(iter(trainable.parameters.values())).device
+            self.accelerator = need_accelerate().Accelerator(cpu=device.type == "cpu")
             self.loss = self.accelerator.prepare_model(self.loss)
         # foreach would sum in another order on another device; here it would only cost memory.
         self.optimizer = torch.optim.AdamW(
             trainable.groups(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
         )
-        self.measured = list(dict.fromkeys(("tail", "topk", settings.loss)))
         self.step, self.best_step, self.seconds = 0, 0, 0.0
         self.best = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
         self.curve: list[dict[str, float]] = []
         self.log: list[dict[str, float]] = []
-
-    @property
-    def _device(self) -> torch.device:
-        return self.student.get_input_embeddings().weight.device
 
     def finish(
         self,
@@ -340,7 +392,7 @@ class _Run:
             line = self._train_step(self._windows_of(self.step, training))
             self.step += 1
             seconds = time.monotonic() - started
-            tokens = self.settings.windows_per_step * self.store.request.length
+            tokens = self.settings.windows_per_step * self.length
             line = {"step": self.step, **line, "tokens_per_second": tokens / seconds}
             if self.settings.looks(self.step):
                 line |= {f"heldout_{name}": value for name, value in self._look(heldout).items() if name != "step"}
@@ -352,7 +404,11 @@ class _Run:
             if on_step is not None:
                 on_step(
                     Step(
-                        self.step, self.settings.steps, line["loss"], self.curve[-1]["tail"], line["tokens_per_second"]
+                        self.step,
+                        self.settings.steps,
+                        line["loss"],
+                        self.curve[-1][self.objective.measured[0]],
+                        line["tokens_per_second"],
                     )
                 )
         with torch.no_grad():
@@ -378,9 +434,7 @@ class _Run:
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def _losses(self, windows: Sequence[int], losses: Sequence[str]) -> Tensor:
-        batch = self.store.batch(windows)
-        probs, ids = batch.probs.to(self._device), batch.ids.to(self._device)
-        result: Tensor = self.loss(joint_state(self.student, batch, self.begin), probs, ids, losses)
+        result: Tensor = self.loss(*self.objective.inputs(windows), losses=losses)
         return result
 
     def _train_step(self, windows: Sequence[int]) -> dict[str, float]:
@@ -396,7 +450,9 @@ class _Run:
             alone = self.accelerator is None or last
             # Only the last pass of a step has gradients to exchange.
             with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
-                loss = self._losses(micro, [self.settings.loss])[0] * (len(micro) * share)
+                losses = self._losses(micro, list(self.objective.weights))
+                weights = torch.tensor(list(self.objective.weights.values())).to(losses)
+                loss = (losses @ weights) * (len(micro) * share)
                 loss.backward()
             total += loss.detach().double().cpu()
         total = self._mean(total)
@@ -424,14 +480,16 @@ class _Run:
     @torch.no_grad()
     def _look(self, heldout: Sequence[int]) -> dict[str, float]:
         """Measure the held-out windows; remember the parameters if none were better."""
-        total = torch.zeros(len(self.measured), dtype=torch.float64)
+        measured = self.objective.measured
+        total = torch.zeros(len(measured), dtype=torch.float64)
         for micro in self._mine(heldout):
-            total += self._losses(micro, self.measured).double().cpu() * len(micro)
+            total += self._losses(micro, measured).double().cpu() * len(micro)
         means = self._mean(total) * self.processes.count / len(heldout)
-        point = {"step": float(self.step), **dict(zip(self.measured, means.tolist(), strict=True))}
-        if not math.isfinite(point["tail"]):
+        point = {"step": float(self.step), **dict(zip(measured, means.tolist(), strict=True))}
+        chooses = measured[0]
+        if not math.isfinite(point[chooses]):
             raise InputError(f"the held-out loss is not finite after {self.step} steps: use a smaller --learning-rate")
-        if all(point["tail"] < earlier["tail"] for earlier in self.curve):
+        if all(point[chooses] < earlier[chooses] for earlier in self.curve):
             self.best_step = self.step
             self.best = {name: parameter.detach().clone() for name, parameter in self.trainable.parameters.items()}
         self.curve.append(point)

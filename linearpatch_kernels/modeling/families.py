@@ -221,6 +221,11 @@ def num_layers(model: nn.Module) -> int:
     return len(decoder_layers(model))
 
 
+def merge_tree(model: nn.Module) -> list[Any]:
+    """Per layer the layers of the model it was merged from: ``[0, 1, [2, [3, 4]], 5]``; their numbers if none was."""
+    return list(getattr(decoder(model).config, "linearpatch_merge_tree", None) or range(num_layers(model)))
+
+
 def hidden_size(model: nn.Module) -> int:
     """The width d of the residual stream."""
     return int(decoder(model).config.hidden_size)

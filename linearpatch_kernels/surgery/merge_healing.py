@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.families import merge_tree, num_layers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
@@ -39,7 +39,7 @@ def heal_merges(
     Raises:
         InputError: a model without merged layers or of another depth than ``dense``, or what the fit raises.
     """
-    tree = getattr(merged.config, "linearpatch_merge_tree", None) or []
+    tree = merge_tree(merged)
     places = [index for index, node in enumerate(tree) if isinstance(node, list)]
     if not places or leaves(tree) != list(range(num_layers(dense))):
         raise InputError("the model is not the dense one with layers merged: give both as merge_layers left them")

@@ -22,6 +22,7 @@ from linearpatch_kernels.modeling.families import (
     decoder_layers,
     keep_layers,
     layer_kinds,
+    merge_tree,
     num_layers,
     sublayers,
 )
@@ -136,7 +137,7 @@ def merge_layers(model: PreTrainedModel, merge: Merge) -> PreTrainedModel:
     halves = sublayers(model)
     for half in halves:
         _check_units(half, merge)
-    tree = getattr(model.config, "linearpatch_merge_tree", None) or list(range(num_layers(model)))
+    tree = merge_tree(model)
     start, end = merge.span
     shallower = keep_layers(model, [i for i in range(num_layers(model)) if not start < i < end])
     sources = list(decoder_layers(model)[start:end])

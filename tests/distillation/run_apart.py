@@ -1,11 +1,13 @@
 """Store and training of a tiny model in processes of their own.
 
-``work DIR OUT``: once, also under torchrun. ``calibrate OUT``: the statistics, also under torchrun. ``kill DIR SEED
-KILLS``: again and again, killed at random moments.
+``work DIR OUT``: once, also under torchrun. ``merged DIR OUT``: the same of a merged model, layer by layer.
+``calibrate OUT``: the statistics, also under torchrun.
+``kill DIR SEED KILLS``: again and again, killed at random moments.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,12 +23,15 @@ from modeling.tiny import VOCABULARY, random_patch, tiny_model
 from safetensors.torch import save, save_file
 
 from linearpatch_kernels.calibration import Span, calibrate, collect_moments
+from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_depths
 from linearpatch_kernels.distillation.processes import launched_processes
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.distillation.trainer import Step, TrainingSettings, distill
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.apply import apply_plan
+from linearpatch_kernels.surgery.merging import choose_units, merge_layers
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.surgery.sensitivity import score_layers
 
 SETTINGS = TrainingSettings(steps=20, train="patch+norms", windows_per_step=4, learning_rate=3e-3, clip=0.0)
 
@@ -37,7 +42,7 @@ def work(place: Path) -> dict[str, Any]:
     dense = tiny_model("llama")
     windows = torch.randint(3, VOCABULARY, (24, 20), generator=torch.Generator().manual_seed(0))
     store = write_teacher_store(
-        dense, windows, place / "store", top_k=10, joint=2, shard_windows=1, processes=processes
+        dense, windows, place / "store", top_k=10, depths=[2], shard_windows=1, processes=processes
     )
     student = apply_plan(dense, PrunePlan(6, (Joint(Span(2, 4), random_patch("dense"), "test"),)))
     gradients: list[torch.Tensor] = []
@@ -70,6 +75,34 @@ def calibrated(file: Path) -> None:
     later = collect_moments(model, windows.split(1), spans, ranks=processes)
     assert torch.equal(later[spans[0]].xy, found.moments[spans[0]].xy)
     found.save(file.with_suffix(f".{processes.rank}"), fingerprint="test")
+
+
+def work_merged(place: Path) -> dict[str, torch.Tensor]:
+    """Three groups on their own, then together: what every group ended with, the curve, and the trained weights."""
+    processes = launched_processes()
+    dense = tiny_model("llama", layers=8)
+    windows = torch.randint(3, VOCABULARY, (24, 20), generator=torch.Generator().manual_seed(0))
+    student, scores = dense, score_layers(dense, windows[:2])
+    for start in (6, 3, 1):
+        student = merge_layers(student, choose_units(scores, Span(start, start + 2), (0.5, 0.5)))
+    hierarchy = HierarchySettings(group_steps=6)
+    depths = stream_depths(student, hierarchy)
+    store = write_teacher_store(dense, windows, place / "store", top_k=10, depths=depths, processes=processes)
+    run = distill_merged(
+        student,
+        store,
+        training=range(20),
+        heldout=range(20, 24),
+        settings=dataclasses.replace(SETTINGS, train="merged"),
+        hierarchy=hierarchy,
+        directory=place / "run",
+        checkpoint_seconds=0,
+        processes=processes,
+    )
+    found = {f"group-{layer}": torch.tensor([one.before, one.after]) for layer, one in run.alone.items()}
+    found["start"] = torch.tensor([run.together.heldout(0, "layers"), run.together.heldout(0)], dtype=torch.float64)
+    found["curve"] = torch.tensor([point["tail"] for point in run.together.curve])
+    return found if processes.first else {}
 
 
 def digest(place: Path, student: Any) -> str:
@@ -123,6 +156,10 @@ if __name__ == "__main__":
         kill(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     elif sys.argv[1] == "calibrate":
         calibrated(Path(sys.argv[2]))
+    elif sys.argv[1] == "merged":
+        found = work_merged(Path(sys.argv[2]))
+        if found:
+            save_file(found, sys.argv[3])
     else:
         result = work(Path(sys.argv[2]))
         if result["first"]:

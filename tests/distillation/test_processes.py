@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,30 @@ def test_kills_at_random_moments_cost_nothing_but_time(tmp_path: Path) -> None:
     assert min(told["store"], told["training"], told["finished"]) >= 2, told
 
 
-def test_two_processes_are_one_on_the_same_global_batch(tmp_path: Path) -> None:
+def by_one_and_by_two(what: str, place: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """What the program left, run by one process and by two."""
     for name, launcher in (
         ("one", []),
         ("two", ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"]),
     ):
-        (tmp_path / name).mkdir()
-        start(*launcher, PROGRAM, "work", tmp_path / name, tmp_path / f"{name}.safetensors")
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+        (place / name).mkdir()
+        start(*launcher, PROGRAM, what, place / name, place / f"{name}.safetensors")
+        yield load_file(place / f"{name}.safetensors")
+
+
+def test_groups_on_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    one, two = by_one_and_by_two("merged", tmp_path)
+    assert sum(name.startswith("group-") for name in one) == 3
+    # A group's own training is one process's business: the same bits, in whichever it was.
+    for name in one.keys() - {"start", "curve"}:
+        assert torch.equal(one[name], two[name]), name
+    torch.testing.assert_close(two["start"], one["start"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(two["curve"], one["curve"], rtol=1e-3, atol=0)
+    assert float(two["curve"].min()) < float(two["curve"][0])
+
+
+def test_two_processes_are_one_on_the_same_global_batch(tmp_path: Path) -> None:
+    one, two = by_one_and_by_two("work", tmp_path)
     error = (two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()
     assert float(error) < 1e-5
     assert not torch.equal(one["gradient"], torch.zeros_like(one["gradient"]))

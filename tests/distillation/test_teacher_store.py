@@ -16,6 +16,7 @@ from modeling.tiny import FAMILY_NAMES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation import teacher_store
 from linearpatch_kernels.distillation.sealed import working_alone
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, store_request, write_teacher_store
@@ -43,30 +44,34 @@ def copy(store: TeacherStore, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_what_is_kept_is_what_the_model_says(family: str, windows: Tensor, tmp_path: Path) -> None:
     model = tiny_model(family)
-    store = write_teacher_store(model, windows[:3], tmp_path / "store", top_k=10, joint=2, shard_windows=2)
+    store = write_teacher_store(model, windows[:3], tmp_path / "store", top_k=10, depths=[6, 2], shard_windows=2)
     with torch.no_grad():
         logits = model(windows[:3]).logits.double()
         state = model.model(windows[:3], output_hidden_states=True).hidden_states[2]
+        end = residual_stream(model, windows[:3], [6])[6]
     probs, ids = logits.softmax(-1).topk(10)
-    batch = store.batch([0, 1, 2])
+    batch = store.batch([0, 1, 2], [2, 3, 6])
     assert torch.equal(batch.input_ids, windows[:3])
     torch.testing.assert_close(batch.probs.double(), probs, rtol=2e-3, atol=1e-7)
     assert (batch.ids == ids).double().mean() > 0.99  # a rounding may exchange two that are equally likely
     # The mass of the ten is kept in float32, however fp16 rounded each of them.
     torch.testing.assert_close(batch.probs.double().sum(-1), probs.sum(-1), rtol=1e-5, atol=1e-6)
-    assert batch.joint_state is not None
-    torch.testing.assert_close(batch.joint_state.float(), state, rtol=1e-2, atol=1e-3)
+    assert list(batch.states) == [2, 6]
+    torch.testing.assert_close(batch.states[2].float(), state, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(batch.states[6].float(), end, rtol=1e-2, atol=1e-3)
+    assert store.batch([0]).states == {}
     again = store.batch([2, 0])
     assert torch.equal(again.ids, batch.ids[[2, 0]])
     assert torch.equal(again.probs, batch.probs[[2, 0]])
 
 
 def test_the_size_is_what_was_told(dense: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
-    for joint in (None, 2):
-        request = store_request(dense, windows, top_k=10, joint=joint, shard_windows=6)
-        store = write_teacher_store(dense, windows, tmp_path / str(joint), top_k=10, joint=joint, shard_windows=6)
+    for depths in ([], [2], [0, 5, 6]):
+        request = store_request(dense, windows, top_k=10, depths=depths, shard_windows=6)
+        place = tmp_path / str(len(depths))
+        store = write_teacher_store(dense, windows, place, top_k=10, depths=depths, shard_windows=6)
         written = sum(path.stat().st_size for path in store.directory.glob("shard-*"))
-        assert request.bytes_per_token == 10 * 4 + 2 + 4 + (0 if joint is None else 2 * 48)
+        assert request.bytes_per_token == 10 * 4 + 2 + 4 + 2 * 48 * len(depths)
         assert 0 <= written - request.total_bytes < 4096
     assert request.shards == [("shard-00000.safetensors", slice(0, 6)), ("shard-00001.safetensors", slice(6, 12))]
 
@@ -155,7 +160,7 @@ def test_stores_that_are_not_whole(copy: Path, tmp_path: Path) -> None:
     request = json.loads((copy / "request.json").read_bytes())
     (copy / "request.json").write_text(json.dumps({**request, "top_k": 9}))
     assert "belongs to another store" in refused(lambda: TeacherStore.open(copy))
-    (copy / "request.json").write_text(json.dumps({**request, "version": 2}))
+    (copy / "request.json").write_text(json.dumps({**request, "version": 1}))
     assert "not of this version" in refused(lambda: TeacherStore.open(copy))
     (copy / "request.json").write_text("[]")
     assert "damaged" in refused(lambda: TeacherStore.open(copy))
@@ -172,7 +177,7 @@ def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor,
     assert "other text" in write(ids=windows.flip(0))
     assert "other text" in write(ids=windows[:6])
     assert "another --top-k" in write(top_k=9)
-    assert "another joint" in write(joint=2)
+    assert "states of other depths" in write(depths=[2])
     assert contents(copy) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -186,7 +191,7 @@ def test_a_student_that_cannot_learn_from_it(
     dense: PreTrainedModel, windows: Tensor, tmp_path: Path, store: TeacherStore
 ) -> None:
     assert "vocabulary" in refused(lambda: store.check(tiny_model("llama", layers=2, vocab_size=96)))
-    named = write_teacher_store(dense, windows[:2], tmp_path / "named", top_k=3, tokenizer="a" * 16, joint=2)
+    named = write_teacher_store(dense, windows[:2], tmp_path / "named", top_k=3, tokenizer="a" * 16, depths=[2])
     named.check(dense, tokenizer="a" * 16)
     assert "another tokenizer" in refused(lambda: named.check(dense, tokenizer="b" * 16))
     wide = tiny_model("llama", layers=2, hidden_size=64)
@@ -196,7 +201,7 @@ def test_a_student_that_cannot_learn_from_it(
 def test_requests_that_make_no_sense(dense: PreTrainedModel, windows: Tensor) -> None:
     for top_k in (0, 98):
         assert "--top-k" in refused(lambda k=top_k: store_request(dense, windows, top_k=k))
-    assert "no depth 7" in refused(lambda: store_request(dense, windows, joint=7))
+    assert "no depth 7" in refused(lambda: store_request(dense, windows, depths=[7]))
     assert "token id 97" in refused(lambda: store_request(dense, windows + 97 - windows.max()))
 
 

@@ -122,7 +122,7 @@ def test_norm_gains_too(dense: PreTrainedModel, store: TeacherStore) -> None:
 def test_the_prefix_runs_without_gradients_and_not_at_all_where_its_states_are_kept(
     dense: PreTrainedModel, windows: Tensor, tmp_path: Path, count_calls: Callable[..., list[int]]
 ) -> None:
-    kept = write_teacher_store(dense, windows, tmp_path / "kept", top_k=10, joint=JOINT)
+    kept = write_teacher_store(dense, windows, tmp_path / "kept", top_k=10, depths=[JOINT])
     student = student_of(dense)
     seen = count_calls(student.model.layers)
     run = train(student, kept, steps=3, evaluate_every=100)
