@@ -221,7 +221,8 @@ def test_a_store_serves_several_runs(world: World, run: Run, tmp_path: Path, dis
 
 def test_states_of_the_joint_may_be_kept(world: World, run: Run, tmp_path: Path, distilled: Path) -> None:
     assert run(*arguments(world, tmp_path / "out", "--store-states", "--store", tmp_path / "store")).status == 0
-    assert "state.3" in load_file(tmp_path / "store" / "shard-00000.safetensors")
+    start = PrunePlan.load(world.pruned).spans[0].start
+    assert f"state.{start}" in load_file(tmp_path / "store" / "shard-00000.safetensors")
     assert heldout(tmp_path / "out")[1] == pytest.approx(heldout(distilled)[1], rel=0.05)
 
 
@@ -314,10 +315,10 @@ def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain:
 
     assert "holds no plan" in says(world.model, world.model)
     assert "is not a directory" in says(tmp_path / "nothing", world.model)
-    assert f"cut from a model of {LAYERS} layers" in says(world.pruned, world.pruned)
+    assert f"made from a model of {LAYERS} layers" in says(world.pruned, world.pruned)
     other = world.copy(tmp_path / "other")
     tiny_llama(seed=3).save_pretrained(other)
-    assert "was pruned from another model" in says(world.pruned, other)
+    assert "was made from another model" in says(world.pruned, other)
     trained_tokenizer(world.text.read_text()[:5000], 380).save_pretrained(
         shutil.copytree(world.model, tmp_path / "tok")
     )
@@ -384,3 +385,51 @@ def test_a_teacher_that_accelerate_places(world: World, run: Run, tmp_path: Path
     assert "no device map is called 'all'" in refusal(
         run(*arguments(world, tmp_path / "no", "--teacher-device-map", "all"))
     )
+@pytest.fixture(scope="session")
+def merged(world: World) -> Path:
+    """Two layers fewer."""
+    place = world.root / "merged"
+    flags = [flag for flag in SMALL if flag not in ("--rank", "4")]
+    layers = ["--layers", LAYERS - 2, "--variant", "come", "--no-repeat"]
+    assert call("merge", world.model, "-o", place, *layers, "--text", world.text, *flags) == 0
+    return place
+
+
+def test_merged_layers_are_distilled_layer_by_layer(world: World, run: Run, merged: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(*arguments(world, out, "--group-steps", 6, "--layer-weight", 2, source=merged))
+    assert done.status == 0
+    assert os.listdir(tmp_path) == ["out"]
+    before, after = heldout(out)
+    assert after < before
+    about = summary(out)
+    assert about["distillation"]["train"] == "merged"
+    assert about["hierarchy"] == {"weight": 2.0, "error": "relative", "group_steps": 6}
+    assert len(about["groups"]) == 2
+    assert all(group["after"] < group["before"] for group in about["groups"].values())
+    assert about["quality"]["distilled"]["kl"] < about["quality"]["before distillation"]["kl"]
+    # A plain checkpoint as before, in which the merged layers alone have changed.
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    weights = [load_file(place / "model.safetensors") for place in (merged, out)]
+    differing = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    tree = about["tree"]
+    layers = [f"model.layers.{layer}." for layer, node in enumerate(tree) if isinstance(node, list)]
+    assert differing
+    assert all(any(name.startswith(layer) for layer in layers) for name in differing)
+    assert (out / "merge.json").read_bytes() == (merged / "merge.json").read_bytes()
+    assert sum(line.startswith("distilling layer ") for line in done.stderr.splitlines()) == 2
+    # And once more from there, on norms alone.
+    again = run(*arguments(world, tmp_path / "again", "--train", "patch+norms", source=out))
+    assert again.status == 0
+
+
+def test_what_is_refused_for_merged_layers(world: World, run: Run, merged: Path, tmp_path: Path) -> None:
+    def says(*flags: object, source: Path = merged) -> str:
+        return refusal(run(*arguments(world, tmp_path / "out", *flags, source=source)))
+
+    assert "for pruned models" in says("--patch", "dense")
+    assert "for pruned models" in says("--structured", 4)
+    assert "no patch to train" in says("--train", "patch")
+    assert "--layer-error" in says("--layer-error", "cosine")
+    assert "has no merged layers" in says("--group-steps", 3, source=world.pruned)
+    assert "no merged layer to train" in says("--train", "merged", source=world.pruned)

@@ -13,6 +13,7 @@ import torch
 from test_cli import LAYERS, SMALL, Run, World, logits_of, prose, refusal, run, run_apart, tree, world
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
 
 __all__ = ["run", "world"]  # fixtures
@@ -137,3 +138,26 @@ def test_a_killed_merge_goes_on_where_it_was(world: World, run: Run, tmp_path: P
     for name in ("merge.json", "model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["expected", "foreign", "other.txt", "out"]
+
+
+def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--layers", LAYERS - 2, "--text", world.text, "--variant", "come", *MERGE]
+    done = run("merge", world.model, "-o", out, *flags, "--heal", "low-rank", "--rank", 4)
+    assert (done.status, done.errors) == (0, [])
+    quality = json.loads((out / "summary.json").read_text())["quality"]
+    assert list(quality) == ["dense", "dropped (no patch)", "merged", "merged, low-rank patches"]
+    before, after = (quality[name]["perplexity"] for name in ("merged", "merged, low-rank patches"))
+    line = (
+        f"(low-rank) {'help' if after < before else 'do not help'}: perplexity {before:.2f} without, {after:.2f} with"
+    )
+    assert line in done.stdout
+    assert line in (out / "report" / "report.md").read_text()
+    healed = AutoModelForCausalLM.from_pretrained(out)
+    tree_ = healed.config.linearpatch_merge_tree
+    assert sorted(patches(healed)) == [layer + 1 for layer, node in enumerate(tree_) if isinstance(node, list)]
+    # Without the patches it is what merge gives without the flag.
+    assert run("merge", world.model, "-o", tmp_path / "plain", *flags).status == 0
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    assert all(torch.equal(tensor, healed.state_dict()[name]) for name, tensor in plain.items())
+    assert "is no fit" in refusal(run("merge", world.model, "-o", tmp_path / "x", *flags, "--heal", "best"))

@@ -62,7 +62,7 @@ class Reporter:
             line = f"{description}: {done}/{total}" if total else f"{description}: {done}"
             line += f", {detail}" if detail else ""
             if line != self._last_line:
-                problems.print(line)
+                problems.print(line, soft_wrap=True)
             self._last_line, self._last_time = line, time.monotonic()
 
     def _draw(self, description: str, done: int, total: int, detail: str) -> None:

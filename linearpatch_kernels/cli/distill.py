@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -36,25 +35,27 @@ from linearpatch_kernels.cli.options import (
     Text,
     TrustRemoteCode,
 )
-from linearpatch_kernels.cli.prune import summarise, usage
+from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearpatch_kernels.distillation.teacher_store import TeacherStore
     from linearpatch_kernels.distillation.trainer import Distillation, Step, TrainingSettings
     from linearpatch_kernels.evaluation.agreement import Quality
-    from linearpatch_kernels.surgery.plan import PrunePlan
 
 _BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, structured"
 
 
 def distill(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What prune or distill wrote.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What prune, merge or distill wrote.", show_default=False)
+    ],
     teacher: Annotated[
-        str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was pruned from.", show_default=False)
+        str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was made from.", show_default=False)
     ],
     output: Output,
     text: Text = None,
@@ -65,11 +66,14 @@ def distill(
         int, typer.Option("--top-k", metavar="K", min=1, help="Likeliest tokens kept of the teacher's distribution.")
     ] = 50,
     train: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--train", help="patch, patch+norms (and the RMSNorm gains behind it), or lora (and LoRA behind it)."
+            "--train",
+            help="patch, patch+norms (and the RMSNorm gains behind it), lora (and LoRA behind it), or merged (the "
+            "merged layers' weights). Default: patch, and merged for what merge wrote.",
+            show_default=False,
         ),
-    ] = "patch",
+    ] = None,
     patch: Annotated[
         str,
         typer.Option(
@@ -134,6 +138,28 @@ def distill(
         bool,
         typer.Option("--store-states", help="Keep the states at the joint too: faster steps, 2 bytes x width a token."),
     ] = False,
+    layer_weight: Annotated[
+        float,
+        typer.Option(
+            "--layer-weight",
+            metavar="X",
+            min=0,
+            help="Merged layers: weight of their outputs' error against the dense model's, beside the KL.",
+        ),
+    ] = 1.0,
+    layer_error: Annotated[
+        str,
+        typer.Option("--layer-error", metavar="NAME", help="That error: relative (to each token's norm), or mse."),
+    ] = "relative",
+    group_steps: Annotated[
+        int,
+        typer.Option(
+            "--group-steps",
+            metavar="N",
+            min=0,
+            help="Merged layers: train each on its own first, N steps; several processes share them out.",
+        ),
+    ] = 0,
     json_file: JsonFile = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -148,22 +174,21 @@ def distill(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train DIR's patch against the dense model it was cut from; write the result like prune's. Killed or interrupted:
-    the same command goes on."""
+    """Train DIR's patch, or its merged layers one by one, against the dense model it was made from; write the result
+    like prune's or merge's. Killed or interrupted: the same command goes on."""
     from linearpatch_kernels.distillation.forms import check_form
+    from linearpatch_kernels.distillation.hierarchical import HierarchySettings
     from linearpatch_kernels.distillation.processes import launched_processes
-    from linearpatch_kernels.distillation.structure import structure
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
-    from linearpatch_kernels.distillation.trainer import distill as train_student
+    from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
-    from linearpatch_kernels.surgery.plan import PrunePlan
     from linearpatch_kernels.text import fingerprint_tokenizer
 
     settings = TrainingSettings(
         steps=steps,
-        train=train,
+        train=train or "patch",
         loss=loss,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
@@ -180,9 +205,8 @@ def distill(
     check_form(patch)
     check_json(json_file)
     check_output(output, overwrite=True)
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory: give one that linearpatch prune wrote")
-    plan = PrunePlan.load(directory)
+    source = open_shallower(directory, HierarchySettings(layer_weight, layer_error, group_steps))
+    settings = dataclasses.replace(settings, train=train or source.default_train)
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
     settings.check_processes(processes.count)
@@ -195,17 +219,14 @@ def distill(
         student, tokenizer = load(str(directory), dtype, place, trust_remote_code)
         dense, its_tokenizer = load(teacher, dtype, place, trust_remote_code, teacher_device_map)
     _check_teacher(
-        directory, plan, student, dense, fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(its_tokenizer)
+        directory, source, student, dense, fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(its_tokenizer)
     )
     check_output(output, parameter_bytes(student), overwrite=True)
     with run.stage("tokenise"):
         windows = _windows(student, tokenizer, texts, settings, heldout, length)
-    if patch != "keep":
-        student = _with_form(student, plan, patch, rank)
-    if structured is not None:
-        _dense_patches(student, plan, structured)
-    joint = plan.spans[0].start
-    check_trainable(student, joint_depth(student, joint), train)
+    student = source.prepare(student, patch, rank, structured)
+    joint = source.begin(student)
+    check_trainable(student, joint_depth(student, joint), settings.train)
     place_of_work = output.with_name(f"{output.name}.work")
     with run.stage("ask the teacher"):
         answers = write_teacher_store(
@@ -213,7 +234,7 @@ def distill(
             windows.all,
             store or place_of_work / "store",
             top_k=top_k,
-            depths=[joint_depth(student, joint)] if store_states else [],
+            depths=[*source.depths(student), *([joint_depth(student, joint)] if store_states else [])],
             tokenizer=fingerprint_tokenizer(tokenizer),
             processes=processes,
             progress=progress,
@@ -223,36 +244,34 @@ def distill(
     found: dict[str, Quality] = {}
     if processes.first:
         with run.stage("evaluate"):
-            found |= _quality_before(dense, student, plan, windows.evaluation, run)
+            found |= _quality_before(dense, student, source, windows, run)
     with run.stage("distil"):
-        result = train_student(
+        result = source.train(
             student,
             answers,
-            joint=joint,
+            _shown(run, settings, length) if processes.first else None,
             training=windows.training,
             heldout=windows.heldout,
             settings=settings,
             directory=place_of_work / "run",
             processes=processes,
-            on_step=_shown(run, settings, length) if processes.first else None,
         )
     if not processes.first:
         return
     found |= _quality_after(dense, student, windows.evaluation, _AFTER, run)
     costs: dict[str, float] = {}
-    if structured is not None:
+    if structured is not None and isinstance(source, Pruned):
         with run.stage("structure"):
             before = heldout_losses(student, answers, joint, windows.heldout)["tail"]
-            dense_ones = _dense_patches(student, plan, structured)
-            structure(student, answers, joint=joint, windows=windows.training, dense=dense_ones, rank=structured)
+            source.structure(student, answers, windows.training, structured)
             after = heldout_losses(student, answers, joint, windows.heldout)["tail"]
         costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
         found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run)
-    plan = _trained_plan(plan, student, patch, structured)
-    summary = summarise(plan, found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
+    source.keep(student, patch, structured)
+    summary = source.summary(found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
     with run.stage("draw the report"):
-        report = _report(directory, summary, found, result, windows, run, plan)
-    files = {f"report/{name}": content for name, content in report.items()} | plan.files()
+        report = _report(directory, summary, found, result, windows, run, source, bool(patches(student)))
+    files = {f"report/{name}": content for name, content in report.items()} | source.files()
     files["summary.json"] = json_text(summary).encode()
     with run.stage("save"):
         save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
@@ -320,39 +339,39 @@ def _windows(
 
 
 def _check_teacher(
-    directory: Path, plan: PrunePlan, student: PreTrainedModel, dense: PreTrainedModel, its: str, theirs: str
+    directory: Path, source: Shallower, student: PreTrainedModel, dense: PreTrainedModel, its: str, theirs: str
 ) -> None:
     from linearpatch_kernels.modeling.families import hidden_size, num_layers
     from linearpatch_kernels.text import fingerprint_model
 
-    if num_layers(dense) != plan.num_layers or hidden_size(dense) != hidden_size(student):
+    if num_layers(dense) != source.num_layers or hidden_size(dense) != hidden_size(student):
         raise InputError(
-            f"{directory} was cut from a model of {plan.num_layers} layers of width {hidden_size(student)} and the "
-            f"teacher has {num_layers(dense)} of width {hidden_size(dense)}: give the model it was pruned from"
+            f"{directory} was made from a model of {source.num_layers} layers of width {hidden_size(student)} and the "
+            f"teacher has {num_layers(dense)} of width {hidden_size(dense)}: give the model it was made from"
         )
     if its != theirs:
-        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was pruned from")
-    if plan.model and plan.model != fingerprint_model(dense):
+        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was made from")
+    if source.model and source.model != fingerprint_model(dense):
         raise InputError(
-            f"{directory} was pruned from another model than this teacher (or with another --dtype): give the same"
+            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
         )
 
 
 def _quality_before(
-    dense: PreTrainedModel, student: PreTrainedModel, plan: PrunePlan, windows: Tensor | None, run: Reporter
+    dense: PreTrainedModel, student: PreTrainedModel, source: Shallower, windows: _Windows, run: Reporter
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
-    from linearpatch_kernels.modeling.families import is_dispatched, keep_layers
+    from linearpatch_kernels.modeling.families import is_dispatched
 
-    if windows is None:
+    if windows.evaluation is None:
         return {}
-    dropped: dict[str, PreTrainedModel] = {}
+    removed: dict[str, PreTrainedModel] = {}
     if is_dispatched(dense):
         problems.print("note: a teacher spread over devices cannot be cut, so plain removal is not measured")
     else:
-        dropped = {"dropped (no patch)": keep_layers(dense, plan.kept_layers)}
-    models = {"dense": dense, **dropped, _BEFORE: student}
-    return compare_quality(models, windows, dense, progress=run)
+        removed["dropped (no patch)"] = source.removed(dense, windows.all[: len(windows.training)])
+    models = {"dense": dense, **removed, _BEFORE: student}
+    return compare_quality(models, windows.evaluation, dense, progress=run)
 
 
 def _quality_after(
@@ -366,66 +385,12 @@ def _quality_after(
         return compare_quality({name: student}, windows, dense, progress=run)
 
 
-def _with_form(student: PreTrainedModel, plan: PrunePlan, form: str, rank: int) -> PreTrainedModel:
-    """The student with the patch of every joint of the plan in this form; a joint without one gets the identity."""
-    from linearpatch_kernels.distillation.forms import reformed
-    from linearpatch_kernels.modeling.families import hidden_size
-    from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
-    from linearpatch_kernels.nn import HadamardPatch
-
-    there = patches(student)
-    identity = HadamardPatch(hidden_size(student))
-    new = {joint: reformed(there.get(joint, identity), form, rank) for joint in plan.joint_positions()}
-    missing = {joint: patch for joint, patch in new.items() if joint not in there}
-    if missing:
-        student = patched_model(student, missing)
-    for joint in new.keys() - missing.keys():
-        replace_patch(student, joint, new[joint].to(student.dtype))
-    return student
-
-
-def _dense_patches(student: PreTrainedModel, plan: PrunePlan, rank: int) -> dict[int, nn.Module]:
-    """The patches that ``--structured`` is about, by joint."""
-    from linearpatch_kernels.modeling.families import hidden_size
-    from linearpatch_kernels.modeling.patched import patches
-    from linearpatch_kernels.nn import DensePatch
-
-    there = patches(student)
-    dense = {joint: there[joint] for joint in plan.joint_positions() if isinstance(there.get(joint), DensePatch)}
-    if not dense:
-        raise InputError("--structured is for dense patches and there is none: leave it out, or give --patch dense")
-    if rank > hidden_size(student):
-        raise InputError(f"--structured {rank} is more than the model's width {hidden_size(student)}")
-    return dense
-
-
-def _trained_plan(plan: PrunePlan, student: PreTrainedModel, form: str, structured: int | None) -> PrunePlan:
-    """The plan with the patches that the student has now."""
-    from torch import nn
-
-    from linearpatch_kernels.modeling.patched import patches
-    from linearpatch_kernels.nn import DensePatch
-    from linearpatch_kernels.surgery.plan import Joint
-
-    def trained(module: nn.Module, joint: Joint) -> Joint:
-        # Behind the plan's own patch there may stand those of earlier cuts.
-        first: Any = module[0] if isinstance(module, nn.Sequential) else module
-        words = [joint.fit, *([form] if form != "keep" else []), "distilled"]
-        if structured is not None and not isinstance(first, DensePatch):
-            words.append("structured")
-        return Joint(joint.span, copy.deepcopy(first).float(), ", ".join(words))
-
-    there = patches(student)
-    joints = [trained(there[at], joint) if at in there else joint for at, joint in plan.joint_positions().items()]
-    return dataclasses.replace(plan, joints=tuple(joints))
-
-
 def _shown(run: Reporter, settings: TrainingSettings, length: int) -> Any:
-    def show(step: Step) -> None:
+    def show(what: str, step: Step) -> None:
         tokens = (step.steps - step.done) * settings.windows_per_step * length
         minutes, seconds = divmod(round(tokens / step.tokens_per_second), 60)
         run(
-            "distilling",
+            what,
             step.done,
             step.steps,
             f"loss {step.loss:.3f}, held out {step.heldout:.3f}, {step.tokens_per_second:,.0f} tokens/s, "
@@ -479,29 +444,30 @@ def _report(
     result: Distillation,
     windows: _Windows,
     run: Reporter,
-    plan: PrunePlan,
+    source: Shallower,
+    patched: bool,
 ) -> dict[str, bytes]:
-    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, SpanRow, plot_training, write_report
-    from linearpatch_kernels.surgery.reporting import describe_patch
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, plot_training, write_report
 
     about = summary["distillation"]
-    kept = len(plan.kept_layers)
     data = ReportData(
         title=f"{title_of(str(directory))}, distilled",
         steps=[f"{name.capitalize()}: {value}." for name, value in distillation_table(about)[2]],
-        quality=[QualityRow(name, plan.num_layers if name == "dense" else kept, one) for name, one in found.items()],
+        quality=[
+            QualityRow(name, source.num_layers if name == "dense" else source.layers, one)
+            for name, one in found.items()
+        ],
         quality_text=f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
         if windows.evaluation is not None
         else "",
         dense="dense",
         dropped="dropped (no patch)",
-        spans=[SpanRow(str(joint.span), plan.score, None, describe_patch(joint)) for joint in plan.joints],
+        spans=source.spans(),
         plots={"distillation.png": "Loss of every step, and on held-out windows now and then."},
         timings=dict(run.seconds),
-        usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
+        usage=usage("DIR", patched=patched),
         files={
-            "plan.json": "spans, kind of patch, what chose them",
-            "plan.safetensors": "the trained patches",
+            **source.plan_files,
             "summary.json": "the figures above",
             "report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
         },

@@ -41,11 +41,13 @@ from linearpatch_kernels.cli.options import (
     Length,
     Model,
     Output,
+    Rank,
     Samples,
     Text,
     TrustRemoteCode,
 )
 from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,8 +57,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.merge_plan import MergePlan
     from linearpatch_kernels.surgery.merge_search import MergeSettings
 
-# Windows on which the layers of the plain removal in the report are chosen.
-_REMOVAL_WINDOWS = 8
+_MERGED = "merged"
 
 
 def merge(
@@ -95,6 +96,16 @@ def merge(
         float,
         typer.Option("--least-share", metavar="S", help="A searched share is at least this (0: may be a removal)."),
     ] = 0.0,
+    heal: Annotated[
+        str,
+        typer.Option(
+            "--heal",
+            metavar="FIT",
+            help="Put a patch behind every merged layer, fitted in closed form to the dense model's stream there: "
+            "a fit of linearpatch prune (low-rank, shrunk-low-rank, least-squares, ...).",
+        ),
+    ] = "none",
+    rank: Rank = 64,
     text: Text = None,
     heldout_text: HeldoutText = None,
     samples: Samples = 64,
@@ -106,13 +117,18 @@ def merge(
     batch_size: BatchSize = 4,
 ) -> None:
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.surgery.fitting import FITS
+    from linearpatch_kernels.surgery.merge_healing import heal_merges
     from linearpatch_kernels.surgery.merge_plan import MergePlan
     from linearpatch_kernels.surgery.merge_search import VARIANTS, MergeSettings, check_settings, plan_merging
     from linearpatch_kernels.text import fingerprint_model
 
     if variant not in VARIANTS:
         raise InputError(f"no variant is called {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if heal not in FITS:
+        raise InputError(f"--heal {heal} is no fit: choose one of {', '.join(FITS)}")
     chosen = dict(VARIANTS[variant])
     if skip_score is not None:
         chosen["skip_score"] = skip_score
@@ -156,15 +172,24 @@ def merge(
             # Not killed but refused: the same merges would be refused again.
             unfinished.unlink(missing_ok=True)
             raise
-    found = _compare(dense, merged, settings, windows, run)
-    summary = _summarise(plan, found, run)
+    result = merged
+    if heal != "none":
+        with run.stage("heal"):
+            result = heal_merges(dense, merged, windows.fit, heal, rank=rank)
+    healed = {_healed(heal): result} if patches(result) else {}
+    found = _compare(dense, {_MERGED: merged} | healed, settings, windows, run)
+    help_told = _told_help(found, heal)
+    summary = _summarise(plan, found, run) | ({"heal": heal} if healed else {})
+    report = _report(model, plan, found, windows, run, help_told, patched=bool(healed))
     files = plan.files() | {"summary.json": json_text(summary).encode()}
-    files |= {f"report/{name}": content for name, content in _report(model, plan, found, windows, run).items()}
+    files |= {f"report/{name}": content for name, content in report.items()}
     with run.stage("save"):
-        save_checkpoint(merged, tokenizer, output, overwrite=True, extra_files=files)
+        save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
     unfinished.unlink(missing_ok=True)
     print_table(*merges_table(plan))
     print_quality(found, windows.evaluation_source)
+    for line in help_told:
+        console.print(line, soft_wrap=True)
     print_seconds(run)
     console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
     write_json(json_file, summary)
@@ -197,27 +222,48 @@ def written(node: Any) -> str:
     return f"({' '.join(map(written, node))})" if isinstance(node, list) else str(node)
 
 
+def _healed(fit: str) -> str:
+    return f"merged, {fit} patches"
+
+
+def _told_help(found: Mapping[str, Quality], fit: str) -> list[str]:
+    """Whether the patches behind the merged layers help, on the report's windows."""
+    if _healed(fit) not in found:
+        return []
+    before, after = found[_MERGED].perplexity, found[_healed(fit)].perplexity
+    verdict = "help" if after < before else "do not help"
+    return [
+        f"Patches behind the merged layers ({fit}) {verdict}: perplexity {before:.2f} without, {after:.2f} with them."
+    ]
+
+
 def _compare(
-    dense: PreTrainedModel, merged: PreTrainedModel, settings: MergeSettings, windows: Windows, run: Reporter
+    dense: PreTrainedModel,
+    results: Mapping[str, PreTrainedModel],
+    settings: MergeSettings,
+    windows: Windows,
+    run: Reporter,
 ) -> dict[str, Quality]:
     """Quality on the report's windows: dense, as many layers plainly removed, merged."""
     from linearpatch_kernels.evaluation.agreement import compare_quality
-    from linearpatch_kernels.modeling.families import keep_layers
-    from linearpatch_kernels.surgery.sensitivity import score_layers
 
     if windows.evaluation is None:
         return {}
-    count = num_layers_of(dense)
     with run.stage("evaluate"):
-        scores = score_layers(dense, windows.fit[:_REMOVAL_WINDOWS], width=count - settings.layers)
-        gone = min(scores.span_influence, key=lambda span: scores.span_influence[span])
-        removed = keep_layers(dense, [layer for layer in range(count) if layer not in range(*gone)])
-        models = {"dense": dense, "dropped (no patch)": removed, "merged": merged}
+        removed = plainly_removed(dense, windows.fit, settings.layers)
+        models = {"dense": dense, "dropped (no patch)": removed, **results}
         return compare_quality(models, windows.evaluation, dense, progress=run)
 
 
 def _report(
-    model: str, plan: MergePlan, found: Mapping[str, Quality], windows: Windows, run: Reporter
+    model: str,
+    plan: MergePlan,
+    found: Mapping[str, Quality],
+    windows: Windows,
+    run: Reporter,
+    help_told: Sequence[str],
+    *,
+    patched: bool,
 ) -> dict[str, bytes]:
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData, write_report
 
@@ -229,6 +275,7 @@ def _report(
             + (f", chose on {about['heldout']} others." if about["heldout"] else "."),
             *(f"Made the layers {row[0]} one, at shares {row[2]} ({row[3]})." for row in merges_table(plan)[2]),
             *_said_gain_errors(plan),
+            *help_told,
         ],
         quality=[
             QualityRow(name, plan.num_layers if name == "dense" else plan.layers, quality)
@@ -240,7 +287,7 @@ def _report(
         dense="dense",
         dropped="dropped (no patch)",
         timings=dict(run.seconds),
-        usage=usage("DIR", patched=False),
+        usage=usage("DIR", patched=patched),
         files={
             "merge.json": "every merge: layers, shares, the units that were kept, what chose them",
             "summary.json": "the figures above",

@@ -192,7 +192,7 @@ def distill_merged(
         directory=None if folder is None else folder / "together",
         checkpoint_seconds=checkpoint_seconds,
         processes=processes,
-        on_step=None if on_step is None else lambda step: on_step("all merged layers", step),
+        on_step=None if on_step is None else lambda step: on_step("all layers", step),
         objective=together,
     )
     return HierarchicalDistillation(run, alone)
@@ -345,7 +345,7 @@ class _Groups:
             settings=self.settings,
             directory=None if self.folder is None else self.folder / f"group-{group.layer}",
             checkpoint_seconds=self.checkpoint_seconds,
-            on_step=None if on_step is None else lambda step: on_step(f"merged layer {group.layer}", step),
+            on_step=None if on_step is None else lambda step: on_step(f"layer {group.layer}", step),
             objective=alone,
         )
         tensors = {name: value.detach().cpu() for name, value in decoder_layers(lone)[0].state_dict().items()}

@@ -74,11 +74,12 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
         chosen |= {id(parameter) for parameter in norm_gains(student, begin).values()}
     if train == "merged":
         merged = [layer for layer, node in enumerate(merge_tree(student)) if isinstance(node, list)]
+        if not merged:
+            raise InputError("there is no merged layer to train: give another --train")
         chosen |= {id(parameter) for layer in merged for parameter in decoder_layers(student)[layer].parameters()}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
-        what = "merged layer" if train == "merged" else "patch"
-        raise InputError(f"there is no {what} to train: make one with --patch dense, or train more with --train")
+        raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
     return names
 
 

@@ -1,0 +1,289 @@
+"""What ``linearpatch distill`` is given: a model that layers were pruned from, or one whose layers were merged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from linearpatch_kernels.cli.console import Reporter
+from linearpatch_kernels.cli.prune import summarise
+from linearpatch_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from linearpatch_kernels.distillation.hierarchical import HierarchySettings
+    from linearpatch_kernels.distillation.teacher_store import TeacherStore
+    from linearpatch_kernels.distillation.trainer import Distillation, Step
+    from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.evaluation.report import SpanRow
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+# Windows on which the layers of a plain removal beside a merged model are chosen.
+_REMOVAL_WINDOWS = 8
+
+Shown = Callable[[str, "Step"], None]
+
+
+class Shallower(Protocol):
+    """A checkpoint with fewer layers than its teacher.
+
+    Attributes:
+        num_layers, model: depth and fingerprint of the teacher ("" if not known).
+        default_train: what is trained unless told.
+        files: file name -> what it holds, of the plan's files.
+    """
+
+    num_layers: int
+    model: str
+    default_train: str
+    plan_files: Mapping[str, str]
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        ...
+
+    def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
+        """The student as it goes into the training; InputError for flags that are not for it."""
+        ...
+
+    def begin(self, student: PreTrainedModel) -> int:
+        """The depth from which the student differs from the teacher."""
+        ...
+
+    def depths(self, student: PreTrainedModel) -> list[int]:
+        """Whose states the teacher must give."""
+        ...
+
+    def removed(self, dense: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+        """The teacher with as many layers plainly removed."""
+        ...
+
+    def train(self, student: PreTrainedModel, store: TeacherStore, show: Shown | None, **run: Any) -> Distillation:
+        """Train the student in place."""
+        ...
+
+    def keep(self, student: PreTrainedModel, form: str, structured: int | None) -> None:
+        """Take over what the training made of the student."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """The plan's files."""
+        ...
+
+    def summary(self, found: Mapping[str, Quality], run: Reporter) -> dict[str, Any]:
+        """For ``summary.json``."""
+        ...
+
+    def spans(self) -> list[SpanRow]:
+        """For the report."""
+        ...
+
+
+def open_shallower(directory: Path, hierarchy: HierarchySettings) -> Shallower:
+    """What ``directory`` holds; InputError where it is neither, and for a hierarchy without merged layers."""
+    from linearpatch_kernels.distillation.hierarchical import HierarchySettings
+    from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
+    from linearpatch_kernels.surgery.plan import PrunePlan
+
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory: give one that linearpatch prune or merge wrote")
+    if (directory / MERGE_FILE).exists():
+        return Merged(MergePlan.load(directory / MERGE_FILE), hierarchy)
+    if hierarchy != HierarchySettings():
+        raise InputError(f"{directory} has no merged layers: leave out --layer-weight, --layer-error and --group-steps")
+    return Pruned(PrunePlan.load(directory))
+
+
+class Pruned:
+    """Layers removed, with patches in their place."""
+
+    default_train = "patch"
+    plan_files: Mapping[str, str] = {
+        "plan.json": "spans, kind of patch, what chose them",
+        "plan.safetensors": "the trained patches",
+    }
+
+    def __init__(self, plan: PrunePlan) -> None:
+        self.plan = plan
+        self.num_layers, self.model = plan.num_layers, plan.model
+
+    @property
+    def layers(self) -> int:
+        return len(self.plan.kept_layers)
+
+    def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
+        if form != "keep":
+            student = self._with_form(student, form, rank)
+        if structured is not None:
+            self._dense_patches(student, structured)
+        return student
+
+    def begin(self, student: PreTrainedModel) -> int:
+        return self.plan.spans[0].start
+
+    def depths(self, student: PreTrainedModel) -> list[int]:
+        return []
+
+    def removed(self, dense: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+        from linearpatch_kernels.modeling.families import keep_layers
+
+        return keep_layers(dense, self.plan.kept_layers)
+
+    def train(self, student: PreTrainedModel, store: TeacherStore, show: Shown | None, **run: Any) -> Distillation:
+        from linearpatch_kernels.distillation.trainer import distill
+
+        on_step = None if show is None else lambda step: show("distilling", step)
+        return distill(student, store, joint=self.begin(student), on_step=on_step, **run)
+
+    def structure(
+        self, student: PreTrainedModel, store: TeacherStore, windows: Sequence[int], rank: int
+    ) -> None:
+        """Hadamard + rank r in the place of every dense patch at a joint of the plan."""
+        from linearpatch_kernels.distillation.structure import structure
+
+        dense = self._dense_patches(student, rank)
+        structure(student, store, joint=self.begin(student), windows=windows, dense=dense, rank=rank)
+
+    def keep(self, student: PreTrainedModel, form: str, structured: int | None) -> None:
+        from torch import nn
+
+        from linearpatch_kernels.modeling.patched import patches
+        from linearpatch_kernels.nn import DensePatch
+        from linearpatch_kernels.surgery.plan import Joint
+
+        def trained(module: nn.Module, joint: Joint) -> Joint:
+            # Behind the plan's own patch there may stand those of earlier cuts.
+            first: Any = module[0] if isinstance(module, nn.Sequential) else module
+            words = [joint.fit, *([form] if form != "keep" else []), "distilled"]
+            if structured is not None and not isinstance(first, DensePatch):
+                words.append("structured")
+            return Joint(joint.span, copy.deepcopy(first).float(), ", ".join(words))
+
+        there, places = patches(student), self.plan.joint_positions()
+        joints = [trained(there[at], joint) if at in there else joint for at, joint in places.items()]
+        self.plan = dataclasses.replace(self.plan, joints=tuple(joints))
+
+    def files(self) -> dict[str, bytes]:
+        return self.plan.files()
+
+    def summary(self, found: Mapping[str, Quality], run: Reporter) -> dict[str, Any]:
+        return summarise(self.plan, found, run)
+
+    def spans(self) -> list[SpanRow]:
+        from linearpatch_kernels.evaluation.report import SpanRow
+        from linearpatch_kernels.surgery.reporting import describe_patch
+
+        return [SpanRow(str(joint.span), self.plan.score, None, describe_patch(joint)) for joint in self.plan.joints]
+
+    def _with_form(self, student: PreTrainedModel, form: str, rank: int) -> PreTrainedModel:
+        """The student with the patch of every joint in this form; a joint without one gets the identity."""
+        from linearpatch_kernels.distillation.forms import reformed
+        from linearpatch_kernels.modeling.families import hidden_size
+        from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
+        from linearpatch_kernels.nn import HadamardPatch
+
+        there = patches(student)
+        identity = HadamardPatch(hidden_size(student))
+        new = {joint: reformed(there.get(joint, identity), form, rank) for joint in self.plan.joint_positions()}
+        missing = {joint: patch for joint, patch in new.items() if joint not in there}
+        if missing:
+            student = patched_model(student, missing)
+        for joint in new.keys() - missing.keys():
+            replace_patch(student, joint, new[joint].to(student.dtype))
+        return student
+
+    def _dense_patches(self, student: PreTrainedModel, rank: int) -> dict[int, nn.Module]:
+        """The patches that ``--structured`` is about, by joint."""
+        from linearpatch_kernels.modeling.families import hidden_size
+        from linearpatch_kernels.modeling.patched import patches
+        from linearpatch_kernels.nn import DensePatch
+
+        there, places = patches(student), self.plan.joint_positions()
+        dense = {joint: there[joint] for joint in places if isinstance(there.get(joint), DensePatch)}
+        if not dense:
+            raise InputError("--structured is for dense patches and there is none: leave it out, or give --patch dense")
+        if rank > hidden_size(student):
+            raise InputError(f"--structured {rank} is more than the model's width {hidden_size(student)}")
+        return dense
+
+
+class Merged:
+    """Layers made one: distilled layer by layer."""
+
+    default_train = "merged"
+    plan_files: Mapping[str, str] = {"merge.json": "every merge: layers, shares, the units that were kept"}
+
+    def __init__(self, plan: Any, hierarchy: HierarchySettings) -> None:
+        self.plan, self._hierarchy = plan, hierarchy
+        self.num_layers, self.model = plan.num_layers, plan.model
+        self._alone: Mapping[int, Any] = {}
+
+    @property
+    def layers(self) -> int:
+        return int(self.plan.layers)
+
+    def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
+        from linearpatch_kernels.distillation.hierarchical import merged_groups
+
+        if form != "keep" or structured is not None:
+            raise InputError("--patch and --structured are for pruned models: leave them out for merged layers")
+        merged_groups(student)
+        return student
+
+    def begin(self, student: PreTrainedModel) -> int:
+        from linearpatch_kernels.distillation.hierarchical import merged_groups
+
+        return merged_groups(student)[0].layer
+
+    def depths(self, student: PreTrainedModel) -> list[int]:
+        from linearpatch_kernels.distillation.hierarchical import stream_depths
+
+        return stream_depths(student, self._hierarchy)
+
+    def removed(self, dense: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+        return plainly_removed(dense, windows, self.layers)
+
+    def train(self, student: PreTrainedModel, store: TeacherStore, show: Shown | None, **run: Any) -> Distillation:
+        from linearpatch_kernels.distillation.hierarchical import distill_merged
+
+        on_step = None if show is None else lambda what, step: show(f"distilling {what}", step)
+        result = distill_merged(student, store, hierarchy=self._hierarchy, on_step=on_step, **run)
+        self._alone = result.alone
+        return result.together
+
+    def keep(self, student: PreTrainedModel, form: str, structured: int | None) -> None:
+        """The plan says how the layers were merged, and still does."""
+
+    def files(self) -> dict[str, bytes]:
+        files: dict[str, bytes] = self.plan.files()
+        return files
+
+    def summary(self, found: Mapping[str, Quality], run: Reporter) -> dict[str, Any]:
+        return {
+            "num_layers": {"dense": self.num_layers, "merged": self.layers},
+            "tree": self.plan.tree,
+            "hierarchy": dataclasses.asdict(self._hierarchy),
+            "groups": {str(layer): dataclasses.asdict(outcome) for layer, outcome in self._alone.items()},
+            "quality": {name: quality.to_dict() for name, quality in found.items()},
+            "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+        }
+
+    def spans(self) -> list[SpanRow]:
+        return []
+
+
+def plainly_removed(dense: PreTrainedModel, windows: Tensor, layers: int) -> PreTrainedModel:
+    """The dense model without the neighbouring layers that change the stream least, ``layers`` of them left."""
+    from linearpatch_kernels.modeling.families import keep_layers, num_layers
+    from linearpatch_kernels.surgery.sensitivity import score_layers
+
+    count = num_layers(dense)
+    scores = score_layers(dense, windows[:_REMOVAL_WINDOWS], width=count - layers)
+    gone = min(scores.span_influence, key=lambda span: scores.span_influence[span])
+    return keep_layers(dense, [layer for layer in range(count) if layer not in range(*gone)])
