@@ -1,7 +1,9 @@
-"""CoMe on the demo model, against plain removal and LinearPatch at the same depth: ``python -m benchmarks.merging``.
+"""CoMe on the demo model, against plain removal and patches at the same depth: ``python -m benchmarks.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers.
-Plans are kept in ``--plans`` after every merge, so a run that was stopped goes on when the command is given again.
+``+ refit`` is `surgery.merge_healing.refit_merges`, ``+ patches`` a low-rank patch behind every merged layer,
+``+ distilled`` hierarchical distillation, with the same windows for every row. Whatever is finished (a merge, a row) is
+kept in ``--work``: a run that was stopped goes on when the command is given again, and what is there is only printed.
 Perplexity and top-1 agreement with the dense model are on text that nothing was chosen on: other passages of the
 calibration's source / another source.
 """
@@ -10,125 +12,266 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
+import json
+import math
+import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.hardware import describe
 from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged
+from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import compare_quality
-from linearpatch_kernels.modeling.families import keep_layers, num_layers
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.modeling.families import keep_layers, num_layers, partial_decoder
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.merge_healing import heal_merges
+from linearpatch_kernels.surgery.merge_healing import heal_merges, refit_merges
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
 from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
+from linearpatch_kernels.surgery.merging import choose_units, merge_layers
 from linearpatch_kernels.surgery.plan import PrunePlan
+from linearpatch_kernels.surgery.pruning import plan_pruning
 from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.surgery.selection import fitted_joints
+from linearpatch_kernels.surgery.sensitivity import score_layers
 from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
 
-ROWS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe (authors')": {"rule": "authors"},
     "CoMe (ours)": {},
     "CoMe-P (ours)": {"posterior": True},
     "CoMe-P, places by loss": {"posterior": True, "skip_score": "loss"},
     "CoMe-P, places by loss, every share >= 0.1": {"posterior": True, "skip_score": "loss", "least_share": 0.1},
 }
-FITS = ("linearpatch", "shrunk-low-rank")
+FIRST = ("dense", "plain removal", "LinearPatch", "our best patch")
+AFTERWARDS = ("", " + refit", " + patches", " + distilled")
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--layers", type=int, nargs="+", default=[27, 24])
-    arguments.add_argument("--variants", nargs="*", choices=list(ROWS), default=list(ROWS), metavar="NAME")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--layers", type=int, nargs="+", default=[24, 27, 21])
+    arguments.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     arguments.add_argument("--samples", type=int, default=16)
     arguments.add_argument("--heldout", type=int, default=4)
     arguments.add_argument("--report", type=int, default=8, help="windows of each text that the figures are over")
     arguments.add_argument("--length", type=int, default=256)
-    arguments.add_argument("--plans", type=Path, default=cache_dir() / "benchmark-merging")
-    arguments.add_argument("--heal", action="store_true", help="also patch behind the merged layers")
+    arguments.add_argument("--steps", type=int, default=32, help="of distillation, one window each")
+    arguments.add_argument("--learning-rate", type=float, default=1e-4)
+    arguments.add_argument("--work", type=Path, default=cache_dir() / "benchmark-merging")
+    arguments.add_argument("--print-only", action="store_true", help="the rows that are there, without computing any")
+    arguments.add_argument("--costs", action="store_true", help="memory of scoring and time of a merge instead")
     options = arguments.parse_args()
-    options.plans.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(demo_model_path(), device="cpu")
-    windows = _windows(tokenizer, options)
-    plans = {name: _plan(model, windows, name, options) for name in options.variants}
-    statistics = calibrate(model, windows["fit"].split(1))
-    print(f"\nSmolLM2-135M, {len(windows['fit'])} x {options.length} tokens to score, {options.heldout} to choose on")
-    print("perplexity / top-1 agreement on: the calibration's source | another text")
-    for layers in options.layers:
-        drop = num_layers(model) - layers
-        models = {"dense": model} | _removals(model, statistics, drop)
-        for name, plan in plans.items():
-            part = _first(plan, drop)
-            models[name] = merged = apply_merges(model, part)
-            for fit in FITS if options.heal else ():
-                models[f"{name} + {fit} behind each"] = heal_merges(model, merged, windows["fit"], fit)
-                last = heal_merges(model, merged, windows["fit"], fit, last_only=True)
-                models[f"{name} + {fit} behind the last"] = last
-        print(f"\n{layers} layers")
-        _evaluate(model, models, windows)
-        for name, plan in plans.items():
-            part = _first(plan, drop)
-            seconds = sum(record["seconds"] for record in part.records)
-            shares = " ".join(f"{merge.span}={merge.shares[0]:.2f}" for merge in part.merges)
-            print(f"  {name}: {seconds:.0f} s; merges, and the share of the first of the two: {shares}")
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    study = Study(options)
+    if options.costs:
+        study.print_costs()
+        return
+    rows = {(layers, name): study.row(layers, name) for layers in options.layers for name in study.names}
+    study.print_table(rows)
 
 
-def _first(plan: MergePlan, count: int) -> MergePlan:
-    return dataclasses.replace(plan, merges=plan.merges[:count], records=plan.records[:count])
+class Study:
+    """The demo model, the windows, and what was computed of them so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        keys = ("samples", "heldout", "report", "length")
+        self.place: Path = options.work / "-".join(str(getattr(options, key)) for key in keys)
+        self.place.mkdir(parents=True, exist_ok=True)
+        self.model, tokenizer = load_model(demo_model_path(), device="cpu")
+        self.windows = _windows(tokenizer, options)
+        made = [name + more for name in options.variants for more in AFTERWARDS]
+        self.names = [*FIRST, *made]
+
+    def row(self, layers: int, name: str) -> dict[str, Any] | None:
+        """Figures of one row, from its file if it was made before."""
+        told = f" {self.options.steps} {self.options.learning_rate}" if name.endswith("distilled") else ""
+        file = self.place / f"{layers}-{''.join(c if c.isalnum() else '_' for c in name + told)}.json"
+        if not file.exists():
+            if self.options.print_only:
+                return None
+            begin = time.perf_counter()
+            _forget_peak()
+            model, about = self._made(layers, name)
+            # Of what it takes to make the model; evaluating it is not counted, nor is what another row has made.
+            about = {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
+            found = {text: compare_quality({name: model}, self.windows[text], self.model) for text in ("same", "other")}
+            about |= {text: [one[name].perplexity, one[name].top1_agreement] for text, one in found.items()}
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(about))
+            os.replace(temporary, file)
+            print(f"{layers} layers, {name}: {about['same'][0]:.1f} / {about['other'][0]:.1f}", flush=True)
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+
+    def print_table(self, rows: dict[tuple[int, str], dict[str, Any] | None]) -> None:
+        options = self.options
+        print(f"\nSmolLM2-135M, {describe()['cpu']}")
+        print(
+            f"{options.samples} x {options.length} tokens to score and fit, {options.heldout} to choose on, "
+            f"{options.steps} to distil; {options.report} windows of each text in every figure"
+        )
+        for layers in options.layers:
+            print(f"\n| {layers} layers | calibration's source | another text | seconds | peak memory |")
+            print("|---|---|---|---|---|")
+            for name in self.names:
+                row = rows[layers, name]
+                if row is not None:
+                    cells = " | ".join(f"{row[text][0]:.1f} / {100 * row[text][1]:.1f} %" for text in ("same", "other"))
+                    print(f"| {name} | {cells} | {row['seconds']:.0f} | {row['peak'] / 2**30:.2f} GB |")
+            for name in options.variants:
+                row = rows[layers, name]
+                if row is not None:
+                    print(f"merges of {name}, share of the first of the two: {row['shares']}")
+
+    def print_costs(self) -> None:
+        """Memory of a scoring pass beside that of the decoder's bare pass, and the time of one merge."""
+        window = self.windows["fit"][:1]
+        view = partial_decoder(self.model, 0, num_layers(self.model), embed=True)
+
+        def forward() -> None:
+            with torch.no_grad(), evaluation_mode(self.model):
+                view(input_ids=window, use_cache=False)
+
+        score_layers(self.model, window)  # what is allocated once stays out of both
+        bare, scoring = (
+            min(_growth(run) for _ in range(3)) for run in (forward, lambda: score_layers(self.model, window))
+        )
+        print(f"memory beyond the model, one window of {window.shape[1]} tokens: the decoder's pass", end=" ")
+        print(f"{bare / 2**20:.1f} MB, scoring {scoring / 2**20:.1f} MB ({scoring / bare:.2f}x)")
+        scores = score_layers(self.model, window)
+        begin = time.perf_counter()
+        merge_layers(self.model, choose_units(scores, Span(13, 15), (0.5, 0.5)))
+        print(f"one pair merged, scores given: {time.perf_counter() - begin:.2f} s")
+
+    def _made(self, layers: int, name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if name in FIRST:
+            return self._unmerged(layers, name), {}
+        variant = max((one for one in VARIANTS if name.startswith(one)), key=len)
+        plan = self._plan(variant, layers)
+        merged = apply_merges(self.model, plan)
+        merging = sum(record["seconds"] for record in plan.records)
+        begin = time.perf_counter()
+        about: dict[str, Any] = {}
+        afterwards = name.removeprefix(variant)
+        if afterwards == " + refit":
+            merged = refit_merges(self.model, merged, self.windows["fit"])
+        elif afterwards == " + patches":
+            merged = heal_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
+        elif afterwards == " + distilled":
+            about["groups"] = self._distil(merged, layers, variant)
+        about["seconds"] = merging + time.perf_counter() - begin
+        about["shares"] = ", ".join(f"{merge.span} {merge.shares[0]:.2f}" for merge in plan.merges)
+        if not afterwards and plan.merges:
+            about["peak"] = max(record["peak"] for record in plan.records if "peak" in record)
+        return merged, about
+
+    def _unmerged(self, layers: int, name: str) -> PreTrainedModel:
+        """What prune does by default: the span of the highest cosine; plainly, with LinearPatch's map, or the best."""
+        drop = num_layers(self.model) - layers
+        if name == "dense":
+            return self.model
+        if name == "our best patch":
+            found = plan_pruning(self.model, self.windows["fit"], self.windows["heldout"], drop=drop)
+            return apply_plan(self.model, found.plan)
+        statistics = calibrate(self.model, self.windows["fit"].split(1))
+        (span,) = choose_spans(statistics, drop, "cosine")
+        if name == "LinearPatch":
+            patch = fitted_joints(statistics, [Span(*span)], "linearpatch")
+            return apply_plan(self.model, PrunePlan(num_layers(self.model), patch))
+        return keep_layers(self.model, [layer for layer in range(num_layers(self.model)) if layer not in range(*span)])
+
+    def _distil(self, merged: PreTrainedModel, layers: int, variant: str) -> dict[str, Any]:
+        options = self.options
+        training, heldout = range(options.steps), range(options.steps, len(self.windows["distil"]))
+        run = distill_merged(
+            merged,
+            self._store(),
+            training=training,
+            heldout=heldout,
+            settings=TrainingSettings(
+                steps=len(training), train="merged", learning_rate=options.learning_rate, evaluate_every=8
+            ),
+            hierarchy=HierarchySettings(),
+            directory=self.place
+            / f"run-{layers}-{list(VARIANTS).index(variant)}-{options.steps}-{options.learning_rate}",
+            checkpoint_seconds=20.0,
+            on_step=lambda what, step: (
+                print(f"  {what}: {step.done}/{step.steps} {step.loss:.3f}", flush=True) if step.done % 8 == 0 else None
+            ),
+        )
+        return {"seconds": run.together.seconds, "curve": [dict(point) for point in run.together.curve]}
+
+    def _store(self) -> TeacherStore:
+        """With the states of all depths, so that one serves every row."""
+        depths = range(num_layers(self.model) + 1)
+        return write_teacher_store(
+            self.model, self.windows["distil"], self.place / f"store-{self.options.steps}", depths=depths
+        )
+
+    def _plan(self, name: str, layers: int) -> MergePlan:
+        """The plan of a variant down to ``layers``; every record holds the seconds and the peak memory of its merge."""
+        settings = MergeSettings(layers=layers, **VARIANTS[name])
+        # Not the number of layers: a run to fewer goes on from one to more.
+        kept = {key: value for key, value in dataclasses.asdict(settings).items() if key != "layers"}
+        file = self.place / f"plan-{'-'.join(map(str, kept.values()))}.json"
+        plan = MergePlan.load(file) if file.exists() else MergePlan(num_layers(self.model), settings=kept)
+        while plan.layers > layers:
+            begin = time.perf_counter()
+            _forget_peak()
+            step = dataclasses.replace(settings, layers=plan.layers - 1)
+            _, longer = plan_merging(self.model, self.windows["fit"], self.windows["heldout"], step, plan=plan)
+            timed = {**longer.records[-1], "seconds": time.perf_counter() - begin, "peak": _peak()}
+            plan = plan.extended(longer.merges[-1], timed)
+            plan.save(file)
+            print(f"  {name}: {plan.layers} layers, {timed['seconds']:.0f} s", flush=True)
+        count = num_layers(self.model) - layers
+        return dataclasses.replace(plan, merges=plan.merges[:count], records=plan.records[:count])
 
 
 def _windows(tokenizer: Any, options: argparse.Namespace) -> dict[str, Tensor]:
+    """What was scored on is followed in the text by what is distilled on, so nothing of it is near the report's."""
     shares = {"fit": options.samples, "heldout": options.heldout, "same": options.report}
-    calibration = token_windows(tokenizer, demo_text("calibration"), length=options.length, count=sum(shares.values()))
-    other = token_windows(tokenizer, demo_text("heldout"), length=options.length, count=options.report)
-    return {**split_windows(calibration, shares), "other": other}
+    length, more = options.length, math.ceil(options.steps / options.samples)
+    text = token_windows(tokenizer, demo_text("calibration"), length=(1 + more) * length, count=sum(shares.values()))
+    parts = split_windows(text, shares)
+    windows = {name: part[:, :length] for name, part in parts.items()}
+    training = parts["fit"][:, length:].reshape(-1, length)[: options.steps]
+    windows["distil"] = torch.cat([training, parts["heldout"][:, length : 2 * length]])
+    windows["other"] = token_windows(tokenizer, demo_text("heldout"), length=length, count=options.report)
+    return windows
 
 
-def _plan(model: PreTrainedModel, windows: dict[str, Tensor], name: str, options: argparse.Namespace) -> MergePlan:
-    """The plan of a variant, from where an earlier call left it; every record holds the seconds of its merge."""
-    settings = MergeSettings(layers=min(options.layers), **ROWS[name])
-    origin = {"samples": options.samples, "heldout": options.heldout, "length": options.length}
-    # Not the number of layers: a run to fewer goes on from one to more.
-    kept = {key: value for key, value in dataclasses.asdict(settings).items() if key != "layers"}
-    plan = MergePlan(num_layers(model), settings=kept, calibration=origin)
-    file = options.plans / f"{'-'.join(map(str, [*kept.values(), *origin.values()]))}.json"
-    if file.exists():
-        plan = MergePlan.load(file)
-    while plan.layers > settings.layers:
-        begin = time.perf_counter()
-        step = dataclasses.replace(settings, layers=plan.layers - 1)
-        _, longer = plan_merging(model, windows["fit"], windows["heldout"], step, plan=plan)
-        timed = {**longer.records[-1], "seconds": time.perf_counter() - begin}
-        plan = plan.extended(longer.merges[-1], timed)
-        plan.save(file)
-        print(f"{name}: {plan.layers} layers, {timed['seconds']:.0f} s", flush=True)
-    return plan
+def _growth(run: Callable[[], object]) -> int:
+    """Bytes that the process held at most while it ran, beyond those that it held before."""
+    _forget_peak()
+    before = _peak()
+    run()
+    return _peak() - before
 
 
-def _removals(model: PreTrainedModel, statistics: Any, drop: int) -> dict[str, PreTrainedModel]:
-    """What prune does by default: the span of the highest cosine, removed plainly and with LinearPatch's map."""
-    (span,) = choose_spans(statistics, drop, "cosine")
-    patch = fitted_joints(statistics, [Span(*span)], "linearpatch")
-    kept = [layer for layer in range(num_layers(model)) if layer not in range(*span)]
-    return {
-        f"plain removal of {span}": keep_layers(model, kept),
-        f"LinearPatch at {span}": apply_plan(model, PrunePlan(num_layers(model), patch)),
-    }
+def _forget_peak() -> None:
+    """The peak of resident memory starts again from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def _evaluate(dense: PreTrainedModel, models: dict[str, PreTrainedModel], windows: dict[str, Tensor]) -> None:
-    found = {text: compare_quality(models, windows[text], dense) for text in ("same", "other")}
-    for name in models:
-        cells = " | ".join(
-            f"{one[name].perplexity:9.2f} / {100 * (one[name].top1_agreement or 0):4.1f} %" for one in found.values()
-        )
-        print(f"  {name:62} {cells}", flush=True)
+def _peak() -> int:
+    """Bytes, since `_forget_peak`."""
+    return next(_sizes("VmHWM"))
+
+
+def _sizes(name: str) -> Iterator[int]:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            yield int(line.split()[1]) << 10
 
 
 if __name__ == "__main__":

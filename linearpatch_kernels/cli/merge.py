@@ -120,15 +120,15 @@ def merge(
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.merge_healing import heal_merges
+    from linearpatch_kernels.surgery.merge_healing import REFIT, heal_merges, refit_merges
     from linearpatch_kernels.surgery.merge_plan import MergePlan
     from linearpatch_kernels.surgery.merge_search import VARIANTS, MergeSettings, check_settings, plan_merging
     from linearpatch_kernels.text import fingerprint_model
 
     if variant not in VARIANTS:
         raise InputError(f"no variant is called {variant!r}: choose one of {', '.join(VARIANTS)}")
-    if heal not in FITS:
-        raise InputError(f"--heal {heal} is no fit: choose one of {', '.join(FITS)}")
+    if heal not in (REFIT, *FITS):
+        raise InputError(f"--heal {heal} is no way to heal: choose one of {', '.join((REFIT, *FITS))}")
     chosen = dict(VARIANTS[variant])
     if skip_score is not None:
         chosen["skip_score"] = skip_score
@@ -175,12 +175,15 @@ def merge(
     result = merged
     if heal != "none":
         with run.stage("heal"):
-            result = heal_merges(dense, merged, windows.fit, heal, rank=rank)
-    healed = {_healed(heal): result} if patches(result) else {}
+            if heal == REFIT:
+                result = refit_merges(dense, merged, windows.fit)
+            else:
+                result = heal_merges(dense, merged, windows.fit, heal, rank=rank)
+    healed = {_healed(heal): result} if heal != "none" else {}
     found = _compare(dense, {_MERGED: merged} | healed, settings, windows, run)
     help_told = _told_help(found, heal)
     summary = _summarise(plan, found, run) | ({"heal": heal} if healed else {})
-    report = _report(model, plan, found, windows, run, help_told, patched=bool(healed))
+    report = _report(model, plan, found, windows, run, help_told, patched=bool(patches(result)))
     files = plan.files() | {"summary.json": json_text(summary).encode()}
     files |= {f"report/{name}": content for name, content in report.items()}
     with run.stage("save"):
@@ -223,15 +226,15 @@ def written(node: Any) -> str:
 
 
 def _healed(fit: str) -> str:
-    return f"merged, {fit} patches"
+    return "merged, refitted" if fit == "refit" else f"merged, {fit} patches"
 
 
 def _told_help(found: Mapping[str, Quality], fit: str) -> list[str]:
-    """Whether the patches behind the merged layers help, on the report's windows."""
+    """Whether healing the merged layers helps, on the report's windows."""
     if _healed(fit) not in found:
         return []
     before, after = found[_MERGED].perplexity, found[_healed(fit)].perplexity
-    verdict = "help" if after < before else "do not help"
+    verdict = "helps" if after < before else "does not help"
     return [
         f"Patches behind the merged layers ({fit}) {verdict}: perplexity {before:.2f} without, {after:.2f} with them."
     ]

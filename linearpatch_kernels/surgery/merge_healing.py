@@ -1,20 +1,36 @@
-"""A patch behind a merged layer: what the merge changed in the stream, taken back in closed form."""
+"""What a merge changed in the stream, taken back in closed form: by a patch behind the merged layer, or within it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
+from linearpatch_kernels.calibration import Span, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.modeling.families import merge_tree, num_layers
+from linearpatch_kernels.modeling.families import (
+    Sublayer,
+    decoder_layers,
+    keep_layers,
+    merge_tree,
+    num_layers,
+    partial_decoder,
+    sublayers,
+)
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
+
+REFIT = "refit"
+"""The name of `refit_merges` beside those of the patches."""
+
+# Ridges that are tried, relative to each neuron's own second moment.
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_EPSILON = 1e-12
 
 
 def heal_merges(
@@ -30,7 +46,7 @@ def heal_merges(
 
     The patch maps the merged model's stream there to the dense model's behind the last layer that the merged one
     stands for, over token ``windows`` [W, T]; the patches are fitted from the front on, each with those before it in
-    place. Two partial passes per patch; one window's streams are held at a time.
+    place. Both models run once, from one merged layer to the next; memory: the streams of both, 2 W T d values.
 
     Args:
         merged: made from ``dense`` by merges alone: its config holds the tree.
@@ -39,25 +55,130 @@ def heal_merges(
     Raises:
         InputError: a model without merged layers or of another depth than ``dense``, or what the fit raises.
     """
-    tree = merge_tree(merged)
-    places = [index for index, node in enumerate(tree) if isinstance(node, list)]
-    if not places or leaves(tree) != list(range(num_layers(dense))):
-        raise InputError("the model is not the dense one with layers merged: give both as merge_layers left them")
+    tree, places = _merged_places(dense, merged)
+    found, wanted = _Stream(windows), _Stream(windows)
     for index in places[-1:] if last_only else places:
-        depths = index + 1, leaves(tree[index])[-1] + 1
-        statistics = stream_statistics(_streams(merged, dense, windows, *depths))
+        found.advance(merged, index + 1)
+        wanted.advance(dense, leaves(tree[index])[-1] + 1)
+        statistics = stream_statistics(zip(found.states, wanted.states, strict=True))
         patch = fit_patch(statistics, Span(0, 1), fit, rank=rank)
         if patch is not None:
             merged = patched_model(merged, {index + 1: patch})
     return merged
 
 
-def _streams(
-    merged: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, depth: int, dense_depth: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    with torch.no_grad(), evaluation_mode(merged, dense):
-        for window in windows.split(1):
-            yield (
-                residual_stream(merged, window, [depth])[depth][0],
-                residual_stream(dense, window, [dense_depth])[dense_depth][0],
-            )
+class _Stream:
+    """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.states: list[Tensor] = list(windows)
+        self._depth = 0
+
+    @torch.no_grad()
+    def advance(self, model: PreTrainedModel, depth: int) -> None:
+        """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
+        embed = self.states[0].dim() == 1
+        view = partial_decoder(model, self._depth, depth, embed=embed)
+        device = model.get_input_embeddings().weight.device
+        with evaluation_mode(model):
+            for index, state in enumerate(self.states):
+                given = {"input_ids" if embed else "inputs_embeds": state.unsqueeze(0).to(device)}
+                self.states[index] = view(**given, use_cache=False).last_hidden_state[0]
+        self._depth = depth
+
+
+def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+    """The merged model with new down projections W in its merged layers, by least squares; the same architecture.
+
+    With a_t [n] the input of W at token t, r_t what the merged layer's output lacks to the dense model's stream y_t
+    behind the last layer that it stands for: ``W += argmin_D sum_t |r_t - D a_t|^2 / |y_t|^2 + ridge *
+    sum_c G_cc |D_c|^2``, G the weighted moments of a. The ridge with the lowest error on the last quarter of token
+    ``windows`` [W, T] is taken, none where that is not below doing nothing. From the front on, each layer with those
+    before it in place. Both models run once; memory: the streams of both, 2 W T d values, and a few n x n matrices in
+    float64.
+
+    Raises:
+        InputError: a model without merged layers or of another depth than ``dense``, one that norms what comes out of
+            W (Gemma), fewer than four windows.
+    """
+    tree, places = _merged_places(dense, merged)
+    half = sublayers(merged)[1]
+    if half.shared_norms:
+        raise InputError(f"what comes out of {half.output.projection} is normed here: heal with a patch, not {REFIT}")
+    if len(windows) < 4:
+        raise InputError(f"{len(windows)} windows are too few to fit on and to choose on: give at least 4")
+    refitted = keep_layers(merged, range(num_layers(merged)))
+    held = len(windows) // 4
+    found, wanted = _Stream(windows), _Stream(windows)
+    for index in places:
+        found.advance(refitted, index)
+        wanted.advance(dense, leaves(tree[index])[-1] + 1)
+        layer = partial_decoder(refitted, index, index + 1)
+        pairs = list(zip(found.states, wanted.states, strict=True))
+        change = _least_squares_change(
+            _output_moments(layer, half, pairs[:-held]), _output_moments(layer, half, pairs[-held:])
+        )
+        if change is not None:
+            projection: Any = decoder_layers(refitted)[index].get_submodule(half.output.projection)
+            weight = projection.weight.detach()
+            new = (weight.double() + change.to(weight.device)).to(weight.dtype)
+            projection.weight = nn.Parameter(new, requires_grad=projection.weight.requires_grad)
+    return refitted
+
+
+class _OutputMoments(NamedTuple):
+    """Sums over the tokens, weighted by 1 / |y|^2: a a^T [n, n], a r^T [n, d] and |r|^2, in float64."""
+
+    gram: Tensor
+    cross: Tensor
+    error: Tensor
+
+    def error_with(self, change: Tensor) -> float:
+        """The sum of |r - D a|^2 / |y|^2 for D [d, n]."""
+        return float(self.error - 2 * (change.T * self.cross).sum() + (change @ self.gram * change).sum())
+
+
+def _least_squares_change(fit: _OutputMoments, held: _OutputMoments) -> Tensor | None:
+    """D [d, n], or None where no ridge makes the held-out error less."""
+    errors = {ridge: held.error_with(_ridge_solution(fit, ridge)) for ridge in _RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if not errors[best] < float(held.error):
+        return None
+    return _ridge_solution(_OutputMoments(*(one + other for one, other in zip(fit, held, strict=True))), best)
+
+
+def _ridge_solution(moments: _OutputMoments, ridge: float) -> Tensor:
+    own = moments.gram.diagonal().clamp_min(_EPSILON * float(moments.gram.diagonal().max()))
+    solution: Tensor = torch.linalg.solve(moments.gram + torch.diag(ridge * own), moments.cross)
+    return solution.T
+
+
+@torch.no_grad()
+def _output_moments(layer: Any, half: Sublayer, pairs: Sequence[tuple[Tensor, Tensor]]) -> _OutputMoments:
+    """Of a view of one layer, over windows: the stream entering it and the one that should leave it, [T, d]."""
+    inputs: list[Tensor] = []
+    projection = layer.layers[0].get_submodule(half.output.projection)
+    handle = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    sums: list[Tensor] = []
+    try:
+        with evaluation_mode(layer):
+            for state, wanted in pairs:
+                leaving = layer(inputs_embeds=state.unsqueeze(0), use_cache=False).last_hidden_state[0]
+                a, y = inputs.pop()[0].double(), wanted.to(leaving.device, torch.float64)
+                lacking = y - leaving.double()
+                weighted = a / y.square().sum(dim=-1, keepdim=True).clamp_min(_EPSILON)
+                error = lacking.square().sum(dim=-1) / y.square().sum(dim=-1).clamp_min(_EPSILON)
+                part = [weighted.T @ a, weighted.T @ lacking, error.sum()]
+                sums = [one + other for one, other in zip(sums, part, strict=True)] if sums else part
+    finally:
+        handle.remove()
+    return _OutputMoments(*sums)
+
+
+def _merged_places(dense: PreTrainedModel, merged: PreTrainedModel) -> tuple[list[Any], list[int]]:
+    """The merge tree, and which layers are merged ones."""
+    tree = merge_tree(merged)
+    places = [index for index, node in enumerate(tree) if isinstance(node, list)]
+    if not places or leaves(tree) != list(range(num_layers(dense))):
+        raise InputError("the model is not the dense one with layers merged: give both as merge_layers left them")
+    return tree, places
