@@ -140,6 +140,20 @@ def test_a_killed_merge_goes_on_where_it_was(world: World, run: Run, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["expected", "foreign", "other.txt", "out"]
 
 
+def test_refitted_layers_stay_a_plain_model(world: World, run: Run, tmp_path: Path) -> None:
+    flags = ["--layers", LAYERS - 2, "--text", world.text, "--variant", "come", *MERGE]
+    done = run("merge", world.model, "-o", tmp_path / "out", *flags, "--heal", "refit")
+    assert (done.status, done.errors) == (0, [])
+    assert "Healing the merged layers (refit) " in done.stdout
+    assert run("merge", world.model, "-o", tmp_path / "plain", *flags, "--heal", "none").status == 0
+    states = [LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "out")]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    tree_ = MergePlan.load(tmp_path / "out" / "merge.json").tree
+    possible = {f"model.layers.{at}.mlp.down_proj.weight" for at, node in enumerate(tree_) if isinstance(node, list)}
+    assert changed <= possible
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
 def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--layers", LAYERS - 2, "--text", world.text, "--variant", "come", *MERGE]
@@ -148,9 +162,8 @@ def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path
     quality = json.loads((out / "summary.json").read_text())["quality"]
     assert list(quality) == ["dense", "dropped (no patch)", "merged", "merged, low-rank patches"]
     before, after = (quality[name]["perplexity"] for name in ("merged", "merged, low-rank patches"))
-    line = (
-        f"(low-rank) {'help' if after < before else 'do not help'}: perplexity {before:.2f} without, {after:.2f} with"
-    )
+    verdict = "helps" if after < before else "does not help"
+    line = f"(low-rank) {verdict}: perplexity {before:.2f} without, {after:.2f} with it"
     assert line in done.stdout
     assert line in (out / "report" / "report.md").read_text()
     healed = AutoModelForCausalLM.from_pretrained(out)
@@ -160,4 +173,4 @@ def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path
     assert run("merge", world.model, "-o", tmp_path / "plain", *flags).status == 0
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     assert all(torch.equal(tensor, healed.state_dict()[name]) for name, tensor in plain.items())
-    assert "is no fit" in refusal(run("merge", world.model, "-o", tmp_path / "x", *flags, "--heal", "best"))
+    assert "is no way to heal" in refusal(run("merge", world.model, "-o", tmp_path / "x", *flags, "--heal", "best"))

@@ -101,8 +101,9 @@ def merge(
         typer.Option(
             "--heal",
             metavar="FIT",
-            help="Put a patch behind every merged layer, fitted in closed form to the dense model's stream there: "
-            "a fit of linearpatch prune (low-rank, shrunk-low-rank, least-squares, ...).",
+            help="Heal every merged layer in closed form, toward the dense model's stream there: refit (new down "
+            "projections, still a plain model), or a patch behind it: a fit of linearpatch prune (low-rank, "
+            "shrunk-low-rank, least-squares, ...); or none.",
         ),
     ] = "none",
     rank: Rank = 64,
@@ -235,9 +236,7 @@ def _told_help(found: Mapping[str, Quality], fit: str) -> list[str]:
         return []
     before, after = found[_MERGED].perplexity, found[_healed(fit)].perplexity
     verdict = "helps" if after < before else "does not help"
-    return [
-        f"Patches behind the merged layers ({fit}) {verdict}: perplexity {before:.2f} without, {after:.2f} with them."
-    ]
+    return [f"Healing the merged layers ({fit}) {verdict}: perplexity {before:.2f} without, {after:.2f} with it."]
 
 
 def _compare(
