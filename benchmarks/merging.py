@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,8 +31,8 @@ from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings
-from linearpatch_kernels.evaluation.agreement import compare_quality
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode, model_logits
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, partial_decoder
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.surgery.apply import apply_plan
@@ -53,7 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe-P, places by loss, every share >= 0.1": {"posterior": True, "skip_score": "loss", "least_share": 0.1},
 }
 FIRST = ("dense", "plain removal", "LinearPatch", "our best patch")
-AFTERWARDS = ("", " + refit", " + patches", " + distilled")
+DISTILLED = " + distilled"
+AFTERWARDS = ("", " + refit", " + patches", DISTILLED)
 
 
 def main() -> None:
@@ -74,8 +77,10 @@ def main() -> None:
     if options.costs:
         study.print_costs()
         return
-    rows = {(layers, name): study.row(layers, name) for layers in options.layers for name in study.names}
-    study.print_table(rows)
+    # The quick ones of every depth first.
+    order = [(layers, name) for layers in options.layers for name in study.names]
+    order.sort(key=lambda row: row[1].endswith(DISTILLED))
+    study.print_table({row: study.row(*row) for row in order})
 
 
 class Study:
@@ -93,7 +98,7 @@ class Study:
 
     def row(self, layers: int, name: str) -> dict[str, Any] | None:
         """Figures of one row, from its file if it was made before."""
-        told = f" {self.options.steps} {self.options.learning_rate}" if name.endswith("distilled") else ""
+        told = f" {self.options.steps} {self.options.learning_rate}" if name.endswith(DISTILLED) else ""
         file = self.place / f"{layers}-{''.join(c if c.isalnum() else '_' for c in name + told)}.json"
         if not file.exists():
             if self.options.print_only:
@@ -103,8 +108,8 @@ class Study:
             model, about = self._made(layers, name)
             # Of what it takes to make the model; evaluating it is not counted, nor is what another row has made.
             about = {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
-            found = {text: compare_quality({name: model}, self.windows[text], self.model) for text in ("same", "other")}
-            about |= {text: [one[name].perplexity, one[name].top1_agreement] for text, one in found.items()}
+            found = {text: self._quality(model, text) for text in ("same", "other")}
+            about |= {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(about))
             os.replace(temporary, file)
@@ -126,7 +131,8 @@ class Study:
                 row = rows[layers, name]
                 if row is not None:
                     cells = " | ".join(f"{row[text][0]:.1f} / {100 * row[text][1]:.1f} %" for text in ("same", "other"))
-                    print(f"| {name} | {cells} | {row['seconds']:.0f} | {row['peak'] / 2**30:.2f} GB |")
+                    peak = f"{row['peak'] / 2**30:.2f} GB" if row["peak"] else ""
+                    print(f"| {name} | {cells} | {row['seconds']:.0f} | {peak} |")
             for name in options.variants:
                 row = rows[layers, name]
                 if row is not None:
@@ -152,6 +158,20 @@ class Study:
         merge_layers(self.model, choose_units(scores, Span(13, 15), (0.5, 0.5)))
         print(f"one pair merged, scores given: {time.perf_counter() - begin:.2f} s")
 
+    def _quality(self, model: PreTrainedModel, text: str) -> Quality:
+        """Against the dense model's logits, which are on disk from the first row on."""
+        file = self.place / f"logits-{text}.safetensors"
+        meter = QualityMeter()
+        with evaluation_mode(model):
+            if not file.exists():
+                logits = {str(i): model_logits(self.model, w)[0] for i, w in enumerate(self.windows[text].split(1))}
+                save_file(logits, file.with_suffix(".tmp"))
+                os.replace(file.with_suffix(".tmp"), file)
+            with safe_open(file, framework="pt") as kept:
+                for i, window in enumerate(self.windows[text].split(1)):
+                    meter.update(model_logits(model, window), window, kept.get_tensor(str(i)).unsqueeze(0))
+        return meter.result()
+
     def _made(self, layers: int, name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         if name in FIRST:
             return self._unmerged(layers, name), {}
@@ -166,12 +186,12 @@ class Study:
             merged = refit_merges(self.model, merged, self.windows["fit"])
         elif afterwards == " + patches":
             merged = heal_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
-        elif afterwards == " + distilled":
+        elif afterwards == DISTILLED:
             about["groups"] = self._distil(merged, layers, variant)
         about["seconds"] = merging + time.perf_counter() - begin
         about["shares"] = ", ".join(f"{merge.span} {merge.shares[0]:.2f}" for merge in plan.merges)
-        if not afterwards and plan.merges:
-            about["peak"] = max(record["peak"] for record in plan.records if "peak" in record)
+        if not afterwards:
+            about["peak"] = max((record["peak"] for record in plan.records if "peak" in record), default=None)
         return merged, about
 
     def _unmerged(self, layers: int, name: str) -> PreTrainedModel:

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.merge_search import MergeSettings
 
 _MERGED = "merged"
+# Every merge asks anew: what to score on, and what to choose on, however many windows there are to heal on.
+_SCORING_WINDOWS = 16
+_CHOICE_WINDOWS = 4
 
 
 def merge(
@@ -147,7 +150,7 @@ def merge(
     check_settings(settings, num_layers_of(dense))
     check_output(output, parameter_bytes(dense), overwrite=True)
     with run.stage("tokenise"):
-        held = heldout_windows(samples) if settings.runs_the_model else 0
+        held = min(heldout_windows(samples), _CHOICE_WINDOWS) if settings.runs_the_model else 0
         windows = make_windows(dense, tokenizer, texts, samples=samples, heldout=held, length=length)
     target = output.expanduser().resolve()
     unfinished = target.with_name(f".{target.name}.merges")
@@ -161,7 +164,7 @@ def merge(
         try:
             merged, plan = plan_merging(
                 dense,
-                windows.fit,
+                windows.fit[:_SCORING_WINDOWS],
                 windows.heldout,
                 settings,
                 plan=_resumed(unfinished, start),
@@ -270,10 +273,11 @@ def _report(
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData, write_report
 
     about = windows.about
+    scored = min(about["samples"], _SCORING_WINDOWS)
     data = ReportData(
         title=f"{title_of(model)}: {plan.num_layers} layers merged to {plan.layers}",
         steps=[
-            f"Scored on {about['samples']} windows of {about['length']} tokens from {about['source']}"
+            f"Scored on {scored} windows of {about['length']} tokens from {about['source']}"
             + (f", chose on {about['heldout']} others." if about["heldout"] else "."),
             *(f"Made the layers {row[0]} one, at shares {row[2]} ({row[3]})." for row in merges_table(plan)[2]),
             *_said_gain_errors(plan),
