@@ -63,6 +63,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--layers", type=int, nargs="+", default=[24, 27, 21])
     arguments.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    arguments.add_argument("--rows", nargs="*", metavar="NAME", help="these alone, as the table names them")
     arguments.add_argument("--samples", type=int, default=16)
     arguments.add_argument("--heldout", type=int, default=4)
     arguments.add_argument("--report", type=int, default=8, help="windows of each text that the figures are over")
@@ -94,7 +95,7 @@ class Study:
         self.model, tokenizer = load_model(demo_model_path(), device="cpu")
         self.windows = _windows(tokenizer, options)
         made = [name + more for name in options.variants for more in AFTERWARDS]
-        self.names = [*FIRST, *made]
+        self.names = [name for name in (*FIRST, *made) if not options.rows or name in options.rows]
 
     def row(self, layers: int, name: str) -> dict[str, Any] | None:
         """Figures of one row, from its file if it was made before."""
@@ -134,7 +135,7 @@ class Study:
                     peak = f"{row['peak'] / 2**30:.2f} GB" if row["peak"] else ""
                     print(f"| {name} | {cells} | {row['seconds']:.0f} | {peak} |")
             for name in options.variants:
-                row = rows[layers, name]
+                row = rows.get((layers, name))
                 if row is not None:
                     print(f"merges of {name}, share of the first of the two: {row['shares']}")
 
