@@ -77,7 +77,7 @@ def merge(
             help="authors (the public code's), come (right query heads, folded norms), come-p (and the shares with the "
             "lowest held-out loss), or come-loss (and the places, too).",
         ),
-    ] = "come-p",
+    ] = "come-loss",
     skip_score: Annotated[
         str | None,
         typer.Option(
