@@ -11,7 +11,9 @@ calibration's source / another source.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.distillation import peak_memory
 from benchmarks.hardware import describe
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged
@@ -92,8 +95,8 @@ class Study:
         keys = ("samples", "heldout", "report", "length")
         self.place: Path = options.work / "-".join(str(getattr(options, key)) for key in keys)
         self.place.mkdir(parents=True, exist_ok=True)
-        self.model, tokenizer = load_model(demo_model_path(), device="cpu")
-        self.windows = _windows(tokenizer, options)
+        self.model, self.tokenizer = load_model(demo_model_path(), device="cpu")
+        self.windows = _windows(self.tokenizer, options)
         made = [name + more for name in options.variants for more in AFTERWARDS]
         self.names = [name for name in (*FIRST, *made) if not options.rows or name in options.rows]
 
@@ -140,20 +143,24 @@ class Study:
                     print(f"merges of {name}, share of the first of the two: {row['shares']}")
 
     def print_costs(self) -> None:
-        """Memory of a scoring pass beside that of the decoder's bare pass, and the time of one merge."""
-        window = self.windows["fit"][:1]
-        view = partial_decoder(self.model, 0, num_layers(self.model), embed=True)
+        """Memory of a scoring pass beside that of bare passes, and the time of one merge."""
+        window = token_windows(self.tokenizer, demo_text("calibration"), length=512, count=1)
+        decoder = partial_decoder(self.model, 0, num_layers(self.model), embed=True)
 
-        def forward() -> None:
+        def without_head() -> None:
             with torch.no_grad(), evaluation_mode(self.model):
-                view(input_ids=window, use_cache=False)
+                decoder(input_ids=window, use_cache=False)
 
-        score_layers(self.model, window)  # what is allocated once stays out of both
-        bare, scoring = (
-            min(_growth(run) for _ in range(3)) for run in (forward, lambda: score_layers(self.model, window))
-        )
-        print(f"memory beyond the model, one window of {window.shape[1]} tokens: the decoder's pass", end=" ")
-        print(f"{bare / 2**20:.1f} MB, scoring {scoring / 2**20:.1f} MB ({scoring / bare:.2f}x)")
+        runs: dict[str, Callable[[], object]] = {
+            "scoring": lambda: score_layers(self.model, window),
+            "the decoder's pass": without_head,
+            "the model's pass": lambda: model_logits(self.model, window),
+        }
+        score_layers(self.model, window)  # what is allocated once stays out of all
+        found = {name: min(peak_memory(run) for _ in range(3)) for name, run in runs.items()}
+        print(f"memory beyond the model, one window of {window.shape[1]} tokens:")
+        for name, growth in found.items():
+            print(f"  {name}: {growth / 2**20:.1f} MB, scoring is {found['scoring'] / growth:.2f}x")
         scores = score_layers(self.model, window)
         begin = time.perf_counter()
         merge_layers(self.model, choose_units(scores, Span(13, 15), (0.5, 0.5)))
@@ -271,16 +278,11 @@ def _windows(tokenizer: Any, options: argparse.Namespace) -> dict[str, Tensor]:
     return windows
 
 
-def _growth(run: Callable[[], object]) -> int:
-    """Bytes that the process held at most while it ran, beyond those that it held before."""
-    _forget_peak()
-    before = _peak()
-    run()
-    return _peak() - before
-
-
 def _forget_peak() -> None:
-    """The peak of resident memory starts again from what is resident now (Linux)."""
+    """The peak of resident memory starts again from what is in use now (Linux)."""
+    gc.collect()
+    # What was freed is otherwise kept for reuse, and what reuses it would not show.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
