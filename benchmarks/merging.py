@@ -160,7 +160,7 @@ class Study:
         found = {name: min(peak_memory(run) for _ in range(3)) for name, run in runs.items()}
         print(f"memory beyond the model, one window of {window.shape[1]} tokens:")
         for name, growth in found.items():
-            print(f"  {name}: {growth / 2**20:.1f} MB, scoring is {found['scoring'] / growth:.2f}x")
+            print(f"  {name}: {growth / 2**20:.1f} MB (scoring / this: {found['scoring'] / growth:.2f})")
         scores = score_layers(self.model, window)
         begin = time.perf_counter()
         merge_layers(self.model, choose_units(scores, Span(13, 15), (0.5, 0.5)))
