@@ -338,8 +338,8 @@ def cuda_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
 def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[str, str, str, int]]:
     """(kernel, arch, dtype, d): the forward for every width and all dtypes at one, the norm where most models are.
 
-    The gradients are left out: since their kernel takes channel scales tile by tile, `cuda_turns` sees it read x more than
-    once where there are none. The emulator does not, so a misread instruction is the likelier reason. To be found.
+    The gradients are left out: since their kernel takes channel scales tile by tile, `cuda_turns` sees it read x more
+    than once where there are none. The emulator does not; a misread instruction is likelier. To be found.
     """
     for arch in archs:
         if arch.startswith("gfx"):

@@ -131,8 +131,9 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 
 template <class T, class Run>
 void with_power_kernel_of(int k, Run run) {
+  if constexpr (sizeof(T) < sizeof(float))
+    if (k == 10) return run(patch_rows<Known<T>, Known<T>, Fixed<1, 10>>);
   switch (k) {
-    case 10: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 10>>);
     case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 11>>);
     case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 12>>);
     case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 13>>);

@@ -40,7 +40,7 @@ struct Fixed {
   static constexpr RowShape shape = fixed_shape(m_, k_);
   static constexpr int m = m_, k = k_, a = shape.a, b = shape.b, threads = shape.threads, stride = shape.stride;
   static constexpr int middle_bits = m == 1 ? k - 3 - a : 0, inner_at = 3 + middle_bits;
-  static constexpr int block_threads = 128, least_blocks = m > 1 || k == 10 ? 3 : a == 3 ? 4 : 2;
+  static constexpr int block_threads = 128, least_blocks = m > 1 ? 3 : a == 3 ? 4 : 2;
   DEVICE explicit Fixed(const RowShape&) {}
   static DEVICE constexpr int order() { return m; }
   static DEVICE constexpr int size() { return m << k; }
