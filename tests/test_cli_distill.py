@@ -385,6 +385,8 @@ def test_a_teacher_that_accelerate_places(world: World, run: Run, tmp_path: Path
     assert "no device map is called 'all'" in refusal(
         run(*arguments(world, tmp_path / "no", "--teacher-device-map", "all"))
     )
+
+
 @pytest.fixture(scope="session")
 def merged(world: World) -> Path:
     """Two layers fewer."""

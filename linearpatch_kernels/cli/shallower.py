@@ -141,9 +141,7 @@ class Pruned:
         on_step = None if show is None else lambda step: show("distilling", step)
         return distill(student, store, joint=self.begin(student), on_step=on_step, **run)
 
-    def structure(
-        self, student: PreTrainedModel, store: TeacherStore, windows: Sequence[int], rank: int
-    ) -> None:
+    def structure(self, student: PreTrainedModel, store: TeacherStore, windows: Sequence[int], rank: int) -> None:
         """Hadamard + rank r in the place of every dense patch at a joint of the plan."""
         from linearpatch_kernels.distillation.structure import structure
 
