@@ -177,7 +177,7 @@ class Study:
         if start not in self.stores:
             windows = torch.cat([self.windows["training"], self.windows["heldout"]])
             place = self.work / f"store-{start}"
-            self.stores[start] = write_teacher_store(self.model, windows, place, joint=start, progress=show)
+            self.stores[start] = write_teacher_store(self.model, windows, place, depths=[start], progress=show)
         return self.stores[start]
 
     def student(self, row: Row) -> PreTrainedModel:
@@ -302,8 +302,9 @@ class OurStep:
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
     def step(self, window: int) -> float:
-        batch = self.store.batch([window], [SPAN.start])
-        loss = self.measure(batch.states[SPAN.start].float(), batch.probs, batch.ids, [self.loss])[0]
+        batch = self.store.batch([window], self.store.request.depths)
+        (state,) = batch.states.values()
+        loss = self.measure(state.float(), batch.probs, batch.ids, [self.loss])[0]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

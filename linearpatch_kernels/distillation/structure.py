@@ -71,7 +71,7 @@ def _through(
     try:
         with evaluation_mode(student):
             for window in windows:
-                suffix(inputs_embeds=joint_state(student, store.batch([window]), begin), use_cache=False)
+                suffix(inputs_embeds=joint_state(student, store.batch([window], [begin]), begin), use_cache=False)
                 before, after = seen.pop()
                 yield before.flatten(0, 1), after.flatten(0, 1)
     finally:
