@@ -220,7 +220,9 @@ class KernelRow:
         return self.kernel, self.source, self.arch, self.dtype, self.d
 
 
+LOSSES = ("linear_topk_kl_forward", "linear_topk_kl_forward_backward")  # "topk": a row is one of the vocabulary
 ARRAYS = {
+    **dict.fromkeys(LOSSES, ("row",)),
     "hadamard_patch_forward": ("x", "to y"),
     "hadamard_patch_backward": ("x", "grad", "to dx"),
     "add_patch_rms_norm": ("x", "residual", "to y", "to normed"),
@@ -336,11 +338,7 @@ def cuda_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
 
 
 def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[str, str, str, int]]:
-    """(kernel, arch, dtype, d): the forward for every width and all dtypes at one, the norm where most models are.
-
-    The gradients are left out: since their kernel takes channel scales tile by tile, `cuda_turns` sees it read x more
-    than once where there are none. The emulator does not; a misread instruction is likelier. To be found.
-    """
+    """(kernel, arch, dtype, d): the forward for every width and all dtypes at one; the others where most models are."""
     for arch in archs:
         if arch.startswith("gfx"):
             continue
@@ -349,9 +347,9 @@ def cuda_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[st
         for dtype in ("float32", "float16"):
             for d in {4096} & {*ds}:
                 yield "hadamard_patch_forward", arch, dtype, d
-        for d in (3072, 4096):
-            if d in ds:
-                yield "add_patch_rms_norm", arch, "bfloat16", d
+        for kernel in ("hadamard_patch_backward", "add_patch_rms_norm"):
+            for d in sorted({3072, 4096} & {*ds}):
+                yield kernel, arch, "bfloat16", d
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -512,6 +510,31 @@ def triton_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[
             yield "add_patch_rms_norm", arch, "bfloat16", d
 
 
+def losses_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
+    """The losses' row for one slot of a token: its row of the vocabulary is read once, for z and for dhidden."""
+    from benchmarks import topk_kl_static  # which reads machine code with this module
+
+    compiled, constants, warps = topk_kl_static.compile_triton(kernel, arch, dtype, d, slots=100)
+    functions, resources = disassemble(compiled.asm["cubin"])
+    (name,) = functions
+    return nvidia_row(
+        kernel, "triton", arch, dtype, d,
+        counts=executed(program_graph(functions[name])),
+        registers=resources[name]["REG"],
+        spills=resources[name]["LOCAL"] + resources[name]["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        warps=warps,
+        rows=constants["SLOTS"],
+    )  # fmt: skip
+
+
+def losses_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[str, str, str, int]]:
+    for arch in archs:
+        for d in sorted({576, 4096} & {*ds}) if not arch.startswith("gfx") else ():
+            for kernel in LOSSES:
+                yield kernel, arch, "bfloat16", d
+
+
 def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
     """Ways to hold a power-of-two width, best first: no spills, modelled time, bytes in flight, instructions."""
     candidates = []
@@ -605,11 +628,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for source, module, row_of, selection in (
             ("cuda", gpu_build.nvcc(), cuda_row, cuda_selection),
             ("triton", importlib.util.find_spec("triton"), triton_row, triton_selection),
+            ("triton", importlib.util.find_spec("triton"), losses_row, losses_selection),
         ):
             if source in options.source and module is None:
                 print(f"No rows of {source}: there is no {'nvcc' if source == 'cuda' else 'triton'} here.")
             elif source in options.source:
-                rows += [row_of(*selected) for selected in selection(options.arch, options.d or DEFAULT_DS)]
+                for selected in selection(options.arch, options.d or DEFAULT_DS):
+                    try:
+                        rows.append(row_of(*selected))
+                    except ValueError as error:  # machine code that `gpu_warp` cannot follow
+                        print(f"No row of {source} for {', '.join(map(str, selected))}: {error}")
     print("Counts of one warp for `rows` rows.")
     print(count_table(rows))
     print(f"\nCycles a row and multiprocessor: {STATUS}.")

@@ -1,26 +1,12 @@
-"""The losses' Triton kernels without a GPU: ``python benchmarks/topk_kl_static.py``, beside gpu_static.py.
-
-They are compiled ahead of time, and their machine code is read as gpu_static.py reads the patch operators'. All of it
-is modelled, unvalidated: no kernel was ever timed.
-"""
+"""The losses' Triton kernels compiled without a GPU; `gpu_static` counts their machine code."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+from benchmarks.gpu_static import DTYPES
 
-from benchmarks.gpu_sass import executed, program_graph  # noqa: E402 - after the path is set
-from benchmarks.gpu_static import DTYPES, MACHINES, disassemble, modelled_cycles, warp_counts  # noqa: E402
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = (
     "linear_topk_kl_forward",  # the slots' logits of the linear loss for "topk"
     "linear_topk_kl_forward_backward",  # and dhidden, in the same pass
@@ -95,42 +81,3 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tu
         warnings.simplefilter("ignore")
         compiled = triton.compile(source, target=target, options={"num_warps": warps, **OPTIONS})
     return compiled, constants, warps
-
-
-def slots_row(arch: str, dtype: str, d: int, slots: int, gradient: bool) -> dict[str, Any]:
-    """`linear_topk_kl_forward` (and its gradient): counts of a warp for the slots of one turn, cycles for one slot."""
-    kernel = "linear_topk_kl_forward" + "_backward" * gradient
-    compiled, constants, warps = compile_triton(kernel, arch, dtype, d, slots)
-    functions, resources = disassemble(compiled.asm["cubin"])
-    (name,) = functions
-    counts = executed(program_graph(functions[name]))
-    work = warp_counts(counts)
-    row_bytes = d * DTYPES[dtype][1]
-    cycles = modelled_cycles(MACHINES[arch], work, row_bytes=row_bytes, warps=warps, rows=constants["SLOTS"])
-    return {
-        "kernel": kernel, "arch": arch, "dtype": dtype, "d": d, "slots": slots, **constants, "warps": warps,
-        "registers": resources[name]["REG"], "local": resources[name]["LOCAL"] + resources[name]["STACK"],
-        "shared_bytes": compiled.metadata.shared,
-        "ldg128": sum(n for opcode, n in counts.items() if opcode.startswith("LDG") and ".128" in opcode),
-        "ldg": sum(n for opcode, n in counts.items() if opcode.split(".")[0] == "LDG"),
-        "instructions": work.instructions, "fp": work.fp, "shfl": work.shfl, "bar": counts["BAR.SYNC.DEFER_BLOCKING"],
-        "cycles": {unit: round(value, 1) for unit, value in cycles.items()},
-        "dram_fraction": round(cycles["dram"] / max(cycles.values()), 3),
-    }  # fmt: skip
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--d", type=int, nargs="*", default=[576, 2048, 4096])
-    parser.add_argument("--arch", nargs="*", default=["sm_90"])
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
-    options = parser.parse_args(arguments)
-    for arch in options.arch:
-        for dtype in options.dtype:
-            for d in options.d:
-                for gradient in (False, True):
-                    print(slots_row(arch, dtype, d, 100, gradient))
-
-
-if __name__ == "__main__":
-    main()

@@ -145,8 +145,10 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     stages(u_there, true, [&](bool first) {
       const char* const of = first ? x : grad;
       const float* const factors = first ? call.pre : call.post;
-      const auto load_of = [&](int i, float* v) { load(of, i, v); };
-      outer_there(shape, first ? u : a, thread, there && factors ? factors + element : nullptr, load_of);
+      outer_there(shape, first ? u : a, thread, nullptr, [&](int i, float* v) {
+        load(of, i, v);
+        if (there && factors) multiply8(v, factors, element + i);
+      });
     });
     __syncthreads();
     inner_stages(u_there, true);

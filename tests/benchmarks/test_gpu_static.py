@@ -12,11 +12,14 @@ from benchmarks import gpu_build, gpu_static
 from benchmarks.gpu_sass import executed, program_graph, sass_programs
 from benchmarks.gpu_static import (
     DEFAULT_DS,
+    LOSSES,
     MACHINES,
     KernelRow,
     WarpCounts,
     cuda_row,
     cuda_selection,
+    losses_row,
+    losses_selection,
     modelled_cycles,
     read_rows,
     three_pass_cycles,
@@ -224,11 +227,11 @@ def test_all_limits_of_cuda(arch: str) -> None:
 @pytest.mark.parametrize("arch", sorted({row.arch for row in LIMITS}))
 def test_all_limits(arch: str) -> None:
     limits = [row for row in LIMITS if row.source == "triton" and row.arch == arch]
-    assert [row.key for row in limits] == [
-        (kernel, "triton", *others) for kernel, *others in triton_selection([arch], DEFAULT_DS)
-    ]
+    selected = [*triton_selection([arch], DEFAULT_DS), *losses_selection([arch], DEFAULT_DS)]
+    assert [row.key for row in limits] == [(kernel, "triton", *others) for kernel, *others in selected]
     for limit in limits:
-        check_limit(triton_row(limit.kernel, limit.arch, limit.dtype, limit.d), limit)
+        row_of = losses_row if limit.kernel in LOSSES else triton_row
+        check_limit(row_of(limit.kernel, limit.arch, limit.dtype, limit.d), limit)
 
 
 def test_limits_keep_the_promises() -> None:

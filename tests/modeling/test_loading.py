@@ -78,7 +78,7 @@ def test_spread_over_memory_and_disk(
     assert torch.equal(ours.token_cosine, theirs.token_cosine)
     assert torch.equal(ours.moments[Span(0, 1)].xy, theirs.moments[Span(0, 1)].xy)
     stores = [
-        write_teacher_store(model, windows, tmp_path / name, top_k=5, joint=1)
+        write_teacher_store(model, windows, tmp_path / name, top_k=5, depths=[1])
         for name, model in (("spread", spread), ("whole", whole))
     ]
     assert (stores[0].directory / "index.json").read_bytes() == (stores[1].directory / "index.json").read_bytes()

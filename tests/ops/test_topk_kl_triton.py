@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu_static import disassemble
-from benchmarks.topk_kl_static import ARCHITECTURES, KERNELS, compile_triton, slots_row
+from benchmarks.gpu_static import ARCHITECTURES, disassemble, losses_row
+from benchmarks.topk_kl_static import KERNELS, compile_triton
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.topk_kl import cuda, gpu, reference
 from linearpatch_kernels.ops.topk_kl import triton as kernels
@@ -82,10 +82,10 @@ def test_compiles_ahead_of_time_without_atomics_or_spills(kernel: str) -> None:
 
 def test_the_static_model_has_the_slots_bound_by_memory() -> None:
     """Modelled, unvalidated; rows are read in vectors of 16 bytes, and nothing else takes longer than reading them."""
-    row = slots_row("sm_90", "bfloat16", 4096, 100, gradient=True)
-    assert row["ldg128"] * 8 * 32 * row["warps"] >= row["SLOTS"] * 4096
-    assert row["local"] == 0
-    assert row["dram_fraction"] == 1.0
+    row = losses_row("linear_topk_kl_forward_backward", "sm_90", "bfloat16", 4096)
+    assert row.ldg128 * 8 * 32 * row.warps >= row.rows * 4096
+    assert row.spills == 0
+    assert row.dram_fraction == 1.0
 
 
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ class Sizes(NamedTuple):
     d: tuple[int, ...] = (1, 3, 8, 31, 32, 33, 64, 100, 160, 576)
     v: tuple[int, ...] = (1, 2, 17, 64, 333, 1025, 5000)
     k: tuple[int, ...] = (1, 2, 5, 16, 50, 100, 512)
+    softcap: tuple[float, ...] = (0.0, 0.0, 0.5, 4.0)
     most_of_slots: int = 3_000_000
     most_of_vocabulary: int = 60_000_000
 
@@ -91,7 +92,7 @@ def one_case(chance: random.Random, sizes: Sizes = SIZES) -> list[str]:
     flags = [chance.random() < 0.7, chance.random() < 0.5, bias is not None and chance.random() < 0.7]
 
     arguments = (hidden, weight, probs, ids, bias, normalization, temperature, *flags)
-    softcap = chance.choice([0.0, 0.0, 0.5, 4.0])
+    softcap = chance.choice(sizes.softcap)
     wrong = check(
         f"linear {flags} softcap {softcap}",
         OPS.linear_topk_kl_loss_softcapped(*arguments, softcap) if softcap else OPS.linear_topk_kl_loss(*arguments),

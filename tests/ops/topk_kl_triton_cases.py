@@ -26,6 +26,7 @@ SIZES = Sizes(
     n=(0, 1, 2, 3, 7, 21),
     v=(1, 2, 17, 64, 333, 1025),
     d=(1, 3, 8, 31, 33, 64, 100, 160, 576),
+    softcap=(0.0,),  # the reference serves soft-capped logits on GPUs
     most_of_slots=300_000,
     most_of_vocabulary=1_000_000,
 )
