@@ -238,7 +238,8 @@ def test_limits_keep_the_promises() -> None:
     rows = {row.key: row for row in LIMITS}
     assert {row.status for row in LIMITS} == {"modelled, unvalidated"}
     assert all(row.spills == 0 for row in LIMITS)
-    assert all(row.stg == row.stg128 for row in LIMITS if row.arch.startswith("sm_"))
+    wide = [row for row in LIMITS if row.arch.startswith("sm_") and row.kernel not in LOSSES]  # they store one logit
+    assert all(row.stg == row.stg128 for row in wide)
     for source, d in product(("cuda", "triton"), (2048, 4096, 8192)):
         row = rows["hadamard_patch_forward", source, "sm_90", "bfloat16", d]
         assert row.ldg == row.ldg128
