@@ -30,6 +30,11 @@ class Instruction:
         return [part.strip().replace(".reuse", "") for part in self.operands.split(",")] if self.operands else []
 
 
+def is_for_rare_floats(function: str) -> bool:
+    """By the compiler's name for it. Other functions that it calls (a division of integers) are gone through."""
+    return function.strip("`()").endswith("_slowpath")
+
+
 @dataclass
 class Program:
     """One function. ``labels`` are places in ``instructions``, ``constants`` the contents of its constant banks."""
@@ -45,11 +50,11 @@ class Program:
         return address // BYTES_AN_INSTRUCTION
 
     def is_rare_at(self, i: int) -> bool:
-        """Whether what follows is a call of another function: how divisions and roots leave for rare floats."""
+        """Whether what follows is a call for rare floats: how divisions and roots leave for them."""
         while i < len(self.instructions) and self.instructions[i].kind not in JUMPS:
             i += 1
         last = self.instructions[i]
-        return last.kind == "CALL" and ".L_" not in last.operands
+        return last.kind == "CALL" and is_for_rare_floats(last.operands)
 
     def is_rare(self, label: str) -> bool:
         return label in self.labels and self.is_rare_at(self.labels[label])
@@ -63,7 +68,7 @@ class Block:
 
 
 _SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(?P<at>@\S+)\s+)?(?P<opcode>[A-Z0-9_][\w.]*)\s*(?P<operands>[^;]*);")
-_LABEL = re.compile(r"\s*(\.L\w*):")
+_LABEL = re.compile(r"\s*(\.L\w*|\$__internal\S+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _DATA = re.compile(r"\.(byte|short|word|dword|zero)\s+(.*)")
 _SIZES = {"byte": 1, "short": 2, "word": 4, "dword": 8}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_sass import Instruction, Program
+from benchmarks.gpu_sass import Instruction, Program, is_for_rare_floats
 
 Lanes = Any  # an array of 32 numbers, or None where they are not known
 LANES = 32
@@ -202,6 +202,9 @@ class Warp:
         try:
             return np.full(LANES, float(text), np.float32)
         except ValueError:
+            if text[0] == "-":
+                of = self.real(text[1:])
+                return None if of is None else -of
             value = self.value(text)
             return None if value is None else _of_float(value & MASK)
 
@@ -284,13 +287,15 @@ class Warp:
                 raise ValueError("who ends depends on data")
             self.active = self.active & ~guard
             return self.active.any() or self.others()
-        if kind in ("BRX", "BRXU"):
+        if kind in ("BRX", "BRXU", "RET"):
             places = self.value(operands[0].split()[0])
             offset = re.search(r"[-+]0x[0-9a-f]+", instruction.operands)
-            if places is None or offset is None or guard is None or not guard.all():
+            if places is None or guard is None or not guard.all() or (offset is None) != (kind == "RET"):
                 raise ValueError("where this goes is not known")
             (place,) = {int(p) for p in places[self.active]}
-            self.at = self.program.at(place + int(offset[0], 16) + self.program.address(self.at))
+            if offset is not None:  # a return's place is counted from the kernel's beginning
+                place += int(offset[0], 16) + self.program.address(self.at)
+            self.at = self.program.at(place)
             return True
         target = operands[-1].strip("`()")
         for condition in operands[:-1]:
@@ -303,7 +308,7 @@ class Warp:
         takes = self.active & guard
         if not takes.any():
             return True
-        if kind == "RET" or target not in self.program.labels:
+        if is_for_rare_floats(target) or target not in self.program.labels:
             raise ValueError("a call for rare floats")
         if (takes != self.active).any():
             self.waiting.append((self.program.labels[target], takes))
@@ -384,6 +389,8 @@ class Warp:
 
     def compute(self, kind: str, modifiers: Sequence[str], operands: Sequence[str], on: Lanes, of: Instruction) -> None:
         known = kind if kind in OPERATIONS else kind.removeprefix("U")
+        if "64" in modifiers and known not in OF_PAIRS:
+            raise ValueError("this operation on 64 bits is not known")
         if known in OPERATIONS:
             OPERATIONS[known](self, modifiers, operands, on)
         elif kind in OF_FLOATS:
@@ -397,6 +404,7 @@ OF_FLOATS = {
     *("FADD", "FFMA", "FADD2", "FMUL2", "FFMA2", "HADD2", "F2FP", "MUFU", "FCHK", "SHFL", "F2F", "DADD"),
     *("HMUL2", "FMNMX"),
 }
+OF_PAIRS = {"MOV", "LDC", "LDCU", "IADD", "IADD3", "SEL"}
 WITHOUT_RESULT = {"BAR", "NOP", "WARPSYNC", "BREAK", "DEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
 
 
@@ -604,12 +612,20 @@ def _compare(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on: 
         warp.set_predicate(target, value & also if "AND" in modifiers else value | also, on)
 
 
-@_operation("SEL", "FSEL")
+@_operation("SEL")
 def _select(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> None:
     target, a, b, given = operands
-    choice = warp.predicate(given)
-    chosen = _unless_unknown(lambda p, x, y: np.where(p, x & MASK, y & MASK), choice, warp.value(a), warp.value(b))
-    warp.set(target, chosen, on)
+    long = "64" in modifiers
+    values = (warp.pair(a), warp.pair(b)) if long else (warp.value(a), warp.value(b))
+    chosen = _unless_unknown(np.where, warp.predicate(given), *values)
+    (warp.set_pair if long else warp.set)(target, chosen, on)
+
+
+@_operation("FSEL")
+def _select_float(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> None:
+    target, a, b, given = operands
+    chosen = _unless_unknown(np.where, warp.predicate(given), warp.real(a), warp.real(b))
+    warp.set(target, None if chosen is None else _as_float(chosen), on)
 
 
 @_operation("VIMNMX", "IMNMX", "VIADDMNMX")
@@ -679,9 +695,8 @@ def _to_float(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on:
     if value is None:
         warp.set(operands[0], None, on)
         return
-    exact = (
-        (value & MASK).astype(np.float64) if {"U32", "U16"} & {*modifiers} else _signed(value & MASK).astype(np.float64)
-    )
+    value = value & (np.uint64(0xFFFF) if "U16" in modifiers else MASK)
+    exact = (value if {"U32", "U16"} & {*modifiers} else _signed(value)).astype(np.float64)
     rounded = exact.astype(np.float32)
     if "RP" in modifiers:
         rounded = np.where(rounded < exact, np.nextafter(rounded, np.float32(np.inf)), rounded)
@@ -722,9 +737,12 @@ def _multiply(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on:
 def _compare_floats(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> None:
     first, second, a, b, given = operands
     values = warp.real(a), warp.real(b), warp.predicate(given)
-    relation = COMPARE.get(modifiers[0])
+    relation = COMPARE.get(modifiers[0].removesuffix("U"))
     known = relation is not None and "AND" in modifiers and not any(value is None for value in values)
-    result = relation(values[0], values[1]) if relation and known else None
+    result = None
+    if relation and known:
+        unordered = np.isnan(values[0]) | np.isnan(values[1])
+        result = np.where(unordered, modifiers[0].endswith("U"), relation(values[0], values[1]))
     warp.set_predicate(first, result & values[2] if known else None, on)
     warp.set_predicate(second, ~result & values[2] if known else None, on)
 

@@ -173,14 +173,84 @@ def test_who_branches_off_comes_back_and_who_is_off_moves_nothing() -> None:
         ("R6, R0, 0x7", "R6, R0, 0x8", "not a place in shared memory"),
         ("P0, PT, R5, UR4", "P0, PT, R8, UR4", "where this goes depends on data"),
         ("SHF.L.U32 R6", "FROB R6", "this operation is not known"),
+        ("SHF.L.U32 R6", "VIMNMX.64 R6", "this operation on 64 bits is not known"),
         ("MOV R3, 0x100", "MOV R3, SR_CLOCK", "SR_CLOCK"),
     ],
-    ids=["beyond", "askew", "shared", "data", "operation", "special"],
+    ids=["beyond", "askew", "shared", "data", "operation", "long", "special"],
 )
 def test_what_cannot_be_right_is_an_error(before: str, after: str, said: str) -> None:
     assert LOOPING.count(before) == 1
     with pytest.raises(ValueError, match=said):
         ran(LOOPING.replace(before, after), 3)
+
+
+# The threads' numbers over the parameter, by a function of the compiler; who has less than 2 takes one of two pairs.
+DIVIDING = """
+	.section	.nv.constant0.kernel,"a",@progbits
+	.zero		536
+	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   MOV R11, 0x60 ;
+        /*0020*/                   LEA R4, R0, 0xf000, 0x5 ;
+        /*0030*/                   LDC R5, c[0x0][0x214] ;
+        /*0040*/                   LOP3.LUT R4, R4, 0xffff, RZ, 0xc0, !PT ;
+        /*0050*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_u16) ;
+        /*0060*/                   ISETP.GE.U32.AND P2, PT, R0, 0x2, PT ;
+        /*0070*/                   CS2R R2, SRZ ;
+        /*0080*/                   MOV R12, 0x5 ;
+        /*0090*/                   MOV R13, 0x7 ;
+        /*00a0*/                   SEL.64 R14, R12, R2, !P2 ;
+        /*00b0*/                   EXIT ;
+        .size           $__internal_0_$__cuda_sm20_div_u16,(.L_x_1 - $__internal_0_$__cuda_sm20_div_u16)
+$__internal_0_$__cuda_sm20_div_u16:
+        /*00c0*/                   I2F.U16 R8, R5 ;
+        /*00d0*/                   HFMA2 R9, -RZ, RZ, 15, 0 ;
+        /*00e0*/                   I2FP.F32.U32.RZ R4, R4 ;
+        /*00f0*/                   FSETP.GEU.AND P1, PT, |R8|.reuse, 1.175494350822287508e-38, PT ;
+        /*0100*/                   FSETP.GT.AND P0, PT, |R8|, 8.50705917302346158658e+37, PT ;
+        /*0110*/                   FSEL R9, R9, 1, !P1 ;
+        /*0120*/                   FSEL R9, R9, 0.25, !P0 ;
+        /*0130*/                   ISETP.NE.U32.AND P0, PT, R5, RZ, PT ;
+        /*0140*/                   HFMA2 R5, -RZ, RZ, 0, 0 ;
+        /*0150*/                   FMUL R8, R8, R9 ;
+        /*0160*/                   MUFU.RCP R8, R8 ;
+        /*0170*/                   FMUL R9, R9, R8 ;
+        /*0180*/                   IADD3 R9, PT, PT, R9, 0x2, RZ ;
+        /*0190*/                   FMUL.RZ R9, R4, R9 ;
+        /*01a0*/                   MOV R4, R11 ;
+        /*01b0*/                   F2I.U32.TRUNC.NTZ R9, R9 ;
+        /*01c0*/                   LOP3.LUT R10, R9, 0xffff, RZ, 0xc0, !PT ;
+        /*01d0*/              @!P0 MOV R10, 0xffffffff ;
+        /*01e0*/                   RET.REL.NODEC R4 `(kernel) ;
+.L_x_1:
+"""
+
+
+def divided(text: str, by: int) -> Warp:
+    (program,) = sass_programs(text).values()
+    warp = Warp(program, Launched(bytes(4) + by.to_bytes(4, "little"), (1, 1), 32, {}, 0), 0)
+    warp.run()
+    return warp
+
+
+@pytest.mark.parametrize("by", [1, 3, 7, 512, 1000, 65535])
+def test_a_function_is_called_and_returned_from(by: int) -> None:
+    warp = divided(DIVIDING, by)
+    quotients = [(0xF000 + 32 * lane) // by for lane in range(32)]
+    assert warp.registers["R", 10].tolist() == quotients
+    assert sum(warp.seen.counts.values()) == 12 + 19
+    assert warp.seen.counts["RET.REL.NODEC"] == 1
+
+
+def test_pairs_are_chosen_whole() -> None:
+    registers = divided(DIVIDING, 1).registers
+    assert registers["R", 14].tolist() == [5] * 2 + [0] * 30
+    assert registers["R", 15].tolist() == [7] * 2 + [0] * 30
+
+
+def test_a_call_for_rare_floats_is_not_taken() -> None:
+    with pytest.raises(ValueError, match="a call for rare floats"):
+        divided(DIVIDING.replace("div_u16", "rcp_rn_f32_slowpath"), 1)
 
 
 def test_banks() -> None:
