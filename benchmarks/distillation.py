@@ -13,15 +13,13 @@ held-out windows, the teacher's answers, and the order of the windows.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import gc
 import json
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.authors_loop import AuthorsLoop
 from benchmarks.hardware import describe
+from benchmarks.memory import peak_memory
 from benchmarks.table import markdown
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
 from linearpatch_kernels.distillation.forms import reformed
@@ -338,21 +337,6 @@ def compare_steps(study: Study, rounds: int, names: Sequence[str]) -> dict[str, 
             "bytes": peak_memory(lambda case=case: case.step(0)),  # type: ignore[misc]  # bound at once
         }
     return {"threads": torch.get_num_threads(), "rounds": rounds, "steps": found}
-
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """Bytes by which the process grows at most while ``run`` runs, the memory it has freed before given back first."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

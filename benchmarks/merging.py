@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.distillation import peak_memory
 from benchmarks.hardware import describe
+from benchmarks.memory import peak_memory
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
