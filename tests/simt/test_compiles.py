@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import linearpatch_kernels
 from benchmarks.gpu_build import Cubin, compile_all, nvcc, tool
+from linearpatch_kernels.backend import compiled_for_gpus
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 
@@ -40,3 +45,17 @@ def test_rows_move_in_vectors_of_16_bytes(compiled: dict[tuple[str, int], Cubin]
         accesses = re.findall(rf"\b((?:{kinds})\.[\w.]+)", compiled[source, architecture].code())
         assert len(accesses) > 100
         assert all(".128" in access for access in accesses), {*accesses}
+
+
+def test_the_extension_holds_every_kernel_for_each_architecture() -> None:
+    """Whatever it was built for; ``TORCH_CUDA_ARCH_LIST`` says."""
+    if not compiled_for_gpus("cuda", "hadamard_patch"):
+        pytest.skip("the extension was built without nvcc")
+    if (lister := tool("cuobjdump")) is None:
+        pytest.skip("no cuobjdump: it comes with CUDA and with triton")
+    extension = Path(linearpatch_kernels.__file__).with_name("_C.abi3.so")
+    listed = subprocess.run([lister, "--list-elf", extension], capture_output=True, text=True, check=True).stdout
+    cubins = Counter(re.findall(r"(sm_\w+)\.cubin", listed))
+    sources = [*Path(__file__).parents[2].glob("csrc/*/*.cu")]
+    assert cubins
+    assert set(cubins.values()) == {len(sources)}
