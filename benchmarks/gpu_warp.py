@@ -184,7 +184,10 @@ class Warp:
         return None if low is None or high is None else (low & MASK) | (high & MASK) << HIGH
 
     def constant(self, text: str, bits: int, offset: int = 0) -> Lanes:
-        bank, place = re.fullmatch(r"c\[(\w+)\]\[(.+)\]", text).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"c\[(\w+)\]\[(.+)\]", text)
+        if found is None:
+            raise ValueError(f"{text} is not a place in a constant bank")
+        bank, place = found.groups()
         address = ZERO
         for term in place.split("+"):
             part = self.value(term)

@@ -105,3 +105,16 @@ class Emulator:
     def faults(self) -> list[str]:
         """The first of them, one line each."""
         return self.library.simt_faults().decode().splitlines()
+
+
+def mutated_sources(folder: Path, kernels: str, name: str, before: str, after: str) -> Path:
+    """A copy of the sources in which ``csrc/kernels/name`` has ``after`` where it had ``before``, once; the emulator's
+    folder in it."""
+    root = HERE.parents[1]
+    for source in (root / "csrc", HERE):
+        shutil.copytree(source, folder / source.relative_to(root), ignore=shutil.ignore_patterns("__pycache__"))
+    target = folder / "csrc" / kernels / name
+    text = target.read_text()
+    assert text.count(before) == 1, f"{name} has changed: this mutation is to be written anew: {before}"
+    target.write_text(text.replace(before, after))
+    return folder / "tests" / "simt"

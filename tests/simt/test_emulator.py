@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, HERE, HOST, KERNELS, SCHEDULES, Emulator, build, compiled
+from emulator import COMPILER, HERE, HOST, SCHEDULES, Emulator, build, compiled, mutated_sources
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -88,15 +87,7 @@ MUTATIONS = {
 def applied(mutation: str, folder: Path) -> Path:
     """A copy of the sources with one mutation, whose emulator is to be built."""
     name, before, after, _ = MUTATIONS[mutation]
-    ignored = shutil.ignore_patterns("__pycache__")
-    for source in (KERNELS, HERE):
-        shutil.copytree(source, folder / source.relative_to(HERE.parents[1]), ignore=ignored)
-    shutil.copy(KERNELS.parent / "stable_tensors.h", folder / "csrc")
-    target = folder / "csrc" / "hadamard_patch" / name
-    text = target.read_text()
-    assert text.count(before) == 1, f"{name} has changed: {mutation} is to be written anew"
-    target.write_text(text.replace(before, after))
-    return folder / "tests" / "simt"
+    return mutated_sources(folder, "hadamard_patch", name, before, after)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

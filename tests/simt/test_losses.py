@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, HERE, SCHEDULES
+from emulator import COMPILER, HERE, SCHEDULES, mutated_sources
 from topk_kl_emulator import Emulator, build
 from torch import Tensor
 
@@ -149,15 +148,8 @@ MUTATIONS = {
 
 def applied(mutation: str, folder: Path) -> Path:
     """A copy of the sources with one mutation, whose emulator is to be built."""
-    root = HERE.parents[1]
-    shutil.copytree(root / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(HERE, folder / "tests" / "simt", ignore=shutil.ignore_patterns("__pycache__"))
-    target = folder / "csrc" / "topk_kl" / "losses.cuh"
     before, after, _ = MUTATIONS[mutation]
-    text = target.read_text()
-    assert text.count(before) == 1, f"losses.cuh has changed: {mutation} is to be written anew"
-    target.write_text(text.replace(before, after))
-    return folder / "tests" / "simt"
+    return mutated_sources(folder, "topk_kl", "losses.cuh", before, after)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
