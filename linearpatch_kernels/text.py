@@ -200,6 +200,8 @@ def _listed(sizes: Mapping[str, int]) -> str:
 
 def _spread_bodies(tokenizer: Any, text: str, body: int, count: int) -> list[list[int]] | None:
     """The first ``body`` tokens of each of ``count`` stretches, or None if one of them is too short."""
+    if len(text) < 2 * body * count:
+        return None
     cuts = [_word_start(text, len(text) * i // count) for i in range(count)] + [len(text)]
     stretches = list(itertools.pairwise(cuts))
     if min(stop - start for start, stop in stretches) < 2 * body:

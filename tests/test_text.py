@@ -158,6 +158,8 @@ def test_no_bos_where_the_tokenizer_adds_none(numbered_text: str) -> None:
         (3001, None, "it has 3000 tokens and 1 x 3001 = 3001 are needed"),
         (1, 1, "length must be at least 2"),
         (10, 0, "at least 1 is needed"),
+        # Nothing as long as the count may be made of it.
+        (10, 10**20, "1000000000000000000000 are needed"),
     ],
 )
 def test_what_is_not_there_is_refused(numbered_text: str, length: int, count: int | None, message: str) -> None:
