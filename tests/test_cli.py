@@ -1059,7 +1059,13 @@ def test_evaluate_notices_a_nan(world: World, run: Run, tmp_path: Path) -> None:
     assert "not finite" in refusal(run("evaluate", model, "--text", world.text, "--length", 24))
 
 
-# --- what is refused: what does not fit the model --------------------------------------------------------------------
+# --- what is refused: what does not fit the model, before its weights are loaded --------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights is an error."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.parametrize(
@@ -1074,9 +1080,12 @@ def test_evaluate_notices_a_nan(world: World, run: Run, tmp_path: Path) -> None:
         (["--drop", 2, "--rank", WIDTH + 1], "1 to 48"),
         (["--drop", 2, "--length", CONTEXT + 1], str(CONTEXT)),
         (["--drop", 2, "--samples", 10**5], "too short"),
+        (["--drop", 2, "--samples", 10**20], "too short"),
+        (["--drop", 2, "--score", "loss", "--fit", "none", "--rank", WIDTH + 1], "1 to 48"),
         (["--drop", 2, "--fit", "none", "--heldout-text", "short.txt"], "too short"),
     ],
 )
+@pytest.mark.usefixtures("no_weights")
 def test_what_does_not_fit_the_model_is_refused_before_the_long_work(
     world: World, run: Run, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], says: str
 ) -> None:
@@ -1098,6 +1107,7 @@ def test_what_does_not_fit_the_model_is_refused_before_the_long_work(
         (["--drop", "2", "--text", "exact.txt"], "no windows to evaluate on"),
     ],
 )
+@pytest.mark.usefixtures("no_weights")
 def test_sweep_refuses_what_does_not_fit_the_model(
     world: World, run: Run, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], says: str
 ) -> None:
@@ -1111,6 +1121,7 @@ def test_sweep_refuses_what_does_not_fit_the_model(
     assert done.progress in ([], ["note: the text leaves 0 windows of 8 for the report's figures"])
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_evaluate_refuses_what_does_not_fit(world: World, run: Run, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Ban bara.")
@@ -1120,6 +1131,7 @@ def test_evaluate_refuses_what_does_not_fit(world: World, run: Run, tmp_path: Pa
     assert long.progress == []
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_a_teacher_of_another_family_is_refused(world: World, run: Run, tmp_path: Path) -> None:
     arguments = ["--text", world.text, "--length", 24]
     tiny_llama(300, seed=1).save_pretrained(tmp_path / "other tokenizer")
@@ -1133,6 +1145,16 @@ def test_a_teacher_of_another_family_is_refused(world: World, run: Run, tmp_path
     assert "vocabular" in refusal(done)
     assert done.progress == []
     assert "does not exist" in refusal(run("evaluate", world.model, "--teacher", NO_MODEL, *arguments))
+
+
+def test_a_gguf_file_tells_its_depth_before_it_is_converted(
+    world: World, run: Run, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "cache"))
+    model = gguf_file(tmp_path / "tiny.gguf")
+    line = refusal(run("prune", model, "--drop", 9, "-o", empty / "out", "--text", world.text))
+    assert "9 of" in line
+    assert not (tmp_path / "cache").exists()
 
 
 # --- what is refused: directories that inspect does not know ----------------------------------------------------------

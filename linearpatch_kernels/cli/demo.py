@@ -18,7 +18,14 @@ from linearpatch_kernels.cli.console import (
     print_table,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import heldout_windows, load, make_windows, num_layers_of, read_texts, title_of
+from linearpatch_kernels.cli.inputs import (
+    find_model,
+    heldout_windows,
+    make_windows,
+    num_layers_of,
+    read_texts,
+    title_of,
+)
 from linearpatch_kernels.cli.options import JsonFile, Length, Samples
 from linearpatch_kernels.cli.prune import report_data, summarise, usage
 from linearpatch_kernels.errors import InputError
@@ -59,18 +66,20 @@ def demo(
     run = Reporter()
     texts = read_texts(None, None)
     with run.stage("load the model"):
-        dense, tokenizer = load("demo", "float32", None, False)
-    check_drop(drop, num_layers_of(dense))
-    check_output(places["healed (auto)"], 2 * parameter_bytes(dense), overwrite=True)
+        source = find_model("demo", "float32", None, False)
+    check_drop(drop, source.num_layers)
     with run.stage("tokenise"):
         windows = make_windows(
-            dense,
-            tokenizer,
+            source,
+            source.tokenizer,
             texts,
             samples=samples,
             heldout=heldout_windows(samples),
             length=length,
         )
+    with run.stage("load the model"):
+        dense = source.load()
+    check_output(places["healed (auto)"], 2 * parameter_bytes(dense), overwrite=True)
     with run.stage("calibrate and fit"):
         pruning = plan_pruning(
             dense,
@@ -102,7 +111,7 @@ def demo(
         speeds = compare_speed(models, progress=run)
     with run.stage("save"):
         for name, plan in plans.items():
-            save_checkpoint(models[name], tokenizer, places[name], overwrite=True, extra_files=plan.files())
+            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=plan.files())
     with run.stage("reload and write on"):
         reloaded = AutoModelForCausalLM.from_pretrained(places["healed (auto)"]).eval()
         again = AutoTokenizer.from_pretrained(places["healed (auto)"])

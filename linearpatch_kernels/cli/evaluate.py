@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
-from linearpatch_kernels.cli.inputs import load, num_layers_of, title_of, windows_up_to
+from linearpatch_kernels.cli.inputs import find_model, num_layers_of, title_of, windows_up_to
 from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
 from linearpatch_kernels.errors import InputError
 
@@ -52,6 +52,7 @@ def evaluate(
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
+    from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
 
     check_json(json_file)
@@ -61,13 +62,23 @@ def evaluate(
     run = Reporter()
     content: str | list[str] = demo_text("heldout") if text is None else read_text(text)
     with run.stage("load"):
-        student, tokenizer = load(model, dtype, device, trust_remote_code)
-        reference = None
-        if teacher is not None:
-            reference, teacher_tokenizer = load(teacher, dtype, device, trust_remote_code)
-            if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(teacher_tokenizer):
-                raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
-    ids = windows_up_to(tokenizer, content, length, windows)
+        source = find_model(model, dtype, device, trust_remote_code)
+        its_teacher = None if teacher is None else find_model(teacher, dtype, device, trust_remote_code)
+    with run.stage("tokenise"):
+        tokenizer = source.tokenizer
+        if its_teacher is not None and fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(its_teacher.tokenizer):
+            raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
+        sizes = [one.config.vocab_size for one in (source, its_teacher) if one is not None]
+        if len(set(sizes)) > 1:
+            raise InputError(
+                f"{model} and {teacher} give logits over {sizes[0]} and {sizes[1]} tokens: they need one vocabulary"
+            )
+        ids = windows_up_to(tokenizer, content, length, windows)
+        for known in filter(None, (source, its_teacher)):
+            check_windows(known, ids)
+    with run.stage("load"):
+        student = source.load()
+        reference = None if its_teacher is None else its_teacher.load()
     name = title_of(model) if title_of(model) != "teacher" else "model"
     models = {name: student} | ({"teacher": reference} if reference is not None else {})
     with run.stage("evaluate"):
@@ -100,8 +111,7 @@ def evaluate(
         for name, one in models.items()
     ]
     columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
-    source = "LAMBADA passages" if text is None else text.name
-    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {source}"
+    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {'LAMBADA passages' if text is None else text.name}"
     print_table(title, columns + (["prefill tok/s", "decode tok/s"] if speeds else []), rows)
     if scores:
         task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from linearpatch_kernels.modeling.loading import ModelSource
 
 EVALUATION_WINDOWS = 16
 """How many windows the figures of a report are measured on."""
@@ -31,14 +32,15 @@ class Windows:
     evaluation_source: str
 
 
-def load(
+def find_model(
     source: str, dtype: str, device: str | None, trust_remote_code: bool, device_map: str | None = None
-) -> tuple[PreTrainedModel, Any]:
+) -> ModelSource:
+    """MODEL with its config and tokenizer at hand, for all that can be refused before its weights are loaded."""
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from linearpatch_kernels.modeling.loading import load_model
+    from linearpatch_kernels.modeling.loading import ModelSource
     from linearpatch_kernels.text import demo_model_path
 
     hub_logging.set_verbosity_error()
@@ -47,15 +49,22 @@ def load(
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise InputError(f"--dtype {dtype} is not known: choose one of {', '.join(dtypes)}")
-    path = str(demo_model_path()) if source == "demo" else source
-    model, tokenizer = load_model(
-        path,
+    return ModelSource(
+        demo_model_path() if source == "demo" else source,
         dtype=dtypes[dtype],
         device=device or "auto",
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
-    return model, tokenizer
+
+
+def load(
+    source: str, dtype: str, device: str | None, trust_remote_code: bool, device_map: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """MODEL and its tokenizer."""
+    found = find_model(source, dtype, device, trust_remote_code, device_map)
+    tokenizer = found.tokenizer
+    return found.load(), tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +96,7 @@ def heldout_windows(samples: int) -> int:
 
 
 def make_windows(
-    model: PreTrainedModel,
+    model: ModelSource | PreTrainedModel,
     tokenizer: Any,
     texts: Texts,
     *,

@@ -21,10 +21,9 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    find_model,
     heldout_windows,
-    load,
     make_windows,
-    num_layers_of,
     read_texts,
     title_of,
 )
@@ -93,7 +92,7 @@ def prune(
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
-    from linearpatch_kernels.surgery.pruning import AUTO, plan_pruning
+    from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
     from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
     from linearpatch_kernels.surgery.selection import needs_moments
@@ -114,22 +113,24 @@ def prune(
     processes = launched_processes()
     place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
-        dense, tokenizer = load(model, dtype, place, trust_remote_code)
-    layers = num_layers_of(dense)
+        source = find_model(model, dtype, place, trust_remote_code)
     if wanted:
-        checked_spans(wanted, layers)
+        checked_spans(wanted, source.num_layers)
     else:
-        check_drop(drop, layers)
-    check_output(output, 0 if plan_only else parameter_bytes(dense), overwrite=True)
+        check_drop(drop, source.num_layers)
     with run.stage("tokenise"):
+        check_rank(rank, source.hidden_size, [fit], score)
         windows = make_windows(
-            dense,
-            tokenizer,
+            source,
+            source.tokenizer,
             texts,
             samples=samples,
             heldout=heldout_windows(samples) if fit == AUTO or score == LOSS else 0,
             length=length,
         )
+    with run.stage("load the model"):
+        dense = source.load()
+    check_output(output, 0 if plan_only else parameter_bytes(dense), overwrite=True)
     with run.stage("calibrate and fit"):
         pruning = plan_pruning(
             dense,
@@ -162,7 +163,9 @@ def prune(
         if plan_only:
             save_files(output, files, overwrite=True)
         else:
-            save_checkpoint(apply_plan(dense, pruning.plan), tokenizer, output, overwrite=True, extra_files=files)
+            save_checkpoint(
+                apply_plan(dense, pruning.plan), source.tokenizer, output, overwrite=True, extra_files=files
+            )
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, windows.evaluation_source)

@@ -24,7 +24,7 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import load, make_windows, num_layers_of, read_texts, title_of
+from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, read_texts, title_of
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -76,6 +76,7 @@ def sweep(
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.surgery.fitting import FITS
+    from linearpatch_kernels.surgery.pruning import check_rank
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
     from linearpatch_kernels.surgery.reporting import sweep_report
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
@@ -92,13 +93,14 @@ def sweep(
     run = Reporter()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
-        dense, tokenizer = load(model, dtype, device, trust_remote_code)
+        source = find_model(model, dtype, device, trust_remote_code)
     for count in drops:
-        check_drop(count, num_layers_of(dense))
+        check_drop(count, source.num_layers)
     with run.stage("tokenise"):
+        check_rank(rank, source.hidden_size, names)
         windows = make_windows(
-            dense,
-            tokenizer,
+            source,
+            source.tokenizer,
             texts,
             samples=samples,
             heldout=0,
@@ -109,6 +111,8 @@ def sweep(
         raise InputError(
             "the text leaves no windows to evaluate on: give more text, fewer --samples, or --heldout-text"
         )
+    with run.stage("load the model"):
+        dense = source.load()
     target = output.expanduser().resolve()
     unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"

@@ -148,8 +148,11 @@ def evaluation_mode(*models: Model) -> Iterator[None]:
             module.train()
 
 
-def check_windows(model: Model, windows: Tensor) -> None:
-    """Raise InputError where windows are malformed, or hold ids or positions that the model does not have."""
+def check_windows(model: Any, windows: Tensor) -> None:
+    """Raise InputError where windows are malformed, or hold ids or positions that the model does not have.
+
+    The model's ``config`` tells, if there is one: what has just that will do.
+    """
     if windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
     config = getattr(model, "config", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib.util
 import io
@@ -10,17 +12,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder, family_of, num_layers, rebuild
+from linearpatch_kernels.modeling.families import family_of, num_layers, rebuild
 from linearpatch_kernels.modeling.saving import check_output, is_ours, no_progress_bar, save_checkpoint
 from linearpatch_kernels.text import cache_dir
 
@@ -31,6 +33,88 @@ DEVICE_MAPS = ("auto", "balanced", "sequential")
 """How accelerate shares a model out: what fits best; the same to every device; one device after the other."""
 
 _FINGERPRINT_BYTES = 1 << 20
+
+
+class ModelSource:
+    """A model that was looked at, its weights not yet loaded: for what must be known, or refused, before that.
+
+    Args:
+        source: a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``).
+        dtype: of the weights; None is the checkpoint's own.
+        device: None or ``"auto"`` is the accelerator if there is one, else the CPU.
+        device_map: instead of a device: ``"auto"``, ``"balanced"``, ``"sequential"``, or module -> device, ``"cpu"`` or
+            ``"disk"`` (the weights then stay in the checkpoint's files, and are read for every call).
+        trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
+
+    Raises:
+        InputError: not a model, an unsupported family, damaged or incomplete files, no such device. What is read later
+            raises later: a hub that cannot be reached, a tokenizer that is missing or belongs to another model.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        device_map: str | Mapping[str, str | int | torch.device] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = str(source)
+        self._dtype, self._trust = dtype, trust_remote_code
+        self._device = _device(device) if device_map is None else None
+        self._spread = {} if device_map is None else _spread(device_map)
+        path = Path(source).expanduser()
+        self._gguf = _GGUF(path) if path.is_file() else None
+        # An empty name is that of the working directory to pathlib, and of nothing to a person.
+        local = path.is_dir() and self.name != ""
+        if local:
+            _check_directory(path)
+        elif self._gguf is None:
+            _check_hub_id(self.name)
+        self._found = str(path) if local else self.name
+
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers the model has."""
+        layers = None if self._gguf is None else self._gguf.layers
+        return int(self.config.num_hidden_layers) if layers is None else layers
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @functools.cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's; a GGUF file is converted for it, and a hub asked."""
+        with _told_of(self.name):
+            config = AutoConfig.from_pretrained(self._place, trust_remote_code=self._trust)
+        family_of(config)
+        return config
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        rows = self.config.vocab_size
+        tokenizer = _load_tokenizer(self.name, self._place, trust_remote_code=self._trust)
+        # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
+        if tokenizer.vocab_size > rows:
+            raise InputError(
+                f"the tokenizer of {self.name} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it "
+                "belongs to another model"
+            )
+        return tokenizer
+
+    def load(self) -> PreTrainedModel:
+        """The model, in evaluation mode."""
+        options = {"trust_remote_code": self._trust, "use_safetensors": True}
+        model = _load_weights(self.name, self._place, self.config, self._dtype, self._spread, **options)
+        return (model if self._device is None else model.to(self._device)).eval()
+
+    @property
+    def _place(self) -> str:
+        return self._found if self._gguf is None else str(self._gguf.converted())
 
 
 def load_model(
@@ -49,37 +133,15 @@ def load_model(
     and calibrates like any other, but cannot be cut or trained.
 
     Args:
-        source: a checkpoint directory, a ``.gguf`` file, or a hub id (``owner/name``).
-        dtype: of the weights; None is the checkpoint's own.
-        device: None or ``"auto"`` is the accelerator if there is one, else the CPU.
-        device_map: instead of a device: ``"auto"``, ``"balanced"``, ``"sequential"``, or module -> device, ``"cpu"`` or
-            ``"disk"`` (the weights then stay in the checkpoint's files, and are read for every call).
-        trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
+        source, dtype, device, device_map, trust_remote_code: as `ModelSource`.
 
     Raises:
         InputError: not a model, an unsupported family, damaged or incomplete files, a tokenizer that is missing or
             belongs to another model, a hub that cannot be reached.
     """
-    target = _device(device) if device_map is None else None
-    spread = {} if device_map is None else _spread(device_map)
-    path = Path(source).expanduser()
-    if path.is_file():
-        place = str(_converted_gguf(path))
-    elif path.is_dir():
-        _check_directory(path)
-        place = str(path)
-    else:
-        place = _hub_id(str(source))
-    model = _load_weights(str(source), place, dtype, spread, trust_remote_code=trust_remote_code, use_safetensors=True)
-    tokenizer = _load_tokenizer(str(source), place, trust_remote_code=trust_remote_code)
-    rows = decoder(model).embed_tokens.num_embeddings
-    # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
-    if tokenizer.vocab_size > rows:
-        raise InputError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it belongs "
-            "to another model"
-        )
-    return (model if target is None else model.to(target)).eval(), tokenizer
+    found = ModelSource(source, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code)
+    tokenizer = found.tokenizer
+    return found.load(), tokenizer
 
 
 def _spread(device_map: str | Mapping[str, str | int | torch.device]) -> dict[str, Any]:
@@ -105,10 +167,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
-def _hub_id(source: str) -> str:
+def _check_hub_id(source: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or source.endswith(".gguf"):
-        raise InputError(f"{source} does not exist: give a model directory, a .gguf file, or a hub id (owner/name)")
-    return source
+        raise InputError(f"{source!r} does not exist: give a model directory, a .gguf file, or a hub id (owner/name)")
 
 
 def _check_directory(path: Path) -> None:
@@ -144,20 +205,29 @@ def _weight_files(path: Path) -> list[Path]:
         raise InputError(f"{index} cannot be read ({error}): copy the model again") from error
 
 
-def _load_weights(
-    source: str, place: str, dtype: torch.dtype | None, spread: Mapping[str, Any], **options: Any
-) -> PreTrainedModel:
+@contextlib.contextmanager
+def _told_of(source: str) -> Iterator[None]:
+    """What Transformers has to say of a model, as one line."""
     try:
-        config = AutoConfig.from_pretrained(place, **options)
-        family_of(config)
-        with no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype or "auto", output_loading_info=True, **spread, **options
-            )
+        yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_weights(
+    source: str,
+    place: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    spread: Mapping[str, Any],
+    **options: Any,
+) -> PreTrainedModel:
+    with _told_of(source), no_progress_bar():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, config=copy.deepcopy(config), dtype=dtype or "auto", output_loading_info=True, **spread, **options
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{source} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
@@ -188,30 +258,43 @@ def _first_line(error: BaseException) -> str:
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _converted_gguf(path: Path) -> Path:
-    """The checkpoint that a GGUF file was converted to, now or by an earlier call."""
-    stat = path.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        head = file.read(_FINGERPRINT_BYTES)
-        digest.update(head)
-        file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
-        digest.update(file.read())
-    if head[:4] != _GGUF_MAGIC:
-        raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
-    converted = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
-    if not is_ours(converted):
-        size = _checked_gguf_size(path)
-        try:
-            check_output(converted, size, overwrite=True)
-        except InputError as error:
-            raise InputError(f"{error} (LINEARPATCH_CACHE names the place for converted models)") from error
-        _convert_gguf(path, converted)
-    return converted
+class _GGUF:
+    """A GGUF file, and the checkpoint that it was or will be converted to.
+
+    Attributes:
+        layers: how many the header names; None where the file has been converted, and the checkpoint's config tells.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stat = path.stat()
+        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            head = file.read(_FINGERPRINT_BYTES)
+            digest.update(head)
+            file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+        if head[:4] != _GGUF_MAGIC:
+            raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
+        self._checkpoint = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+        self.layers: int | None = None
+        if not is_ours(self._checkpoint):
+            self.layers, self._size = _checked_gguf(path)
+
+    def converted(self) -> Path:
+        """The checkpoint."""
+        if not is_ours(self._checkpoint):
+            try:
+                check_output(self._checkpoint, self._size, overwrite=True)
+            except InputError as error:
+                raise InputError(f"{error} (LINEARPATCH_CACHE names the place for converted models)") from error
+            _convert_gguf(self.path, self._checkpoint)
+        return self._checkpoint
 
 
-def _checked_gguf_size(path: Path) -> int:
-    """The bytes of the file's tensors in float32; raises `InputError` unless the file is whole and can be converted."""
+def _checked_gguf(path: Path) -> tuple[int, int]:
+    """The number of layers, and the bytes of the file's tensors in float32; raises `InputError` unless the file is
+    whole and can be converted."""
     from gguf import GGUFReader
 
     try:
@@ -224,15 +307,22 @@ def _checked_gguf_size(path: Path) -> int:
             f"{path} holds a model of architecture {architecture!r}, which is not supported: use one of "
             + ", ".join(_GGUF_ARCHITECTURES)
         )
-    return sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
+    layers = reader.fields.get(f"{architecture}.block_count")
+    if layers is None:
+        raise InputError(f"{path} does not say how many layers it has: download it again")
+    return int(layers.contents()), sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def _convert_gguf(path: Path, converted: Path) -> None:
     # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    source, place, gguf_file = str(path), str(path.parent), {"gguf_file": path.name}
     with quiet:
-        model = _load_weights(str(path), str(path.parent), torch.float32, {}, gguf_file=path.name)
-    tokenizer = _load_tokenizer(str(path), str(path.parent), gguf_file=path.name)
+        with _told_of(source):
+            config = AutoConfig.from_pretrained(place, **gguf_file)
+        family_of(config)
+        model = _load_weights(source, place, config, torch.float32, {}, **gguf_file)
+    tokenizer = _load_tokenizer(source, place, **gguf_file)
     # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -88,7 +88,7 @@ def plan_pruning(
         checked_spans(spans, layers)
     else:
         check_drop(drop, layers)
-    _check_rank(model, rank, [fit, _HEALER] if score == LOSS else [fit])
+    check_rank(rank, hidden_size(model), [fit], score)
     for windows in (fit_windows, heldout_windows):
         if windows is not None:
             check_windows(model, windows)
@@ -116,9 +116,10 @@ def plan_pruning(
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
 
 
-def _check_rank(model: PreTrainedModel, rank: int, fits: Sequence[str]) -> None:
-    if any(fit == AUTO or fit in RANKED_FITS for fit in fits):
-        checked_rank(rank, hidden_size(model))
+def check_rank(rank: int, width: int, fits: Sequence[str], score: str = "") -> None:
+    """InputError where the rank is used, by a fit or by what the score heals with, and does not fit the width."""
+    if score == LOSS or any(fit == AUTO or fit in RANKED_FITS for fit in fits):
+        checked_rank(rank, width)
 
 
 def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
@@ -190,7 +191,7 @@ def sweep(
     wanted = True in [needs_moments(fit) for fit in fits]
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
-    _check_rank(model, rank, fits)
+    check_rank(rank, hidden_size(model), fits)
     for windows in (fit_windows, evaluation_windows):
         check_windows(model, windows)
     if statistics is None:
