@@ -228,7 +228,7 @@ def _consecutive_bodies(tokenizer: Any, text: str, body: int, count: int | None)
     if total < needed:
         raise InputError(
             f"the text is too short: it has {len(stream)} tokens and {needed} x {body} = {needed * body} are needed; "
-            "give a longer text, or fewer or shorter windows"
+            "give a longer text, or fewer windows (--samples, --windows) or shorter ones (--length)"
         )
     chosen = range(total) if count is None else [total * i // count for i in range(count)]
     return [stream[k * body : (k + 1) * body] for k in chosen]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import math
@@ -689,6 +690,10 @@ def test_no_command_shows_the_help(run: Run) -> None:
     assert all(command in done.stdout for command in COMMANDS)
 
 
+def test_the_version(run: Run) -> None:
+    assert run("--version") == Outcome(0, f"linearpatch {importlib.metadata.version('linearpatch-kernels')}\n", "")
+
+
 # --- what is refused: flags, before the model is looked at -----------------------------------------------------------
 
 NO_MODEL = "/nowhere/model"
@@ -724,6 +729,7 @@ PRUNE_FLAGS = {
     "touch": (["--spans", "1:4,4:5"], "write 1:5"),
     "score": (["--drop", 2, "--score", "cosin"], "cosine, channel-cosine, angular, bi"),
     "fit": (["--drop", 2, "--fit", "linear-patch"], "linearpatch"),
+    "structured": (["--drop", 2, "--fit", "least-squares", "--structured"], "one of the two"),
     "rank": (["--drop", 2, "--rank", 0], "--rank"),
     "samples": (["--drop", 2, "--samples", 0], "--samples"),
     "length": (["--drop", 2, "--length", 1], "--length"),
@@ -771,7 +777,9 @@ def test_texts_are_refused_before_the_model(
 
 
 @pytest.mark.parametrize("command", ["prune", "sweep"])
-def test_outputs_are_refused_before_the_model(world: World, run: Run, tmp_path: Path, command: str) -> None:
+def test_outputs_are_refused_before_the_model(
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
@@ -787,6 +795,11 @@ def test_outputs_are_refused_before_the_model(world: World, run: Run, tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["file", "thesis"]
     assert "--output" in refusal(run(command, NO_MODEL, "--drop", 2, "--text", world.text))
     assert "not an output" in refusal(run(command, world.model, "--drop", 2, "--text", world.text, "-o", world.model))
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inside")
+    for place in (".", "..", tmp_path / "empty"):
+        line = refusal(run(command, NO_MODEL, "--drop", 2, "--text", world.text, "-o", place))
+        assert "working directory" in line
 
 
 @pytest.fixture
@@ -843,6 +856,7 @@ def test_sweep_refuses_flags_before_the_model(world: World, run: Run, empty: Pat
         (["--windows", -1], "--windows"),
         (["--length", 1], "--length"),
         (["--limit", 0], "--limit"),
+        (["--limit", 5], "--tasks"),
         (["--tasks", ","], "task"),
         (["--json", "/nowhere/figures.json"], "/nowhere"),
         (["--json", "/dev"], "directory"),

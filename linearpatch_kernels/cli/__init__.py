@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import sys
@@ -38,10 +39,19 @@ for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
     app.command()(command)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"linearpatch {importlib.metadata.version('linearpatch-kernels')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (any place on the line).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     pass

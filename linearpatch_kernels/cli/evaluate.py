@@ -57,6 +57,8 @@ def evaluate(
 
     check_json(json_file)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if limit is not None and tasks is None:
+        raise InputError("--limit is about the questions of --tasks: name some, or leave it out")
     if tasks is not None:
         check_tasks(names)
     run = Reporter()
@@ -102,17 +104,18 @@ def evaluate(
             figure(found[name].perplexity),
             share(found[name].top1_agreement),
             "" if found[name].kl is None else f"{found[name].kl:.3f}",
-            *(
-                [figure(speeds[name].prefill_tokens_per_second), figure(speeds[name].decode_tokens_per_second)]
-                if speeds
-                else []
-            ),
         ]
         for name, one in models.items()
     ]
     columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
     title = f"{len(ids)} windows of {ids.shape[1]} tokens from {'LAMBADA passages' if text is None else text.name}"
-    print_table(title, columns + (["prefill tok/s", "decode tok/s"] if speeds else []), rows)
+    print_table(title, columns, rows)
+    if speeds:
+        speed_rows = [
+            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
+            for name, one in speeds.items()
+        ]
+        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
     if scores:
         task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
         print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)

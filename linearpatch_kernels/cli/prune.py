@@ -91,6 +91,7 @@ def prune(
     from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.surgery.apply import apply_plan
+    from linearpatch_kernels.surgery.fitting import DENSE_FITS
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
     from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
@@ -102,6 +103,8 @@ def prune(
         raise InputError("say what to remove: either --drop N or --spans START:END")
     check_score(score, (*SCORES, LOSS))
     needs_moments(fit)
+    if structured and fit in DENSE_FITS:
+        raise InputError(f"--structured leaves dense maps out and --fit {fit} is one: give one of the two")
     wanted = parse_spans(spans) if spans is not None else []
     if wanted:
         # Whatever the model's depth, these must not touch.

@@ -46,9 +46,12 @@ def check_output(directory: str | os.PathLike[str], needed_bytes: int = 0, overw
 
     Raises:
         InputError: the directory exists and is not empty (unless ``overwrite`` and an earlier `save_checkpoint` wrote
-            it), is a file or no place to write to, or the disk has less room.
+            it), is a file, the working directory or no place to write to, or the disk has less room.
     """
     target = Path(directory).expanduser().resolve()
+    if Path.cwd().is_relative_to(target):
+        # Whoever stands in a directory that is replaced goes on standing in the old one.
+        raise InputError(f"{directory} is the working directory, or holds it: give another directory")
     if target.exists() and not target.is_dir():
         raise InputError(f"{directory} is a file: give a directory for the output")
     if target.is_dir() and any(target.iterdir()):
