@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HELDOUT, TRAINING
 from modeling.tiny import FAMILY_NAMES, tiny_model
+from students import HELDOUT, TRAINING
 from torch import Tensor
 from transformers import PreTrainedModel
 

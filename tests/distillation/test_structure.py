@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from conftest import HELDOUT, JOINT, TRAINING, student_of
 from modeling.tiny import random_patch, tiny_model
+from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HELDOUT, JOINT, TRAINING, student_of
 from modeling.tiny import FAMILY_NAMES, random_patch, tiny_model
+from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
