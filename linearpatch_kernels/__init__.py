@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
     from linearpatch_kernels.nn import (
         DensePatch,
+        DiagonalPatch,
         HadamardPatch,
         LinearTopKKLLoss,
         LowRankPatch,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationStatistics",
     "DensePatch",
+    "DiagonalPatch",
     "HadamardPatch",
     "InputError",
     "LinearTopKKLLoss",
@@ -75,6 +77,7 @@ _HOME = {
     "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
     "nn": (
         "DensePatch",
+        "DiagonalPatch",
         "HadamardPatch",
         "LinearTopKKLLoss",
         "LowRankPatch",

@@ -202,6 +202,41 @@ class LowRankPatch(Patch):
         return self.dim * (4 * self.rank + 1)
 
 
+class DiagonalPatch(Patch):
+    """``P = diag(scale)``: y = x * scale, with ``scale`` [d] (LinearPatch without the transform).
+
+    Args:
+        dim: width d of the residual stream.
+        device, dtype: of the parameter.
+
+    Raises:
+        InputError: a width below 1.
+    """
+
+    kind = "diagonal"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_size(dim)
+        self.dim = dim
+        self.scale = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, self.scale.dtype)
+        return (x.to(wide) * self.scale.to(wide)).to(x.dtype)
+
+    @property
+    def flops_per_token(self) -> int:
+        """One multiplication per channel."""
+        return self.dim
+
+
 class DensePatch(Patch):
     """``P = weight`` [d, d]: y = x @ weight.
 
@@ -249,7 +284,9 @@ class DensePatch(Patch):
         return 2 * self.dim**2
 
 
-PATCH_KINDS: dict[str, type[Patch]] = {one.kind: one for one in (HadamardPatch, LowRankPatch, DensePatch)}
+PATCH_KINDS: dict[str, type[Patch]] = {
+    one.kind: one for one in (HadamardPatch, LowRankPatch, DiagonalPatch, DensePatch)
+}
 
 
 def build_patch(description: Mapping[str, Any]) -> Patch:

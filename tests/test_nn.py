@@ -20,6 +20,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_matrix
 from linearpatch_kernels.nn import (
     DensePatch,
+    DiagonalPatch,
     HadamardPatch,
     LinearTopKKLLoss,
     LowRankPatch,
@@ -38,6 +39,7 @@ MAKERS: dict[str, Callable[[], Patch]] = {
     "hadamard rank": lambda: HadamardPatch(D, 3),
     "hadamard all": lambda: HadamardPatch(D, 3, pre_scale=True, post_scale=True),
     "low-rank": lambda: LowRankPatch(D, 3),
+    "diagonal": lambda: DiagonalPatch(D),
     "dense": lambda: DensePatch(D),
 }
 
@@ -62,6 +64,8 @@ def matrix_of(patch: Patch) -> Tensor:
     low_rank = parameters["down"] @ parameters["up"] if "down" in parameters else torch.zeros((), dtype=torch.float64)
     if isinstance(patch, DensePatch):
         return parameters["weight"]
+    if isinstance(patch, DiagonalPatch):
+        return torch.diag(parameters["scale"])
     if isinstance(patch, LowRankPatch):
         return torch.eye(patch.dim, dtype=torch.float64) + low_rank
     ones, h = torch.ones(patch.dim, dtype=torch.float64), hadamard_matrix(patch.dim)
@@ -135,6 +139,7 @@ def test_costs() -> None:
         (140, 20 * (2 * 19 + 1) + 4 * 20 * 3 + 20),
         (180, 20 * (2 * 19 + 3) + 4 * 20 * 3 + 20),
         (120, 4 * 20 * 3 + 20),
+        (20, 20),
         (400, 2 * 20 * 20),
     ]
     assert HadamardPatch(96).flops_per_token == 96 * (2 * (11 + 3) + 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
+from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
 
 PatchT = TypeVar("PatchT", bound=Patch)
 
@@ -48,21 +48,15 @@ def fit_linearpatch(
     return _filled(patch, scale=_ratio_of_means(statistics.hadamard_mean_abs[positions], span))
 
 
-def fit_diagonal(statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL) -> HadamardPatch:
-    """P = diag(s), the paper's ablation without H: the same ratio per channel of the residual stream itself.
-
-    It is a Hadamard patch with the scale 1 and ``post_scale`` s, since H H^T = I.
-    """
-    patch = HadamardPatch(statistics.width, post_scale=True)
-    scale = _ratio_of_means(statistics.mean_abs[positions], span)
-    return _filled(patch, scale=torch.ones_like(scale), post_scale=scale)
+def fit_diagonal(statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL) -> DiagonalPatch:
+    """P = diag(s), the paper's ablation without H: the same ratio per channel of the residual stream itself."""
+    return _filled(DiagonalPatch(statistics.width), scale=_ratio_of_means(statistics.mean_abs[positions], span))
 
 
-def fit_scalar(statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL) -> HadamardPatch:
+def fit_scalar(statistics: CalibrationStatistics, span: Span, positions: Positions = Positions.ALL) -> DiagonalPatch:
     """P = s I, s the ratio of the magnitudes averaged over the channels as well."""
     mean = statistics.mean_abs[positions].double().mean(dim=-1, keepdim=True)
-    patch = HadamardPatch(statistics.width)
-    return _filled(patch, scale=_ratio_of_means(mean, span).expand(statistics.width))
+    return _filled(DiagonalPatch(statistics.width), scale=_ratio_of_means(mean, span).expand(statistics.width))
 
 
 def fit_least_squares(statistics: CalibrationStatistics, span: Span) -> DensePatch:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers
 from linearpatch_kernels.modeling.patched import patched_model
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
+from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch
 
 FAMILY_NAMES = list(STOCK_FAMILIES)
 VOCABULARY = 97
@@ -56,6 +56,7 @@ def random_patch(kind: str, *, dim: int = 48, seed: int = 1) -> Patch:
     patch = {
         "hadamard": lambda: HadamardPatch(dim, rank=4, pre_scale=True, post_scale=True),
         "low-rank": lambda: LowRankPatch(dim, 4),
+        "diagonal": lambda: DiagonalPatch(dim),
         "dense": lambda: DensePatch(dim),
     }[kind]()
     generator = torch.Generator().manual_seed(seed)
