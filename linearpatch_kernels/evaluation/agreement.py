@@ -118,6 +118,17 @@ class QualityMeter:
         self._kl += float(kl.double().sum())
         self._agreeing += int(token_agreement(logits, teacher_logits).sum())
 
+    def __add__(self, other: QualityMeter) -> QualityMeter:
+        """A meter that has seen the windows of both, this one's first."""
+        both = QualityMeter(self._name)
+        both._window_losses = self._window_losses + other._window_losses
+        both._tokens = self._tokens + other._tokens
+        both._loss = self._loss + other._loss
+        both._agreeing = self._agreeing + other._agreeing
+        both._kl = self._kl + other._kl
+        both._with_teacher = self._with_teacher if other._with_teacher is None else other._with_teacher
+        return both
+
     def result(self) -> Quality:
         """The quality over all windows so far.
 

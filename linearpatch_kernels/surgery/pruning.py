@@ -72,7 +72,8 @@ def plan_pruning(
         score, fit, rank, structured: see :mod:`~linearpatch_kernels.surgery.scoring`,
             :mod:`~linearpatch_kernels.surgery.fitting` and :func:`~linearpatch_kernels.surgery.selection.choose_fit`.
         about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
-        ranks: processes that share the passes over ``fit_windows``; all of them get the same result.
+        ranks: processes that share the passes over both kinds of windows, and the fits that ``auto`` compares; all of
+            them get the same result.
 
     Raises:
         InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
@@ -105,10 +106,17 @@ def plan_pruning(
             statistics = statistics.with_moments(found)
         chosen = short
         if score == LOSS and heldout_windows is not None:
-            chosen = [_best_healed(model, heldout_windows, statistics, short, rank, progress)]
+            chosen = [_best_healed(model, heldout_windows, statistics, short, rank, ranks, progress)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
-            model, heldout_windows, statistics, chosen, rank=rank, structured=structured, progress=progress
+            model,
+            heldout_windows,
+            statistics,
+            chosen,
+            rank=rank,
+            structured=structured,
+            ranks=ranks,
+            progress=progress,
         )
         plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
         return Pruning(plan, statistics, choice)
@@ -133,12 +141,13 @@ def _best_healed(
     statistics: CalibrationStatistics,
     spans: Sequence[Span],
     rank: int,
+    ranks: Ranks | None,
     progress: Progress | None,
 ) -> Span:
     """The span with the lowest held-out loss once a low-rank patch has healed it."""
     candidates = {span: fitted_joints(statistics, [span], _HEALER, rank=rank) for span in spans}
     named = {str(span): joints for span, joints in candidates.items()}
-    found = compare_candidates(model, windows, named, description="choosing the span", progress=progress)
+    found = compare_candidates(model, windows, named, description="choosing the span", ranks=ranks, progress=progress)
     return min(candidates, key=lambda span: found[str(span)].loss)
 
 

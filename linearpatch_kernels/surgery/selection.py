@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Span, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
@@ -39,6 +41,7 @@ def compare_candidates(
     *,
     batch_size: int = 1,
     description: str = "comparing",
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Quality]:
     """The quality of every candidate, and of the dense model under ``"dense"``, in one pass over ``windows`` [W, T].
@@ -47,10 +50,16 @@ def compare_candidates(
     agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits
     twice, and its residual stream at every candidate's first joint.
 
+    With ``ranks`` every one of them calls this with the same arguments, runs its own stretch of the windows (all of
+    them, where there are fewer windows than ranks), and gets the qualities over all.
+
     Raises:
         InputError: windows that do not fit the model, spans that do not, activations that are not finite.
     """
     check_windows(model, windows)
+    shared = ranks if ranks is not None and 1 < ranks.count <= len(windows) else None
+    if shared is not None:
+        windows = windows.tensor_split(shared.count)[shared.rank]
     layers = num_layers(model)
     candidates = {name: sorted(joints, key=lambda joint: joint.span) for name, joints in candidates.items()}
     for joints in candidates.values():
@@ -66,6 +75,9 @@ def compare_candidates(
             meters[DENSE].update(teacher, batch, teacher)
             for name, joints in candidates.items():
                 meters[name].update(runs[name](states[joints[0].span.start]), batch, teacher)
+    if shared is not None:
+        each = shared.gather(meters)
+        meters = {name: functools.reduce(operator.add, [one[name] for one in each]) for name in meters}
     return {name: meter.result() for name, meter in meters.items()}
 
 
@@ -134,26 +146,37 @@ def choose_fit(
     rank: int = DEFAULT_RANK,
     structured: bool = False,
     batch_size: int = 1,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> FitChoice:
     """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
 
     The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98
     % as much of the loss that plain removal costs. ``structured`` leaves the dense d x d map out. A fit that this text
-    does not allow (a silent channel has no ratio of magnitudes) is left out with a warning.
+    does not allow (a silent channel has no ratio of magnitudes) is left out with a warning. ``ranks`` share the
+    candidates out to fit them, and then the windows to compare them.
 
     Raises:
         InputError: moments that were not collected, or what :func:`compare_candidates` raises.
     """
     names = [name for name in FITS if not (structured and name in DENSE_FITS)]
-    candidates = {}
-    for name in names:
+    fitted = {}
+    for name in names if ranks is None else names[ranks.rank :: ranks.count]:
         try:
-            candidates[name] = fitted_joints(statistics, spans, name, rank=rank)
+            fitted[name] = fitted_joints(statistics, spans, name, rank=rank)
         except UnusableFit as error:
             warnings.warn(f"not a candidate: {error}", stacklevel=2)
+    for found_elsewhere in () if ranks is None else ranks.gather(fitted):
+        fitted |= found_elsewhere
+    candidates = {name: fitted[name] for name in names if name in fitted}
     found = compare_candidates(
-        model, windows, candidates, batch_size=batch_size, description="choosing the fit", progress=progress
+        model,
+        windows,
+        candidates,
+        batch_size=batch_size,
+        description="choosing the fit",
+        ranks=ranks,
+        progress=progress,
     )
     return decide(candidates, found)
 

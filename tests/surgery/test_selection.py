@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
 import dataclasses
+import pickle
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, evaluate_quality
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
+from linearpatch_kernels.surgery import selection
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import DENSE_FITS, FITS
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
@@ -217,6 +223,61 @@ def test_choose_fit(dense: PreTrainedModel, heldout: Tensor, statistics: Calibra
     assert set(structured.candidates) == set(FITS) - DENSE_FITS
     assert structured.fit == made.structured().fit
     assert not any(isinstance(joint.patch, DensePatch) for joint in structured.joints)
+
+
+class Rank:
+    """One of several processes, here threads, that exchange what they have."""
+
+    def __init__(self, rank: int, together: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.count, self._together, self._table = rank, len(table), together, table
+
+    def gather(self, one: Any) -> list[Any]:
+        self._table[self.rank] = pickle.dumps(one)
+        self._together.wait(timeout=60)
+        found = [pickle.loads(other) for other in self._table]
+        self._together.wait(timeout=60)
+        return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_ranks_share_the_work_and_the_result(
+    dense: PreTrainedModel,
+    heldout: Tensor,
+    statistics: CalibrationStatistics,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    heldout = heldout[:3]
+    alone = choose_fit(dense, heldout, statistics, [Span(2, 4)], rank=RANK)
+    fitted: list[str] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        fitted.append(arguments[2])
+        return fitted_joints(*arguments, **options)
+
+    monkeypatch.setattr(selection, "fitted_joints", counted)
+    together, table = threading.Barrier(count), [b""] * count
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        made = list(
+            pool.map(
+                lambda rank: choose_fit(
+                    copy.deepcopy(dense),
+                    heldout,
+                    statistics,
+                    [Span(2, 4)],
+                    rank=RANK,
+                    ranks=Rank(rank, together, table),
+                ),
+                range(count),
+            )
+        )
+    assert sorted(fitted) == sorted(FITS)
+    for one in made:
+        assert one.fit == alone.fit
+        assert [row["fit"] for row in one.table] == [row["fit"] for row in alone.table]
+        assert one.found == made[0].found
+        for name, quality in alone.found.items():
+            assert dataclasses.asdict(one.found[name]) == pytest.approx(dataclasses.asdict(quality), rel=1e-9)
 
 
 def test_a_fit_that_the_text_does_not_allow_is_no_candidate(
