@@ -1,7 +1,8 @@
 """Build the compiled kernels where that can be done; without them the package installs and says so when it is used.
 
 They need torch's headers and a C++20 compiler. Torch is looked for only when something is to be compiled, so that
-metadata can be had without it; an isolated build has no torch, which is why the set-up commands turn isolation off.
+metadata can be had without it, and is not imported: pip's isolated build hides the torch that is installed, but not
+where it lies. So torch has to be there before this is installed.
 
 Where nvcc is found (CUDA_HOME, the PATH, /usr/local/cuda) the CUDA kernels go into the same file, with CUDA's run-time
 library inside, so that it loads where there is neither a driver nor CUDA. TORCH_CUDA_ARCH_LIST says for which GPUs, as
@@ -11,11 +12,13 @@ newer ones when it first loads it. LINEARPATCH_NO_CUDA=1 leaves them out.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +68,17 @@ def architecture_flags() -> list[str]:
     return flags
 
 
+def find_torch() -> Path:
+    """The folder of this Python's torch."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    places += [Path(sysconfig.get_path(kind), "torch") for kind in ("platlib", "purelib")]
+    for place in places:
+        if (place / "include" / "torch" / "csrc" / "stable").is_dir():
+            return place
+    raise FileNotFoundError("torch 2.13 or newer is not installed: pip install torch, then install this again")
+
+
 class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         try:
@@ -78,9 +92,8 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(extension.name)
         if not (self.force or newer_group([*extension.sources, *extension.depends, __file__], target)):
             return
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        flags = [*COMPILE, *(argument for path in include_paths() for argument in ("-isystem", path))]
+        torch = find_torch()
+        flags = [*COMPILE, "-isystem", str(torch / "include")]
         cuda = find_cuda()
 
         def compiled(source: str, *macros: tuple[str, str]) -> str:
@@ -115,7 +128,7 @@ class BuildKernels(build_ext):
             [*objects, *(task.result() for task in for_gpus if with_cuda)],
             target,
             libraries=["torch_cpu", *(["cudart_static", "dl", "rt", "pthread"] if with_cuda else [])],
-            library_dirs=[*library_paths(), *([str(cuda / "lib64")] if with_cuda else [])],
+            library_dirs=[str(torch / "lib"), *([str(cuda / "lib64")] if with_cuda else [])],
             extra_postargs=["-Wl,--as-needed", "-Wl,--exclude-libs,libcudart_static.a"],
             target_lang="c++",
         )

@@ -31,7 +31,7 @@ def _load_extension() -> str | None:
     if FORCED in ("reference", "triton"):
         return f"not loaded, because LINEARPATCH_BACKEND={FORCED}"
     if not _EXTENSION.exists():
-        return f"{_EXTENSION.name} is not built: reinstall with a C++ compiler to have it"
+        return f"{_EXTENSION.name} is not built: reinstall where torch and a C++ compiler are installed to have it"
     try:
         torch.ops.load_library(_EXTENSION)
     except OSError as error:
