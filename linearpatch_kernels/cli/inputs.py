@@ -82,7 +82,7 @@ def read_texts(text: Path | None, heldout_text: Path | None) -> Texts:
     from linearpatch_kernels.text import demo_text, read_text
 
     if text is not None:
-        texts = Texts(read_text(text), None, text.name, f"unused windows of {text.name}")
+        texts = Texts(read_text(text), None, text.name, f"unused parts of {text.name}")
     else:
         texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
     if heldout_text is None:

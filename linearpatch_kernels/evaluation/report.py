@@ -43,7 +43,7 @@ class CandidateRow:
         span: the dropped layers, half-open, written ``13:19``.
         fit: the fit's name.
         loss: loss on the held-out calibration windows, nats per token.
-        cost: multiplications per token of the patch.
+        cost: floating-point operations per token of the patch.
         chosen: whether this one was kept.
     """
 
@@ -228,7 +228,7 @@ def _candidates_section(candidates: Sequence[CandidateRow]) -> str:
         (r.span, r.fit, f"{r.loss:.4f}", f"{r.cost:,}", "kept" if r.chosen else "")
         for r in sorted(candidates, key=lambda r: r.loss)
     ]
-    return _table(("span", "fit", "held-out loss (nats)", "multiplications per token", ""), rows, "llrrl")
+    return _table(("span", "fit", "held-out loss (nats)", "operations per token", ""), rows, "llrrl")
 
 
 def _sample_section(data: ReportData) -> str:

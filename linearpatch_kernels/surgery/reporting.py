@@ -57,10 +57,8 @@ def describe_patch(joint: Joint) -> str:
 def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
     """The rows of the table that ``--fit auto`` decided on."""
     spans = ",".join(map(str, plan.spans))
-    # A multiplication and an addition are two operations.
     return [
-        CandidateRow(spans, row["fit"], row["loss"], row["flops_per_token"] // 2, row["kept"])
-        for row in plan.candidates
+        CandidateRow(spans, row["fit"], row["loss"], row["flops_per_token"], row["kept"]) for row in plan.candidates
     ]
 
 

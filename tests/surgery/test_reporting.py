@@ -63,7 +63,7 @@ def test_span_rows(statistics: CalibrationStatistics) -> None:
 def test_candidate_rows() -> None:
     table = ({"fit": "least-squares", "loss": 2.5, "flops_per_token": 4608, "kept": True},)
     plan = PrunePlan(6, (Joint(Span(1, 2)), Joint(Span(3, 5))), candidates=table)
-    assert candidate_rows(plan) == [CandidateRow("1:2,3:5", "least-squares", 2.5, 2304, True)]
+    assert candidate_rows(plan) == [CandidateRow("1:2,3:5", "least-squares", 2.5, 4608, True)]
 
 
 def test_the_report_of_a_pruning(dense: PreTrainedModel, windows: Tensor, heldout: Tensor) -> None:
