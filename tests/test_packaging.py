@@ -12,6 +12,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import torch
 
 import linearpatch_kernels
 
@@ -125,6 +126,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert built.returncode == 0, built.stdout + built.stderr
     (file,) = place.glob("*.whl")
     return file
+
+
+def test_torch_is_found_from_a_build_that_hides_it() -> None:
+    """pip's isolated build has setuptools and no torch; the kernels are built nevertheless."""
+    program = f"""
+import importlib.util, runpy, setuptools
+setuptools.setup = lambda **_: None
+importlib.util.find_spec = lambda name: None
+print(runpy.run_path({str(ROOT / "setup.py")!r})["find_torch"]())
+"""
+    assert Path(python(program).strip()) == Path(torch.__file__).parent
 
 
 def test_the_wheel_is_whole(wheel: Path) -> None:
