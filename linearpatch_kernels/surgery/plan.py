@@ -133,7 +133,8 @@ class PrunePlan:
             tensors = load_file(folder / "plan.safetensors")
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing)"
+                f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing): give a "
+                "directory that linearpatch prune wrote"
             ) from error
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"the plan in {folder} cannot be read ({error}): prune again") from error
