@@ -28,7 +28,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -362,14 +362,9 @@ def compile_triton(
 
     The forward has only ``scale``, the backward wants dx and dscale: what the patch of the paper needs.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from linearpatch_kernels.ops.hadamard_patch import triton as kernels
 
-    lanes = 64 if arch.startswith("gfx") else 32
-    layout = kernels.layout_of(d, lanes, rows, warps)
+    layout = kernels.layout_of(d, lanes_of(arch), rows, warps)
     if layout is None:
         raise ValueError(f"Triton leaves d = {d} to PyTorch")
     here = {"x_ptr", "scale_ptr", "rows"} | ({"h_ptr"} if layout.m > 1 else set())
@@ -392,19 +387,41 @@ def compile_triton(
         return "*fp32" if name in float32 else "*bf16" if name == "h_ptr" else "*" + DTYPES[dtype][0]
 
     constants = layout.constants(DTYPES[dtype][1])
+    return compile_ahead(function, kind, constants, arch, {"num_warps": layout.warps, **kernels.OPTIONS}), layout
+
+
+def lanes_of(arch: str) -> int:
+    """Threads of a warp: AMD's data-centre GPUs have 64."""
+    return 64 if arch.startswith("gfx") else 32
+
+
+def compile_ahead(
+    function: Any, kind: Callable[[str], str], constants: Mapping[str, Any], arch: str, options: Mapping[str, Any]
+) -> Any:
+    """A Triton kernel compiled for an architecture, with no GPU.
+
+    Args:
+        kind: argument -> its type in Triton's words (``"*bf16"``, ``"i32"``, ``"constexpr"``, ...).
+        constants: of the ``constexpr`` arguments; None where one is missing.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature = {name: kind(name) for name in function.arg_names}
     values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
+    # What is a multiple of 16 in every call that these kernels are made for: addresses, and these integers.
     aligned = [
         (i,)
         for i, (name, of) in enumerate(signature.items())
-        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name == "width"))
+        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name in ("width", "first", "size")))
     ]
-    target = GPUTarget("hip", arch, lanes) if lanes == 64 else GPUTarget("cuda", int(arch[3:]), lanes)
+    maker, name = ("hip", arch) if arch.startswith("gfx") else ("cuda", int(arch.removeprefix("sm_")))
+    target = GPUTarget(maker, name, lanes_of(arch))
     source = ASTSource(function, signature, values, {position: [["tt.divisibility", 16]] for position in aligned})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = triton.compile(source, target=target, options={"num_warps": layout.warps, **kernels.OPTIONS})
-    return compiled, layout
+        return triton.compile(source, target=target, options=dict(options))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from benchmarks.gpu_static import DTYPES
+from benchmarks.gpu_static import DTYPES, compile_ahead, lanes_of
 
 KERNELS = (
     "linear_topk_kl_forward",  # the slots' logits of the linear loss for "topk"
@@ -48,14 +47,9 @@ def _what(kernel: str, d: int, slots: int, lanes: int) -> tuple[Any, dict[str, A
 
 def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tuple[Any, dict[str, Any], int]:
     """The kernel as a machine with this GPU would compile it, its constants and warps; no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from linearpatch_kernels.ops.topk_kl.triton import OPTIONS
 
-    lanes = 64 if arch.startswith("gfx") else 32
-    function, constants, warps, missing, float32 = _what(kernel, d, slots, lanes)
+    function, constants, warps, missing, float32 = _what(kernel, d, slots, lanes_of(arch))
 
     def kind(name: str) -> str:
         if name in constants or name in missing:
@@ -68,16 +62,5 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tu
             return "*i32"
         return "*fp32" if name in _FLOAT32 | float32 else "*" + DTYPES[dtype][0]
 
-    signature = {name: kind(name) for name in function.arg_names}
-    values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
-    aligned = [
-        (i,)
-        for i, (name, of) in enumerate(signature.items())
-        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name in ("width", "first", "size")))
-    ]
-    target = GPUTarget("hip", arch, lanes) if lanes == 64 else GPUTarget("cuda", int(arch[3:]), lanes)
-    source = ASTSource(function, signature, values, {position: [["tt.divisibility", 16]] for position in aligned})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = triton.compile(source, target=target, options={"num_warps": warps, **OPTIONS})
+    compiled = compile_ahead(function, kind, constants, arch, {"num_warps": warps, **OPTIONS})
     return compiled, constants, warps
