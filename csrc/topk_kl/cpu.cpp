@@ -292,7 +292,7 @@ void add_blocks(const Blocks& blocks) {
         const Tensor products = blob(logits, block.count, block.size);
         multiply(blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d), columns, products);
         kernels().add_block(call, block);
-        if (call.dhidden) multiply_add(products, rows, blob(call.dhidden + block.token * d, block.count, d));
+        if (call.rest_sums) multiply_add(products, rows, blob(call.rest_sums + block.token * d, block.count, d));
       }
     });
   }
@@ -333,6 +333,8 @@ void whole_vocabulary(Operands& given, const Tensor& dweight, const Tensor& dbia
   call.running = running.data();
   call.slot_logits = slot_logits.data();
   call.slot_first = slot_first.data();
+  std::vector<float> rest_sums(call.dhidden && call.dhidden_dtype != Dtype::float32 ? given.tokens * call.width : 0);
+  call.rest_sums = rest_sums.empty() ? static_cast<float*>(call.dhidden) : rest_sums.data();
   const Blocks blocks(given);
   add_blocks(blocks);
   given.over_tokens(call.teacher.slots * call.width, [&](int64_t begin, int64_t end, float* memory) {
@@ -375,15 +377,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
   Operands given(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
   given.call.softcap = static_cast<float>(softcap);
   const bool whole = given.call.normalization != Normalization::topk;
-  const auto gradient = [&](bool wanted, std::vector<int64_t> sizes, bool zeros) {
+  const auto gradient = [&](bool wanted, std::vector<int64_t> sizes, bool zeros, ScalarType dtype = ScalarType::Float) {
     if (!wanted) sizes = {0};
-    return zeros ? new_zeros(hidden, sizes, ScalarType::Float) : new_empty(hidden, sizes, ScalarType::Float);
+    return zeros ? new_zeros(hidden, sizes, dtype) : new_empty(hidden, sizes, dtype);
   };
-  const Tensor dhidden = gradient(hidden_grad, {given.tokens, given.call.width}, whole);
+  // reference.py's gradient_dtype
+  const bool narrow = hidden.scalar_type() == ScalarType::BFloat16;
+  const Tensor dhidden = gradient(hidden_grad, {given.tokens, given.call.width}, whole,
+                                  narrow ? ScalarType::BFloat16 : ScalarType::Float);
   const Tensor dweight = gradient(weight_grad, {given.vocabulary, given.call.width}, whole);
   const Tensor dbias = gradient(bias_grad, {given.vocabulary}, whole);
   std::vector<float> slot_grads(weight_grad || bias_grad ? given.tokens * given.call.teacher.slots + 1 : 0);  // not null
-  given.call.dhidden = numbers(dhidden);
+  given.call.dhidden = dhidden.numel() ? dhidden.mutable_data_ptr() : nullptr;
+  given.call.dhidden_dtype = *kernel_dtype(dhidden);
   given.call.slot_grads = weight_grad || bias_grad ? slot_grads.data() : nullptr;
   (whole ? whole_vocabulary : slots_alone)(given, dweight, dbias);
   return {given.mean_loss(), dhidden, dweight, dbias};

@@ -140,19 +140,18 @@ HOT void row_to_order(float* row, long d) {
   }
 }
 
-// out = total, back in order, + factor * out where that is not 0.
-template <class T>
-HOT void row_from_order(const float* total, long d, float factor, float* out) {
+// out = total, back in order, + factor * more where there is more; that may be out.
+template <class T, class Out>
+HOT void row_from_order(const float* total, long d, float factor, const float* more, Out* out) {
   for (long c = 0; c < d; c += 2 * lanes) {
     Reg v[2] = {load(total + c), load(total + c + lanes)};
     from_order(static_cast<const T*>(nullptr), v[0], v[1]);
     UNROLL for (int i = 0; i < 2; ++i) {
-      float* const place = out + c + i * lanes;
-      const long n = d - c - i * lanes;
+      const long at = c + i * lanes, n = d - at;
       if (n >= lanes) {
-        store(place, factor == 0.0f ? v[i] : v[i] + load(place) * factor);
+        store(out + at, more ? v[i] + load(more + at) * factor : v[i]);
       } else if (n > 0) {
-        store_part(place, factor == 0.0f ? v[i] : v[i] + load_part(place, n) * factor, n);
+        store_part(out + at, more ? v[i] + load_part(more + at, n) * factor : v[i], n);
       }
     }
   }
@@ -185,6 +184,6 @@ void combine_tokens(const Call& call, const int32_t* tokens, const float* factor
     const Matrix<T> hidden{static_cast<const T*>(call.scores), call.scores_stride, call.width};
     fill(total, 0.0f, padded(call.width));
     add_rows_of<0>(hidden, tokens, count, factors, total, Next{});
-    row_from_order<T>(total, call.width, 0.0f, out);
+    row_from_order<T>(total, call.width, 0.0f, nullptr, out);
   });
 }

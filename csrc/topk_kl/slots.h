@@ -96,6 +96,18 @@ HOT void store_slot_grads(const Call& call, long token, const Slots& slots, cons
   for (long k = 0; k < slots.count; ++k) grads[slots.position[k]] = dz[k];
 }
 
+// A token's dhidden: the sum of rows of W in `total`, + factor * more where there is more.
+template <class W>
+HOT void store_dhidden(const Call& call, long token, const float* total, float factor, const float* more) {
+  with_type(call.dhidden_dtype, [&]<class D>(const D*) {
+    row_from_order<W>(total, call.width, factor, more, static_cast<D*>(call.dhidden) + token * call.width);
+  });
+}
+HOT void clear_dhidden(const Call& call, long token) {
+  const long row = call.width * (call.dhidden_dtype == Dtype::float32 ? 4 : 2);
+  __builtin_memset(static_cast<char*>(call.dhidden) + token * row, 0, row);
+}
+
 // The soft-cap of logits that nothing else was done to, and its derivative by the logits that came of it.
 HOT Reg capped(const Call& call, Reg logits) { return tanh_of(logits / call.softcap) * call.softcap; }
 HOT Reg cap_slope(const Call& call, Reg z) {
@@ -133,7 +145,7 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
     if (n + 1 < end) next->read(call, n + 1);
     call.losses[n] = 0;
     if (!now->count) {
-      if (call.dhidden) fill(call.dhidden + n * call.width, 0.0f, call.width);
+      if (call.dhidden) clear_dhidden(call, n);
       if (call.slot_grads) fill(call.slot_grads + n * call.teacher.slots, 0.0f, call.teacher.slots);
       continue;
     }
@@ -156,7 +168,7 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
     if (!call.dhidden) continue;
     fill(dh, 0.0f, padded(call.width));
     add_rows_of<2>(weight, now->id, now->count, dz, dh, back);
-    row_from_order<W>(dh, call.width, 0.0f, call.dhidden + n * call.width);
+    store_dhidden<W>(call, n, dh, 0.0f, nullptr);
   }
 }
 

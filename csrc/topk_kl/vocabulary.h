@@ -159,8 +159,8 @@ void add_block(const Call& call, const Block& block) {
       fill(z, 0.0f, block.size);
       continue;
     }
-    const float earlier = add_part(call, token, block.first, block.size, z, call.dhidden);
-    float* const sum = call.dhidden ? call.dhidden + token * call.width : nullptr;
+    const float earlier = add_part(call, token, block.first, block.size, z, call.rest_sums);
+    float* const sum = call.rest_sums ? call.rest_sums + token * call.width : nullptr;
     if (sum && earlier != 1.0f)
       for (long c = 0; c < call.width; ++c) sum[c] *= earlier;
   }
@@ -180,7 +180,7 @@ void finish_tokens_of(const Call& call, long begin, long end, float* scratch) {
     slots.read(call, n);
     call.losses[n] = 0;
     if (!slots.count) {
-      if (call.dhidden) fill(call.dhidden + n * call.width, 0.0f, call.width);
+      if (call.dhidden) clear_dhidden(call, n);
       if (call.slot_grads) fill(call.slot_grads + n * k_all, 0.0f, k_all);
       finished_of(call, n) = {};
       continue;
@@ -208,7 +208,7 @@ void finish_tokens_of(const Call& call, long begin, long end, float* scratch) {
     // An infinite logit: its product with the weight's row is in the sum, and 0 would hide it.
     const float factor = finished.offset == infinity ? __builtin_nanf("")
                                                      : finished.factor * __builtin_expf(reached - finished.offset);
-    row_from_order<W>(dh, call.width, factor, call.dhidden + n * call.width);
+    store_dhidden<W>(call, n, dh, factor, factor == 0.0f ? nullptr : call.rest_sums + n * call.width);
   }
 }
 

@@ -372,6 +372,31 @@ def test_chunks_change_nothing_and_bound_the_memory(normalization: str, monkeypa
     assert largest.numel < 40 * 50
 
 
+class BytesMade(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch calls it
+        result = func(*args, **(kwargs or {}))
+        self.total += sum(t.nbytes for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))
+        return result
+
+
+@with_normalization
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_kept_once_and_multiplied_once(normalization: str, dtype: torch.dtype) -> None:
+    p = problem(n=64, d=32, v=23, normalization=normalization)
+    hidden, weight = p.hidden.to(dtype).requires_grad_(), p.weight.to(dtype)
+    with BytesMade() as made:
+        loss = linear_topk_kl_loss(hidden, weight, p.probs, p.ids, normalization=normalization)
+        forward = made.total
+        (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.dtype == dtype
+    assert forward <= gradient.nbytes + 64
+    assert made.total <= 2 * gradient.nbytes + 128
+
+
 def test_topk_reads_the_rows_of_its_ids_alone() -> None:
     p = problem()
     weight = torch.full_like(p.weight, float("nan"))

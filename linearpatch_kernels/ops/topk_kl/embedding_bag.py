@@ -18,6 +18,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
     _token_losses,
     arithmetic_dtype,
     check_operands,
+    gradient_dtype,
     linear_topk_kl_loss_reference,
 )
 
@@ -70,10 +71,9 @@ def linear_topk_kl_loss_embedding_bag(
     loss = _token_losses(z, p, normalizers).sum() / count
     nothing = loss.new_zeros(0)
     if not hidden_grad:
-        return loss, nothing, nothing.clone(), nothing.clone()
+        return loss, nothing.to(gradient_dtype(hidden, weight), copy=True), nothing, nothing.clone()
     factors = _slot_gradient(z, p, present, normalizers).to(weight.dtype)
-    sums = torch.nn.functional.embedding_bag(
-        flat, weight, offsets, mode="sum", per_sample_weights=factors.flatten()
-    ).to(dtype)
-    dhidden = sums.new_zeros(hidden.shape).index_copy_(0, kept, sums.div_(count * temperature))
+    sums = torch.nn.functional.embedding_bag(flat, weight, offsets, mode="sum", per_sample_weights=factors.flatten())
+    sums = sums.to(dtype).div_(count * temperature).to(gradient_dtype(hidden, weight))
+    dhidden = sums.new_zeros(hidden.shape).index_copy_(0, kept, sums)
     return loss, dhidden, nothing, nothing.clone()

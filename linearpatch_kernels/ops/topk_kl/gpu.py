@@ -29,6 +29,7 @@ from linearpatch_kernels.ops.topk_kl import cuda
 from linearpatch_kernels.ops.topk_kl.reference import (
     _check_ids,
     check_operands,
+    gradient_dtype,
     linear_topk_kl_loss_reference,
     topk_kl_loss_backward_reference,
     topk_kl_loss_reference,
@@ -222,6 +223,7 @@ def linear_topk_kl_loss(
             hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
         )
     _check_ids(teacher_ids, len(weight))
+    narrow = gradient_dtype(hidden)
     grads = [
         hidden.new_empty(shape, dtype=torch.float32) if wanted else None
         for shape, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), flags, strict=True)
@@ -239,7 +241,7 @@ def linear_topk_kl_loss(
         loss = hidden.new_zeros((), dtype=torch.float32)
         grads = [None if gradient is None else gradient.zero_() for gradient in grads]
     dhidden, dweight, dbias = (loss.new_empty(0) if gradient is None else gradient for gradient in grads)
-    return loss, dhidden, dweight, dbias
+    return loss, dhidden.to(narrow), dweight, dbias
 
 
 def topk_kl_loss(

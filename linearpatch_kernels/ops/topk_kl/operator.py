@@ -13,6 +13,7 @@ from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_em
 from linearpatch_kernels.ops.topk_kl.reference import (
     arithmetic_dtype,
     check_operands,
+    gradient_dtype,
     linear_topk_kl_loss_reference,
     topk_kl_loss_backward_reference,
     topk_kl_loss_reference,
@@ -48,7 +49,7 @@ def _fake_linear(
     dtype = arithmetic_dtype(hidden, weight)
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(hidden.shape if hidden_grad else (0,), dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden_grad else (0,), dtype=gradient_dtype(hidden, weight)),
         hidden.new_empty(weight.shape if weight_grad else (0,), dtype=dtype),
         hidden.new_empty(weight.shape[:1] if bias_grad else (0,), dtype=dtype),
     )
@@ -113,6 +114,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as each gradient
     ctx.computed, ctx.options = others[:3], len(inputs) - 5
 
 
@@ -188,7 +190,8 @@ def linear_topk_kl_loss(
 
     ``"topk"`` reads no more than the N * K rows of the weight that the ids name; the others make the logits of some
     tokens, or of some ids, at a time. The gradients that will be needed are computed in the same call, and kept in
-    float32.
+    float32; that of bfloat16 hidden states in bfloat16, so that a loss multiplied by what is no power of two rounds it
+    twice.
 
     Args:
         hidden: [N, d], floating: what enters the head.

@@ -81,6 +81,14 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def gradient_dtype(hidden: Tensor, *others: Tensor) -> torch.dtype:
+    """What dhidden is kept in until the backward multiplies it: in bfloat16 itself, which has float32's range.
+
+    That of float16 would lose what a loss scale is there to save.
+    """
+    return hidden.dtype if hidden.dtype == torch.bfloat16 else arithmetic_dtype(hidden, *others)
+
+
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
     # On a GPU the answer costs a synchronisation, so it has to be asked for.
     if not ids.numel() or not (CHECKED_EVERYWHERE or ids.device.type == "cpu"):
@@ -285,7 +293,8 @@ def linear_topk_kl_loss_reference(
     that makes them to the products that use their gradient.
 
     Returns:
-        ``(loss, dhidden [N, d], dweight [V, d], dbias [V])`` in the arithmetic's dtype; empty where not asked for.
+        ``(loss, dhidden [N, d], dweight [V, d], dbias [V])`` in the arithmetic's dtype, dhidden in `gradient_dtype`;
+        empty where not asked for.
     """
     check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap)
     _check_ids(teacher_ids, len(weight))
@@ -319,6 +328,7 @@ def linear_topk_kl_loss_reference(
     dhidden, dweight, dbias = (
         zeros(0) if gradient is None else gradient.div_(count * temperature) for gradient in sums[1:]
     )
+    dhidden = dhidden.to(gradient_dtype(hidden, weight))
     if hidden_grad:
-        dhidden = zeros(*hidden.shape).index_copy_(0, kept, dhidden)
+        dhidden = dhidden.new_zeros(hidden.shape).index_copy_(0, kept, dhidden)
     return sums.loss / count, dhidden, dweight, dbias
