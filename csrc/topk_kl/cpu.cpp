@@ -7,6 +7,7 @@
 
 #include "../hadamard_patch/width.h"
 #include "../stable_tensors.h"
+#include "integer_table.h"
 #include "kernel_table.h"
 
 namespace linearpatch::cpu {
@@ -14,6 +15,7 @@ namespace {
 
 using topk_kl::Block;
 using topk_kl::Call;
+using topk_kl::NarrowRows;
 using topk_kl::Normalization;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
@@ -24,7 +26,8 @@ using torch::stable::detail::from;
 constexpr int64_t kElementsPerThread = 65536;  // about 20 us: less is not worth waking a thread for
 constexpr int64_t kBytesAhead = 65536;  // what is fetched before its turn: further gains nothing, and the cache loses
 constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kBlockIds = 2048;
+constexpr int64_t kBlockIds = 2016;  // panels of integers, whole
+constexpr int64_t kFewestForIntegers = 32;  // tokens: for fewer, the weight's rows are not worth packing
 constexpr int64_t kBlockWeights = 1 << 22;  // float32 numbers of the weight in a block of the vocabulary: 16 MiB
 
 thread_local Buffer scratch;
@@ -39,6 +42,15 @@ const topk_kl::KernelTable& kernels() {
     return *topk_kl::scalar_kernels();
   }();
   return unit;
+}
+
+const topk_kl::IntegerTable* integer_products() {
+#if defined(__x86_64__)
+  static const bool usable = kernels().isa == std::string("avx512") && __builtin_cpu_supports("avx512vnni");
+  return usable ? topk_kl::avx512_vnni_products() : nullptr;
+#else
+  return nullptr;
+#endif
 }
 
 // --- what a call works on ---
@@ -235,7 +247,8 @@ struct Blocks {
   explicit Blocks(Operands& given)
       : given(given),
         call(given.call),
-        ids(std::clamp<int64_t>(kBlockWeights / std::max<int64_t>(call.width, 1), 64, kBlockIds)) {}
+        ids(std::clamp<int64_t>(kBlockWeights / std::max<int64_t>(call.width, 1) / topk_kl::right_panel * topk_kl::right_panel,
+                                topk_kl::right_panel, kBlockIds)) {}
 
   int64_t token_blocks() const { return (given.tokens + kBlockTokens - 1) / kBlockTokens; }
   int64_t id_blocks() const { return (given.vocabulary + ids - 1) / ids; }
@@ -268,31 +281,170 @@ struct Blocks {
   }
 };
 
+// What makes a block's logits, and the gradient's sums of them. `memory` is a thread's.
+struct Products {
+  virtual ~Products() = default;
+  // block.logits = hidden W^T
+  virtual void logits(const Block&, float* memory) const = 0;
+  // rest_sums += block.logits W
+  virtual void add_rows(const Block&, float* memory) const = 0;
+};
+
+// In float32, by torch.
+class WideProducts final : public Products {
+ public:
+  explicit WideProducts(const Blocks& blocks) : blocks(blocks) {}
+
+  void prepare(const Block& ids) {
+    const Call& call = blocks.call;
+    const int64_t d = call.width;
+    if (call.weight_dtype == Dtype::float32 && call.weight_stride == d) {
+      weight = blocks.weight(ids, nullptr);
+      return;
+    }
+    float* const memory = widened.at_least(blocks.ids * d);
+    parallel_for(0, ids.size, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(d, 1)), [&](int64_t begin, int64_t end) {
+      wide_rows(call.weight, call.weight_dtype, call.weight_stride, d, ids.first + begin, end - begin, memory + begin * d);
+    });
+    weight = memory;
+  }
+
+  void logits(const Block& block, float* memory) const override {
+    const int64_t d = blocks.call.width;
+    multiply(blob(blocks.hidden(block, memory), block.count, d), blob(weight, block.size, d, true),
+             blob(block.logits, block.count, block.size));
+  }
+
+  void add_rows(const Block& block, float*) const override {
+    const int64_t d = blocks.call.width;
+    multiply_add(blob(block.logits, block.count, block.size), blob(weight, block.size, d),
+                 blob(blocks.call.rest_sums + block.token * d, block.count, d));
+  }
+
+ private:
+  const Blocks& blocks;
+  Buffer widened;
+  const float* weight = nullptr;
+};
+
+// In integers (integer_table.h), where hidden and weight are bfloat16 and their rows fit.
+class IntegerProducts final : public Products {
+ public:
+  explicit IntegerProducts(const Blocks& blocks) : blocks(blocks) {
+    const Call& call = blocks.call;
+    const bool narrow = call.scores_dtype == Dtype::bfloat16 && call.weight_dtype == Dtype::bfloat16;
+    if (!narrow || blocks.given.tokens < kFewestForIntegers || !(table = integer_products())) return;
+    token_inverse.resize(blocks.given.tokens);
+    for (int64_t b = 0; b < blocks.token_blocks(); ++b) {
+      const Block block = blocks.block(b, 0, nullptr);
+      fits.push_back(table->scale(hidden(block), &blocks.given.counted[block.token], &token_inverse[block.token]));
+    }
+  }
+
+  bool serves(const Block& block) const { return table && fits[block.token / kBlockTokens]; }
+  bool serves_all() const { return table && std::find(fits.begin(), fits.end(), 0) == fits.end(); }
+
+  // False where a row or a column of these ids does not fit.
+  bool prepare(const Block& ids) {
+    const Call& call = blocks.call;
+    if (!table || std::find(fits.begin(), fits.end(), 1) == fits.end()) return false;
+    id_inverse.resize(ids.size);
+    const NarrowRows rows = narrow_rows(call.weight, call.weight_stride, ids.first, ids.size);
+    if (!table->scale(rows, nullptr, id_inverse.data())) return false;
+    constexpr int64_t panel = topk_kl::right_panel;
+    int32_t* const packed = words(by_id, topk_kl::right_words(ids.size, call.width));
+    parallel_for(0, (ids.size + panel - 1) / panel, 4, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * panel, last = std::min(end * panel, ids.size);
+      table->pack_right({rows.data + first * rows.stride, rows.stride, last - first, rows.n}, &id_inverse[first],
+                        packed + begin * topk_kl::right_words(panel, rows.n));
+    });
+    if (!call.rest_sums) return true;
+    column_inverse.resize(call.width);
+    int32_t* const columns = words(by_column, topk_kl::right_words(call.width, ids.size));
+    const int64_t panels = (call.width + panel - 1) / panel;
+    std::vector<uint8_t> fit(panels);
+    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        fit[p] = table->pack_columns(rows, id_inverse.data(), p * panel, std::min((p + 1) * panel, call.width),
+                                     columns + p * topk_kl::right_words(panel, ids.size), column_inverse.data());
+    });
+    return std::find(fit.begin(), fit.end(), 0) == fit.end();
+  }
+
+  void logits(const Block& block, float* memory) const override {
+    int32_t* const left = reinterpret_cast<int32_t*>(memory);
+    const float* const inverse = &token_inverse[block.token];
+    table->pack_left(hidden(block), inverse, left);
+    table->multiply(left, inverse, block.count, words(by_id), id_inverse.data(), block.size, blocks.call.width, false,
+                    block.logits, block.size);
+  }
+
+  void add_rows(const Block& block, float* memory) const override {
+    const int64_t d = blocks.call.width;
+    float inverse[kBlockTokens];
+    int32_t* const left = reinterpret_cast<int32_t*>(memory);
+    table->pack_weights(block.logits, block.count, block.size, id_inverse.data(), left, inverse);
+    table->multiply(left, inverse, block.count, words(by_column), column_inverse.data(), d, block.size, true,
+                    blocks.call.rest_sums + block.token * d, d);
+  }
+
+ private:
+  const Blocks& blocks;
+  const topk_kl::IntegerTable* table = nullptr;
+  std::vector<uint8_t> fits;  // per block of tokens
+  std::vector<float> token_inverse, id_inverse, column_inverse;
+  Buffer by_id, by_column;
+
+  static int32_t* words(Buffer& buffer, int64_t count) { return reinterpret_cast<int32_t*>(buffer.at_least(count)); }
+  static const int32_t* words(const Buffer& buffer) { return reinterpret_cast<const int32_t*>(buffer.data); }
+  NarrowRows narrow_rows(const void* data, int64_t stride, int64_t first, int64_t count) const {
+    return {static_cast<const uint16_t*>(data) + first * stride, stride, count, blocks.call.width};
+  }
+  NarrowRows hidden(const Block& block) const {
+    return narrow_rows(blocks.call.scores, blocks.call.scores_stride, block.token, block.count);
+  }
+};
+
+// Which of the two a block of tokens is served by, for the ids of the moment.
+class BlockProducts {
+ public:
+  explicit BlockProducts(const Blocks& blocks) : wide(blocks), integers(blocks) {}
+  void prepare(const Block& ids) {
+    in_integers = integers.prepare(ids);
+    if (!in_integers || !integers.serves_all()) wide.prepare(ids);
+  }
+  const Products& of(const Block& block) const {
+    if (in_integers && integers.serves(block)) return integers;
+    return wide;
+  }
+
+ private:
+  WideProducts wide;
+  IntegerProducts integers;
+  bool in_integers = false;
+};
+
+// A thread's memory for a block: its logits, and behind them what its products need.
+struct BlockMemory {
+  float *logits, *products;
+  explicit BlockMemory(const Blocks& blocks)
+      : logits(scratch.at_least(kBlockTokens * (blocks.ids + std::max(blocks.call.width + 16, topk_kl::pairs_of(blocks.ids))))),
+        products(logits + kBlockTokens * blocks.ids) {}
+};
+
 // Loss and dhidden: the vocabulary block by block, the tokens in parallel.
 void add_blocks(const Blocks& blocks) {
-  const Call& call = blocks.call;
-  const int64_t d = call.width;
-  Buffer wide;
-  float* const memory = wide.at_least(blocks.ids * d);
+  BlockProducts products(blocks);
   for (int64_t v = 0; v < blocks.id_blocks(); ++v) {
-    const Block ids = blocks.block(0, v, nullptr);
-    const float* weight = memory;
-    if (call.weight_dtype == Dtype::float32 && call.weight_stride == d)
-      weight = blocks.weight(ids, nullptr);
-    else
-      parallel_for(0, ids.size, std::max<int64_t>(1, kElementsPerThread / d), [&](int64_t begin, int64_t end) {
-        wide_rows(call.weight, call.weight_dtype, call.weight_stride, d, ids.first + begin, end - begin, memory + begin * d);
-      });
-    const Tensor rows = blob(weight, ids.size, d), columns = blob(weight, ids.size, d, true);
+    products.prepare(blocks.block(0, v, nullptr));
     parallel_for(0, blocks.token_blocks(), 1, [&](int64_t begin, int64_t end) {
-      float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
+      const BlockMemory memory(blocks);
       for (int64_t n = begin; n < end; ++n) {
-        const Block block = blocks.block(n, v, logits);
+        const Block block = blocks.block(n, v, memory.logits);
         if (!blocks.counts(block)) continue;
-        const Tensor products = blob(logits, block.count, block.size);
-        multiply(blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d), columns, products);
-        kernels().add_block(call, block);
-        if (call.rest_sums) multiply_add(products, rows, blob(call.rest_sums + block.token * d, block.count, d));
+        products.of(block).logits(block, memory.products);
+        kernels().add_block(blocks.call, block);
+        if (blocks.call.rest_sums) products.of(block).add_rows(block, memory.products);
       }
     });
   }
@@ -301,24 +453,23 @@ void add_blocks(const Blocks& blocks) {
 // dweight and dbias, for which every block of logits is computed again: they need the tokens' final normalisers, and to
 // keep all logits until then is what this loss is there to avoid. The tokens in their order, the vocabulary in parallel.
 void add_gradients(const Blocks& blocks, float* dweight, float* dbias) {
-  const Call& call = blocks.call;
-  const int64_t d = call.width;
+  const int64_t d = blocks.call.width;
   parallel_for(0, blocks.id_blocks(), 1, [&](int64_t begin, int64_t end) {
-    Buffer wide;
-    float* const memory = wide.at_least(blocks.ids * d);
-    float* const logits = scratch.at_least(kBlockTokens * (blocks.ids + d));
+    BlockProducts products(blocks);
+    const BlockMemory memory(blocks);
     for (int64_t v = begin; v < end; ++v) {
-      const Block ids = blocks.block(0, v, nullptr);
-      const Tensor columns = blob(blocks.weight(ids, memory), ids.size, d, true);
+      const Block ids = blocks.block(0, v, memory.logits);
+      products.prepare(ids);
       for (int64_t n = 0; n < blocks.token_blocks(); ++n) {
-        const Block block = blocks.block(n, v, logits);
+        const Block block = blocks.block(n, v, memory.logits);
         if (!blocks.counts(block)) continue;
-        const Tensor hidden = blob(blocks.hidden(block, logits + kBlockTokens * blocks.ids), block.count, d);
-        multiply(hidden, columns, blob(logits, block.count, block.size));
-        kernels().block_gradient(call, block);
+        products.of(block).logits(block, memory.products);
+        kernels().block_gradient(blocks.call, block);
         if (dweight)
-          multiply_add(blob(logits, block.count, block.size, true), hidden, blob(dweight + ids.first * d, ids.size, d));
-        if (dbias) kernels().add_columns(logits, block.count, block.size, dbias + ids.first);
+          multiply_add(blob(block.logits, block.count, block.size, true),
+                       blob(blocks.hidden(block, memory.products), block.count, d),
+                       blob(dweight + ids.first * d, ids.size, d));
+        if (dbias) kernels().add_columns(block.logits, block.count, block.size, dbias + ids.first);
       }
     }
   });
@@ -340,6 +491,7 @@ void whole_vocabulary(Operands& given, const Tensor& dweight, const Tensor& dbia
   given.over_tokens(call.teacher.slots * call.width, [&](int64_t begin, int64_t end, float* memory) {
     kernels().finish_tokens(call, begin, end, memory);
   });
+  call.rest_sums = nullptr;
   if (call.slot_grads) add_gradients(blocks, numbers(dweight), numbers(dbias));
 }
 
