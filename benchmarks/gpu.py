@@ -3,7 +3,8 @@
 For each GPU backend that is there (cuda, triton), in a process of its own: the operators on random calls over all
 listed widths and dtypes against float64, then times of the forward, its gradients and the norm beside their peers, by
 the runner of all benchmarks (`interleaved`): cuBLAS by the dense matrix, fast-hadamard-transform in three passes,
-torch.compile of the reference, and a copy as the bound. Writes one JSON and one Markdown file; the JSON is what is
+torch.compile of the reference, and a copy as the bound. Then the same of the distillation losses, beside the paper's
+lines, chunks of them compiled, gathered rows, and Liger. Writes one JSON and one Markdown file; the JSON is what is
 worth sending.
 
 ``--dry`` runs all of it without a GPU, on a few rows, Triton's kernels by the interpreter. Its times mean nothing.
@@ -34,6 +35,7 @@ from torch import Tensor  # noqa: E402 - after the path is set
 
 from benchmarks.interleaved import FULL, QUICK, contest  # noqa: E402 - after the path is set
 from benchmarks.registry import Case, Peer, Run  # noqa: E402 - after the path is set
+from benchmarks.table import markdown as table_of  # noqa: E402 - after the path is set
 
 BACKENDS = ("cuda", "triton")
 
@@ -135,6 +137,13 @@ def measure(device: str, rows: int, d: int, dtype: torch.dtype, *, dry: bool) ->
         device=device,
         tolerance=1e-4 if dtype == torch.float32 else 0.03,
     )
+    figures = timed(case, dry)
+    per_second = 2 * rows * d * dtype.itemsize / figures["seconds"]["ours"]
+    return {"rows": rows, "d": d, "dtype": str(dtype).removeprefix("torch."), "bytes_per_second": per_second, **figures}
+
+
+def timed(case: Case, dry: bool) -> dict[str, Any]:
+    """Median seconds of ours and of every peer, those of every round, and why a peer has none."""
     seconds: list[float] = []
     with contest(case, torch.get_num_threads(), QUICK if dry else FULL) as match:
         for _ in range(match.rounds):
@@ -142,11 +151,46 @@ def measure(device: str, rows: int, d: int, dtype: torch.dtype, *, dry: bool) ->
             seconds.append(match.ours.seconds() / match.ours.calls)
     by_round = {"ours": seconds, **match.seconds}
     medians = {name: statistics.median(values) for name, values in by_round.items()}
-    return {
-        "rows": rows, "d": d, "dtype": str(dtype).removeprefix("torch."),
-        "seconds": medians, "rounds": by_round, "missing": match.skipped,
-        "bytes_per_second": 2 * rows * d * dtype.itemsize / medians["ours"],
-    }  # fmt: skip
+    return {"seconds": medians, "rounds": by_round, "missing": match.skipped}
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+
+NORMALIZATIONS = ("topk", "full", "tail")
+
+
+def check_losses(device: str, calls: int, *, dry: bool) -> dict[str, Any]:
+    """As `check`; the interpreter takes a millisecond a program, so that dry calls are small."""
+    from tests.ops.topk_kl_cases import SIZES, one_case
+
+    chance, wrong = random.Random(0), []
+    small = SIZES._replace(n=(1, 7), d=(8, 33), v=(17, 64), k=(2, 5), softcap=(0.0,))
+    torch.manual_seed(0)
+    with torch.device(device):
+        for _ in range(calls):
+            wrong += one_case(chance, small if dry else SIZES)
+    return {"calls": calls, "wrong": wrong}
+
+
+def measure_losses(
+    device: str, tokens: int, d: int, vocabulary: int, normalization: str, *, dry: bool
+) -> dict[str, Any]:
+    """Loss and gradient of the hidden states in bf16, as `timed`; the head's products are not upcast on a GPU."""
+    from benchmarks import topk_kl
+
+    def operands() -> topk_kl.Operands:
+        with torch.device(device):
+            made = topk_kl.Operands(tokens, d, vocabulary, normalization)
+            assert all(one.device.type == torch.device(device).type for one in (made.hidden, made.weight, *made.slots))
+        return made
+
+    peers = topk_kl.logits_peers(topk_kl.BF16, normalization)
+    peers += {"topk": (topk_kl.GATHERED[0],), "full": (topk_kl.LIGER,), "tail": ()}[normalization]
+    name = f"{normalization} {tokens} x {d} of {vocabulary}"
+    case = Case(
+        "GPU", name, operands, topk_kl.ours, peers, device=device, context=torch.enable_grad, tolerance=5e-2
+    )  # fmt: skip
+    return {"case": name, **timed(case, dry)}
 
 
 def work(backend: str, dry: bool) -> dict[str, Any]:
@@ -158,7 +202,12 @@ def work(backend: str, dry: bool) -> dict[str, Any]:
     dtypes = [torch.bfloat16] if dry else [torch.bfloat16, torch.float32]
     checked = check(device, widths)
     measured = [measure(device, n, d, dtype, dry=dry) for n, d in shapes for dtype in dtypes]
-    return {"backend": backend, "checked": checked, "measured": measured}
+    sizes = [(2, 64, 200)] if dry else [(2048, 576, 49152), (2048, 4096, 128256)]
+    losses = {
+        "checked": check_losses(device, 6 if dry else 200, dry=dry),
+        "measured": [measure_losses(device, *size, each, dry=dry) for size in sizes for each in NORMALIZATIONS],
+    }
+    return {"backend": backend, "checked": checked, "measured": measured, "losses": losses}
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -218,7 +267,22 @@ def markdown(report: dict[str, Any]) -> str:
             lines += [f"| {' | '.join(cells)} |"]
         why = {name: reason for row in result["measured"] for name, reason in row["missing"].items()}
         lines += ["", *(f"- {name} is missing: {reason}" for name, reason in why.items())]
+        lines += losses_markdown(result["losses"])
     return "\n".join(lines) + "\n"
+
+
+def losses_markdown(losses: dict[str, Any]) -> list[str]:
+    checked = losses["checked"]
+    lines = ["", f"Losses: {checked['calls']} random calls against float64, {len(checked['wrong'])} wrong."]
+    lines += [*(f"- {line}" for line in checked["wrong"]), ""]
+    rows = []
+    for row in losses["measured"]:
+        ours = row["seconds"]["ours"]
+        rows.append((row["case"], "ours", f"{ours * 1e6:.1f} µs", ""))
+        for name, seconds in row["seconds"].items():
+            rows += [(row["case"], name, f"{seconds * 1e6:.1f} µs", f"{seconds / ours:.2f}")] * (name != "ours")
+        rows += [(row["case"], name, reason, "") for name, reason in row["missing"].items()]
+    return [*lines, table_of(("loss and dhidden", "by", "time", "over ours"), rows)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -240,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.json.with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
     print(f"written: {options.json} (send this one) and {options.json.with_suffix('.md')}")
-    checked = [one["checked"] for one in report["backends"] if "checked" in one]
+    done = [one for one in report["backends"] if "checked" in one]
+    checked = [each["checked"] for one in done for each in (one, one["losses"])]
     return 1 if not checked or any(one["wrong"] for one in checked) else 0
 
 

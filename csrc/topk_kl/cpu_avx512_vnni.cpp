@@ -17,7 +17,7 @@ using namespace linearpatch::topk_kl;
 
 constexpr float longest = 46300;  // of a row: a little below 2^15.5, for what float32 rounds
 constexpr float largest = 32766;
-constexpr float least_mean = 256;
+constexpr float large = 256;
 
 HOT __mmask16 first(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0; }
 HOT __m512 load(const uint16_t* p, __mmask16 mask) {
@@ -32,10 +32,7 @@ HOT float inverse_scale(float squares, float most, long n) {
   return by_length > by_largest ? by_length : by_largest;
 }
 
-HOT bool fits(float squares, float most, float total, long n, float inverse) {
-  if (most == 0 && squares == 0) return true;
-  return squares > 1e-30f && squares < 1e30f && total >= least_mean * n * inverse;
-}
+HOT bool in_range(float squares, float most) { return (most == 0 && squares == 0) || (squares > 1e-30f && squares < 1e30f); }
 
 bool scale(const NarrowRows& rows, const uint8_t* counted, float* inverse) {
   bool all = true;
@@ -44,19 +41,26 @@ bool scale(const NarrowRows& rows, const uint8_t* counted, float* inverse) {
     inverse[r] = 0;
     if (counted && !counted[r]) continue;
     const uint16_t* const row = rows.data + r * rows.stride;
-    __m512 squares = _mm512_setzero_ps(), most = squares, total = squares;
+    __m512 squares = _mm512_setzero_ps(), most = squares;
     for (long i = 0; i < rows.n; i += 16) {
-      const __m512 x = load(row + i, first(rows.n - i)), magnitude = _mm512_abs_ps(x);
+      const __m512 x = load(row + i, first(rows.n - i));
       squares = _mm512_fmadd_ps(x, x, squares);
-      most = _mm512_max_ps(most, magnitude);
-      total = _mm512_add_ps(total, magnitude);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x));
     }
     const float sum = _mm512_reduce_add_ps(squares), peak = _mm512_reduce_max_ps(most);
+    if (!in_range(sum, peak)) return false;
     inverse[r] = inverse_scale(sum, peak, rows.n);
-    all &= fits(sum, peak, _mm512_reduce_add_ps(total), rows.n, inverse[r]);
     if (inverse[r] == 0) continue;
     lowest = inverse[r] < lowest ? inverse[r] : lowest;
     highest = inverse[r] > highest ? inverse[r] : highest;
+    const __m512 bound = _mm512_set1_ps(large * inverse[r]), zero = _mm512_setzero_ps();
+    long above = 0, there = 0;
+    for (long i = 0; i < rows.n; i += 16) {
+      const __m512 x = load(row + i, first(rows.n - i));
+      above += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_GE_OQ));
+      there += __builtin_popcount(_mm512_cmp_ps_mask(x, zero, _CMP_NEQ_OQ));
+    }
+    all &= 2 * above >= there;
   }
   return all && !(highest > 1e6f * lowest);
 }
@@ -127,8 +131,6 @@ void pack_right(const NarrowRows& rows, const float* inverse, int32_t* out) {
 
 bool pack_columns(const NarrowRows& rows, const float* inverse, int64_t begin, int64_t end, int32_t* out, float* column_inverse) {
   const long pairs = pairs_of(rows.count);
-  long there = 0;
-  for (long r = 0; r < rows.count; ++r) there += inverse[r] != 0;
   bool all = true;
   for (long c = begin; c < end; c += 16) {
     const __mmask16 mask = first(end - c);
@@ -137,31 +139,36 @@ bool pack_columns(const NarrowRows& rows, const float* inverse, int64_t begin, i
       const __m512 x = load(rows.data + (any ? r * rows.stride : 0) + c, any ? mask : 0);
       return _mm512_mul_ps(x, _mm512_set1_ps(any ? 1 / inverse[r] : 0));
     };
-    __m512 squares = _mm512_setzero_ps(), most = squares, total = squares;
+    __m512 squares = _mm512_setzero_ps(), most = squares;
     for (long r = 0; r < rows.count; ++r) {
-      const __m512 x = number(r), magnitude = _mm512_abs_ps(x);
+      const __m512 x = number(r);
       squares = _mm512_fmadd_ps(x, x, squares);
-      most = _mm512_max_ps(most, magnitude);
-      total = _mm512_add_ps(total, magnitude);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x));
     }
-    alignas(64) float found[3][16], scales[16];
-    _mm512_store_ps(found[0], squares);
-    _mm512_store_ps(found[1], most);
-    _mm512_store_ps(found[2], total);
+    alignas(64) float sums[16], peaks[16], scales[16];
+    _mm512_store_ps(sums, squares);
+    _mm512_store_ps(peaks, most);
     for (long i = 0; i < 16; ++i) {
-      const float column = inverse_scale(found[0][i], found[1][i], rows.count);
-      all &= fits(found[0][i], found[1][i], found[2][i], there, column);
+      const float column = inverse_scale(sums[i], peaks[i], rows.count);
       scales[i] = reciprocal(column);
       if (c + i < end) column_inverse[c + i] = column;
     }
-    const __m512 s = _mm512_load_ps(scales);
+    const __m512 s = _mm512_load_ps(scales), bound = _mm512_set1_ps(large), zero = _mm512_setzero_ps();
+    __m512i balance = _mm512_setzero_si512();  // large numbers, less others that are not 0
+    const auto integer = [&](long r) __attribute__((always_inline)) {
+      const __m512 x = _mm512_mul_ps(number(r), s);
+      const __mmask16 there = _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_OQ), above = _mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_GE_OQ);
+      balance = _mm512_mask_sub_epi32(balance, there, balance, _mm512_set1_epi32(1));
+      balance = _mm512_mask_add_epi32(balance, above, balance, _mm512_set1_epi32(2));
+      return _mm512_cvtps_epi32(x);
+    };
     const long i = c - begin;
     int32_t* const place = out + i / right_panel * right_panel * pairs + i % right_panel;
     for (long p = 0; p < pairs; ++p) {
-      const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(number(2 * p), s));
-      const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(number(2 * p + 1), s));
+      const __m512i low = integer(2 * p), high = integer(2 * p + 1);
       _mm512_storeu_si512(place + p * right_panel, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
     }
+    all &= _mm512_cmplt_epi32_mask(balance, _mm512_setzero_si512()) == 0;
   }
   return all;
 }

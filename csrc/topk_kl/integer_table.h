@@ -2,8 +2,9 @@
 //
 // A row x of n numbers becomes q = round(x s), with s such that the sum of q^2 is below 2^31 and no |q| above 32767. By
 // Cauchy and Schwarz neither a sum of products of two such rows nor any part of it leaves 32 bits, so that the integers
-// are summed up exactly, in any order. A row fits if its |q| are 256 on average, as many as bfloat16's digits tell apart;
-// what is left to float32 are rows that are not finite, and those of which a few numbers dwarf the rest.
+// are summed up exactly, in any order. A row fits if half of its numbers, zeros aside, become 256 or more, which is
+// what bfloat16's own digits tell apart; rows of which a few numbers dwarf the rest, and what is not finite, are left to
+// float32.
 //
 // Operands lie in panels, as pairs along the sum: [panel][pair][row of the panel][2].
 #pragma once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ def test_dry_run_writes_both_files(tmp_path: Path) -> None:
     assert triton["checked"] == {"calls": 6, "wrong": []}
     (row,) = triton["measured"]
     assert {"ours", "mm by the dense matrix", "copy", "add_patch_rms_norm"} <= set(row["seconds"])
+    assert triton["losses"]["checked"] == {"calls": 6, "wrong": []}
+    assert [row["case"].split()[0] for row in triton["losses"]["measured"]] == ["topk", "full", "tail"]
+    for row in triton["losses"]["measured"]:
+        assert {"ours", "chunked"} <= set(row["seconds"])
     written = (tmp_path / "gpu.md").read_text()
     assert "a dry run, whose times mean nothing" in written
     assert "6 random calls against float64, 0 wrong." in written
@@ -39,14 +44,24 @@ def test_measure_names_who_is_missing_and_keeps_every_round() -> None:
 
 def test_markdown_has_a_line_for_every_row_and_for_a_backend_that_failed() -> None:
     row = gpu.measure("cpu", 2, 64, torch.float32, dry=True)
+    loss = gpu.measure_losses("cpu", 2, 64, 200, "topk", dry=True)
+    losses = {"checked": {"calls": 2, "wrong": ["N 7: off"]}, "measured": [loss]}
     backends = [
         {"backend": "cuda", "failed": "InputError: not built"},
-        {"backend": "triton", "checked": {"calls": 3, "wrong": ["d 64: off"]}, "measured": [row, row]},
+        {
+            "backend": "triton",
+            "checked": {"calls": 3, "wrong": ["d 64: off"]},
+            "measured": [row, row],
+            "losses": losses,
+        },
     ]
-    text = gpu.markdown({"machine": gpu.machine(dry=True), "backends": backends})
+    text = re.sub(" +", " ", gpu.markdown({"machine": gpu.machine(dry=True), "backends": backends}))
     assert text.count("| 2 | 64 | float32 |") == 2
     assert "InputError: not built" in text
     assert "- d 64: off" in text
+    assert "- N 7: off" in text
+    assert "| topk 2 x 64 of 200 | gathered einsum |" in text
+    assert "| topk 2 x 64 of 200 | chunked torch.compile | left out of --quick" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

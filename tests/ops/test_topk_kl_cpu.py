@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from linearpatch_kernels.backend import backends
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from tests.ops.topk_kl_cases import check, double
 
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 built = pytest.mark.skipif(backends()["cpu"] is not True, reason=f"no compiled kernels: {backends()['cpu']}")
 with_normalization = pytest.mark.parametrize("normalization", ["topk", "full", "tail"])
 
@@ -82,6 +85,84 @@ def test_bits_do_not_depend_on_the_number_of_threads(normalization: str, n: int,
                 torch.testing.assert_close(one, two, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-8)
             else:
                 assert one.equal(two)
+
+
+def column(t: Tensor, factor: float) -> Tensor:
+    return torch.cat((t[:, :1] * factor, t[:, 1:]), dim=1)
+
+
+def row(t: Tensor, value: float) -> Tensor:
+    """One number of one row changed."""
+    return t.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value, dtype=t.dtype))
+
+
+# What is done to the rows of the hidden states and of the weight, [130, 72] and [2100, 72]: two blocks of each.
+ROWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "random": (lambda h: h, lambda w: w),
+    "peaked": (lambda h: 12 * h, lambda w: w),
+    "alike": (lambda h: h[:1].expand(130, 72) * torch.linspace(0.1, 9, 130)[:, None], lambda w: w + w[:1]),
+    "all the same": (lambda h: h[:1].abs().expand(130, 72), lambda w: w[:1].abs().expand(2100, 72)),
+    "constant": (lambda h: h * 0 + 0.37, lambda w: w * 0 + 0.011),
+    "norms a thousand apart": (lambda h: h, lambda w: w * torch.logspace(-3, 0, 2100)[:, None]),
+    "zeros": (lambda h: h * (torch.rand(130, 1) > 0.3), lambda w: w * (torch.rand(2100, 1) > 0.3)),
+    "one large channel": (lambda h: column(h, 200), lambda w: w),
+    "one large channel in one, small in the other": (lambda h: column(h, 200), lambda w: column(w, 1e-3)),
+    "one large number": (lambda h: row(h, 3e3), lambda w: row(w, 40.0)),
+    "tiny": (lambda h: h * 1e-19, lambda w: w),
+    "huge": (lambda h: h * 1e-18, lambda w: w * 1e18),
+    "beyond squares": (lambda h: h * 1e-22, lambda w: w * 1e22),
+}
+
+
+@built
+@pytest.mark.parametrize("normalization", ["full", "tail"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_every_kind_in_half_precision(normalization: str, rows: str) -> None:
+    """The products in integers (csrc/topk_kl/integer_table.h), and float32 where rows do not fit them."""
+    hidden, weight, probs, ids = operands(130, 72, 2100, 9)
+    change_hidden, change_weight = ROWS[rows]
+    hidden, weight = change_hidden(hidden).bfloat16(), change_weight(weight).bfloat16()
+    ids[7] = -1
+    call = hidden, weight, probs, ids, None, normalization, 1.3, True, True, False
+    exact = OPS.linear_topk_kl_loss_reference(*double(*call))
+    assert not check(rows, OPS.linear_topk_kl_loss(*call), OPS.linear_topk_kl_loss_reference(*call), exact)
+
+
+@built
+@pytest.mark.skipif("avx512_vnni" not in CPU, reason="this machine has no VNNI")
+@pytest.mark.skipif("LINEARPATCH_CPU_ISA" in os.environ, reason="an instruction set is forced")
+def test_rows_that_do_not_fit_integers_are_multiplied_in_float32() -> None:
+    hidden, weight, probs, ids = operands(130, 72, 2100, 9, torch.bfloat16)
+    options = probs, ids, None, "full", 1.0, True, False, False
+
+    def in_float32(hidden: Tensor, weight: Tensor) -> list[bool]:
+        """Of each block of 128 tokens, whether its gradient has the bits of products in float32."""
+        given = OPS.linear_topk_kl_loss(hidden, weight, *options)[1]
+        wide = OPS.linear_topk_kl_loss(hidden.float(), weight.float(), *options)[1].bfloat16()
+        return [one.equal(other) for one, other in zip(given.split(128), wide.split(128), strict=True)]
+
+    assert in_float32(hidden, weight) == [False, False]
+    assert in_float32(column(hidden, 200), weight) == [True, True]
+    assert in_float32(hidden, column(weight, 200)) == [True, True]
+    hidden[129, 0] = 1e4
+    assert in_float32(hidden, weight) == [False, True]
+
+
+@built
+@pytest.mark.parametrize("normalization", ["full", "tail"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", ["hidden", "weight"])
+def test_what_is_not_finite_in_half_precision_is_as_in_the_reference(
+    normalization: str, value: float, place: str
+) -> None:
+    hidden, weight, probs, ids = operands(40, 32, 300, 9, torch.bfloat16)
+    ids[ids == 3] = 4
+    hidden, weight = (row(hidden, value), weight) if place == "hidden" else (hidden, row(weight, value))
+    call = hidden, weight, probs, ids, None, normalization, 1.0, True, True, False
+    ours, reference = OPS.linear_topk_kl_loss(*call), OPS.linear_topk_kl_loss_reference(*call)
+    for one, other in zip(ours, reference, strict=True):
+        assert one.isnan().equal(other.isnan())
+        assert one.isinf().equal(other.isinf())
 
 
 @built
