@@ -157,7 +157,8 @@ bool pack_columns(const NarrowRows& rows, const float* inverse, int64_t begin, i
     __m512i balance = _mm512_setzero_si512();  // large numbers, less others that are not 0
     const auto integer = [&](long r) __attribute__((always_inline)) {
       const __m512 x = _mm512_mul_ps(number(r), s);
-      const __mmask16 there = _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_OQ), above = _mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_GE_OQ);
+      const __mmask16 there = _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_OQ);
+      const __mmask16 above = _mm512_cmp_ps_mask(_mm512_abs_ps(x), bound, _CMP_GE_OQ);
       balance = _mm512_mask_sub_epi32(balance, there, balance, _mm512_set1_epi32(1));
       balance = _mm512_mask_add_epi32(balance, above, balance, _mm512_set1_epi32(2));
       return _mm512_cvtps_epi32(x);

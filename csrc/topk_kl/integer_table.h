@@ -19,8 +19,12 @@ constexpr int64_t right_panel = 48;
 // Pairs of a row of n numbers, zeros behind them.
 static inline constexpr int64_t pairs_of(int64_t n) { return (n + 15) / 16 * 8; }
 // 32-bit words of an operand.
-static inline constexpr int64_t left_words(int64_t rows, int64_t n) { return (rows + left_panel - 1) / left_panel * left_panel * pairs_of(n); }
-static inline constexpr int64_t right_words(int64_t rows, int64_t n) { return (rows + right_panel - 1) / right_panel * right_panel * pairs_of(n); }
+static inline constexpr int64_t left_words(int64_t rows, int64_t n) {
+  return (rows + left_panel - 1) / left_panel * left_panel * pairs_of(n);
+}
+static inline constexpr int64_t right_words(int64_t rows, int64_t n) {
+  return (rows + right_panel - 1) / right_panel * right_panel * pairs_of(n);
+}
 
 // bfloat16 rows of n numbers.
 struct NarrowRows {

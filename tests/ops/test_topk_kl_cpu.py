@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,10 @@ from tests.ops.topk_kl_cases import check, double
 
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
-CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+NATIVE = Path(__file__).parent / "native"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+CPUINFO = Path("/proc/cpuinfo")
+INTEGERS = CPUINFO.exists() and "avx512_vnni" in CPUINFO.read_text() and not os.environ.get("LINEARPATCH_CPU_ISA")
 built = pytest.mark.skipif(backends()["cpu"] is not True, reason=f"no compiled kernels: {backends()['cpu']}")
 with_normalization = pytest.mark.parametrize("normalization", ["topk", "full", "tail"])
 
@@ -69,6 +73,7 @@ def operands(
 def test_bits_do_not_depend_on_the_number_of_threads(normalization: str, n: int, dtype: torch.dtype) -> None:
     hidden, weight, probs, ids = operands(n, 96, 3000, 40, dtype)
     bias = torch.randn(3000)
+    in_integers = INTEGERS and dtype == torch.bfloat16 and n >= 32
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
@@ -81,7 +86,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(normalization: str, n: int,
     torch.set_num_threads(before)
     for other in results[1:]:
         for i, (one, two) in enumerate(zip(results[0], other, strict=True)):
-            if i == 1 and normalization != "topk":  # torch's matrix product splits this sum by the threads it has
+            if i == 1 and normalization != "topk" and not in_integers:  # torch's product splits this sum by the threads
                 torch.testing.assert_close(one, two, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-8)
             else:
                 assert one.equal(two)
@@ -114,6 +119,20 @@ ROWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
 }
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(COMPILER is None or not INTEGERS, reason="no C++ compiler, or no VNNI here")
+def test_products_in_integers_under_sanitizers(tmp_path: Path) -> None:
+    """tests/ops/native/integer_products.cpp: each result within what rounding its operands can have done to it."""
+    sources = [NATIVE / "integer_products.cpp", ROOT / "csrc" / "topk_kl" / "cpu_avx512_vnni.cpp"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    program = tmp_path / "products"
+    subprocess.run([COMPILER, "-std=c++20", "-O1", *sanitize, *sources, "-o", program], check=True)
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.fullmatch(r"\d+ cases, 0 wrong\n", ran.stdout)
+
+
 @built
 @pytest.mark.parametrize("normalization", ["full", "tail"])
 @pytest.mark.parametrize("rows", ROWS)
@@ -129,8 +148,7 @@ def test_rows_of_every_kind_in_half_precision(normalization: str, rows: str) -> 
 
 
 @built
-@pytest.mark.skipif("avx512_vnni" not in CPU, reason="this machine has no VNNI")
-@pytest.mark.skipif("LINEARPATCH_CPU_ISA" in os.environ, reason="an instruction set is forced")
+@pytest.mark.skipif(not INTEGERS, reason="no VNNI here, or another instruction set is forced")
 def test_rows_that_do_not_fit_integers_are_multiplied_in_float32() -> None:
     hidden, weight, probs, ids = operands(130, 72, 2100, 9, torch.bfloat16)
     options = probs, ids, None, "full", 1.0, True, False, False

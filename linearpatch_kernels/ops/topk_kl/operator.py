@@ -193,6 +193,9 @@ def linear_topk_kl_loss(
     float32; that of bfloat16 hidden states in bfloat16, so that a loss multiplied by what is no power of two rounds it
     twice.
 
+    On a CPU with VNNI the products of bfloat16 over the whole vocabulary are made in 16-bit integers, whose rounding is
+    less than that of logits in bfloat16.
+
     Args:
         hidden: [N, d], floating: what enters the head.
         weight: [V, d], floating: the head.
