@@ -17,7 +17,8 @@ using namespace linearpatch::topk_kl;
 
 constexpr float longest = 46300;  // of a row: a little below 2^15.5, for what float32 rounds
 constexpr float largest = 32766;
-constexpr float large = 256;
+constexpr float large = 256;  // what half of a row must become
+constexpr float furthest = 1e6;  // between the scales of rows, which float32 takes along in the weights of a sum of them
 
 HOT __mmask16 first(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0; }
 HOT __m512 load(const uint16_t* p, __mmask16 mask) {
@@ -32,6 +33,7 @@ HOT float inverse_scale(float squares, float most, long n) {
   return by_length > by_largest ? by_length : by_largest;
 }
 
+// Whether float32 holds the squares; not for NaN.
 HOT bool in_range(float squares, float most) { return (most == 0 && squares == 0) || (squares > 1e-30f && squares < 1e30f); }
 
 bool scale(const NarrowRows& rows, const uint8_t* counted, float* inverse) {
@@ -62,7 +64,7 @@ bool scale(const NarrowRows& rows, const uint8_t* counted, float* inverse) {
     }
     all &= 2 * above >= there;
   }
-  return all && !(highest > 1e6f * lowest);
+  return all && !(highest > furthest * lowest);
 }
 
 // Eight rows of eight 32-bit words.
