@@ -2,9 +2,10 @@
 
 ``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
 row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
-was. ``step`` times a training step of ``--steps-of``, taking turns with the authors', and measures its memory; it is
-the part that wants an idle machine, and the minutes of the tables are so many of its steps. ``tables`` prints what is
-there.
+was. ``step`` times a training step of ``--steps-of``, taking turns with the authors'; it is the part that wants an idle
+machine, and the minutes of the tables are so many of its steps. ``memory`` measures how far a step rises above what is
+resident before it, as the process sees it, and again with every tensor in a mapping of its own, so that what is freed
+is given back and only what lives is counted. ``tables`` prints what is there.
 
 All rows of a depth share the span (that of the authors' score, cosine per channel), the calibration, training and
 held-out windows, the teacher's answers, and the order of the windows.
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +37,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.table import markdown
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
 from linearpatch_kernels.distillation.forms import reformed
+from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import SuffixLoss, TrainingSettings, distill, heldout_losses
@@ -54,6 +58,8 @@ FIT, HELDOUT, REPORT = 64, 8, 12
 LOOK_EVERY = 10
 TEXTS = ("BoolQ passages", "LAMBADA passages")
 STRUCTURED_RANK = 32
+# glibc's, in bytes: larger allocations get a mapping of their own. Set, it does not adapt itself.
+_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +119,15 @@ class Row:
 
 
 def default_rows() -> list[Row]:
-    """What the tables need, the most wanted first: the authors' best of three rates, ours, each freedom at 6 of 30."""
+    """What the tables need: at 6 the authors' best of three rates and every freedom; at 9 and 3 the best rates."""
     free = ("dropped", "linearpatch", "fitted", "fitted, rank 32")
     rows = [Row(6, name) for name in free]
-    rows += [Row(6, "authors", rate) for rate in (3e-4, 1e-4, 1e-3)]
-    rows += [Row(6, name, 3e-4) for name in ("ours, dense", "ours, dense + norms", "ours, dense + norms + LoRA")]
+    rows += [Row(6, "authors", rate) for rate in (3e-4, 1e-3, 1e-4)]
+    rows += [Row(6, name, 3e-4) for name in METHODS if name.startswith(("ours, dense", "ours, rank 32 + norms"))]
     rows += [Row(6, name, 1e-3) for name in METHODS if name.startswith(("ours, rank", "ours, scale"))]
     for drop in (9, 3):
         rows += [Row(drop, name) for name in free]
-        rows += [Row(drop, "authors", 3e-4), Row(drop, "ours, dense + norms", 3e-4)]
+        rows += [Row(drop, "authors", 1e-3), Row(drop, "ours, dense + norms", 3e-4)]
     return rows
 
 
@@ -141,7 +147,6 @@ class Study:
         self.statistics = self._statistics(work / "statistics.safetensors")
         self.spans = {drop: choose_spans(self.statistics, drop, "channel-cosine")[0] for drop in DROPS}
         self.dense = self._dense(work / "report.safetensors")
-        self.stores: dict[int, TeacherStore] = {}
 
     def _statistics(self, file: Path) -> CalibrationStatistics:
         if not file.exists():
@@ -170,14 +175,12 @@ class Study:
             save_file({name: torch.cat(parts).contiguous() for name, parts in found.items()}, file)
         return load_file(file)
 
-    def store(self, drop: int) -> TeacherStore:
-        """The teacher's answers on the training and held-out windows, with the states at this depth's joint."""
-        start = self.spans[drop].start
-        if start not in self.stores:
-            windows = torch.cat([self.windows["training"], self.windows["heldout"]])
-            place = self.work / f"store-{start}"
-            self.stores[start] = write_teacher_store(self.model, windows, place, depths=[start], progress=show)
-        return self.stores[start]
+    @functools.cached_property
+    def store(self) -> TeacherStore:
+        """The teacher's answers on the training and held-out windows, with the states at the joint of every depth."""
+        windows = torch.cat([self.windows["training"], self.windows["heldout"]])
+        depths = [span.start for span in self.spans.values()]
+        return write_teacher_store(self.model, windows, self.work / "store", depths=depths, progress=show)
 
     def student(self, row: Row) -> PreTrainedModel:
         method, span = METHODS[row.method], self.spans[row.drop]
@@ -245,7 +248,7 @@ def make_row(study: Study, row: Row) -> dict[str, Any]:
 
 
 def train_authors(study: Study, row: Row, student: PreTrainedModel) -> dict[str, Any]:
-    store, joint = study.store(row.drop), study.spans[row.drop].start
+    store, joint = study.store, study.spans[row.drop].start
     loop = AuthorsLoop(student, store, joint, row.learning_rate, STEPS)
     place = study.work / f"{str(row).replace('/', '-')}.pt"
     curve: list[Any] = []
@@ -279,7 +282,7 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
     )
     result = distill(
         student,
-        study.store(row.drop),
+        study.store,
         joint=study.spans[row.drop].start,
         training=study.training,
         heldout=study.heldout,
@@ -293,50 +296,65 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
 class OurStep:
     """A step of ours, from the cached state at the joint, through the suffix and the linear loss."""
 
-    def __init__(self, study: Study, row: Row, student: PreTrainedModel) -> None:
-        joint = study.spans[row.drop].start
-        trainable = prepare(student, joint, METHODS[row.method].train, lora_rank=16, seed=0)
-        self.store, self.loss = study.store(row.drop), METHODS[row.method].loss
-        self.measure = SuffixLoss(student, joint)
+    def __init__(self, study: Study, row: Row, student: PreTrainedModel, recompute: str) -> None:
+        self.student, self.joint, self.recompute = student, study.spans[row.drop].start, recompute
+        trainable = prepare(student, self.joint, METHODS[row.method].train, lora_rank=16, seed=0)
+        self.store, self.loss = study.store, METHODS[row.method].loss
+        self.measure = SuffixLoss(student, self.joint)
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
     def step(self, window: int) -> float:
-        batch = self.store.batch([window], self.store.request.depths)
-        (state,) = batch.states.values()
-        loss = self.measure(state.float(), batch.probs, batch.ids, [self.loss])[0]
-        self.optimizer.zero_grad()
-        loss.backward()
+        batch = self.store.batch([window], [self.joint])
+        with recomputing(self.student, self.joint, self.recompute):
+            loss = self.measure(batch.states[self.joint].float(), batch.probs, batch.ids, [self.loss])[0]
+            self.optimizer.zero_grad()
+            loss.backward()
         self.optimizer.step()
         return float(loss.detach())
 
 
-def compare_steps(study: Study, rounds: int, names: Sequence[str]) -> dict[str, Any]:
-    """Seconds of a step, taking turns; bytes of a step above what is resident before it; of a teacher's window too."""
-    cases: dict[str, Any] = {}
-    for name in ("authors", *names):
-        row = Row(6, name, 1e-5)
-        student = study.student(row)
-        if name == "authors":
-            cases[name] = AuthorsLoop(student, study.store(6), study.spans[6].start, 1e-5, 1000)
-        else:
-            cases[name] = OurStep(study, row, student)
+def step_cases(study: Study, drop: int, names: Sequence[str], recompute: Sequence[str]) -> dict[str, Any]:
+    """Name -> what has a ``step(window)``, made once already: the authors' loop, then ours."""
+    row = Row(drop, "authors", 1e-5)
+    cases: dict[str, Any] = {
+        "authors": AuthorsLoop(study.student(row), study.store, study.spans[drop].start, 1e-5, 1000)
+    }
+    for name in names:
+        for what in recompute:
+            row = Row(drop, name, 1e-5)
+            shown = name if what == TrainingSettings.recompute else f"{name} (recompute {what})"
+            cases[shown] = OurStep(study, row, study.student(row), what)
     for case in cases.values():
         case.step(0)
+    return cases
+
+
+def compare_steps(cases: Mapping[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a step, taking turns; the ratio to the authors' is the median of the rounds' own."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         for name, case in cases.items():
             begin = time.perf_counter()
-            case.step(study.training[i % STEPS])
+            case.step(i % STEPS)
             seconds[name].append(time.perf_counter() - begin)
-    found = {}
-    for name, case in cases.items():
-        ratios = [mine / its for mine, its in zip(seconds[name], seconds["authors"], strict=True)]
-        found[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "of theirs": statistics.median(ratios),
-            "bytes": peak_memory(lambda case=case: case.step(0)),  # type: ignore[misc]  # bound at once
-        }
-    return {"threads": torch.get_num_threads(), "rounds": rounds, "steps": found}
+    ratios = {
+        name: statistics.median(mine / its for mine, its in zip(one, seconds["authors"], strict=True))
+        for name, one in seconds.items()
+    }
+    return {name: {"seconds": statistics.median(one), "of theirs": ratios[name]} for name, one in seconds.items()}
+
+
+def measure_memory(cases: Mapping[str, Any], rounds: int) -> dict[str, float]:
+    """Bytes of a step above what is resident before it, the median of some."""
+    return {
+        name: statistics.median(peak_memory(lambda case=case: case.step(0)) for _ in range(rounds))  # type: ignore[misc]
+        for name, case in cases.items()
+    }
+
+
+def group_name(what: str, drop: int) -> str:
+    """Under which steps (``step`` by so many threads) or memory are kept, and shown."""
+    return f"{what}, {drop} of 30 layers gone"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -344,10 +362,13 @@ def compare_steps(study: Study, rounds: int, names: Sequence[str]) -> dict[str, 
 
 def print_tables(results: Mapping[str, Any]) -> None:
     print(f"{describe()['cpu']}, {os.cpu_count()} cores, torch {torch.__version__}")
-    for name, found in results.items():
-        if name.startswith("step, "):
-            print(f"\nA step of {LENGTH} tokens, 6 of 30 layers gone, median of {found['rounds']}, {name[6:]}\n")
-            print(markdown(("step", "seconds", "of theirs", "MB above the resident", "of theirs"), step_rows(found)))
+    for drop in DROPS:
+        for threads in (1, 2):
+            rows = list(step_rows(results, drop, threads))
+            if rows:
+                print(f"\nA step of {LENGTH} tokens, {drop} of 30 layers gone, {threads} threads\n")
+                header = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
+                print(markdown(header, rows))
     header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes")
     for drop in DROPS:
         rows = list(table_rows(results, drop))
@@ -356,23 +377,22 @@ def print_tables(results: Mapping[str, Any]) -> None:
             print(markdown(header, rows))
 
 
-def step_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    theirs = found["steps"]["authors"]["bytes"]
-    return [
-        (
-            name,
-            f"{one['seconds']:.2f}",
-            f"{one['of theirs']:.2f}",
-            f"{one['bytes'] / 1e6:.0f}",
-            f"{one['bytes'] / theirs:.2f}",
-        )
-        for name, one in found["steps"].items()
-    ]
+def step_rows(results: Mapping[str, Any], drop: int, threads: int) -> Iterator[tuple[str, ...]]:
+    live, resident = (results.get(group_name(f"memory {kind}", drop), {}) for kind in ("live", "resident"))
+    for name, one in results.get(group_name(f"step of {threads} threads", drop), {}).items():
+        memory = [
+            text
+            for found in (live, resident)
+            for text in (
+                (f"{found[name] / 1e6:.0f}", f"{found[name] / found['authors']:.2f}") if name in found else ("", "")
+            )
+        ]
+        yield name, f"{one['seconds']:.2f}", f"{one['of theirs']:.2f}", *memory
 
 
 def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...]]:
     dense = results.get("dense")
-    steps = results.get("step, 2 threads", {}).get("steps", {}) if drop == 6 else {}
+    steps = results.get(group_name("step of 2 threads", drop), {})
     found = {Row.parse(name): one for name, one in results.items() if name.startswith(f"{drop}/")}
     lost = found.get(Row(drop, "dropped"))
     order = list(METHODS)
@@ -402,13 +422,15 @@ def healed_share(dense: Mapping[str, Any], dropped: Mapping[str, Any], one: Mapp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rows", "step", "tables"])
+    parser.add_argument("what", choices=["rows", "step", "memory", "tables"])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="as --list writes them")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--drop", nargs="+", type=int, default=[6], choices=DROPS, help="whose steps are measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--steps-of", nargs="+", default=["ours, all as theirs", "ours, dense"], choices=list(METHODS), metavar="METHOD"
     )
+    parser.add_argument("--recompute", nargs="+", default=[TrainingSettings.recompute], choices=RECOMPUTE)
     parser.add_argument("--work", type=Path, default=cache_dir() / "benchmark-distillation")
     options = parser.parse_args()
     results = Results(options.work / "rows.json")
@@ -420,12 +442,22 @@ def main() -> None:
     else:
         study = Study(options.work)
         results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
-        if options.what == "step":
-            found = compare_steps(study, options.rounds, options.steps_of)
-            name = f"step, {found['threads']} threads"
-            earlier = results.content.get(name, {}).get("steps", {})
-            results.put(name, found | {"steps": earlier | found["steps"]})
-            print_tables({name: one for name, one in results.content.items() if name.startswith("step, ")})
+        if options.what in ("step", "memory"):
+            for drop in options.drop:
+                cases = step_cases(study, drop, options.steps_of, options.recompute)
+                if options.what == "step":
+                    name = group_name(f"step of {torch.get_num_threads()} threads", drop)
+                    results.put(name, results.content.get(name, {}) | compare_steps(cases, options.rounds))
+                else:
+                    name = group_name(f"memory {'live' if _THRESHOLD in os.environ else 'resident'}", drop)
+                    results.put(name, results.content.get(name, {}) | measure_memory(cases, options.rounds))
+            if options.what == "memory" and _THRESHOLD not in os.environ:
+                os.execve(
+                    sys.executable,
+                    [sys.executable, "-m", "benchmarks.distillation", *sys.argv[1:]],
+                    os.environ | {_THRESHOLD: "65536"},
+                )
+            print_tables({name: one for name, one in results.content.items() if name.startswith(("step", "memory"))})
             return
         for row in rows:
             if str(row) not in results.content:

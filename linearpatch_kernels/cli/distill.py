@@ -114,6 +114,15 @@ def distill(
     precision: Annotated[
         str, typer.Option("--precision", help="Of the matrix products in training: float32 or bfloat16.")
     ] = "float32",
+    recompute: Annotated[
+        str,
+        typer.Option(
+            "--recompute",
+            metavar="WHAT",
+            help="What the backward pass computes again instead of keeping it: none, activation (costs no time) or "
+            "layer (a third of the memory, 1.4 times the time). The result is the same.",
+        ),
+    ] = "activation",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order of windows and LoRA's start.")] = 0,
     structured: Annotated[
         int | None,
@@ -200,6 +209,7 @@ def distill(
         patience=patience,
         lora_rank=lora_rank,
         precision=precision,
+        recompute=recompute,
         seed=seed,
     )
     check_form(patch)

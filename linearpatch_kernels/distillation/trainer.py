@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation.processes import Processes, need_accelerate
+from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.sealed import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
@@ -61,6 +62,7 @@ class TrainingSettings:
         patience: looks without a better one until the run ends early; 0: never.
         lora_rank: of ``train="lora"``.
         precision: of the matrix products (``bfloat16``: autocast; a half-precision student always).
+        recompute: of `recompute.RECOMPUTE`: what the backward computes again instead of keeping it; same bits.
         seed: of the order of windows and LoRA's start.
 
     Raises:
@@ -81,10 +83,12 @@ class TrainingSettings:
     patience: int = 0
     lora_rank: int = 16
     precision: str = "float32"
+    recompute: str = "activation"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("train", TRAIN), ("loss", LOSSES), ("precision", tuple(PRECISIONS))):
+        known_names = {"train": TRAIN, "loss": LOSSES, "precision": tuple(PRECISIONS), "recompute": RECOMPUTE}
+        for name, known in known_names.items():
             if getattr(self, name) not in known:
                 raise InputError(f"--{name} {getattr(self, name)} is not known: choose one of {', '.join(known)}")
         for name in ("steps", "windows_per_step", "micro_batch", "lora_rank"):
@@ -340,7 +344,8 @@ def distill(
             goal = objective(student, store, begin, settings, precision)
             about["objective"] = dict(goal.about)
             run = _Run(goal, trainable, store.request.length, settings, processes, folder, about)
-            return run.finish(training, heldout, checkpoint_seconds, on_step)
+            with recomputing(student, begin, settings.recompute):
+                return run.finish(training, heldout, checkpoint_seconds, on_step)
         finally:
             trainable.release()
 

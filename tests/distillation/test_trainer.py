@@ -304,7 +304,14 @@ def test_what_is_refused(dense: PreTrainedModel, store: TeacherStore) -> None:
         patches(broken)[2].weight[3, 4] = torch.nan
     with pytest.raises(InputError, match="not finite"):
         train(broken, store)
-    for wrong in ({"train": "all"}, {"loss": "mse"}, {"precision": "int8"}, {"steps": 0}, {"patience": -1}):
+    for wrong in (
+        {"train": "all"},
+        {"loss": "mse"},
+        {"precision": "int8"},
+        {"recompute": "half"},
+        {"steps": 0},
+        {"patience": -1},
+    ):
         with pytest.raises(InputError, match=next(iter(wrong))):
             TrainingSettings(**wrong)
     with pytest.raises(InputError, match="among 3 processes"):
