@@ -38,9 +38,16 @@ from benchmarks.table import markdown
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
+from linearpatch_kernels.distillation.structure import structure
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
-from linearpatch_kernels.distillation.trainer import SuffixLoss, TrainingSettings, distill, heldout_losses
+from linearpatch_kernels.distillation.trainer import (
+    Distillation,
+    SuffixLoss,
+    TrainingSettings,
+    distill,
+    heldout_losses,
+)
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode, token_losses
 from linearpatch_kernels.modeling.families import num_layers, suffix_model
 from linearpatch_kernels.modeling.loading import load_model
@@ -72,6 +79,7 @@ class Method:
         train: of `trainable.TRAIN`; "" for a method without training.
         rank: of the fit and the form, where they have one.
         loss: of `trainer.LOSSES`.
+        structured_of: the method whose trained dense patch it takes back to Hadamard + ``rank`` first.
     """
 
     fit: str
@@ -79,6 +87,7 @@ class Method:
     train: str = ""
     rank: int = STRUCTURED_RANK
     loss: str = "tail"
+    structured_of: str = ""
 
 
 METHODS = {
@@ -89,6 +98,8 @@ METHODS = {
     "authors": Method("linearpatch", "dense", "patch"),
     "ours, all as theirs": Method("linearpatch", "dense", "patch", loss="topk"),
     "ours, dense": Method("shrunk-least-squares", "keep", "patch"),
+    "ours, dense, structured": Method("shrunk-least-squares", structured_of="ours, dense"),
+    "ours, structured + norms": Method("shrunk-least-squares", train="patch+norms", structured_of="ours, dense"),
     "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
     "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
     "ours, scale": Method("linearpatch", "scale", "patch"),
@@ -237,8 +248,8 @@ class Results:
 
 def make_row(study: Study, row: Row) -> dict[str, Any]:
     student = study.student(row)
-    trained = METHODS[row.method].train
-    if not trained:
+    method = METHODS[row.method]
+    if not (method.train or method.structured_of):
         patch = patches(student).get(study.spans[row.drop].start)
         found: dict[str, Any] = {"parameters": patch.num_parameters if isinstance(patch, Patch) else 0}
     else:
@@ -273,14 +284,27 @@ def train_authors(study: Study, row: Row, student: PreTrainedModel) -> dict[str,
 
 
 def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, Any]:
+    method = METHODS[row.method]
+    found: dict[str, Any] = {}
+    if method.structured_of:
+        found = take_back(study, dataclasses.replace(row, method=method.structured_of), student, method.rank)
+    if method.train:
+        result = train_once(study, row, student)
+        found["parameters"] = result.parameters
+        found |= {"seconds": result.seconds, "curve": [dict(point) for point in result.curve]}
+    return found
+
+
+def train_once(study: Study, row: Row, student: PreTrainedModel) -> Distillation:
+    method = METHODS[row.method]
     settings = TrainingSettings(
         steps=STEPS,
-        train=METHODS[row.method].train,
-        loss=METHODS[row.method].loss,
+        train=method.train,
+        loss=method.loss,
         learning_rate=row.learning_rate,
         evaluate_every=LOOK_EVERY,
     )
-    result = distill(
+    return distill(
         student,
         study.store,
         joint=study.spans[row.drop].start,
@@ -290,7 +314,18 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
         directory=study.work / str(row).replace("/", "-"),
         on_step=lambda step: show(f"{row}: held-out KL {step.heldout:.4f}, step", step.done, step.steps),
     )
-    return {"parameters": result.parameters, "seconds": result.seconds, "curve": [dict(p) for p in result.curve]}
+
+
+def take_back(study: Study, row: Row, student: PreTrainedModel, rank: int) -> dict[str, Any]:
+    """Train ``row``'s dense patch, or take it from where it was trained, and put the structured one in its place."""
+    joint = study.spans[row.drop].start
+    trained = train_once(study, row, student)
+    dense = {joint: patches(student)[joint]}
+    structure(student, study.store, joint=joint, windows=study.training, dense=dense, rank=rank)
+    after = heldout_losses(student, study.store, joint, study.heldout)["tail"]
+    patch = patches(student)[joint]
+    assert isinstance(patch, Patch)
+    return {"parameters": patch.num_parameters, "structured": [trained.heldout(trained.best_step), after]}
 
 
 class OurStep:
@@ -364,11 +399,11 @@ def print_tables(results: Mapping[str, Any]) -> None:
     print(f"{describe()['cpu']}, {os.cpu_count()} cores, torch {torch.__version__}")
     for drop in DROPS:
         for threads in (1, 2):
-            rows = list(step_rows(results, drop, threads))
-            if rows:
+            steps = list(step_rows(results, drop, threads))
+            if steps:
                 print(f"\nA step of {LENGTH} tokens, {drop} of 30 layers gone, {threads} threads\n")
-                header = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
-                print(markdown(header, rows))
+                shown = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
+                print(markdown(shown, steps))
     header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes")
     for drop in DROPS:
         rows = list(table_rows(results, drop))
@@ -400,7 +435,8 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
         yield "", "dense", "", "", "", *_figures(dense), "", ""
     for row, one in sorted(found.items(), key=lambda item: (order.index(item[0].method), item[0].learning_rate)):
         curve = one.get("curve", [])
-        kl = f"{curve[0]['tail']:.4f} to {min(point['tail'] for point in curve):.4f}" if curve else ""
+        ends = [curve[0]["tail"], min(point["tail"] for point in curve)] if curve else one.get("structured", [])
+        kl = " to ".join(f"{end:.4f}" for end in ends)
         healed = [healed_share(dense, lost, one, text) for text in TEXTS] if dense and lost else []
         rate = f"{row.learning_rate:g}" if row.learning_rate else ""
         step = steps.get(row.method, {}).get("seconds")

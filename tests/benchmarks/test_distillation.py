@@ -10,7 +10,17 @@ from modeling.tiny import VOCABULARY, random_patch, tiny_model
 from transformers import PreTrainedModel
 
 from benchmarks.authors_loop import AuthorsLoop
-from benchmarks.distillation import METHODS, Results, Row, default_rows, healed_share
+from benchmarks.distillation import (
+    METHODS,
+    Results,
+    Row,
+    compare_steps,
+    default_rows,
+    group_name,
+    healed_share,
+    step_rows,
+    table_rows,
+)
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import SuffixLoss, joint_state
@@ -79,3 +89,50 @@ def test_what_is_healed() -> None:
     dense, dropped, half = ({"quality": {"text": {"loss": loss}}} for loss in (3.0, 4.0, 3.5))
     assert healed_share(dense, dropped, half, "text") == pytest.approx(0.5)
     assert healed_share(dense, dropped, dropped, "text") == 0
+
+
+class Clock:
+    """Moves on by what a case says it takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Case:
+    def __init__(self, clock: Clock, *seconds: float) -> None:
+        self.clock, self.seconds = clock, list(seconds)
+
+    def step(self, window: int) -> None:
+        self.clock.now += self.seconds[window]
+
+
+def test_a_step_is_compared_with_theirs_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", clock)
+    found = compare_steps({"authors": Case(clock, 2.0, 8.0, 4.0), "ours": Case(clock, 1.0, 2.0, 2.0)}, rounds=3)
+    assert found == {
+        "authors": {"seconds": 4.0, "of theirs": 1.0},
+        "ours": {"seconds": 2.0, "of theirs": 0.5},
+    }
+
+
+def test_steps_and_their_memory_are_shown_and_make_the_minutes() -> None:
+    one = {"quality": {text: {"loss": 3.0, "agreement": 0.5} for text in ("BoolQ passages", "LAMBADA passages")}}
+    results = {
+        group_name("step of 2 threads", 9): {name: {"seconds": 3.0, "of theirs": 0.5} for name in ("authors", "fast")},
+        group_name("memory live", 9): {"authors": 4e8, "fast": 1e8},
+        "dense": one,
+        "9/authors/0.001": {**one, "span": "12:21", "parameters": 4, "curve": [{"tail": 0.5}, {"tail": 0.25}]},
+        "6/authors/0.001": {**one, "span": "13:19", "parameters": 4, "structured": [0.25, 0.5]},
+    }
+    assert list(step_rows(results, 9, 2)) == [
+        ("authors", "3.00", "0.50", "400", "1.00", "", ""),
+        ("fast", "3.00", "0.50", "100", "0.25", "", ""),
+    ]
+    assert list(step_rows(results, 9, 1)) == list(step_rows(results, 6, 2)) == []
+    nine, six = (list(table_rows(results, drop))[1] for drop in (9, 6))
+    assert (nine[4], nine[-1]) == ("0.5000 to 0.2500", "5.0")
+    assert (six[4], six[-1]) == ("0.2500 to 0.5000", "")

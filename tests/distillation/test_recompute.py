@@ -20,7 +20,7 @@ from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, p
 from linearpatch_kernels.modeling.patched import patches
 
 
-def activation_of(layer: nn.Module) -> nn.Module:
+def activation_of(layer: Any) -> Any:
     return layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
 
 
@@ -28,7 +28,7 @@ class Pass:
     """A forward through the suffix and back: the gradient of the joint's patch, and what lived in between."""
 
     def __init__(self, student: PreTrainedModel, what: str) -> None:
-        layers = decoder_layers(student)[JOINT:]
+        layers: list[Any] = list(decoder_layers(student)[JOINT:])
         suffix = partial_decoder(student, JOINT, JOINT + len(layers), norm=True)
         state = torch.randn(2, 7, hidden_size(student), generator=torch.Generator().manual_seed(1))
         outputs: list[StorageWeakRef] = []
@@ -49,7 +49,8 @@ class Pass:
         for handle in handles:
             handle.remove()
         assert forward_calls == len(layers)
-        self.gradient: Tensor = patches(student)[JOINT].weight.grad
+        patch: Any = patches(student)[JOINT]
+        self.gradient: Tensor = patch.weight.grad
 
 
 def keep(storages: list[StorageWeakRef], tensor: Tensor) -> None:
