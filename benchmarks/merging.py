@@ -1,6 +1,7 @@
 """CoMe on the demo model, against plain removal and patches at the same depth: ``python -m benchmarks.merging``.
 
-Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers.
+Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
+(but for ``CoMe, one block``, one merge for every depth).
 ``+ refit`` is `surgery.merge_healing.refit_merges`, ``+ patches`` a low-rank patch behind every merged layer,
 ``+ distilled`` hierarchical distillation, with the same windows for every row. Whatever is finished (a merge, a row) is
 kept in ``--work``: a run that was stopped goes on when the command is given again, and what is there is only printed.
@@ -56,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe-P (ours)": {"posterior": True},
     "CoMe-P, places by loss": {"posterior": True, "skip_score": "loss"},
     "CoMe-P, places by loss, every share >= 0.1": {"posterior": True, "skip_score": "loss", "least_share": 0.1},
+    "CoMe, one block": {"posterior": True, "skip_score": "refit", "width": None},
 }
 FIRST = ("dense", "plain removal", "LinearPatch", "our best patch")
 DISTILLED = " + distilled"
@@ -249,19 +251,21 @@ class Study:
         """The plan of a variant down to ``layers``; every record holds the seconds and the peak memory of its merge."""
         settings = MergeSettings(layers=layers, **VARIANTS[name])
         # Not the number of layers: a run to fewer goes on from one to more.
-        kept = {key: value for key, value in dataclasses.asdict(settings).items() if key != "layers"}
+        kept = dataclasses.asdict(settings)
+        if settings.width is not None:
+            del kept["layers"]
         file = self.place / f"plan-{'-'.join(map(str, kept.values()))}.json"
         plan = MergePlan.load(file) if file.exists() else MergePlan(num_layers(self.model), settings=kept)
         while plan.layers > layers:
             begin = time.perf_counter()
             _forget_peak()
-            step = dataclasses.replace(settings, layers=plan.layers - 1)
+            step = dataclasses.replace(settings, layers=plan.layers - 1) if settings.width is not None else settings
             _, longer = plan_merging(self.model, self.windows["fit"], self.windows["heldout"], step, plan=plan)
             timed = {**longer.records[-1], "seconds": time.perf_counter() - begin, "peak": _peak()}
             plan = plan.extended(longer.merges[-1], timed)
             plan.save(file)
             print(f"  {name}: {plan.layers} layers, {timed['seconds']:.0f} s", flush=True)
-        count = num_layers(self.model) - layers
+        count = num_layers(self.model) - layers if settings.width is not None else 1
         return dataclasses.replace(plan, merges=plan.merges[:count], records=plan.records[:count])
 
 

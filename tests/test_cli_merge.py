@@ -19,12 +19,13 @@ from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
 __all__ = ["run", "world"]  # fixtures
 
 MERGE = [argument for argument in SMALL if argument not in ("--rank", "4")]
+PLAINLY = [*MERGE, "--heal", "none"]
 
 
-@pytest.mark.parametrize("variant", ["authors", "come", "come-p", "come-loss"])
+@pytest.mark.parametrize("variant", ["authors", "come", "come-p", "come-loss", "come-block"])
 def test_merge_writes_a_plain_model_its_plan_and_a_report(variant: str, world: World, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["--layers", LAYERS - 2, "-o", out, "--text", world.text, "--variant", variant, *MERGE]
+    arguments = ["--layers", LAYERS - 2, "-o", out, "--text", world.text, "--variant", variant, *PLAINLY]
     done = run("merge", world.model, *arguments, "--json", tmp_path / "figures.json")
     assert (done.status, done.errors) == (0, [])
     assert sorted(os.listdir(tmp_path)) == ["figures.json", "out"]
@@ -71,7 +72,7 @@ def test_the_flags_reach_the_merges(world: World, run: Run, tmp_path: Path) -> N
     [
         (["--layers", "3", "--variant", "best"], "no variant"),
         (["--layers", "3", "--skip-score", "best"], "no skip score"),
-        (["--layers", "3", "--variant", "come-p", "--width", "3"], "merge width of 2"),
+        (["--layers", "3", "--heal", "best"], "is no way to heal"),
         (["--layers", "0"], "--layers"),
         ([], "--layers"),
         (["--layers", "3", "--least-share", "0.7"], "least share"),
@@ -91,6 +92,7 @@ def test_what_is_refused_before_the_model_is_looked_at(
     [
         (["--layers", "8"], "give 1 to 7"),
         (["--layers", "7", "--samples", "100000"], "text"),
+        (["--layers", "7", "--samples", "3"], "at least 4"),
         (["--layers", "2", "--no-repeat", "--variant", "come"], "without merging a merged layer again"),
     ],
 )
@@ -140,6 +142,18 @@ def test_a_killed_merge_goes_on_where_it_was(world: World, run: Run, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["expected", "foreign", "other.txt", "out"]
 
 
+def test_a_refitted_block_is_the_default(world: World, run: Run, tmp_path: Path) -> None:
+    flags = ["--layers", LAYERS - 3, "--text", world.text, *MERGE]
+    assert run("merge", world.model, "-o", tmp_path / "out", *flags).status == 0
+    told = ["--variant", "come-block", "--heal", "refit"]
+    assert run("merge", world.model, "-o", tmp_path / "told", *flags, *told).status == 0
+    plans = [MergePlan.load(tmp_path / name / "merge.json") for name in ("out", "told")]
+    assert plans[0] == plans[1]
+    assert [merge.span.length for merge in plans[0].merges] == [4]
+    states = [LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "told")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_refitted_layers_stay_a_plain_model(world: World, run: Run, tmp_path: Path) -> None:
     flags = ["--layers", LAYERS - 2, "--text", world.text, "--variant", "come", *MERGE]
     done = run("merge", world.model, "-o", tmp_path / "out", *flags, "--heal", "refit")
@@ -170,7 +184,7 @@ def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path
     tree_ = healed.config.linearpatch_merge_tree
     assert sorted(patches(healed)) == [layer + 1 for layer, node in enumerate(tree_) if isinstance(node, list)]
     # Without the patches it is what merge gives without the flag.
-    assert run("merge", world.model, "-o", tmp_path / "plain", *flags).status == 0
+    assert run("merge", world.model, "-o", tmp_path / "plain", *flags, "--heal", "none").status == 0
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     assert all(torch.equal(tensor, healed.state_dict()[name]) for name, tensor in plain.items())
     assert "is no way to heal" in refusal(run("merge", world.model, "-o", tmp_path / "x", *flags, "--heal", "best"))

@@ -70,27 +70,38 @@ def merge(
         int, typer.Option("--layers", metavar="N", min=1, help="How many layers remain.", show_default=False)
     ],
     variant: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--variant",
             metavar="NAME",
             help="authors (the public code's), come (right query heads, folded norms), come-p (and the shares with the "
-            "lowest held-out loss), or come-loss (and the places, too).",
+            "lowest held-out loss), come-loss (and the places, too), or come-block (one merge of neighbours, the loss "
+            "that after its refit). Default: come-block; come-loss where that is not possible.",
+            show_default=False,
         ),
-    ] = "come-loss",
+    ] = None,
     skip_score: Annotated[
         str | None,
         typer.Option(
             "--skip-score",
             metavar="NAME",
-            help="What chooses where to merge: angular, bi, sleb or loss (default: the variant's).",
+            help="What chooses where to merge: angular, bi, sleb, loss, or refit (default: the variant's).",
             show_default=False,
         ),
     ] = None,
     repeat: Annotated[
         bool, typer.Option("--repeat/--no-repeat", help="Whether a merged layer may be merged again.")
     ] = True,
-    width: Annotated[int, typer.Option("--width", metavar="M", min=2, help="Layers that become one at a time.")] = 2,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            "--width",
+            metavar="M",
+            min=2,
+            help="Layers that become one at a time (default: 2; all at once for come-block).",
+            show_default=False,
+        ),
+    ] = None,
     power: Annotated[
         float, typer.Option("--power", metavar="P", help="A layer's share goes with its influence to this power.")
     ] = 1.0,
@@ -100,15 +111,16 @@ def merge(
         typer.Option("--least-share", metavar="S", help="A searched share is at least this (0: may be a removal)."),
     ] = 0.0,
     heal: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--heal",
             metavar="FIT",
             help="Heal every merged layer in closed form, toward the dense model's stream there: refit (new down "
             "projections, still a plain model), or a patch behind it: a fit of linearpatch prune (low-rank, "
-            "shrunk-low-rank, least-squares, ...); or none.",
+            "shrunk-low-rank, least-squares, ...); or none. Default: refit, where the model allows it.",
+            show_default=False,
         ),
-    ] = "none",
+    ] = None,
     rank: Rank = 64,
     text: Text = None,
     heldout_text: HeldoutText = None,
@@ -124,34 +136,46 @@ def merge(
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.merge_healing import REFIT, heal_merges, refit_merges
+    from linearpatch_kernels.surgery.merge_healing import REFIT, can_refit, check_refit, heal_merges, refit_merges
     from linearpatch_kernels.surgery.merge_plan import MergePlan
-    from linearpatch_kernels.surgery.merge_search import VARIANTS, MergeSettings, check_settings, plan_merging
+    from linearpatch_kernels.surgery.merge_search import (
+        VARIANTS,
+        MergeSettings,
+        check_settings,
+        default_variant,
+        plan_merging,
+    )
     from linearpatch_kernels.text import fingerprint_model
 
-    if variant not in VARIANTS:
+    if variant is not None and variant not in VARIANTS:
         raise InputError(f"no variant is called {variant!r}: choose one of {', '.join(VARIANTS)}")
-    if heal not in (REFIT, *FITS):
+    if heal is not None and heal not in (REFIT, *FITS):
         raise InputError(f"--heal {heal} is no way to heal: choose one of {', '.join((REFIT, *FITS))}")
-    chosen = dict(VARIANTS[variant])
-    if skip_score is not None:
-        chosen["skip_score"] = skip_score
-    settings = MergeSettings(
-        layers, repeat=repeat, width=width, power=power, floor=floor, least_share=least_share, **chosen
-    )
+    given: dict[str, Any] = {"repeat": repeat, "power": power, "floor": floor, "least_share": least_share}
+    given |= {"skip_score": skip_score} if skip_score is not None else {}
+    given |= {"width": width} if width is not None else {}
+
+    def settings_of(variant: str) -> MergeSettings:
+        return MergeSettings(layers, **{**VARIANTS[variant], **given})
+
     # Whatever the model's depth, these must make sense.
-    check_settings(settings, layers + 1)
+    check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
     check_json(json_file)
     check_output(output, overwrite=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         dense, tokenizer = load(model, dtype, device, trust_remote_code)
-    check_settings(settings, num_layers_of(dense))
+    check_settings(settings_of(variant or next(iter(VARIANTS))), num_layers_of(dense))
+    variant = variant or default_variant(dense, layers)
+    heal = heal or (REFIT if can_refit(dense) else "none")
+    settings = settings_of(variant)
     check_output(output, parameter_bytes(dense), overwrite=True)
     with run.stage("tokenise"):
         held = min(heldout_windows(samples), _CHOICE_WINDOWS) if settings.runs_the_model else 0
         windows = make_windows(dense, tokenizer, texts, samples=samples, heldout=held, length=length)
+    if heal == REFIT:
+        check_refit(dense, windows.fit)
     target = output.expanduser().resolve()
     unfinished = target.with_name(f".{target.name}.merges")
     start = MergePlan(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, stream_statistics
+from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.modeling.families import (
@@ -22,7 +22,7 @@ from linearpatch_kernels.modeling.families import (
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patched_model
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, fit_patch
+from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
 
 REFIT = "refit"
@@ -49,17 +49,17 @@ def heal_merges(
     place. Both models run once, from one merged layer to the next; memory: the streams of both, 2 W T d values.
 
     Args:
-        merged: made from ``dense`` by merges alone: its config holds the tree.
+        merged: made from ``dense`` by merges alone: the trees in their configs tell which.
         fit, rank: as for :func:`~linearpatch_kernels.surgery.fitting.fit_patch`.
 
     Raises:
         InputError: a model without merged layers or of another depth than ``dense``, or what the fit raises.
     """
-    tree, places = _merged_places(dense, merged)
+    places = _merged_places(dense, merged)
     found, wanted = _Stream(windows), _Stream(windows)
-    for index in places[-1:] if last_only else places:
+    for index, end in places[-1:] if last_only else places:
         found.advance(merged, index + 1)
-        wanted.advance(dense, leaves(tree[index])[-1] + 1)
+        wanted.advance(dense, end)
         statistics = stream_statistics(zip(found.states, wanted.states, strict=True))
         patch = fit_patch(statistics, Span(0, 1), fit, rank=rank)
         if patch is not None:
@@ -91,39 +91,82 @@ def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tenso
     """The merged model with new down projections W in its merged layers, by least squares; the same architecture.
 
     With a_t [n] the input of W at token t, r_t what the merged layer's output lacks to the dense model's stream y_t
-    behind the last layer that it stands for: ``W += argmin_D sum_t |r_t - D a_t|^2 / |y_t|^2 + ridge *
-    sum_c G_cc |D_c|^2``, G the weighted moments of a. The ridge with the lowest error on the last quarter of token
-    ``windows`` [W, T] is taken, none where that is not below doing nothing. From the front on, each layer with those
-    before it in place. Both models run once; memory: the streams of both, 2 W T d values, and a few n x n matrices in
-    float64.
+    behind the last layer that it stands for: ``W += SHRINKAGE * argmin_D sum_t |r_t - D a_t|^2 / |y_t|^2 + ridge *
+    sum_c G_cc |D_c|^2``, G the weighted moments of a, the shrinkage that of the patches (`fitting.shrunk`). The ridge
+    with the lowest error on the last quarter of token ``windows`` [W, T] is taken, none where that is not below doing
+    nothing. From the front on, each layer with those before it in place. Both models run once; memory: the streams of
+    both, 2 W T d values, and a few n x n matrices in float64.
 
     Raises:
         InputError: a model without merged layers or of another depth than ``dense``, one that norms what comes out of
             W (Gemma), fewer than four windows.
     """
-    tree, places = _merged_places(dense, merged)
-    half = sublayers(merged)[1]
-    if half.shared_norms:
-        raise InputError(f"what comes out of {half.output.projection} is normed here: heal with a patch, not {REFIT}")
+    places = _merged_places(dense, merged)
+    check_refit(merged, windows)
+    refitted = keep_layers(merged, range(num_layers(merged)))
+    found, wanted = _Stream(windows), _Stream(windows)
+    for index, end in places:
+        found.advance(refitted, index)
+        wanted.advance(dense, end)
+        _refit_layer(refitted, index, zip(found.states, wanted.states, strict=True))
+    return refitted
+
+
+def can_refit(model: nn.Module) -> bool:
+    """Whether what comes out of the down projections goes to the stream as it is (in Gemma it is normed)."""
+    return not sublayers(model)[1].shared_norms
+
+
+def check_refit(model: nn.Module, windows: Tensor) -> None:
+    """InputError where :func:`refit_merges` is not for this model or needs more windows."""
+    if not can_refit(model):
+        projection = sublayers(model)[1].output.projection
+        raise InputError(f"what comes out of {projection} is normed here: heal with a patch, not {REFIT}")
     if len(windows) < 4:
         raise InputError(f"{len(windows)} windows are too few to fit on and to choose on: give at least 4")
-    refitted = keep_layers(merged, range(num_layers(merged)))
+
+
+class CandidateRefits:
+    """What :func:`refit_merges` makes of a merged layer, for many candidates for one merge of ``model``.
+
+    The streams that enter and that should leave the candidates are run once. Memory: over token ``windows`` [W, T],
+    W T d values at every start of a span and at every depth asked for.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor, ends: dict[Span, int]
+    ) -> None:
+        """``ends``: span of ``model``'s layers -> the depth of ``dense`` behind the last of them."""
+        check_refit(model, windows)
+        self._ends = ends
+        starts = sorted({span.start for span in ends})
+        with torch.no_grad(), evaluation_mode(dense, model):
+            self._entering = [residual_stream(model, window, starts) for window in windows.split(1)]
+            self._leaving = [residual_stream(dense, window, sorted(set(ends.values()))) for window in windows.split(1)]
+
+    def __call__(self, candidate: PreTrainedModel, span: Span) -> PreTrainedModel:
+        """``candidate``, ``model`` with ``span`` merged, with that layer refitted."""
+        refitted = keep_layers(candidate, range(num_layers(candidate)))
+        end = self._ends[span]
+        pairs = zip(self._entering, self._leaving, strict=True)
+        _refit_layer(refitted, span.start, ((before[span.start][0], after[end][0]) for before, after in pairs))
+        return refitted
+
+
+def _refit_layer(model: PreTrainedModel, index: int, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """A new down projection in a layer, given per window the stream entering it and the one that should leave it."""
+    half = sublayers(model)[1]
+    layer = partial_decoder(model, index, index + 1)
+    windows = list(pairs)
     held = len(windows) // 4
-    found, wanted = _Stream(windows), _Stream(windows)
-    for index in places:
-        found.advance(refitted, index)
-        wanted.advance(dense, leaves(tree[index])[-1] + 1)
-        layer = partial_decoder(refitted, index, index + 1)
-        pairs = list(zip(found.states, wanted.states, strict=True))
-        change = _least_squares_change(
-            _output_moments(layer, half, pairs[:-held]), _output_moments(layer, half, pairs[-held:])
-        )
-        if change is not None:
-            projection: Any = decoder_layers(refitted)[index].get_submodule(half.output.projection)
-            weight = projection.weight.detach()
-            new = (weight.double() + change.to(weight.device)).to(weight.dtype)
-            projection.weight = nn.Parameter(new, requires_grad=projection.weight.requires_grad)
-    return refitted
+    change = _least_squares_change(
+        _output_moments(layer, half, windows[:-held]), _output_moments(layer, half, windows[-held:])
+    )
+    if change is not None:
+        projection: Any = decoder_layers(model)[index].get_submodule(half.output.projection)
+        weight = projection.weight.detach()
+        new = (weight.double() + SHRINKAGE * change.to(weight.device)).to(weight.dtype)
+        projection.weight = nn.Parameter(new, requires_grad=projection.weight.requires_grad)
 
 
 class _OutputMoments(NamedTuple):
@@ -175,10 +218,15 @@ def _output_moments(layer: Any, half: Sublayer, pairs: Sequence[tuple[Tensor, Te
     return _OutputMoments(*sums)
 
 
-def _merged_places(dense: PreTrainedModel, merged: PreTrainedModel) -> tuple[list[Any], list[int]]:
-    """The merge tree, and which layers are merged ones."""
-    tree = merge_tree(merged)
-    places = [index for index, node in enumerate(tree) if isinstance(node, list)]
-    if not places or leaves(tree) != list(range(num_layers(dense))):
+def _merged_places(dense: PreTrainedModel, merged: PreTrainedModel) -> list[tuple[int, int]]:
+    """The merged layers, each with the depth of ``dense`` behind the last layer that it stands for."""
+    before, after = merge_tree(dense), merge_tree(merged)
+    ends = {leaves(node)[-1]: depth for depth, node in enumerate(before, 1)}
+    places = [
+        (index, ends[leaves(node)[-1]])
+        for index, node in enumerate(after)
+        if node not in before and leaves(node)[-1] in ends
+    ]
+    if not places or leaves(before) != leaves(after):
         raise InputError("the model is not the dense one with layers merged: give both as merge_layers left them")
-    return tree, places
+    return places

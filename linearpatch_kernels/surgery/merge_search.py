@@ -24,6 +24,7 @@ from linearpatch_kernels.evaluation.perplexity import (
     token_losses,
 )
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
+from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.surgery.merging import (
     AUTHORS,
@@ -44,8 +45,11 @@ SKIP_SCORES: Mapping[str, str] = {
     BI: "block influence of the layers over all tokens",
     SLEB: "held-out loss without the layers",
     LOSS: "held-out loss after the merge",
+    REFIT: "held-out loss after the merge and the refit of its layer",
 }
 """What chooses where to merge; the lowest wins."""
+
+_LOSSES = (SLEB, LOSS, REFIT)
 
 # Scores that run the model are asked about these many spans, the least influential.
 _SHORT_LIST = 8
@@ -58,9 +62,10 @@ class MergeSettings:
     Attributes:
         rule: ``"exact"`` or ``"authors"`` (:mod:`~linearpatch_kernels.surgery.merging`).
         skip_score: a name of :data:`SKIP_SCORES`.
-        posterior: CoMe-P: the share with the lowest held-out loss, not that of the layers' influence.
+        posterior: CoMe-P: the share with the lowest held-out loss, not that of the layers' influence. Of more than two
+            layers the first and the last give units, those between them none.
         repeat: whether a merged layer may be merged again.
-        width: layers that become one at a time (the last merge may take fewer).
+        width: layers that become one at a time (the last merge may take fewer); None: all in one merge.
         power, floor: of the influence's shares, see :func:`influence_shares`.
         grid: CoMe-P tries shares that are multiples of 1 / grid.
         least_share: CoMe-P: no layer gives less. 0 lets a merge be a plain removal.
@@ -71,7 +76,7 @@ class MergeSettings:
     skip_score: str = ANGULAR
     posterior: bool = False
     repeat: bool = True
-    width: int = 2
+    width: int | None = 2
     power: float = 1.0
     floor: float = 0.0
     grid: int = 20
@@ -80,7 +85,7 @@ class MergeSettings:
     @property
     def runs_the_model(self) -> bool:
         """Whether held-out windows are needed."""
-        return self.posterior or self.skip_score in (SLEB, LOSS)
+        return self.posterior or self.skip_score in _LOSSES
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -88,8 +93,19 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "come": {},
     "come-p": {"posterior": True},
     "come-loss": {"posterior": True, "skip_score": LOSS},
+    "come-block": {"posterior": True, "skip_score": REFIT, "width": None},
 }
-"""Name -> the settings it stands for: the public code's, ours, ours with searched shares, and with searched places."""
+"""Name -> the settings it stands for: the public code's, ours, ours with searched shares, with searched places, and one
+merge of neighbours, chosen with the refit in mind."""
+
+
+def default_variant(model: PreTrainedModel, layers: int) -> str:
+    """``come-block``; ``come-loss`` where no refit is possible, or no block down to ``layers`` is of one kind."""
+    try:
+        _allowed_spans(model, range(num_layers(model)), num_layers(model) - layers + 1, repeat=True)
+    except InputError:
+        return "come-loss"
+    return "come-block" if can_refit(model) else "come-loss"
 
 
 def check_settings(settings: MergeSettings, layers: int) -> None:
@@ -100,10 +116,8 @@ def check_settings(settings: MergeSettings, layers: int) -> None:
         raise InputError(f"no rule of merging is called {settings.rule!r}: choose one of {', '.join(RULES)}")
     if settings.skip_score not in SKIP_SCORES:
         raise InputError(f"no skip score is called {settings.skip_score!r}: choose one of {', '.join(SKIP_SCORES)}")
-    if settings.width < 2:
+    if settings.width is not None and settings.width < 2:
         raise InputError(f"{settings.width} layers are nothing to merge: give a merge width of at least 2")
-    if settings.posterior and settings.width != 2:
-        raise InputError("the search for the share is for two layers: give a merge width of 2, or no search")
     if settings.grid < 1 or not 0 <= settings.least_share <= 0.5 or not 0 <= settings.floor <= 1:
         raise InputError("give a grid of at least 1, a least share from 0 to 0.5, and a floor from 0 to 1")
 
@@ -123,7 +137,8 @@ def plan_merging(
 
     Per merge one scoring pass over ``fit_windows`` [S, T] and, where the settings ask for losses, runs over
     ``heldout_windows`` [W, T] from states that all candidates share. Memory beyond the model: the forward pass, the
-    merged layers, and W T d values per place whose candidates are run (one, or the short list).
+    merged layers, and W T d values per place whose candidates are run (one, or the short list); with the skip score
+    ``refit`` 2 S T d per place more. The result is not refitted: that is for `merge_healing.refit_merges` to do.
 
     Args:
         plan: to go on from; what it holds is applied, not decided again. Its settings and origin are kept.
@@ -142,15 +157,20 @@ def plan_merging(
     for windows in (fit_windows, heldout_windows):
         if windows is not None:
             check_windows(model, windows)
+    if settings.skip_score == REFIT:
+        check_refit(model, fit_windows)
     plan = MergePlan(num_layers(model)) if plan is None else plan
     if plan.layers < settings.layers:
         raise InputError(f"the plan to go on from leaves {plan.layers} layers and {settings.layers} are asked for")
     current = apply_merges(model, plan)
     while num_layers(current) > settings.layers:
-        width = min(settings.width, num_layers(current) - settings.layers + 1)
+        most = num_layers(current) - settings.layers + 1
+        width = most if settings.width is None else min(settings.width, most)
         spans = _allowed_spans(current, plan.tree, width, settings.repeat)
         scores = score_layers(current, fit_windows, width=width, batch_size=batch_size, progress=progress)
-        chooser = _Chooser(current, scores, heldout_windows, settings, plan.tree, batch_size, progress)
+        chooser = _Chooser(
+            model, current, scores, fit_windows, heldout_windows, settings, plan.tree, batch_size, progress
+        )
         merge, record = chooser.choose(spans)
         current = merge_layers(current, merge)
         plan = plan.extended(merge, record)
@@ -226,12 +246,18 @@ class PrefixLosses:
 _QUICK = 0.25
 
 
+Measure = Callable[[Span, Sequence[float], float], float]
+"""Held-out loss with a span merged at some shares, over that part of the windows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Chooser:
-    """One decision: the next merge of ``model``."""
+    """One decision: the next merge of ``model``, which the merges of ``tree`` made of ``dense``."""
 
+    dense: PreTrainedModel
     model: PreTrainedModel
     scores: LayerScores
+    fit_windows: Tensor
     windows: Tensor | None
     settings: MergeSettings
     tree: list[Any]
@@ -244,11 +270,12 @@ class _Chooser:
             ranking = {span: self.scores.last_token_angle[span] for span in spans}
         else:
             ranking = {span: self.scores.span_influence[span] for span in spans}
-        losses = None
-        if settings.skip_score in (SLEB, LOSS):
+        measure = None
+        if settings.skip_score in _LOSSES:
             short = sorted(spans, key=lambda span: ranking[span])[:_SHORT_LIST]
             losses = self._prefix_losses(short)
-            ranking = {span: self._place_loss(losses, span) for span in self._reported(short)}
+            measure = self._measure(losses, short)
+            ranking = {span: self._place_loss(losses, measure, span) for span in self._reported(short)}
         span = min(ranking, key=lambda one: ranking[one])
         record: dict[str, Any] = {
             "score": settings.skip_score,
@@ -256,8 +283,9 @@ class _Chooser:
             "influence": [float(value) for value in self.scores.influence[span.start : span.end]],
         }
         shares = self._influence_shares(span)
-        if settings.posterior and span.length == 2:
-            shares, found = self._searched_shares(losses or self._prefix_losses([span]), span)
+        if settings.posterior:
+            measure = measure or self._measure(self._prefix_losses([span]), [span])
+            shares, found = self._searched_shares(measure, span)
             record["losses"] = found
         merge = choose_units(self.scores, span, shares, settings.rule)
         record["gain_errors"] = gain_errors(self.model, merge)
@@ -269,17 +297,24 @@ class _Chooser:
         batch_size = min(self.batch_size, math.ceil(_QUICK * len(self.windows)))
         return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), batch_size)
 
+    def _measure(self, losses: PrefixLosses, spans: Sequence[Span]) -> Measure:
+        if self.settings.skip_score != REFIT:
+            return lambda span, shares, part: losses(self._merged(span, shares), span.start, part)
+        ends = {span: leaves(self.tree[span.end - 1])[-1] + 1 for span in spans}
+        refitted = CandidateRefits(self.dense, self.model, self.fit_windows, ends)
+        return lambda span, shares, part: losses(refitted(self._merged(span, shares), span), span.start, part)
+
     def _reported(self, spans: Sequence[Span]) -> Any:
         for done, span in enumerate(spans, 1):
             yield span
             if self.progress is not None:
                 self.progress("choosing the place", done, len(spans))
 
-    def _place_loss(self, losses: PrefixLosses, span: Span) -> float:
+    def _place_loss(self, losses: PrefixLosses, measure: Measure, span: Span) -> float:
         if self.settings.skip_score == SLEB:
             kept = [layer for layer in range(num_layers(self.model)) if layer not in range(*span)]
             return losses(keep_layers(self.model, kept), span.start)
-        return losses(self._merged(span, self._influence_shares(span)), span.start)
+        return measure(span, self._influence_shares(span), 1.0)
 
     def _merged(self, span: Span, shares: Sequence[float]) -> PreTrainedModel:
         return merge_layers(self.model, choose_units(self.scores, span, shares, self.settings.rule))
@@ -288,21 +323,30 @@ class _Chooser:
         count = len(leaves(self.tree[span.start : span.end]))
         influence = self.scores.influence[span.start : span.end].tolist()
         # The floor is shared out over the merges that a group of so many layers takes, as in the public code.
-        return influence_shares(influence, self.settings.power, self.settings.floor ** (1 / (count - 1)))
+        floor = self.settings.floor ** (1 / (count - 1))
+        if not self.settings.posterior:
+            return influence_shares(influence, self.settings.power, floor)
+        first, last = influence_shares([influence[0], influence[-1]], self.settings.power, floor)
+        return _of_the_ends(span, first, last)
 
-    def _searched_shares(self, losses: PrefixLosses, span: Span) -> tuple[list[float], dict[str, float]]:
+    def _searched_shares(self, measure: Measure, span: Span) -> tuple[list[float], dict[str, float]]:
         grid = self.settings.grid
         low = math.ceil(self.settings.least_share * grid - 1e-9)
 
+        def shares(point: int) -> list[float]:
+            return _of_the_ends(span, point / grid, 1 - point / grid)
+
         def loss(point: int, quick: bool) -> float:
-            candidate = self._merged(span, self._shares(point))
-            return losses(candidate, span.start, _QUICK if quick else 1.0)
+            # Beside a refit a look at a few windows saves little, and refits leave smaller differences to see.
+            few = quick and self.settings.skip_score != REFIT
+            return measure(span, shares(point), _QUICK if few else 1.0)
 
         best, found = search_share(loss, min(low, grid // 2), max(grid - low, grid // 2))
-        return self._shares(best), {f"{point / grid:g}": value for point, value in sorted(found.items())}
+        return shares(best), {f"{point / grid:g}": value for point, value in sorted(found.items())}
 
-    def _shares(self, point: int) -> list[float]:
-        return [point / self.settings.grid, 1 - point / self.settings.grid]
+
+def _of_the_ends(span: Span, first: float, last: float) -> list[float]:
+    return [first, *[0.0] * (span.length - 2), last]
 
 
 def _allowed_spans(model: PreTrainedModel, tree: Sequence[Any], width: int, repeat: bool) -> list[Span]:

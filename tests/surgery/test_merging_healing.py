@@ -12,7 +12,7 @@ from linearpatch_kernels.calibration import Span, calibrate, residual_stream, st
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.surgery.fitting import fit_patch
+from linearpatch_kernels.surgery.fitting import SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_healing import heal_merges, refit_merges
 from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
 
@@ -89,7 +89,7 @@ def test_a_refit_is_the_least_squares_solution(dense: PreTrainedModel, windows: 
     handle.remove()
     roots = y.norm(dim=-1, keepdim=True)
     a, lacking = inputs[0] / roots, (y - x) / roots
-    found = (refitted.model.layers[place].mlp.down_proj.weight - projection.weight).detach().double()
+    found = (refitted.model.layers[place].mlp.down_proj.weight - projection.weight).detach().double() / SHRINKAGE
     own = (a.T @ a).diagonal()
     solutions = [
         torch.linalg.lstsq(torch.cat([a, torch.diag((ridge * own).sqrt())]), torch.cat([lacking, torch.zeros(80, 48)]))
@@ -98,6 +98,16 @@ def test_a_refit_is_the_least_squares_solution(dense: PreTrainedModel, windows: 
     errors = [float((found - one.solution.T).norm() / one.solution.norm()) for one in solutions]
     assert min(errors) < 1e-3, errors
     assert float(((lacking - a @ found.T) ** 2).sum()) < float((lacking**2).sum())
+
+
+def test_a_merged_model_can_be_merged_and_refitted_again(dense: PreTrainedModel, windows: Tensor) -> None:
+    """The places are told by both trees; healing is toward the model that was given."""
+    once, _ = plan_merging(dense, windows, None, MergeSettings(layers=5))
+    twice, plan = plan_merging(once, windows, None, MergeSettings(layers=4))
+    (place,) = [index for index, node in enumerate(plan.tree) if isinstance(node, list)]
+    refitted = refit_merges(once, twice, windows).state_dict()
+    changed = {name for name, tensor in twice.state_dict().items() if not torch.equal(tensor, refitted[name])}
+    assert changed == {f"model.layers.{place}.mlp.down_proj.weight"}
 
 
 def test_a_refit_that_is_refused(dense: PreTrainedModel, windows: Tensor) -> None:

@@ -17,11 +17,13 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, num_layers
+from linearpatch_kernels.surgery.merge_healing import CandidateRefits, refit_merges
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.surgery.merge_search import (
     VARIANTS,
     MergeSettings,
     PrefixLosses,
+    default_variant,
     influence_shares,
     plan_merging,
     search_share,
@@ -145,7 +147,7 @@ def test_prefix_losses_are_those_of_the_whole_model(dense: PreTrainedModel, held
         assert losses(cut, depth, 0.25) == pytest.approx(loss_of(cut, heldout[:3]), abs=1e-6)
 
 
-@pytest.mark.parametrize("score", ["angular", "bi", "sleb", "loss"])
+@pytest.mark.parametrize("score", ["angular", "bi", "sleb", "loss", "refit"])
 def test_the_place_with_the_lowest_score_is_merged(
     score: str, dense: PreTrainedModel, windows: Tensor, heldout: Tensor
 ) -> None:
@@ -155,9 +157,10 @@ def test_the_place_with_the_lowest_score_is_merged(
     def value(span: Span) -> float:
         if score == "sleb":
             return loss_of(keep_layers(dense, [i for i in range(LAYERS) if i not in range(*span)]), heldout)
-        if score == "loss":
+        if score in ("loss", "refit"):
             shares = influence_shares(scores.influence[span.start : span.end].tolist())
-            return loss_of(merge_layers(dense, choose_units(scores, span, shares)), heldout)
+            merged = merge_layers(dense, choose_units(scores, span, shares))
+            return loss_of(refit_merges(dense, merged, windows) if score == "refit" else merged, heldout)
         return {"angular": scores.last_token_angle, "bi": scores.span_influence}[score][span]
 
     _, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=5, skip_score=score))
@@ -166,6 +169,45 @@ def test_the_place_with_the_lowest_score_is_merged(
     assert {Span.parse(name) for name in ranking} == set(spans)
     for name, found in ranking.items():
         assert found == pytest.approx(value(Span.parse(name)), abs=1e-5)
+
+
+def test_a_later_merge_is_judged_with_its_own_layer_refitted(
+    dense: PreTrainedModel, windows: Tensor, heldout: Tensor
+) -> None:
+    first, plan = plan_merging(dense, windows, None, MergeSettings(layers=5))
+    _, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=4, skip_score="refit"), plan=plan)
+    merge, ranking = plan.merges[1], plan.records[1]["ranking"]
+    # The layers of the first merge are taken as they are, the stream behind the second one's is the first model's.
+    refitted = CandidateRefits(dense, first, windows, {merge.span: leaves(plan.tree[merge.span.start])[-1] + 1})
+    expected = loss_of(refitted(merge_layers(first, merge), merge.span), heldout)
+    assert ranking[str(merge.span)] == min(ranking.values()) == pytest.approx(expected, abs=1e-5)
+    untouched = loss_of(merge_layers(first, merge), heldout)
+    assert abs(untouched - expected) > 1e-3
+
+
+def test_a_block_is_one_merge_of_its_first_and_last_layer(
+    dense: PreTrainedModel, windows: Tensor, heldout: Tensor
+) -> None:
+    assert default_variant(dense, 3) == "come-block"
+    merged, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=3, **VARIANTS["come-block"]))
+    (merge,), (record,) = plan.merges, plan.records
+    assert num_layers(merged) == 3
+    assert merge.span.length == 4
+    assert merge.shares[1:3] == (0, 0)
+    assert all(given[1] == given[2] == () for given in merge.units.values())
+    found = record["losses"]
+    assert found[f"{merge.shares[0]:g}"] == min(found.values())
+    refitted = refit_merges(dense, merged, windows)
+    assert min(found.values()) == pytest.approx(loss_of(refitted, heldout), abs=1e-5)
+
+
+def test_where_no_block_is_possible(windows: Tensor, heldout: Tensor) -> None:
+    gemma = tiny_model("gemma3_text")
+    assert default_variant(gemma, 5) == "come-loss"
+    # Sliding and full attention take turns.
+    assert default_variant(gemma, 1) == "come-loss"
+    with pytest.raises(InputError, match="heal with a patch"):
+        plan_merging(gemma, windows, heldout, MergeSettings(layers=5, skip_score="refit"))
 
 
 def test_every_merge_is_scored_on_the_model_before_it(dense: PreTrainedModel, windows: Tensor) -> None:
@@ -230,15 +272,18 @@ def test_a_killed_run_goes_on_to_the_same_model(
     settings = MergeSettings(layers=3, **VARIANTS[variant])
     expected, whole = plan_merging(dense, windows, heldout, settings)
 
-    def kill_after_two(plan: MergePlan) -> None:
+    # The block is one merge; the others are killed before their last.
+    survived = min(2, len(whole.merges))
+
+    def kill(plan: MergePlan) -> None:
         plan.save(tmp_path / "merge.json")
-        if len(plan.merges) == 2:
+        if len(plan.merges) == survived:
             raise Killed
 
     with pytest.raises(Killed):
-        plan_merging(dense, windows, heldout, settings, keep=kill_after_two)
+        plan_merging(dense, windows, heldout, settings, keep=kill)
     kept = MergePlan.load(tmp_path / "merge.json")
-    assert kept.merges == whole.merges[:2]
+    assert kept.merges == whole.merges[:survived]
     resumed, plan = plan_merging(dense, windows, heldout, settings, plan=kept)
     assert plan == whole
     again = apply_merges(dense, plan)
@@ -283,7 +328,6 @@ def _shorter_by_two(plan: MergePlan) -> MergePlan:
         ({"rule": "best"}, "no rule"),
         ({"skip_score": "best"}, "no skip score"),
         ({"width": 1}, "at least 2"),
-        ({"width": 3, "posterior": True}, "give a merge width of 2"),
         ({"posterior": True}, "give held-out windows"),
         ({"least_share": 0.6}, "least share"),
         ({"grid": 0}, "grid"),
