@@ -133,9 +133,7 @@ class CandidateRefits:
     W T d values at every start of a span and at every depth asked for.
     """
 
-    def __init__(
-        self, dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor, ends: dict[Span, int]
-    ) -> None:
+    def __init__(self, dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor, ends: dict[Span, int]) -> None:
         """``ends``: span of ``model``'s layers -> the depth of ``dense`` behind the last of them."""
         check_refit(model, windows)
         self._ends = ends
