@@ -1,10 +1,11 @@
 """CoMe on the demo model, against plain removal and patches at the same depth: ``python -m benchmarks.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
-(but for ``CoMe, one block``, one merge for every depth).
-``+ refit`` is `surgery.merge_healing.refit_merges`, ``+ patches`` a low-rank patch behind every merged layer,
-``+ distilled`` hierarchical distillation, with the same windows for every row. Whatever is finished (a merge, a row) is
-kept in ``--work``: a run that was stopped goes on when the command is given again, and what is there is only printed.
+(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `surgery.merge_healing.refit_merges`,
+``+ patches`` a low-rank patch behind every merged layer, ``+ distilled`` hierarchical distillation of the refitted
+model, with the same windows for every row. Whatever is finished (a merge, a row) is kept in ``--work``: a run that was
+stopped goes on when the command is given again, and what is there is only printed. ``--groups`` tells instead what
+layers made one lack.
 Perplexity and top-1 agreement with the dense model are on text that nothing was chosen on: other passages of the
 calibration's source / another source.
 """
@@ -31,16 +32,17 @@ from transformers import PreTrainedModel
 
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
-from linearpatch_kernels.calibration import Span, calibrate
-from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged
+from linearpatch_kernels.calibration import Span, calibrate, residual_stream
+from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode, model_logits
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, partial_decoder
 from linearpatch_kernels.modeling.loading import load_model
+from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.merge_healing import heal_merges, refit_merges
+from linearpatch_kernels.surgery.merge_healing import CandidateRefits, heal_merges, refit_merges
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
 from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
 from linearpatch_kernels.surgery.merging import choose_units, merge_layers
@@ -59,6 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe-P, places by loss, every share >= 0.1": {"posterior": True, "skip_score": "loss", "least_share": 0.1},
     "CoMe, one block": {"posterior": True, "skip_score": "refit", "width": None},
 }
+GROUPS = {4: (2,), 12: (2, 3, 5, 7, 10), 23: (2,)}
+"""First layer -> how many are made one, of ``--groups``."""
+
 FIRST = ("dense", "plain removal", "LinearPatch", "our best patch")
 DISTILLED = " + distilled"
 AFTERWARDS = ("", " + refit", " + patches", DISTILLED)
@@ -74,12 +79,17 @@ def main() -> None:
     arguments.add_argument("--report", type=int, default=8, help="windows of each text that the figures are over")
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument("--steps", type=int, default=32, help="of distillation, one window each")
-    arguments.add_argument("--learning-rate", type=float, default=1e-4)
+    arguments.add_argument("--learning-rate", type=float, default=3e-4)
     arguments.add_argument("--work", type=Path, default=cache_dir() / "benchmark-merging")
     arguments.add_argument("--print-only", action="store_true", help="the rows that are there, without computing any")
+    arguments.add_argument("--time", action="store_true", help="make rows that are there again, for their cost alone")
     arguments.add_argument("--costs", action="store_true", help="memory of scoring and time of a merge instead")
+    arguments.add_argument("--groups", action="store_true", help="what layers made one lack to the stream instead")
     options = arguments.parse_args()
     study = Study(options)
+    if options.groups:
+        study.print_groups()
+        return
     if options.costs:
         study.print_costs()
         return
@@ -106,22 +116,24 @@ class Study:
         """Figures of one row, from its file if it was made before."""
         told = f" {self.options.steps} {self.options.learning_rate}" if name.endswith(DISTILLED) else ""
         file = self.place / f"{layers}-{''.join(c if c.isalnum() else '_' for c in name + told)}.json"
-        if not file.exists():
-            if self.options.print_only:
-                return None
+        there: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        if not there and self.options.print_only:
+            return None
+        if not there or self.options.time:
             begin = time.perf_counter()
             _forget_peak()
             model, about = self._made(layers, name)
             # Of what it takes to make the model; evaluating it is not counted, nor is what another row has made.
-            about = {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
-            found = {text: self._quality(model, text) for text in ("same", "other")}
-            about |= {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
+            about = there | {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
+            if not there:
+                found = {text: self._quality(model, text) for text in ("same", "other")}
+                about |= {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(about))
             os.replace(temporary, file)
             print(f"{layers} layers, {name}: {about['same'][0]:.1f} / {about['other'][0]:.1f}", flush=True)
-        content: dict[str, Any] = json.loads(file.read_text())
-        return content
+            there = json.loads(file.read_text())
+        return there
 
     def print_table(self, rows: dict[tuple[int, str], dict[str, Any] | None]) -> None:
         options = self.options
@@ -143,6 +155,40 @@ class Study:
                 row = rows.get((layers, name))
                 if row is not None:
                     print(f"merges of {name}, share of the first of the two: {row['shares']}")
+
+    def print_groups(self) -> None:
+        """How far the stream behind one layer in the place of several is from the dense model's, on held-out windows.
+
+        The mean over the tokens of |x - y|^2 / |y|^2: with the first of them alone; merged with the last (4 to 1);
+        either refitted; and the first with a dense map behind it.
+        """
+        fit, heldout = self.windows["fit"], self.windows["heldout"]
+        spans = [Span(start, start + width) for start in GROUPS for width in GROUPS[start]]
+        refitted = CandidateRefits(self.model, self.model, fit, {span: span.end for span in spans})
+        print("| layers made one | the first | refitted | 4 to 1 with the last | refitted | the first, a dense map |")
+        print("|---|---|---|---|---|---|")
+        scores = score_layers(self.model, fit)
+        for span in spans:
+            between = [0.0] * (span.length - 2)
+            first, mixed = (
+                merge_layers(self.model, choose_units(scores, span, [share, *between, 1 - share])) for share in (1, 0.8)
+            )
+            models = [first, refitted(first, span), mixed, refitted(mixed, span)]
+            models.append(heal_merges(self.model, first, fit, "least-squares"))
+            errors = [self._stream_error(model, span, heldout) for model in models]
+            print(f"| {span} | " + " | ".join(f"{error:.3f}" for error in errors) + " |", flush=True)
+
+    @torch.no_grad()
+    def _stream_error(self, model: PreTrainedModel, span: Span, windows: Tensor) -> float:
+        behind = span.start + 1
+        errors = []
+        for window in windows.split(1):
+            wanted = residual_stream(self.model, window, [span.end])[span.end]
+            found = partial_decoder(model, 0, behind, embed=True)(input_ids=window, use_cache=False).last_hidden_state
+            if behind in patches(model):
+                found = patches(model)[behind](found)
+            errors.append(stream_error(found, wanted, "relative"))
+        return float(torch.stack(errors).mean())
 
     def print_costs(self) -> None:
         """Memory of a scoring pass beside that of bare passes, and the time of one merge."""
@@ -192,11 +238,11 @@ class Study:
         begin = time.perf_counter()
         about: dict[str, Any] = {}
         afterwards = name.removeprefix(variant)
-        if afterwards == " + refit":
-            merged = refit_merges(self.model, merged, self.windows["fit"])
-        elif afterwards == " + patches":
+        if afterwards == " + patches":
             merged = heal_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
-        elif afterwards == DISTILLED:
+        elif afterwards in (" + refit", DISTILLED):
+            merged = refit_merges(self.model, merged, self.windows["fit"])
+        if afterwards == DISTILLED:
             about["groups"] = self._distil(merged, layers, variant)
         about["seconds"] = merging + time.perf_counter() - begin
         about["shares"] = ", ".join(f"{merge.span} {merge.shares[0]:.2f}" for merge in plan.merges)
