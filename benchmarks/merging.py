@@ -142,19 +142,25 @@ class Study:
             f"{options.samples} x {options.length} tokens to score and fit, {options.heldout} to choose on, "
             f"{options.steps} to distil; {options.report} windows of each text in every figure"
         )
-        for layers in options.layers:
-            print(f"\n| {layers} layers | calibration's source | another text | seconds | peak memory |")
-            print("|---|---|---|---|---|")
-            for name in self.names:
-                row = rows[layers, name]
-                if row is not None:
-                    cells = " | ".join(f"{row[text][0]:.1f} / {100 * row[text][1]:.1f} %" for text in ("same", "other"))
-                    peak = f"{row['peak'] / 2**30:.2f} GB" if row["peak"] else ""
-                    print(f"| {name} | {cells} | {row['seconds']:.0f} | {peak} |")
-            for name in options.variants:
+        print(
+            "perplexity and top-1 agreement on the calibration's source / another text; the most memory of all depths"
+        )
+        depths = sorted(options.layers, reverse=True)
+        print("\n| | " + " | ".join(f"{layers} layers | agreement | seconds" for layers in depths) + " | memory |")
+        print("|---" * (3 * len(depths) + 2) + "|")
+        for name in self.names:
+            there = [rows[layers, name] or {} for layers in depths]
+            if any(there):
+                peak = max((row["peak"] for row in there if row.get("peak")), default=0)
+                cells = [cell for row in there for cell in _cells(row)]
+                print(f"| {name} | " + " | ".join(cells) + f" | {peak / 2**30:.2f} GB |")
+        print()
+        for name in options.variants:
+            # A progressive run holds those to more layers.
+            for layers in depths if VARIANTS[name].get("width", 2) is None else depths[-1:]:
                 row = rows.get((layers, name))
                 if row is not None:
-                    print(f"merges of {name}, share of the first of the two: {row['shares']}")
+                    print(f"{layers} layers, {name}, merges in order and share of the first layer: {row['shares']}")
 
     def print_groups(self) -> None:
         """How far the stream behind one layer in the place of several is from the dense model's, on held-out windows.
@@ -313,6 +319,15 @@ class Study:
             print(f"  {name}: {plan.layers} layers, {timed['seconds']:.0f} s", flush=True)
         count = num_layers(self.model) - layers if settings.width is not None else 1
         return dataclasses.replace(plan, merges=plan.merges[:count], records=plan.records[:count])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Perplexities, agreements, seconds; empty for a row that was not made."""
+    if not row:
+        return "", "", ""
+    figures = [row["same"], row["other"]]
+    agreement = " / ".join(f"{100 * figure[1]:.0f}" for figure in figures)
+    return " / ".join(f"{figure[0]:.1f}" for figure in figures), f"{agreement} %", f"{row['seconds']:.0f}"
 
 
 def _windows(tokenizer: Any, options: argparse.Namespace) -> dict[str, Tensor]:
