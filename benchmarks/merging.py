@@ -142,18 +142,18 @@ class Study:
             f"{options.samples} x {options.length} tokens to score and fit, {options.heldout} to choose on, "
             f"{options.steps} to distil; {options.report} windows of each text in every figure"
         )
+        cost_of = options.layers[0]
         print(
-            "perplexity and top-1 agreement on the calibration's source / another text; the most memory of all depths"
+            f"perplexity and agreement on the calibration's source / another text; costs are those of {cost_of} layers"
         )
         depths = sorted(options.layers, reverse=True)
-        print("\n| | " + " | ".join(f"{layers} layers | agreement | seconds" for layers in depths) + " | memory |")
-        print("|---" * (3 * len(depths) + 2) + "|")
+        print("\n| | " + " | ".join(f"{layers} layers | agreement" for layers in depths) + " | seconds | memory |")
+        print("|---" * (2 * len(depths) + 3) + "|")
         for name in self.names:
-            there = [rows[layers, name] or {} for layers in depths]
-            if any(there):
-                peak = max((row["peak"] for row in there if row.get("peak")), default=0)
-                cells = [cell for row in there for cell in _cells(row)]
-                print(f"| {name} | " + " | ".join(cells) + f" | {peak / 2**30:.2f} GB |")
+            there = {layers: rows[layers, name] for layers in depths}
+            if any(there.values()):
+                cells = [cell for row in there.values() for cell in _figures(row)]
+                print(f"| {name} | " + " | ".join([*cells, *_costs(there[cost_of])]) + " |")
         print()
         for name in options.variants:
             # A progressive run holds those to more layers.
@@ -321,13 +321,18 @@ class Study:
         return dataclasses.replace(plan, merges=plan.merges[:count], records=plan.records[:count])
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Perplexities, agreements, seconds; empty for a row that was not made."""
-    if not row:
-        return "", "", ""
-    figures = [row["same"], row["other"]]
-    agreement = " / ".join(f"{100 * figure[1]:.0f}" for figure in figures)
-    return " / ".join(f"{figure[0]:.1f}" for figure in figures), f"{agreement} %", f"{row['seconds']:.0f}"
+def _figures(row: dict[str, Any] | None) -> tuple[str, str]:
+    """Perplexities and agreements; empty for a row that was not made."""
+    if row is None:
+        return "", ""
+    agreement = " / ".join(f"{100 * row[text][1]:.0f}" for text in ("same", "other"))
+    return " / ".join(f"{row[text][0]:.1f}" for text in ("same", "other")), f"{agreement} %"
+
+
+def _costs(row: dict[str, Any] | None) -> tuple[str, str]:
+    if row is None or row["peak"] is None:
+        return "", ""
+    return f"{row['seconds']:.0f}", f"{row['peak'] / 2**30:.2f} GB"
 
 
 def _windows(tokenizer: Any, options: argparse.Namespace) -> dict[str, Tensor]:
