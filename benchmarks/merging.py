@@ -143,9 +143,7 @@ class Study:
             f"{options.steps} to distil; {options.report} windows of each text in every figure"
         )
         cost_of = options.layers[0]
-        print(
-            f"perplexity and agreement on the calibration's source / another text; costs are those of {cost_of} layers"
-        )
+        print(f"perplexity and agreement on the calibration's source / another text, costs at {cost_of} layers")
         depths = sorted(options.layers, reverse=True)
         print("\n| | " + " | ".join(f"{layers} layers | agreement" for layers in depths) + " | seconds | memory |")
         print("|---" * (2 * len(depths) + 3) + "|")
