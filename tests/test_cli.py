@@ -1161,6 +1161,16 @@ def test_a_teacher_of_another_family_is_refused(world: World, run: Run, tmp_path
     assert "does not exist" in refusal(run("evaluate", world.model, "--teacher", NO_MODEL, *arguments))
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_merge_refuses_what_does_not_fit_the_model(world: World, run: Run, empty: Path) -> None:
+    for layers in (LAYERS, LAYERS + 1):
+        line = refusal(run("merge", world.model, "--layers", layers, "-o", empty / "out", "--text", world.text))
+        assert f"{LAYERS} layers" in line
+    arguments = ["--layers", LAYERS - 1, "-o", empty / "out", "--text", world.text]
+    assert "1 to 48" in refusal(run("merge", world.model, *arguments, "--heal", "low-rank", "--rank", WIDTH + 1))
+    assert "power" in refusal(run("merge", world.model, *arguments, "--power", "nan"))
+
+
 def test_a_gguf_file_tells_its_depth_before_it_is_converted(
     world: World, run: Run, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

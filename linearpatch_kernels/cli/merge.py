@@ -25,8 +25,8 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    find_model,
     heldout_windows,
-    load,
     make_windows,
     num_layers_of,
     read_texts,
@@ -145,6 +145,7 @@ def merge(
         default_variant,
         plan_merging,
     )
+    from linearpatch_kernels.surgery.pruning import check_rank
     from linearpatch_kernels.text import fingerprint_model
 
     if variant is not None and variant not in VARIANTS:
@@ -164,9 +165,12 @@ def merge(
     check_output(output, overwrite=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
+    source = find_model(model, dtype, device, trust_remote_code)
+    check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
+    check_rank(rank, source.hidden_size, [heal or REFIT])
     with run.stage("load the model"):
-        dense, tokenizer = load(model, dtype, device, trust_remote_code)
-    check_settings(settings_of(variant or next(iter(VARIANTS))), num_layers_of(dense))
+        tokenizer = source.tokenizer
+        dense = source.load()
     variant = variant or default_variant(dense, layers)
     heal = heal or (REFIT if can_refit(dense) else "none")
     settings = settings_of(variant)

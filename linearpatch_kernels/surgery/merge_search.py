@@ -116,6 +116,8 @@ def check_settings(settings: MergeSettings, layers: int) -> None:
         raise InputError(f"no rule of merging is called {settings.rule!r}: choose one of {', '.join(RULES)}")
     if settings.skip_score not in SKIP_SCORES:
         raise InputError(f"no skip score is called {settings.skip_score!r}: choose one of {', '.join(SKIP_SCORES)}")
+    if not math.isfinite(settings.power):
+        raise InputError(f"a power of {settings.power} gives no shares: give a finite number")
     if settings.width is not None and settings.width < 2:
         raise InputError(f"{settings.width} layers are nothing to merge: give a merge width of at least 2")
     if settings.grid < 1 or not 0 <= settings.least_share <= 0.5 or not 0 <= settings.floor <= 1:
