@@ -298,13 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("torch finds no GPU here: run it on a machine that has one, or with --dry", file=sys.stderr)
         return 2
     there = ("triton",) if options.dry else BACKENDS
-    report = {"machine": machine(options.dry), "backends": [in_own_process(backend, options.dry) for backend in there]}
+    backends = [in_own_process(backend, options.dry) for backend in there]
+    report: dict[str, Any] = {"machine": machine(options.dry), "backends": backends}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     options.json.with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
     print(f"written: {options.json} (send this one) and {options.json.with_suffix('.md')}")
-    done = [one for one in report["backends"] if "checked" in one]
+    done = [one for one in backends if "checked" in one]
     checked = [each["checked"] for one in done for each in (one, one["losses"])]
     return 1 if not checked or any(one["wrong"] for one in checked) else 0
 

@@ -140,7 +140,8 @@ def logits_peers(forms: dict[str, Form], normalization: str) -> tuple[Peer, ...]
     return tuple(peers)
 
 
-BF16, UPCAST = {"": as_it_is}, {", upcast": upcast}
+BF16: dict[str, Form] = {"": as_it_is}
+UPCAST: dict[str, Form] = {", upcast": upcast}
 
 
 def liger_kl_div(o: Operands) -> Run:

@@ -102,7 +102,7 @@ int main() {
   for (const bool alike : {false, true})
     for (const int64_t tokens : {1, 7, 8, 17})
       for (const int64_t d : {1, 15, 16, 33, 576, 4096})
-        for (const int64_t ids : {2, 5, 47, 49, 130}) {
+        for (const int64_t ids : {2, 33, 47, 49, 130}) {
           logits(table, tokens, d, ids, alike);
           sums(table, tokens, d, ids, alike);
           ++cases;
