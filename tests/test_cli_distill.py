@@ -425,14 +425,6 @@ def test_merged_layers_are_distilled_layer_by_layer(world: World, run: Run, merg
     assert again.status == 0
 
 
-def test_whole_layers_take_a_smaller_learning_rate(world: World, merged: Path, tmp_path: Path) -> None:
-    quick = ["--steps", 1, "--length", 24, "--top-k", 20, "--heldout", 1]
-    for source, rate in ((world.pruned, 3e-4), (merged, 1e-4)):
-        out = tmp_path / source.name
-        assert call("distill", source, "--teacher", world.model, "-o", out, "--text", world.text, *quick) == 0
-        assert summary(out)["distillation"]["learning_rate"] == rate
-
-
 def test_what_is_refused_for_merged_layers(world: World, run: Run, merged: Path, tmp_path: Path) -> None:
     def says(*flags: object, source: Path = merged) -> str:
         return refusal(run(*arguments(world, tmp_path / "out", *flags, source=source)))

@@ -88,14 +88,8 @@ def distill(
         str, typer.Option("--loss", help="tail (one bucket for the rest), topk (the paper's), or full.")
     ] = "tail",
     learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--learning-rate",
-            metavar="X",
-            help="Peak; scales and gains take ten times as much. Default: 3e-4, and 1e-4 for merged layers.",
-            show_default=False,
-        ),
-    ] = None,
+        float, typer.Option("--learning-rate", metavar="X", help="Peak; scales and gains take ten times as much.")
+    ] = 3e-4,
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", metavar="N", min=0, help="Linear warm-up.")] = 5,
     weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="X", min=0)] = 0.0,
     clip: Annotated[
@@ -195,7 +189,7 @@ def distill(
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
     from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
-    from linearpatch_kernels.distillation.trainable import check_trainable, default_rate
+    from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
@@ -205,7 +199,7 @@ def distill(
         steps=steps,
         train=train or "patch",
         loss=loss,
-        learning_rate=default_rate("patch") if learning_rate is None else learning_rate,
+        learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         weight_decay=weight_decay,
         clip=clip,
@@ -223,8 +217,6 @@ def distill(
     check_output(output, overwrite=True)
     source = open_shallower(directory, HierarchySettings(layer_weight, layer_error, group_steps))
     settings = dataclasses.replace(settings, train=train or source.default_train)
-    if learning_rate is None:
-        settings = dataclasses.replace(settings, learning_rate=default_rate(settings.train))
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
     settings.check_processes(processes.count)

@@ -21,11 +21,6 @@ and all weights of the merged layers (CoMe). Without patches "them" is the first
 _RATES = {"matrix": 1.0, "vector": 10.0}
 
 
-def default_rate(train: str) -> float:
-    """The learning rate of `TRAIN` unless told: whole layers of weights, merged ones, take less than a patch."""
-    return 1e-4 if train == "merged" else 3e-4
-
-
 @dataclasses.dataclass
 class Trainable:
     """The parameters in training, by name, and what undoes the preparations.

@@ -26,7 +26,7 @@ from linearpatch_kernels.distillation.processes import Processes, need_accelerat
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.sealed import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
-from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, default_rate, prepare
+from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
@@ -72,7 +72,7 @@ class TrainingSettings:
     steps: int = 100
     train: str = "patch"
     loss: str = "tail"
-    learning_rate: float = default_rate("patch")
+    learning_rate: float = 3e-4
     final_share: float = 0.05
     warmup_steps: int = 5
     weight_decay: float = 0.0
