@@ -382,7 +382,7 @@ def compare_steps(cases: Mapping[str, Any], rounds: int) -> dict[str, dict[str, 
 def measure_memory(cases: Mapping[str, Any], rounds: int) -> dict[str, float]:
     """Bytes of a step above what is resident before it, the median of some."""
     return {
-        name: statistics.median(peak_memory(lambda case=case: case.step(0)) for _ in range(rounds))  # type: ignore[misc]
+        name: statistics.median(peak_memory(functools.partial(case.step, 0)) for _ in range(rounds))
         for name, case in cases.items()
     }
 
