@@ -76,7 +76,7 @@ def main() -> None:
     arguments.add_argument("--rows", nargs="*", metavar="NAME", help="these alone, as the table names them")
     arguments.add_argument("--samples", type=int, default=16)
     arguments.add_argument("--heldout", type=int, default=4)
-    arguments.add_argument("--report", type=int, default=8, help="windows of each text that the figures are over")
+    arguments.add_argument("--report", type=int, default=12, help="windows of each text that the figures are over")
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument("--steps", type=int, default=32, help="of distillation, one window each")
     arguments.add_argument("--learning-rate", type=float, default=3e-4)
