@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HELDOUT, JOINT, TRAINING, student_of
 from modeling.tiny import FAMILY_NAMES, tiny_model
+from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel

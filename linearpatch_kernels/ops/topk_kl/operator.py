@@ -118,7 +118,9 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.computed, ctx.options = others[:3], len(inputs) - 5
 
 
-def _backward_linear(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_linear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:  # nothing is made of the loss
+        return (None,) * (5 + ctx.options)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     if any(need and not computed for need, computed in zip(needed, ctx.computed, strict=True)):
         raise RuntimeError("linear_topk_kl_loss was called without the gradient that is asked for now: set its flag")
