@@ -1,4 +1,5 @@
 """Distillation against the authors' loop on SmolLM2-135M: ``python -m benchmarks.distillation rows``, then ``tables``.
+With ``--hour`` the same of runs as long as an hour of two cores allows, on more text.
 
 ``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
 row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
@@ -39,7 +40,7 @@ from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, co
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.structure import structure
-from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+from linearpatch_kernels.distillation.teacher_store import TeacherStore, teacher_answers, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
@@ -62,9 +63,12 @@ from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, spli
 DROPS = (3, 6, 9)
 STEPS, LENGTH = 100, 512
 FIT, HELDOUT, REPORT = 64, 8, 12
-LOOK_EVERY = 10
+LOOKS = 10
 TEXTS = ("BoolQ passages", "LAMBADA passages")
 STRUCTURED_RANK = 32
+HOUR_STEPS, HOUR_WINDOWS = 2350, 1100
+# A document with so many words in a row of a held-out or reported window is not trained on.
+_SHARED_WORDS = 8
 # glibc's, in bytes: larger allocations get a mapping of their own. Set, it does not adapt itself.
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
@@ -78,7 +82,9 @@ class Method:
         form: of `forms.FORMS`.
         train: of `trainable.TRAIN`; "" for a method without training.
         rank: of the fit and the form, where they have one.
+        lora_rank: of ``train="lora"``.
         loss: of `trainer.LOSSES`.
+        label_weight: of the text's own next tokens.
         structured_of: the method whose trained dense patch it takes back to Hadamard + ``rank`` first.
     """
 
@@ -86,7 +92,9 @@ class Method:
     form: str = "keep"
     train: str = ""
     rank: int = STRUCTURED_RANK
+    lora_rank: int = 16
     loss: str = "tail"
+    label_weight: float = 0.0
     structured_of: str = ""
 
 
@@ -102,6 +110,9 @@ METHODS = {
     "ours, structured + norms": Method("shrunk-least-squares", train="patch+norms", structured_of="ours, dense"),
     "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
     "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
+    "ours, dense + norms + LoRA 64": Method("shrunk-least-squares", "keep", "lora", lora_rank=64),
+    "ours, suffix": Method("shrunk-least-squares", "keep", "suffix"),
+    "ours, suffix, labels": Method("shrunk-least-squares", "keep", "suffix", label_weight=0.3),
     "ours, scale": Method("linearpatch", "scale", "patch"),
     "ours, scale + diagonals": Method("linearpatch", "scales", "patch"),
     "ours, rank 32": Method("shrunk-low-rank", "keep", "patch"),
@@ -142,28 +153,42 @@ def default_rows() -> list[Row]:
     return rows
 
 
+def hour_rows() -> list[Row]:
+    """What an hour heals of 6 layers, beside what no training heals."""
+    free = [Row(6, name) for name in ("dropped", "linearpatch", "fitted")]
+    return [*free, Row(6, "ours, suffix, labels", 1e-4)]
+
+
 class Study:
     """The demo model, its texts as windows, and what is computed from them once and kept in a folder."""
+
+    steps: int = STEPS
+    drops: tuple[int, ...] = DROPS
 
     def __init__(self, work: Path) -> None:
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         self.model, tokenizer = load_model(demo_model_path(), device="cpu")
-        sizes = {"fit": FIT, "training": STEPS, "heldout": HELDOUT, "report": REPORT}
-        near = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(sizes.values()))
-        self.windows = split_windows(near, sizes)
+        self.windows = self.shares(tokenizer)
         far = token_windows(tokenizer, demo_text("heldout"), length=LENGTH, count=REPORT)
         self.reported = torch.cat([self.windows["report"], far])
-        self.training, self.heldout = range(STEPS), range(STEPS, STEPS + HELDOUT)
+        count = len(self.windows["training"])
+        self.training, self.heldout = range(count), range(count, count + HELDOUT)
         self.statistics = self._statistics(work / "statistics.safetensors")
-        self.spans = {drop: choose_spans(self.statistics, drop, "channel-cosine")[0] for drop in DROPS}
+        self.spans = {drop: choose_spans(self.statistics, drop, "channel-cosine")[0] for drop in self.drops}
         self.dense = self._dense(work / "report.safetensors")
+
+    def shares(self, tokenizer: Any) -> dict[str, Tensor]:
+        """The windows of the first text: to fit, to train, to choose the best step, to report."""
+        sizes = {"fit": FIT, "training": self.steps, "heldout": HELDOUT, "report": REPORT}
+        near = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(sizes.values()))
+        return split_windows(near, sizes)
 
     def _statistics(self, file: Path) -> CalibrationStatistics:
         if not file.exists():
             batches = self.windows["fit"].split(1)
             first = calibrate(self.model, batches, progress=show)
-            spans = [choose_spans(first, drop, "channel-cosine")[0] for drop in DROPS]
+            spans = [choose_spans(first, drop, "channel-cosine")[0] for drop in self.drops]
             found = collect_moments(self.model, batches, spans, progress=show)
             first.with_moments(found).save(file, fingerprint="benchmark")
         return CalibrationStatistics.load(file, fingerprint="benchmark")
@@ -226,6 +251,37 @@ class Study:
         }
 
 
+class HourStudy(Study):
+    """What an hour of two cores is enough for: the answers of the dense model on more text, and more steps of it."""
+
+    drops = (6,)
+
+    def __init__(self, work: Path, steps: int = HOUR_STEPS, training: int = HOUR_WINDOWS) -> None:
+        self.steps, self._training = steps, training
+        super().__init__(work)
+
+    def shares(self, tokenizer: Any) -> dict[str, Tensor]:
+        near = token_windows(tokenizer, demo_text("calibration"), length=LENGTH)
+        sizes = {"fit": FIT, "heldout": HELDOUT, "report": REPORT}
+        found = split_windows(near, sizes | {"training": len(near) - sum(sizes.values())})
+        kept_back = tokenizer.batch_decode(torch.cat([found["heldout"], found["report"]]))
+        more = token_windows(tokenizer, _apart(demo_text("training"), kept_back), length=LENGTH)
+        training = torch.cat([found["training"], more])
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+        return found | {"training": training[order][: self._training]}
+
+
+def _apart(documents: Sequence[str], kept_back: Sequence[str]) -> list[str]:
+    """The documents that have no run of `_SHARED_WORDS` words in common with what is kept back."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + _SHARED_WORDS]) for i in range(len(words) - _SHARED_WORDS + 1)}
+
+    seen = set().union(*map(runs, kept_back))
+    return [document for document in documents if not runs(document) & seen]
+
+
 def show(description: str, done: int, total: int) -> None:
     if done % 8 == 0 or done == total:
         print(f"  {description} {done}/{total}", flush=True)
@@ -269,7 +325,7 @@ def train_authors(study: Study, row: Row, student: PreTrainedModel) -> dict[str,
         curve, seconds = about["curve"], about["seconds"]  # type: ignore[assignment]  # as saved below
     order = torch.randperm(STEPS, generator=torch.Generator().manual_seed(0)).tolist()
     while True:
-        if loop.done % LOOK_EVERY == 0 and (not curve or curve[-1]["step"] < loop.done):
+        if loop.done % (STEPS // LOOKS) == 0 and (not curve or curve[-1]["step"] < loop.done):
             found = heldout_losses(student, store, joint, study.heldout, ("tail", "topk"))
             curve.append({"step": loop.done, **found})
             loop.save(place, {"curve": curve, "seconds": seconds})
@@ -290,7 +346,7 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
         found = take_back(study, dataclasses.replace(row, method=method.structured_of), student, method.rank)
     if method.train:
         result = train_once(study, row, student)
-        found["parameters"] = result.parameters
+        found |= {"parameters": result.parameters, "steps": result.steps}
         found |= {"seconds": result.seconds, "curve": [dict(point) for point in result.curve]}
     return found
 
@@ -298,11 +354,13 @@ def train_ours(study: Study, row: Row, student: PreTrainedModel) -> dict[str, An
 def train_once(study: Study, row: Row, student: PreTrainedModel) -> Distillation:
     method = METHODS[row.method]
     settings = TrainingSettings(
-        steps=STEPS,
+        steps=study.steps,
         train=method.train,
         loss=method.loss,
+        label_weight=method.label_weight,
         learning_rate=row.learning_rate,
-        evaluate_every=LOOK_EVERY,
+        lora_rank=method.lora_rank,
+        evaluate_every=study.steps // LOOKS,
     )
     return distill(
         student,
@@ -333,8 +391,9 @@ class OurStep:
 
     def __init__(self, study: Study, row: Row, student: PreTrainedModel, recompute: str) -> None:
         self.student, self.joint, self.recompute = student, study.spans[row.drop].start, recompute
-        trainable = prepare(student, self.joint, METHODS[row.method].train, lora_rank=16, seed=0)
-        self.store, self.loss = study.store, METHODS[row.method].loss
+        method = METHODS[row.method]
+        trainable = prepare(student, self.joint, method.train, lora_rank=method.lora_rank, seed=0)
+        self.store, self.loss = study.store, method.loss
         self.measure = SuffixLoss(student, self.joint)
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)
 
@@ -348,11 +407,22 @@ class OurStep:
         return float(loss.detach())
 
 
+class TeacherStep:
+    """The dense model's answers on a window, as a store keeps them."""
+
+    def __init__(self, study: Study) -> None:
+        self.model, self.windows, self.request = study.model, study.windows["training"], study.store.request
+
+    def step(self, window: int) -> None:
+        teacher_answers(self.model, self.windows[window : window + 1], self.request)
+
+
 def step_cases(study: Study, drop: int, names: Sequence[str], recompute: Sequence[str]) -> dict[str, Any]:
     """Name -> what has a ``step(window)``, made once already: the authors' loop, then ours."""
     row = Row(drop, "authors", 1e-5)
     cases: dict[str, Any] = {
-        "authors": AuthorsLoop(study.student(row), study.store, study.spans[drop].start, 1e-5, 1000)
+        "authors": AuthorsLoop(study.student(row), study.store, study.spans[drop].start, 1e-5, 1000),
+        "teacher": TeacherStep(study),
     }
     for name in names:
         for what in recompute:
@@ -440,7 +510,7 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
         healed = [healed_share(dense, lost, one, text) for text in TEXTS] if dense and lost else []
         rate = f"{row.learning_rate:g}" if row.learning_rate else ""
         step = steps.get(row.method, {}).get("seconds")
-        minutes = f"{STEPS * step / 60:.1f}" if step else ""
+        minutes = f"{one.get('steps', STEPS) * step / 60:.1f}" if step else ""
         shares = " / ".join(f"{share:.0%}" for share in healed)
         yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *_figures(one), shares, minutes
 
@@ -462,6 +532,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="as --list writes them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--drop", nargs="+", type=int, default=[6], choices=DROPS, help="whose steps are measured")
+    parser.add_argument("--hour", action="store_true", help="rows and tables: of the long runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--steps-of", nargs="+", default=["ours, all as theirs", "ours, dense"], choices=list(METHODS), metavar="METHOD"
@@ -470,13 +541,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=cache_dir() / "benchmark-distillation")
     options = parser.parse_args()
     results = Results(options.work / "rows.json")
-    rows = [Row.parse(text) for text in options.only] if options.only else default_rows()
+    seconds = {name: one for name, one in results.content.items() if name.startswith("step")}
+    if options.hour:
+        if options.what in ("step", "memory"):
+            parser.error("a step is the same in an hour: leave out --hour")
+        options.work /= "hour"
+        results = Results(options.work / "rows.json")
+    everything = hour_rows() if options.hour else default_rows()
+    rows = [Row.parse(text) for text in options.only] if options.only else everything
     if options.list:
         print("\n".join(f"{row}{'  (done)' if str(row) in results.content else ''}" for row in rows))
     elif options.what == "tables":
-        print_tables(results.content)
+        print_tables(results.content | seconds)
     else:
-        study = Study(options.work)
+        study = HourStudy(options.work) if options.hour else Study(options.work)
         results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
         if options.what in ("step", "memory"):
             for drop in options.drop:
@@ -498,7 +576,7 @@ def main() -> None:
         for row in rows:
             if str(row) not in results.content:
                 results.put(str(row), make_row(study, row))
-        print_tables(results.content)
+        print_tables(results.content | seconds)
 
 
 if __name__ == "__main__":

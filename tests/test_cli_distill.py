@@ -142,7 +142,7 @@ def test_inspect_shows_it(run: Run, distilled: Path) -> None:
     assert "distilled" in told.stderr
 
 
-@pytest.mark.parametrize("what", ["patch+norms", "lora"])
+@pytest.mark.parametrize("what", ["patch+norms", "lora", "suffix"])
 def test_more_freedom_learns_more(world: World, run: Run, tmp_path: Path, distilled: Path, what: str) -> None:
     assert run(*arguments(world, tmp_path / "out", "--train", what, "--lora-rank", 4)).status == 0
     assert heldout(tmp_path / "out")[1] < heldout(distilled)[1]
@@ -278,6 +278,7 @@ CASES: dict[str, tuple[list[object], str]] = {
     "patch": (["--patch", "square"], "choose one of keep, scale"),
     "precision": (["--precision", "int8"], "choose one of float32, bfloat16"),
     "rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "labels": (["--label-weight", "1.5"], "--label-weight must be between 0 and 1, not 1.5"),
     "steps": (["--steps", "0"], "--steps"),
     "top-k": (["--top-k", "400"], "--top-k 400 is not between 1 and the vocabulary's 384"),
     "rank": (["--patch", "low-rank", "--rank", "49"], "--rank 49 is not between 1 and the model's width 48"),

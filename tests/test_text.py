@@ -276,6 +276,10 @@ def test_demo_texts() -> None:
     assert not any("\nQuestion:" in passage for passage in calibration)
     assert heldout[0].endswith("I don't care about signs")
     assert not set(calibration) & set(heldout)
+    training = demo_text("training")
+    assert (len(training), sum(map(len, training))) == (1707, 1852417)
+    assert not any("Question:" in passage or passage.startswith(("Title:", "Passage:")) for passage in training)
+    assert not set(training) & {*calibration, *heldout}
 
 
 def test_unconditional_copies_are_no_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

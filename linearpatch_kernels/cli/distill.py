@@ -23,7 +23,7 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import EVALUATION_WINDOWS, Texts, load, read_texts, title_of, windows_up_to
+from linearpatch_kernels.cli.inputs import EVALUATION_WINDOWS, Texts, find_model, read_texts, title_of, windows_up_to
 from linearpatch_kernels.cli.options import (
     Device,
     Dtype,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.distillation.teacher_store import TeacherStore
     from linearpatch_kernels.distillation.trainer import Distillation, Step, TrainingSettings
     from linearpatch_kernels.evaluation.agreement import Quality
+    from linearpatch_kernels.modeling.loading import ModelSource
 
 _BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, structured"
 
@@ -69,8 +70,9 @@ def distill(
         str | None,
         typer.Option(
             "--train",
-            help="patch, patch+norms (and the RMSNorm gains behind it), lora (and LoRA behind it), or merged (the "
-            "merged layers' weights). Default: patch, and merged for what merge wrote.",
+            help="patch, patch+norms (and the RMSNorm gains behind it), lora (and LoRA behind it), suffix (and all "
+            "weights of the layers behind it), or merged (the merged layers' weights). Default: patch, and merged for "
+            "what merge wrote.",
             show_default=False,
         ),
     ] = None,
@@ -87,8 +89,22 @@ def distill(
     loss: Annotated[
         str, typer.Option("--loss", help="tail (one bucket for the rest), topk (the paper's), or full.")
     ] = "tail",
+    label_weight: Annotated[
+        float,
+        typer.Option(
+            "--label-weight",
+            metavar="X",
+            help="Of the text's own next tokens in what is learnt; the teacher's distribution has the rest. It adapts "
+            "the model to the text.",
+        ),
+    ] = 0.0,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", metavar="X", help="Peak; scales and gains take ten times as much.")
+        float,
+        typer.Option(
+            "--learning-rate",
+            metavar="X",
+            help="Peak; scales and gains take ten times as much, but with suffix the same.",
+        ),
     ] = 3e-4,
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", metavar="N", min=0, help="Linear warm-up.")] = 5,
     weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="X", min=0)] = 0.0,
@@ -193,12 +209,13 @@ def distill(
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
-    from linearpatch_kernels.text import fingerprint_tokenizer
+    from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
 
     settings = TrainingSettings(
         steps=steps,
         train=train or "patch",
         loss=loss,
+        label_weight=label_weight,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         weight_decay=weight_decay,
@@ -226,14 +243,18 @@ def distill(
     run = Reporter()
     progress = run if processes.first else None
     with run.stage("load the models"):
-        student, tokenizer = load(str(directory), dtype, place, trust_remote_code)
-        dense, its_tokenizer = load(teacher, dtype, place, trust_remote_code, teacher_device_map)
-    _check_teacher(
-        directory, source, student, dense, fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(its_tokenizer)
-    )
-    check_output(output, parameter_bytes(student), overwrite=True)
+        shallower = find_model(str(directory), dtype, place, trust_remote_code)
+        deeper = find_model(teacher, dtype, place, trust_remote_code, teacher_device_map)
+        tokenizer = _check_teacher(directory, source, shallower, deeper)
     with run.stage("tokenise"):
-        windows = _windows(student, tokenizer, texts, settings, heldout, length)
+        windows = _windows(shallower, tokenizer, texts, settings, heldout, length)
+    with run.stage("load the models"):
+        student, dense = shallower.load(), deeper.load()
+    if source.model and source.model != fingerprint_model(dense):
+        raise InputError(
+            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
+        )
+    check_output(output, parameter_bytes(student), overwrite=True)
     student = source.prepare(student, patch, rank, structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train)
@@ -313,7 +334,7 @@ class _Windows:
 
 
 def _windows(
-    model: PreTrainedModel, tokenizer: Any, texts: Texts, settings: TrainingSettings, heldout: int, length: int
+    model: ModelSource, tokenizer: Any, texts: Texts, settings: TrainingSettings, heldout: int, length: int
 ) -> _Windows:
     import torch
 
@@ -348,23 +369,18 @@ def _windows(
     return _Windows(everything, range(training), range(training, training + heldout), evaluation, source, texts.source)
 
 
-def _check_teacher(
-    directory: Path, source: Shallower, student: PreTrainedModel, dense: PreTrainedModel, its: str, theirs: str
-) -> None:
-    from linearpatch_kernels.modeling.families import hidden_size, num_layers
-    from linearpatch_kernels.text import fingerprint_model
+def _check_teacher(directory: Path, source: Shallower, student: ModelSource, teacher: ModelSource) -> Any:
+    """The tokenizer of both; InputError where what is known before the weights are loaded does not fit together."""
+    from linearpatch_kernels.text import fingerprint_tokenizer
 
-    if num_layers(dense) != source.num_layers or hidden_size(dense) != hidden_size(student):
+    if teacher.num_layers != source.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(
-            f"{directory} was made from a model of {source.num_layers} layers of width {hidden_size(student)} and the "
-            f"teacher has {num_layers(dense)} of width {hidden_size(dense)}: give the model it was made from"
+            f"{directory} was made from a model of {source.num_layers} layers of width {student.hidden_size} and the "
+            f"teacher has {teacher.num_layers} of width {teacher.hidden_size}: give the model it was made from"
         )
-    if its != theirs:
+    if fingerprint_tokenizer(student.tokenizer) != fingerprint_tokenizer(teacher.tokenizer):
         raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was made from")
-    if source.model and source.model != fingerprint_model(dense):
-        raise InputError(
-            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
-        )
+    return student.tokenizer
 
 
 def _quality_before(

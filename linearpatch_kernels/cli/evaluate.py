@@ -49,12 +49,14 @@ def evaluate(
     batch_size: BatchSize = 1,
 ) -> None:
     """Perplexity of MODEL; with --teacher its top-1 agreement and KL; with --tasks zero-shot accuracy."""
+    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
 
+    check_alone("evaluate")
     check_json(json_file)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if limit is not None and tasks is None:

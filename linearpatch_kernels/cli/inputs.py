@@ -58,15 +58,6 @@ def find_model(
     )
 
 
-def load(
-    source: str, dtype: str, device: str | None, trust_remote_code: bool, device_map: str | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """MODEL and its tokenizer."""
-    found = find_model(source, dtype, device, trust_remote_code, device_map)
-    tokenizer = found.tokenizer
-    return found.load(), tokenizer
-
-
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""

@@ -133,6 +133,7 @@ def merge(
     batch_size: BatchSize = 4,
 ) -> None:
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.surgery.fitting import FITS
@@ -148,6 +149,7 @@ def merge(
     from linearpatch_kernels.surgery.pruning import check_rank
     from linearpatch_kernels.text import fingerprint_model
 
+    check_alone("merge")
     if variant is not None and variant not in VARIANTS:
         raise InputError(f"no variant is called {variant!r}: choose one of {', '.join(VARIANTS)}")
     if heal is not None and heal not in (REFIT, *FITS):

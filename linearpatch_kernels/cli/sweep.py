@@ -73,6 +73,7 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
+    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.surgery.fitting import FITS
@@ -82,6 +83,7 @@ def sweep(
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
     from linearpatch_kernels.text import fingerprint_model
 
+    check_alone("sweep")
     names = list(dict.fromkeys(name.strip() for name in fits.split(",")))
     for name in names:
         if name not in FITS:

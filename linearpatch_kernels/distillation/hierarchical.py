@@ -248,8 +248,8 @@ class _Together:
         self.measured: Sequence[str] = list(dict.fromkeys(("tail", "topk", settings.loss, LAYERS)))
         self.about: Mapping[str, Any] = dataclasses.asdict(hierarchy)
 
-    def inputs(self, windows: Sequence[int]) -> tuple[Any, ...]:
-        batch = self._store.batch(windows, [self._begin, *self._depths])
+    def inputs(self, windows: Sequence[int], label_weight: float = 0.0) -> tuple[Any, ...]:
+        batch = self._store.batch(windows, [self._begin, *self._depths]).with_labels(label_weight)
         state = joint_state(self._student, batch, self._begin)
         targets = [batch.states[depth].to(state.device) for depth in self._depths]
         return state, batch.probs.to(state.device), batch.ids.to(state.device), targets
@@ -290,7 +290,7 @@ class _Alone:
         self.measured: Sequence[str] = [LAYERS]
         self.about: Mapping[str, Any] = {"span": str(span), "error": hierarchy.error}
 
-    def inputs(self, windows: Sequence[int]) -> tuple[Any, ...]:
+    def inputs(self, windows: Sequence[int], label_weight: float = 0.0) -> tuple[Any, ...]:
         states = self._store.batch(windows, list(self._span)).states
         return tuple(states[depth].to(self._like.device, self._like.dtype) for depth in self._span)
 

@@ -48,6 +48,13 @@ def launched_processes() -> Processes:
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device, _exchange)
 
 
+def check_alone(command: str) -> None:
+    """InputError where a launcher started several processes of a command that would do all its work in each."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise InputError(f"{command} runs in one process and {count} were started: start it without torchrun")
+
+
 def _exchange(one: Any) -> list[Any]:
     # accelerate's own gathering of objects joins lists, and leaves out what is not one.
     found: list[Any] = [None] * torch.distributed.get_world_size()

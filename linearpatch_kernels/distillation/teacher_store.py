@@ -353,6 +353,24 @@ class TeacherBatch(NamedTuple):
     ids: Tensor
     states: dict[int, Tensor]
 
+    def with_labels(self, weight: float) -> TeacherBatch:
+        """The answers mixed with the text's own next tokens: (1 - weight) p + weight [is the next token].
+
+        The last position of a window has no next token and keeps the teacher's. A next token that is not among the K
+        takes the place of the least likely of them.
+        """
+        if weight == 0:
+            return self
+        labels = self.input_ids[:, 1:, None].to(self.ids.dtype)
+        probs, ids = self.probs.clone(), self.ids.clone()
+        before = probs[:, :-1], ids[:, :-1]
+        missing = (before[1] != labels).all(-1, keepdim=True)
+        last = torch.arange(ids.shape[-1]) == before[0].argmin(-1, keepdim=True)
+        replaced = missing & last
+        before[1].copy_(torch.where(replaced, labels, before[1]))
+        before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_(weight * (before[1] == labels))
+        return self._replace(probs=probs, ids=ids)
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherStore:

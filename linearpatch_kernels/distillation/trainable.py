@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers, linear_layers, merge_tree, norm_gains
 from linearpatch_kernels.modeling.patched import patches
 
-TRAIN = ("patch", "patch+norms", "lora", "merged")
+TRAIN = ("patch", "patch+norms", "lora", "suffix", "merged")
 """The patches alone; they and the RMSNorm gains from them on; and LoRA on the projections from them on too; the patches
-and all weights of the merged layers (CoMe). Without patches "them" is the first merged layer."""
+and all weights of the layers from them on; the patches and all weights of the merged layers (CoMe). Without patches
+"them" is the first merged layer."""
 
 # Relative to --learning-rate: gains and scales are near 1 and each of them moves a whole channel.
 _RATES = {"matrix": 1.0, "vector": 10.0}
+# Where the matrices around a gain are trained whole, they do that themselves.
+_RATES_OF_WHOLE_LAYERS = {"matrix": 1.0, "vector": 1.0}
 
 
 @dataclasses.dataclass
@@ -28,12 +32,14 @@ class Trainable:
     Attributes:
         parameters: float32, in the order of the model.
         dtype: what they were, and become again.
+        rates: of matrices and of vectors, relative to the learning rate.
         wrapper: the PEFT model around the student, None without LoRA.
     """
 
     student: PreTrainedModel
     parameters: dict[str, nn.Parameter]
     dtype: torch.dtype
+    rates: Mapping[str, float]
     wrapper: Any = None
 
     @property
@@ -46,7 +52,7 @@ class Trainable:
         kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": []}
         for parameter in self.parameters.values():
             kinds["matrix" if parameter.dim() > 1 else "vector"].append(parameter)
-        return [{"params": found, "rate": _RATES[kind]} for kind, found in kinds.items() if found]
+        return [{"params": found, "rate": self.rates[kind]} for kind, found in kinds.items() if found]
 
     def release(self) -> None:
         """Merge LoRA into the weights, give the parameters back their dtype, and freeze nothing any more."""
@@ -70,8 +76,10 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
         _need_peft()
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
-    if train in ("patch+norms", "lora"):
+    if train in ("patch+norms", "lora", "suffix"):
         chosen |= {id(parameter) for parameter in norm_gains(student, begin).values()}
+    if train == "suffix":
+        chosen |= {id(parameter) for layer in decoder_layers(student)[begin:] for parameter in layer.parameters()}
     if train == "merged":
         merged = [layer for layer, node in enumerate(merge_tree(student)) if isinstance(node, list)]
         if not merged:
@@ -107,7 +115,8 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
     for name in names:
         _own(student, name, torch.float32).requires_grad_(True)
     trained = dict(student.named_parameters())
-    return Trainable(student, {name: trained[name] for name in names}, dtype, wrapper)
+    rates = _RATES_OF_WHOLE_LAYERS if train == "suffix" else _RATES
+    return Trainable(student, {name: trained[name] for name in names}, dtype, rates, wrapper)
 
 
 def _own(student: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -38,6 +38,9 @@ LOSSES = ("tail", "topk", "full")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# Writing checkpoints may take one part in so many of a run: those of a whole suffix are large.
+_SHARE_OF_CHECKPOINTS = 50
+
 _STATE = "state.safetensors"
 _LOG = "log.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +54,9 @@ class TrainingSettings:
         steps: optimizer steps.
         train: of `trainable.TRAIN`.
         loss: of `LOSSES`.
-        learning_rate: its peak; gains and scales take ten times as much.
+        label_weight: of the text's own next tokens in what is learnt, beside the teacher's distribution, which has the
+            rest (`TeacherBatch.with_labels`); 0: the teacher's alone. Held-out windows are always measured against it.
+        learning_rate: its peak; gains and scales take ten times as much, but beside whole layers (``suffix``) the same.
         final_share: the cosine ends at this share of the peak (the paper's is 1/20).
         warmup_steps: linear, before the cosine.
         weight_decay: AdamW's; it pulls towards zero, which is no place for a patch, so 0 unless told.
@@ -72,6 +77,7 @@ class TrainingSettings:
     steps: int = 100
     train: str = "patch"
     loss: str = "tail"
+    label_weight: float = 0.0
     learning_rate: float = 3e-4
     final_share: float = 0.05
     warmup_steps: int = 5
@@ -97,6 +103,8 @@ class TrainingSettings:
         for name in ("warmup_steps", "weight_decay", "clip", "evaluate_every", "patience", "final_share"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, nor {getattr(self, name)}")
+        if not 0 <= self.label_weight <= 1:
+            raise InputError(f"--label-weight must be between 0 and 1, not {self.label_weight}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
 
@@ -241,8 +249,8 @@ class Objective(Protocol):
     measured: Sequence[str]
     about: Mapping[str, Any]
 
-    def inputs(self, windows: Sequence[int]) -> tuple[Tensor, ...]:
-        """What the module takes for these windows of the store."""
+    def inputs(self, windows: Sequence[int], label_weight: float = 0.0) -> tuple[Any, ...]:
+        """What the module takes for these windows of the store, their next tokens mixed in with this weight."""
         ...
 
 
@@ -274,8 +282,8 @@ class JointObjective:
         self.measured: Sequence[str] = list(dict.fromkeys(("tail", "topk", settings.loss)))
         self.about: Mapping[str, Any] = {}
 
-    def inputs(self, windows: Sequence[int]) -> tuple[Tensor, ...]:
-        batch = self._store.batch(windows, [self._begin])
+    def inputs(self, windows: Sequence[int], label_weight: float = 0.0) -> tuple[Any, ...]:
+        batch = self._store.batch(windows, [self._begin]).with_labels(label_weight)
         state = joint_state(self._student, batch, self._begin)
         return state, batch.probs.to(state.device), batch.ids.to(state.device)
 
@@ -310,7 +318,7 @@ def distill(
         joint: the student's first joint or merged layer; nothing before it differs from the teacher.
         training, heldout: numbers of windows in the store.
         directory: for the checkpoint and the log.
-        checkpoint_seconds: between two checkpoints; 0: after every step.
+        checkpoint_seconds: at least, between two checkpoints; 0: after every step.
         processes: of one global batch (data parallel, by accelerate).
         on_step: called after every step.
         objective: what is minimised; the loss of the settings, unless told.
@@ -389,6 +397,7 @@ class _Run:
     ) -> Distillation:
         self._resume()
         begin = saved = time.monotonic()
+        pause = checkpoint_seconds
         earlier = self.seconds
         if not self.curve:
             self._look(heldout)
@@ -403,9 +412,12 @@ class _Run:
                 line |= {f"heldout_{name}": value for name, value in self._look(heldout).items() if name != "step"}
             self._write_log(line)
             self.seconds = earlier + time.monotonic() - begin
-            if time.monotonic() - saved >= checkpoint_seconds or self.step == self.settings.steps:
+            started = time.monotonic()
+            if started - saved >= pause or self.step == self.settings.steps:
                 self._save()
                 saved = time.monotonic()
+                if checkpoint_seconds:
+                    pause = max(checkpoint_seconds, _SHARE_OF_CHECKPOINTS * (saved - started))
             if on_step is not None:
                 on_step(
                     Step(
@@ -438,8 +450,8 @@ class _Run:
         mine, size = windows[self.processes.rank :: self.processes.count], self.settings.micro_batch
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
-    def _losses(self, windows: Sequence[int], losses: Sequence[str]) -> Tensor:
-        result: Tensor = self.loss(*self.objective.inputs(windows), losses=losses)
+    def _losses(self, windows: Sequence[int], losses: Sequence[str], label_weight: float = 0.0) -> Tensor:
+        result: Tensor = self.loss(*self.objective.inputs(windows, label_weight), losses=losses)
         return result
 
     def _train_step(self, windows: Sequence[int]) -> dict[str, float]:
@@ -455,7 +467,7 @@ class _Run:
             alone = self.accelerator is None or last
             # Only the last pass of a step has gradients to exchange.
             with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
-                losses = self._losses(micro, list(self.objective.weights))
+                losses = self._losses(micro, list(self.objective.weights), self.settings.label_weight)
                 weights = torch.tensor(list(self.objective.weights.values())).to(losses)
                 loss = (losses @ weights) * (len(micro) * share)
                 loss.backward()

@@ -169,7 +169,7 @@ def test_a_group_on_its_own_learns_and_touches_nothing_else(
     assert changed(teacher, state_of(dense)) == set()
 
 
-@pytest.mark.parametrize("what", ["merged", "patch+norms", "lora"])
+@pytest.mark.parametrize("what", ["merged", "patch+norms", "lora", "suffix"])
 def test_only_what_was_chosen_moves(what: str, dense: PreTrainedModel, windows: Tensor, states: TeacherStore) -> None:
     student = merged_of(dense, windows)
     teacher, before = state_of(dense), state_of(student)
@@ -182,7 +182,7 @@ def test_only_what_was_chosen_moves(what: str, dense: PreTrainedModel, windows: 
         assert after == {name for name in before if name.startswith(MERGED)}
     else:
         assert "model.norm.weight" in after
-        assert bool([name for name in after if "_proj" in name]) == (what == "lora")
+        assert bool([name for name in after if "_proj" in name]) == (what in ("lora", "suffix"))
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 

@@ -242,3 +242,28 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(
     assert os.listdir(place) == ["request.json"]
     write_teacher_store(dense, windows, place, top_k=10, shard_windows=5)
     assert contents(place) == contents(store.directory)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_the_next_tokens_mixed_in(store: TeacherStore, weight: float) -> None:
+    batch = store.batch([0, 4, 7])
+    mixed = batch.with_labels(weight)
+    assert torch.equal(mixed.input_ids, batch.input_ids)
+    outside = 0
+    for window in range(3):
+        for position in range(20):
+            ids, probs = batch.ids[window, position].tolist(), batch.probs[window, position].tolist()
+            wanted = {i: (1 - weight) * p for i, p in zip(ids, probs, strict=True)}
+            if position == 19:
+                wanted = dict(zip(ids, probs, strict=True))
+            else:
+                label = int(batch.input_ids[window, position + 1])
+                if label not in wanted:
+                    outside += 1
+                    del wanted[ids[probs.index(min(probs))]]
+                wanted[label] = wanted.get(label, 0.0) + weight
+            found = dict(zip(mixed.ids[window, position].tolist(), mixed.probs[window, position].tolist(), strict=True))
+            assert found == pytest.approx(wanted, rel=1e-6, abs=1e-8)
+    assert 0 < outside < 57
+    assert torch.equal(batch.probs, store.batch([0, 4, 7]).probs)  # what was read is as it was
+    assert batch.with_labels(0) is batch

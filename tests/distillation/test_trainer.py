@@ -134,7 +134,7 @@ def test_the_prefix_runs_without_gradients_and_not_at_all_where_its_states_are_k
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("what", ["patch", "patch+norms", "lora"])
+@pytest.mark.parametrize("what", ["patch", "patch+norms", "lora", "suffix"])
 def test_every_family_learns(family: str, what: str, windows: Tensor, tmp_path: Path) -> None:
     model = tiny_model(family)
     teacher = state_of(model)
@@ -147,7 +147,7 @@ def test_every_family_learns(family: str, what: str, windows: Tensor, tmp_path: 
     assert {name for name in after if ".patch." in name} == {"model.layers.2.patch.weight"}
     assert not [name for name in after if "layers.0." in name or "layers.1." in name or "embed" in name]
     assert bool([name for name in after if "norm" in name]) == (what != "patch")
-    assert bool([name for name in after if "_proj" in name]) == (what == "lora")
+    assert bool([name for name in after if "_proj" in name]) == (what in ("lora", "suffix"))
     assert changed(teacher, state_of(model)) == set()
     # What it was left with is what the held-out windows were measured with.
     assert measured(student, store) == pytest.approx(run.heldout(run.best_step), rel=1e-4)
@@ -160,6 +160,29 @@ def measured(student: PreTrainedModel, store: TeacherStore) -> float:
     with torch.no_grad():
         logits = student(batch.input_ids).logits.flatten(0, 1)
     return float(topk_kl_loss(logits, batch.probs.flatten(0, 1), batch.ids.flatten(0, 1), normalization="tail"))
+
+
+def test_the_next_tokens_alone_can_be_learnt(dense: PreTrainedModel, windows: Tensor, store: TeacherStore) -> None:
+    """With all of the weight on them, the loss is the cross-entropy of the text itself."""
+    student, tokens = student_of(dense), windows[:9]
+
+    def cross_entropy(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = student(tokens).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+
+    before = cross_entropy(tokens).mean()
+    first = int(torch.randperm(9, generator=torch.Generator().manual_seed(0))[0])
+    batch = store.batch([first])
+    with torch.no_grad():
+        end = student(batch.input_ids).logits[0, -1:]
+    last = topk_kl_loss(end, batch.probs[0, -1:], batch.ids[0, -1:], normalization="tail")
+    settings = TrainingSettings(steps=30, learning_rate=3e-3, train="suffix", label_weight=1.0)
+    start = cross_entropy(tokens[first : first + 1]).sum()
+    run = distill(student, store, joint=JOINT, training=TRAINING, heldout=TRAINING, settings=settings)
+    assert run.log[0]["loss"] == pytest.approx(float(start + last) / 20, rel=1e-5)
+    assert run.best_step > 0
+    assert cross_entropy(tokens).mean() < 0.9 * before
 
 
 def test_logits_that_are_capped(windows: Tensor, tmp_path: Path) -> None:
