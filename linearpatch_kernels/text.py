@@ -231,13 +231,14 @@ def _spread_bodies(tokenizer: Any, text: str, body: int, count: int) -> list[lis
 
 
 def _consecutive_bodies(tokenizer: Any, text: str, body: int, count: int | None) -> list[list[int]]:
-    stream = [token for ids in _token_ids(tokenizer, list(_pieces(text))) for token in ids]
+    # One at a time: what a tokenizer keeps beside the ids is many times as large.
+    stream = [token for piece in _pieces(text) for ids in _token_ids(tokenizer, [piece]) for token in ids]
     total = len(stream) // body
     needed = count if count is not None else 1
     if total < needed:
         raise InputError(
             f"the text is too short: it has {len(stream)} tokens and {needed} x {body} = {needed * body} are needed; "
-            "give a longer text, or fewer windows (--samples, --windows) or shorter ones (--length)"
+            "give a longer text, or fewer or shorter windows (--length)"
         )
     chosen = range(total) if count is None else [total * i // count for i in range(count)]
     return [stream[k * body : (k + 1) * body] for k in chosen]

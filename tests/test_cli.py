@@ -787,6 +787,26 @@ def test_several_processes_of_a_command_for_one_are_refused(
     assert f"{command} runs in one process and 2 were started: start it without torchrun" in line
 
 
+@pytest.mark.parametrize("command", ["prune", "sweep", "merge"])
+def test_the_model_itself_is_not_replaced(world: World, run: Run, tmp_path: Path, command: str) -> None:
+    model = Path(shutil.copytree(world.pruned, tmp_path / "model"))
+    before = tree(tmp_path)
+    amount = ["--layers", 3] if command == "merge" else ["--drop", 1]
+    line = refusal(run(command, model, *amount, "-o", model, "--text", world.text))
+    assert "model, which is still needed: give another directory" in line
+    assert tree(tmp_path) == before
+
+
+def test_a_model_narrower_than_the_default_rank(world: World, run: Run, tmp_path: Path) -> None:
+    flags = ["--samples", "6", "--length", "24", "--text", world.text]
+    assert run("prune", world.model, "--drop", 2, "--fit", "low-rank", "-o", tmp_path / "out", *flags).status == 0
+    patch = PrunePlan.load(tmp_path / "out").joints[0].patch
+    assert patch is not None
+    assert patch.description()["rank"] == WIDTH
+    refused = run("prune", world.model, "--drop", 2, "--rank", 64, "-o", tmp_path / "two", *flags)
+    assert f"give --rank 1 to {WIDTH}" in refusal(refused)
+
+
 @pytest.mark.parametrize("command", ["prune", "sweep"])
 def test_outputs_are_refused_before_the_model(
     world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

@@ -156,6 +156,12 @@ def test_every_loss(world: World, run: Run, tmp_path: Path, loss: str) -> None:
     assert curve[-1][loss] < curve[0][loss]
 
 
+def test_the_next_tokens_are_told_of(world: World, run: Run, tmp_path: Path) -> None:
+    assert run(*arguments(world, tmp_path / "out", "--label-weight", "0.3")).status == 0
+    assert "likeliest tokens, 30% the text's own next tokens" in (tmp_path / "out" / "report" / "report.md").read_text()
+    assert summary(tmp_path / "out")["distillation"]["label_weight"] == 0.3
+
+
 @pytest.mark.parametrize("form", ["scale", "scales", "low-rank", "dense"])
 def test_a_plain_removal_gets_a_patch(world: World, run: Run, tmp_path: Path, plain: Path, form: str) -> None:
     flags = ["--patch", form, "--rank", 4, "--learning-rate", "5e-3"]
@@ -280,6 +286,7 @@ CASES: dict[str, tuple[list[object], str]] = {
     "rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
     "labels": (["--label-weight", "1.5"], "--label-weight must be between 0 and 1, not 1.5"),
     "steps": (["--steps", "0"], "--steps"),
+    "one-token": (["--top-k", "1", "--loss", "topk"], "there is nothing to learn"),
     "top-k": (["--top-k", "400"], "--top-k 400 is not between 1 and the vocabulary's 384"),
     "rank": (["--patch", "low-rank", "--rank", "49"], "--rank 49 is not between 1 and the model's width 48"),
     "structured": (["--patch", "scale", "--structured", "4"], "--structured is for dense patches"),
@@ -306,6 +313,44 @@ def test_one_process_for_a_teacher_on_all_devices(
     )
     flags = ["--teacher-device-map", "auto", "--batch-size", "2"]
     assert "start only one" in refusal(run(*arguments(world, tmp_path / "out", *flags)))
+
+
+def test_what_is_still_needed_is_not_replaced(world: World, run: Run, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(world.pruned, tmp_path / "teacher"))
+    before = tree(tmp_path)
+    flags = ["--text", world.text, *QUICK]
+    said = refusal(run("distill", world.pruned, "--teacher", teacher, "-o", teacher, *flags))
+    assert "teacher, which is still needed: give another directory" in said
+    assert "still needed" in refusal(run("distill", teacher, "--teacher", world.model, "-o", teacher, *flags))
+    inside = refusal(run(*arguments(world, tmp_path / "out", "--store", tmp_path / "out" / "store")))
+    assert "is inside the output, which is replaced whole: give another --store" in inside
+    assert tree(tmp_path) == before
+
+
+def test_what_others_keep_beside_the_output_stays(
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output in a home directory that the shell left to us, and a note in what looks like a folder of ours."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "notes.txt").write_text("mine")
+    command = arguments(world, Path("~/out"))
+    assert run(*command).status == 0
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.work"]
+    assert os.listdir(tmp_path / "out.work") == ["notes.txt"]
+
+
+def test_a_patch_behind_that_of_an_earlier_cut_is_refused(world: World, run: Run, tmp_path: Path) -> None:
+    """Both would be trained, and the plan could tell of one."""
+    joint = PrunePlan.load(world.pruned).spans[0].start
+    twice = tmp_path / "twice"
+    flags = ["--spans", f"{joint - 1}:{joint}", "--text", world.text, *SMALL]
+    assert call("prune", world.pruned, "-o", twice, *flags) == 0
+    said = refusal(
+        run("distill", twice, "--teacher", world.pruned, "-o", tmp_path / "out", "--text", world.text, *QUICK)
+    )
+    assert "distil before the second cut, or make both cuts in one go" in said
+    assert os.listdir(tmp_path) == ["twice"]
 
 
 def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain: Path) -> None:
@@ -424,6 +469,15 @@ def test_merged_layers_are_distilled_layer_by_layer(world: World, run: Run, merg
     # And once more from there, on norms alone.
     again = run(*arguments(world, tmp_path / "again", "--train", "patch+norms", source=out))
     assert again.status == 0
+
+
+def test_a_teacher_that_was_merged_itself_is_refused(world: World, run: Run, merged: Path, tmp_path: Path) -> None:
+    """Its layers have other numbers than those that the merged layers are told to stand for."""
+    flags = [flag for flag in SMALL if flag not in ("--rank", "4")]
+    deeper = ["--layers", LAYERS - 3, "--variant", "come", "--text", world.text, *flags]
+    assert call("merge", merged, "-o", tmp_path / "twice", *deeper) == 0
+    command = ["distill", tmp_path / "twice", "--teacher", merged, "-o", tmp_path / "out", "--text", world.text]
+    assert "merge the first model in one go" in refusal(run(*command, *QUICK))
 
 
 def test_what_is_refused_for_merged_layers(world: World, run: Run, merged: Path, tmp_path: Path) -> None:

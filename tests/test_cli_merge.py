@@ -73,6 +73,7 @@ def test_the_flags_reach_the_merges(world: World, run: Run, tmp_path: Path) -> N
         (["--layers", "3", "--variant", "best"], "no variant"),
         (["--layers", "3", "--skip-score", "best"], "no skip score"),
         (["--layers", "3", "--heal", "best"], "is no way to heal"),
+        (["--layers", "3", "--samples", "3"], "--samples 3 is too few for a refit"),
         (["--layers", "0"], "--layers"),
         ([], "--layers"),
         (["--layers", "3", "--least-share", "0.7"], "least share"),

@@ -26,14 +26,17 @@ from linearpatch_kernels.cli.inputs import (
     read_texts,
     title_of,
 )
-from linearpatch_kernels.cli.options import JsonFile, Length, Samples
+from linearpatch_kernels.cli.options import JsonFile, Length, Samples, from_home
 from linearpatch_kernels.cli.prune import report_data, summarise, usage
 from linearpatch_kernels.errors import InputError
 
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the two models and the report go.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", callback=from_home
+        ),
     ] = Path("demo-output"),
     drop: Annotated[int, typer.Option("--drop", metavar="N", min=1, help="How many of the 30 layers to remove.")] = 6,
     samples: Samples = 64,
@@ -44,6 +47,7 @@ def demo(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.report import QualityRow
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
@@ -55,6 +59,7 @@ def demo(
     from linearpatch_kernels.surgery.selection import compare_candidates, fitted_joints
     from linearpatch_kernels.text import fingerprint_model
 
+    check_alone("demo")
     places = {
         "healed (auto)": output / "auto",
         "healed (structured)": output / "structured",

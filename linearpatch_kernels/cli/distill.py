@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -23,7 +24,15 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import EVALUATION_WINDOWS, Texts, find_model, read_texts, title_of, windows_up_to
+from linearpatch_kernels.cli.inputs import (
+    EVALUATION_WINDOWS,
+    Texts,
+    find_model,
+    on_disk,
+    read_texts,
+    title_of,
+    windows_up_to,
+)
 from linearpatch_kernels.cli.options import (
     Device,
     Dtype,
@@ -85,7 +94,7 @@ def distill(
             "low-rank (and a low-rank term) or dense one first.",
         ),
     ] = "keep",
-    rank: Rank = 64,
+    rank: Rank = None,
     loss: Annotated[
         str, typer.Option("--loss", help="tail (one bucket for the rest), topk (the paper's), or full.")
     ] = "tail",
@@ -95,7 +104,7 @@ def distill(
             "--label-weight",
             metavar="X",
             help="Of the text's own next tokens in what is learnt; the teacher's distribution has the rest. It adapts "
-            "the model to the text.",
+            "the model to the text. The best step is always that nearest to the teacher.",
         ),
     ] = 0.0,
     learning_rate: Annotated[
@@ -209,6 +218,7 @@ def distill(
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.surgery.pruning import rank_for
     from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
 
     settings = TrainingSettings(
@@ -231,7 +241,14 @@ def distill(
     )
     check_form(patch)
     check_json(json_file)
-    check_output(output, overwrite=True)
+    check_output(output, overwrite=True, made_from=[directory, on_disk(teacher)])
+    if store is not None and store.expanduser().resolve().is_relative_to(output.resolve()):
+        raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
+    if loss == "topk" and top_k == 1:
+        raise InputError(
+            "one likeliest token alone always has all of the mass, so there is nothing to learn: give a "
+            "larger --top-k, or another --loss"
+        )
     source = open_shallower(directory, HierarchySettings(layer_weight, layer_error, group_steps))
     settings = dataclasses.replace(settings, train=train or source.default_train)
     texts = read_texts(text, heldout_text)
@@ -255,7 +272,8 @@ def distill(
             f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
         )
     check_output(output, parameter_bytes(student), overwrite=True)
-    student = source.prepare(student, patch, rank, structured)
+    source.check_teacher(dense)
+    student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train)
     place_of_work = output.with_name(f"{output.name}.work")
@@ -306,7 +324,10 @@ def distill(
     files["summary.json"] = json_text(summary).encode()
     with run.stage("save"):
         save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
-    shutil.rmtree(place_of_work, ignore_errors=True)
+    for part in ("store", "run"):
+        shutil.rmtree(place_of_work / part, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what else somebody keeps there stays
+        place_of_work.rmdir()
     print_quality(found, windows.evaluation_source)
     print_table(*distillation_table(summary["distillation"]))
     if costs:
@@ -452,9 +473,10 @@ def _about(
 def distillation_table(about: Mapping[str, Any]) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
     """What `print_table` takes: a run in a few rows."""
     curve = {int(point["step"]): point for point in about["curve"]}
+    labels = f", {about['label_weight']:.0%} the text's own next tokens" if about.get("label_weight") else ""
     rows = [
         ["trained", f"{about['train']}: {about['parameters']:,} parameters"],
-        ["loss", f"{about['loss']} over the teacher's {about['top_k']} likeliest tokens"],
+        ["loss", f"{about['loss']} over the teacher's {about['top_k']} likeliest tokens{labels}"],
         ["text", f"{about['training_windows']} windows of {about['length']} tokens from {about['text']}"],
         ["steps", f"{about['steps_made']} of {about['steps']}, the best is {about['best_step']}"],
         ["held-out KL", f"{curve[0]['tail']:.4f} before, {curve[about['best_step']]['tail']:.4f} after"],

@@ -58,6 +58,11 @@ def find_model(
     )
 
 
+def on_disk(model: str) -> str | None:
+    """MODEL as a path that may be there; 'demo' is none, whatever lies under that name."""
+    return None if model == "demo" else model
+
+
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""

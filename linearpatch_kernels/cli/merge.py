@@ -29,6 +29,7 @@ from linearpatch_kernels.cli.inputs import (
     heldout_windows,
     make_windows,
     num_layers_of,
+    on_disk,
     read_texts,
     title_of,
 )
@@ -121,7 +122,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    rank: Rank = 64,
+    rank: Rank = None,
     text: Text = None,
     heldout_text: HeldoutText = None,
     samples: Samples = 64,
@@ -137,7 +138,14 @@ def merge(
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.merge_healing import REFIT, can_refit, check_refit, heal_merges, refit_merges
+    from linearpatch_kernels.surgery.merge_healing import (
+        REFIT,
+        REFIT_WINDOWS,
+        can_refit,
+        check_refit,
+        heal_merges,
+        refit_merges,
+    )
     from linearpatch_kernels.surgery.merge_plan import MergePlan
     from linearpatch_kernels.surgery.merge_search import (
         VARIANTS,
@@ -146,7 +154,7 @@ def merge(
         default_variant,
         plan_merging,
     )
-    from linearpatch_kernels.surgery.pruning import check_rank
+    from linearpatch_kernels.surgery.pruning import check_rank, rank_for
     from linearpatch_kernels.text import fingerprint_model
 
     check_alone("merge")
@@ -164,11 +172,17 @@ def merge(
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
     check_json(json_file)
-    check_output(output, overwrite=True)
+    check_output(output, overwrite=True, made_from=[on_disk(model)])
     run = Reporter()
     texts = read_texts(text, heldout_text)
+    if samples < REFIT_WINDOWS and heal in (None, REFIT):
+        raise InputError(
+            f"--samples {samples} is too few for a refit, which fits on some and chooses on others: give at least "
+            f"{REFIT_WINDOWS}, or another --heal"
+        )
     source = find_model(model, dtype, device, trust_remote_code)
     check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
+    rank = rank_for(rank, source.hidden_size)
     check_rank(rank, source.hidden_size, [heal or REFIT])
     with run.stage("load the model"):
         tokenizer = source.tokenizer

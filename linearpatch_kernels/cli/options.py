@@ -10,8 +10,18 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or 'demo'.", show_default=False)
 ]
+
+
+def from_home(path: Path) -> Path:
+    """A shell leaves the ~ of --output=~/there as it is."""
+    return path.expanduser()
+
+
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False)
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False, callback=from_home
+    ),
 ]
 Drop = Annotated[
     int | None, typer.Option("--drop", metavar="N", min=1, help="How many layers to remove.", show_default=False)
@@ -45,7 +55,16 @@ ScoreOrLoss = Annotated[
         "keeps the one with the lowest held-out loss).",
     ),
 ]
-Rank = Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Rank of the low-rank fits.")]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="R",
+        min=1,
+        help="Rank of the low-rank fits (default: 64, or the model's width where that is less).",
+        show_default=False,
+    ),
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option(

@@ -24,6 +24,7 @@ from linearpatch_kernels.cli.inputs import (
     find_model,
     heldout_windows,
     make_windows,
+    on_disk,
     read_texts,
     title_of,
 )
@@ -72,7 +73,7 @@ def prune(
             "hadamard-low-rank, least-squares or shrunk-least-squares.",
         ),
     ] = "auto",
-    rank: Rank = 64,
+    rank: Rank = None,
     structured: Annotated[bool, typer.Option("--structured", help="auto: leave the dense d x d map out.")] = False,
     text: Text = None,
     heldout_text: HeldoutText = None,
@@ -93,7 +94,7 @@ def prune(
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.fitting import DENSE_FITS
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
-    from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning
+    from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning, rank_for
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
     from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
     from linearpatch_kernels.surgery.selection import needs_moments
@@ -110,7 +111,7 @@ def prune(
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
     check_json(json_file)
-    check_output(output, overwrite=True)
+    check_output(output, overwrite=True, made_from=[on_disk(model)])
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
@@ -122,6 +123,7 @@ def prune(
     else:
         check_drop(drop, source.num_layers)
     with run.stage("tokenise"):
+        rank = rank_for(rank, source.hidden_size)
         check_rank(rank, source.hidden_size, [fit], score)
         windows = make_windows(
             source,

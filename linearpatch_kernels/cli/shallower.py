@@ -48,6 +48,10 @@ class Shallower(Protocol):
         """How many there are."""
         ...
 
+    def check_teacher(self, dense: PreTrainedModel) -> None:
+        """InputError for a teacher that the student cannot be held against."""
+        ...
+
     def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
         """The student as it goes into the training; InputError for flags that are not for it."""
         ...
@@ -116,6 +120,17 @@ class Pruned:
     @property
     def layers(self) -> int:
         return len(self.plan.kept_layers)
+
+    def check_teacher(self, dense: PreTrainedModel) -> None:
+        """A joint of the plan with a patch of the teacher's own behind it could be trained, but not be written down."""
+        from linearpatch_kernels.modeling.patched import patches
+
+        theirs = {span.start for span in self.plan.spans if {span.start, span.end} & patches(dense).keys()}
+        if theirs:
+            raise InputError(
+                f"at layer {min(theirs)} the patch stands with that of an earlier cut: distil before the second cut, "
+                "or make both cuts in one go"
+            )
 
     def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
         if form != "keep":
@@ -225,6 +240,17 @@ class Merged:
     @property
     def layers(self) -> int:
         return int(self.plan.layers)
+
+    def check_teacher(self, dense: PreTrainedModel) -> None:
+        """Which of its layers a merged layer stands for is told in those of the first model."""
+        from linearpatch_kernels.modeling.families import merge_tree
+        from linearpatch_kernels.modeling.patched import patches
+
+        if patches(dense) or any(isinstance(node, list) for node in merge_tree(dense)):
+            raise InputError(
+                "the teacher is itself a model that layers were removed from or merged in: merge the first model in "
+                "one go, and distil from that"
+            )
 
     def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
         from linearpatch_kernels.distillation.hierarchical import merged_groups

@@ -24,7 +24,7 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, read_texts, title_of
+from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, on_disk, read_texts, title_of
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -57,7 +57,7 @@ def sweep(
         str, typer.Option("--fits", metavar="A,B,...", help="Fits to compare.")
     ] = "none,linearpatch,low-rank,least-squares",
     score: Score = "cosine",
-    rank: Rank = 64,
+    rank: Rank = None,
     text: Text = None,
     heldout_text: HeldoutText = None,
     samples: Samples = 64,
@@ -77,7 +77,7 @@ def sweep(
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.pruning import check_rank
+    from linearpatch_kernels.surgery.pruning import check_rank, rank_for
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
     from linearpatch_kernels.surgery.reporting import sweep_report
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
@@ -91,7 +91,7 @@ def sweep(
     check_score(score, SCORES)
     drops = _depths(drop)
     check_json(json_file)
-    check_output(output, overwrite=True)
+    check_output(output, overwrite=True, made_from=[on_disk(model)])
     run = Reporter()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
@@ -99,6 +99,7 @@ def sweep(
     for count in drops:
         check_drop(count, source.num_layers)
     with run.stage("tokenise"):
+        rank = rank_for(rank, source.hidden_size)
         check_rank(rank, source.hidden_size, names)
         windows = make_windows(
             source,

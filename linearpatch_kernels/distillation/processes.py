@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from linearpatch_kernels.errors import InputError
+
+# A process waits for as long as a sibling works: on a shard, a group's training, the figures of the report.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +45,21 @@ class Processes:
 
 def launched_processes() -> Processes:
     """From the launcher's environment (``WORLD_SIZE``). InputError where several run and accelerate is missing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _started() < 2:
         return Processes()
     # accelerate has to be told: without it, processes on CPUs would each believe to be alone.
-    state = need_accelerate().PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
+    on_cpus = torch.accelerator.current_accelerator(check_available=True) is None
+    state = need_accelerate().PartialState(cpu=on_cpus, timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone, state.device, _exchange)
+
+
+def _started() -> int:
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def check_alone(command: str) -> None:
     """InputError where a launcher started several processes of a command that would do all its work in each."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
+    if (count := _started()) > 1:
         raise InputError(f"{command} runs in one process and {count} were started: start it without torchrun")
 
 

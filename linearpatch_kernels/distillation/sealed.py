@@ -7,11 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
@@ -21,23 +21,54 @@ _KEY = "linearpatch"
 _UNSET = b"0" * 64
 _CHUNK = 1 << 22
 _TEMPORARY = ".tmp"
+# What the stores and the states of runs are made of, as safetensors calls it.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint16: "U16",
+}
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """Write a safetensors file with JSON values ``about``; returns its checksum (SHA-256, 64 hex digits).
 
-    Same tensors and values, same bytes. The file is flushed to disk under a temporary name and then renamed.
+    Same tensors and values, same bytes. The file is flushed to disk under a temporary name and then renamed. Memory: a
+    copy of one tensor at a time (the library's own writer makes two of all of them).
 
     Raises:
         InputError: the disk is full or fails; nothing of the file is left.
     """
-    seal = json.dumps({"about": dict(about), "sha256": _UNSET.decode()})
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={_KEY: seal})
-    digest = hashlib.sha256(content).hexdigest()
-    end = _header_end(content)
-    header = content[:end].replace(_UNSET, digest.encode())
-    write_whole(path, header, memoryview(content)[end:])
-    return digest
+    # Larger elements first, so that all of them are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header(tensors, names, json.dumps({"about": dict(about), "sha256": _UNSET.decode()}))
+    state = hashlib.sha256(header)
+    with _appearing(path) as file:
+        file.write(header)
+        for name in names:
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs, before Python 3.12
+            state.update(content)
+            file.write(content)
+        file.seek(header.index(_UNSET))
+        file.write(state.hexdigest().encode())
+    return state.hexdigest()
+
+
+def _header(tensors: Mapping[str, Tensor], names: Sequence[str], seal: str) -> bytes:
+    """The length and the JSON that a safetensors file begins with."""
+    listed: dict[str, Any] = {"__metadata__": {_KEY: seal}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        listed[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    content = json.dumps(listed).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
 
 
 def read_seal(path: Path) -> tuple[dict[str, Any], str]:
@@ -71,17 +102,23 @@ def _header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file under a temporary name, flush it to disk, rename it: it appears whole or not at all.
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all.
 
     Raises:
         InputError: the disk is full or fails; nothing of the file is left.
     """
+    with _appearing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name; what was written is flushed to disk, and then the file renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

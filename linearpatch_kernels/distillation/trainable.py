@@ -65,7 +65,7 @@ class Trainable:
 
 
 def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[str]:
-    """The names of the student's own parameters that ``train`` is about, from depth ``begin`` on.
+    """The names of the student's own parameters that ``train`` is about; all of them lie from depth ``begin`` on.
 
     Raises:
         InputError: none, an unknown name, or LoRA without PEFT.
@@ -81,9 +81,10 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
     if train == "suffix":
         chosen |= {id(parameter) for layer in decoder_layers(student)[begin:] for parameter in layer.parameters()}
     if train == "merged":
-        merged = [layer for layer, node in enumerate(merge_tree(student)) if isinstance(node, list)]
+        nodes = enumerate(merge_tree(student))
+        merged = [layer for layer, node in nodes if isinstance(node, list) and layer >= begin]
         if not merged:
-            raise InputError("there is no merged layer to train: give another --train")
+            raise InputError("there is no merged layer to train from the joint on: give another --train")
         chosen |= {id(parameter) for layer in merged for parameter in decoder_layers(student)[layer].parameters()}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:

@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -305,8 +307,9 @@ def distill(
     """Train the student on the store's windows; it ends with the parameters of the best look at the held-out ones.
 
     With a ``directory`` the run can be killed at any moment: the same call goes on from its last checkpoint and, on
-    the CPU, ends with the same weights bit for bit. Memory beyond the student: the trained parameters four times in
-    float32 (AdamW's moments and the best), the activations of the suffix for ``micro_batch`` windows.
+    the CPU, ends with the same weights bit for bit. Interrupted (Ctrl-C), it finishes its step and writes one. Memory
+    beyond the student: the trained parameters five times in float32 (their own, the gradient, AdamW's moments, the
+    best), the activations of the suffix for ``micro_batch`` windows.
 
     Equivalent to AdamW on ``topk_kl_loss(student(input_ids).logits, ...)`` with everything but the trained parameters
     frozen.
@@ -377,7 +380,10 @@ class _Run:
         self.accelerator: Any = None
         if processes.count > 1:
             device = next(iter(trainable.parameters.values())).device
-            self.accelerator = need_accelerate().Accelerator(cpu=device.type == "cpu")
+            accelerate = need_accelerate()
+            # A process without held-out windows of its own makes no forward pass in which to exchange buffers.
+            options = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
+            self.accelerator = accelerate.Accelerator(cpu=device.type == "cpu", kwargs_handlers=[options])
             self.loss = self.accelerator.prepare_model(self.loss)
         # foreach would sum in another order on another device; here it would only cost memory.
         self.optimizer = torch.optim.AdamW(
@@ -401,33 +407,30 @@ class _Run:
         earlier = self.seconds
         if not self.curve:
             self._look(heldout)
-        while self.step < self.settings.steps and not self._stopped():
-            started = time.monotonic()
-            line = self._train_step(self._windows_of(self.step, training))
-            self.step += 1
-            seconds = time.monotonic() - started
-            tokens = self.settings.windows_per_step * self.length
-            line = {"step": self.step, **line, "tokens_per_second": tokens / seconds}
-            if self.settings.looks(self.step):
-                line |= {f"heldout_{name}": value for name, value in self._look(heldout).items() if name != "step"}
-            self._write_log(line)
-            self.seconds = earlier + time.monotonic() - begin
-            started = time.monotonic()
-            if started - saved >= pause or self.step == self.settings.steps:
-                self._save()
-                saved = time.monotonic()
-                if checkpoint_seconds:
-                    pause = max(checkpoint_seconds, _SHARE_OF_CHECKPOINTS * (saved - started))
-            if on_step is not None:
-                on_step(
-                    Step(
-                        self.step,
-                        self.settings.steps,
-                        line["loss"],
-                        self.curve[-1][self.objective.measured[0]],
-                        line["tokens_per_second"],
-                    )
-                )
+        with _noticing_interrupts() as interrupts:
+            while self.step < self.settings.steps and not self._stopped():
+                started = time.monotonic()
+                line = self._train_step(self._windows_of(self.step, training))
+                self.step += 1
+                seconds = time.monotonic() - started
+                tokens = self.settings.windows_per_step * self.length
+                line = {"step": self.step, **line, "tokens_per_second": tokens / seconds}
+                if self.settings.looks(self.step):
+                    line |= {f"heldout_{name}": value for name, value in self._look(heldout).items() if name != "step"}
+                self._write_log(line)
+                self.seconds = earlier + time.monotonic() - begin
+                started = time.monotonic()
+                if started - saved >= pause or self.step == self.settings.steps or interrupts:
+                    self._save()
+                    saved = time.monotonic()
+                    if checkpoint_seconds:
+                        pause = max(checkpoint_seconds, _SHARE_OF_CHECKPOINTS * (saved - started))
+                if interrupts:
+                    raise KeyboardInterrupt
+                if on_step is not None:
+                    heldout_loss = self.curve[-1][self.objective.measured[0]]
+                    speed = line["tokens_per_second"]
+                    on_step(Step(self.step, self.settings.steps, line["loss"], heldout_loss, speed))
         with torch.no_grad():
             for name, parameter in self.trainable.parameters.items():
                 parameter.copy_(self.best[name])
@@ -508,7 +511,8 @@ class _Run:
             raise InputError(f"the held-out loss is not finite after {self.step} steps: use a smaller --learning-rate")
         if all(point[chooses] < earlier[chooses] for earlier in self.curve):
             self.best_step = self.step
-            self.best = {name: parameter.detach().clone() for name, parameter in self.trainable.parameters.items()}
+            for name, parameter in self.trainable.parameters.items():
+                self.best[name].copy_(parameter)
         self.curve.append(point)
         return point
 
@@ -537,7 +541,7 @@ class _Run:
             "curve": self.curve,
             "seconds": self.seconds,
         }
-        write_sealed(self.folder / _STATE, {name: tensor.cpu() for name, tensor in tensors.items()}, about)
+        write_sealed(self.folder / _STATE, tensors, about)
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -582,6 +586,26 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path) 
             f"{folder} holds an unfinished run of other settings ({told or 'of another version'} there): give the same "
             "flags to go on, or delete it to start again"
         )
+
+
+@contextlib.contextmanager
+def _noticing_interrupts() -> Iterator[Sequence[int]]:
+    """Ctrl-C is put into the list instead of breaking a step; a second one is as ever."""
+    noticed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives, and none can be asked for
+        yield noticed
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def notice(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        noticed.append(number)
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _log_lines(file: Path, steps: int) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,22 @@ def is_ours(directory: Path) -> bool:
         return False
 
 
-def check_output(directory: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False) -> None:
+def check_output(
+    directory: str | os.PathLike[str],
+    needed_bytes: int = 0,
+    overwrite: bool = False,
+    *,
+    made_from: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
     """Whether a checkpoint of ``needed_bytes`` can go to ``directory``; call it before long work.
+
+    Args:
+        made_from: files and directories (names of a hub, and None, are passed over) that it must not replace.
 
     Raises:
         InputError: the directory exists and is not empty (unless ``overwrite`` and an earlier `save_checkpoint` wrote
-            it), is a file, the working directory or no place to write to, or the disk has less room.
+            it), is a file, the working directory or no place to write to, is or holds what it is ``made_from``, or the
+            disk has less room.
     """
     target = Path(directory).expanduser().resolve()
     if Path.cwd().is_relative_to(target):
@@ -59,6 +69,12 @@ def check_output(directory: str | os.PathLike[str], needed_bytes: int = 0, overw
             raise InputError(f"{directory} exists and is not an output of linearpatch: give another directory")
         if not overwrite:
             raise InputError(f"{directory} holds an earlier output: pass overwrite=True, or give another directory")
+    for source in made_from:
+        if not source:
+            continue
+        place = Path(source).expanduser().resolve()
+        if place.exists() and place.is_relative_to(target):
+            raise InputError(f"{directory} is, or holds, {source}, which is still needed: give another directory")
     if target.is_mount():
         raise InputError(f"{directory} is a mount point, which cannot be replaced whole: give a directory inside it")
     parent = next(path for path in target.parents if path.exists())

@@ -28,6 +28,9 @@ from linearpatch_kernels.surgery.merge_plan import leaves
 REFIT = "refit"
 """The name of `refit_merges` beside those of the patches."""
 
+REFIT_WINDOWS = 4
+"""So many windows a refit needs: some to fit on, and others to choose its shrinkage on."""
+
 # Ridges that are tried, relative to each neuron's own second moment.
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EPSILON = 1e-12
@@ -122,8 +125,10 @@ def check_refit(model: nn.Module, windows: Tensor) -> None:
     if not can_refit(model):
         projection = sublayers(model)[1].output.projection
         raise InputError(f"what comes out of {projection} is normed here: heal with a patch, not {REFIT}")
-    if len(windows) < 4:
-        raise InputError(f"{len(windows)} windows are too few to fit on and to choose on: give at least 4")
+    if len(windows) < REFIT_WINDOWS:
+        raise InputError(
+            f"{len(windows)} windows are too few to fit on and to choose on: give at least {REFIT_WINDOWS}"
+        )
 
 
 class CandidateRefits:

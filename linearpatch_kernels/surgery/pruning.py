@@ -124,6 +124,11 @@ def plan_pruning(
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
 
 
+def rank_for(rank: int | None, width: int) -> int:
+    """The rank that was asked for, else the default or what the width has room for."""
+    return min(DEFAULT_RANK, width) if rank is None else rank
+
+
 def check_rank(rank: int, width: int, fits: Sequence[str], score: str = "") -> None:
     """InputError where the rank is used, by a fit or by what the score heals with, and does not fit the width."""
     if score == LOSS or any(fit == AUTO or fit in RANKED_FITS for fit in fits):

@@ -1,7 +1,7 @@
 """Store and training of a tiny model in processes of their own.
 
-``work DIR OUT``: once, also under torchrun. ``merged DIR OUT``: the same of a merged model, layer by layer.
-``calibrate OUT``: the statistics, also under torchrun.
+``work DIR OUT``: once, also under torchrun. ``scarce DIR OUT``: with one held-out window for all processes.
+``merged DIR OUT``: the same of a merged model, layer by layer. ``calibrate OUT``: the statistics, also under torchrun.
 ``kill DIR SEED KILLS``: again and again, killed at random moments.
 """
 
@@ -36,7 +36,7 @@ from linearpatch_kernels.surgery.sensitivity import score_layers
 SETTINGS = TrainingSettings(steps=20, train="patch+norms", windows_per_step=4, learning_rate=3e-3, clip=0.0)
 
 
-def work(place: Path) -> dict[str, Any]:
+def work(place: Path, heldout: int = 4) -> dict[str, Any]:
     """Everything, from the tokens on: the trained student, its first gradient, and the held-out curve."""
     processes = launched_processes()
     dense = tiny_model("llama")
@@ -56,7 +56,7 @@ def work(place: Path) -> dict[str, Any]:
         store,
         joint=2,
         training=range(20),
-        heldout=range(20, 24),
+        heldout=range(20, 20 + heldout),
         settings=SETTINGS,
         directory=place / "run",
         checkpoint_seconds=0,
@@ -161,7 +161,7 @@ if __name__ == "__main__":
         if found:
             save_file(found, sys.argv[3])
     else:
-        result = work(Path(sys.argv[2]))
+        result = work(Path(sys.argv[2]), heldout=1 if sys.argv[1] == "scarce" else 4)
         if result["first"]:
             curve = torch.tensor([point["tail"] for point in result["run"].curve])
             save_file({"gradient": result["gradients"][0], "curve": curve}, sys.argv[3])

@@ -28,6 +28,7 @@ from linearpatch_kernels.distillation.hierarchical import (
     stream_error,
 )
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.patched import patched_model, patches
@@ -95,6 +96,15 @@ def test_what_a_merged_layer_stands_for(dense: PreTrainedModel, windows: Tensor)
     assert sum(group.span.length - 1 for group in groups) == 4
     with pytest.raises(InputError, match="no merged layers"):
         merged_groups(dense)
+
+
+def test_merged_layers_in_front_of_the_joint_are_not_trained(dense: PreTrainedModel, windows: Tensor) -> None:
+    """They would get no gradient: the run starts behind them."""
+    student = merged_of(dense, windows)
+    assert {name.split(".")[2] for name in check_trainable(student, 1, "merged")} == {"1", "2"}
+    assert {name.split(".")[2] for name in check_trainable(student, 2, "merged")} == {"2"}
+    with pytest.raises(InputError, match="no merged layer to train from the joint on"):
+        check_trainable(student, 3, "merged")
 
 
 @pytest.mark.parametrize("error", STREAM_ERRORS)

@@ -73,6 +73,11 @@ def test_two_processes_are_one_on_the_same_global_batch(tmp_path: Path) -> None:
     assert stores[0] == stores[1]
 
 
+def test_fewer_heldout_windows_than_processes(tmp_path: Path) -> None:
+    one, two = by_one_and_by_two("scarce", tmp_path)
+    torch.testing.assert_close(two["curve"], one["curve"], rtol=1e-3, atol=0)
+
+
 def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     start(PROGRAM, "calibrate", tmp_path / "one")
     start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", PROGRAM, "calibrate", tmp_path / "two")
@@ -96,7 +101,7 @@ def test_too_little_for_so_many() -> None:
 
 
 def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in ("1", None):
+    for size in ("1", "", None):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", size)

@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.forms import reformed
+from linearpatch_kernels.distillation.sealed import read_seal
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import (
     LOSSES,
     Distillation,
+    Step,
     SuffixLoss,
     TrainingSettings,
     check_same_run,
@@ -243,6 +245,28 @@ def test_bfloat16_products_are_close_to_float32(dense: PreTrainedModel, store: T
     assert mixed.log[0]["loss"] != exact.log[0]["loss"]
     assert mixed.log[0]["loss"] == pytest.approx(exact.log[0]["loss"], rel=2e-2)
     assert mixed.log[0]["gradient_norm"] == pytest.approx(exact.log[0]["gradient_norm"], rel=5e-2)
+
+
+def test_an_interrupt_loses_nothing(dense: PreTrainedModel, store: TeacherStore, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a run that writes no checkpoint by itself: the step is finished and written."""
+    unbroken = student_of(dense)
+    train(unbroken, store)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupting(step: Step) -> None:
+        if step.done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    settings = TrainingSettings(steps=8, learning_rate=3e-3)
+    places: dict[str, Any] = {"joint": JOINT, "training": TRAINING, "heldout": HELDOUT, "directory": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        distill(student_of(dense), store, settings=settings, on_step=interrupting, checkpoint_seconds=1e9, **places)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert read_seal(tmp_path / "state.safetensors")[0]["step"] == 4
+    student, done = student_of(dense), []
+    distill(student, store, settings=settings, on_step=lambda step: done.append(step.done), **places)
+    assert done == [5, 6, 7, 8]
+    assert changed(state_of(unbroken), state_of(student)) == set()
 
 
 def test_the_best_look_is_kept(dense: PreTrainedModel, store: TeacherStore) -> None:
