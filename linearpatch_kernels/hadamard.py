@@ -244,7 +244,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 # fast-hadamard-transform, where it was asked for: what it serves, and nothing of it is imported before.
 _PACKAGE = "fast-hadamard-transform"
-_CHOSEN = os.environ.get("LINEARPATCH_HADAMARD") or None
+
+
+# A function, because definitions alone travel with a checkpoint.
+def _chosen() -> str | None:
+    chosen = os.environ.get("LINEARPATCH_HADAMARD") or None
+    if chosen not in (None, _PACKAGE):
+        raise InputError(f"LINEARPATCH_HADAMARD={chosen} is not known: set it to {_PACKAGE}, or unset it")
+    return chosen
+
+
+_CHOSEN = _chosen()
 _PACKAGE_DEVICES = ("cuda",)
 _PACKAGE_ORDERS = range(8, 32768 + 1)
 
@@ -252,8 +262,6 @@ _PACKAGE_ORDERS = range(8, 32768 + 1)
 def _package_serves(x: Tensor, m: int) -> bool:
     if _CHOSEN is None or torch.compiler.is_compiling():
         return False
-    if _CHOSEN != _PACKAGE:
-        raise InputError(f"LINEARPATCH_HADAMARD={_CHOSEN} is not known: set it to {_PACKAGE}, or unset it")
     power_of_two = m == 1 and x.shape[-1] & (x.shape[-1] - 1) == 0
     return (
         power_of_two and x.shape[-1] in _PACKAGE_ORDERS and x.device.type in _PACKAGE_DEVICES
@@ -286,7 +294,8 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
         inverse: multiply by ``H.T``, which undoes ``H``.
 
     Returns:
-        [..., d] in x's dtype. Differentiable: the gradient is the transform in the other direction.
+        [..., d] in x's dtype, a new tensor also where H is the identity (odd d). Differentiable: the gradient is the
+        transform in the other direction.
 
     Raises:
         InputError: x is not floating or has no last dimension, or the package that was asked for is not there.
@@ -297,8 +306,10 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     m, k = _order(d)
     if _package_serves(x, m):
         return _package_transform(x)
-    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     trailing = m << k
+    if trailing == 1:  # no factor to multiply by, and callers write to what they get
+        return x.clone(memory_format=torch.contiguous_format)
+    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     with without_autocast(x.device):
         for order_m, exponent in _split(m, k):
             order = order_m << exponent

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from linearpatch_kernels import calibration
 from linearpatch_kernels.calibration import (
     CalibrationStatistics,
     Moments,
@@ -179,6 +180,16 @@ def test_mean_magnitudes_of_every_window(
     unit = definition(inside).amax(dim=(1, 2), keepdim=True)
     actual = getattr(statistics, name)[positions].double() / unit
     assert_as_defined(actual, lambda states: definition(states) / unit.to(states.dtype), inside, atol=1e-6)
+
+
+def test_an_odd_width_whose_transform_is_the_identity() -> None:
+    states = torch.randn(5, 3, 7)
+    sums = calibration._Sums(layers=2, width=7, spans=[])
+    sums.add(states.unbind(1))
+    whole = states[None].double()
+    told = sums.statistics()
+    torch.testing.assert_close(told.channel_cosine[Positions.ALL], mean_channel_cosine(whole), rtol=0, atol=1e-6)
+    torch.testing.assert_close(told.hadamard_mean_abs[Positions.ALL], mean_abs(whole).float())
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)

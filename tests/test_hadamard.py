@@ -292,6 +292,15 @@ def test_matrix_is_rounded_once_to_its_dtype(dtype: torch.dtype) -> None:
     assert hadamard_matrix(44, dtype=dtype).equal(hadamard_matrix(44).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 6, 7, 8])
+def test_result_is_never_the_operand(d: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, d).to(dtype)
+    before = x.clone()
+    hadamard_transform(x).zero_()
+    assert x.equal(before)
+
+
 def test_bad_input_says_what_to_do() -> None:
     for wrong in (0, -4):
         with pytest.raises(InputError, match="width of at least 1"):

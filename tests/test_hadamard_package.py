@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from types import ModuleType
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from linearpatch_kernels import hadamard
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_transform
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+from linearpatch_kernels.modeling.modeling_file import modeling_source
 
 
 @pytest.fixture
@@ -69,6 +72,12 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_hadamard_transform", None)
     with pytest.raises(InputError, match=r"is not available .*: pip install fast-hadamard-transform"):
         hadamard_transform(torch.randn(2, 64))
-    monkeypatch.setattr(hadamard, "_CHOSEN", "fastest")
+
+
+def test_an_unknown_name_is_refused_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARPATCH_HADAMARD", "fastest")
     with pytest.raises(InputError, match="LINEARPATCH_HADAMARD=fastest is not known"):
-        hadamard_transform(torch.randn(2, 64))
+        runpy.run_path(str(hadamard.__file__))
+    source = modeling_source(next(iter(STOCK_FAMILIES.values())))  # which has its own copy, and of the error
+    with pytest.raises(ValueError, match="LINEARPATCH_HADAMARD=fastest is not known"):
+        exec(source, {"__name__": "modeling_linearpatch"})
