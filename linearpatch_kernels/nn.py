@@ -117,17 +117,12 @@ class HadamardPatch(Patch):
 
     def forward(self, x: Tensor) -> Tensor:
         own: dict[str, Any] = self._parameters
-        if "scale" not in own:  # parametrised, or a replica of torch's DataParallel: there as attributes only
-            own = {name: getattr(self, name) for name in ("scale", "pre_scale", "post_scale", "down", "up")}
         # Each of the five by nn.Module's own __getattr__ takes longer than the arithmetic on a narrow row.
-        return hadamard_patch(
-            x,
-            own["scale"],
-            pre_scale=own["pre_scale"],
-            post_scale=own["post_scale"],
-            down=own["down"],
-            up=own["up"],
-        )
+        try:
+            scale, pre, post, down, up = own["scale"], own["pre_scale"], own["post_scale"], own["down"], own["up"]
+        except KeyError:  # parametrised, pruned, or a replica of torch's DataParallel: there as attributes only
+            scale, pre, post, down, up = self.scale, self.pre_scale, self.post_scale, self.down, self.up
+        return hadamard_patch(x, scale, pre_scale=pre, post_scale=post, down=down, up=up)
 
     def description(self) -> dict[str, Any]:
         present = {"pre_scale": self.pre_scale is not None, "post_scale": self.post_scale is not None}
@@ -180,7 +175,7 @@ class LowRankPatch(Patch):
             InputError: not a square floating matrix, moments of another shape or not positive definite, or a rank that
                 is not in [1, d].
         """
-        dim = _check_square(matrix, rank)
+        dim = _check_square(matrix, rank, least_rank=1)
         rest = matrix.detach().double() - torch.eye(dim, dtype=torch.float64, device=matrix.device)
         patch = cls(dim, rank, device=matrix.device)
         down, up = nearest_low_rank(rest, rank, second_moments)
@@ -316,7 +311,11 @@ def nearest_low_rank(matrix: Tensor, rank: int, second_moments: Tensor | None = 
         matrix: [d, d], float64.
         rank: r in [0, d].
         second_moments: [d, d]; None: the identity, which makes it the Frobenius norm of the difference.
+
+    Raises:
+        InputError: a rank that is not in [0, d]; moments of another shape or not positive definite.
     """
+    _check_rank(rank, len(matrix))
     moments = _check_moments(second_moments, matrix)
     spread = matrix.mT @ matrix if moments is None else matrix.mT @ moments @ matrix
     leading = torch.linalg.eigh((spread + spread.mT) / 2).eigenvectors.flip(1)[:, :rank]
@@ -341,8 +340,12 @@ def nearest_diagonal_plus_low_rank(
         matrix: [d, d], float64.
         rank: r in [0, d].
         second_moments: [d, d]; None: the identity, which makes it the Frobenius norm of the difference.
+
+    Raises:
+        InputError: as `nearest_low_rank`.
     """
     d = matrix.shape[0]
+    _check_rank(rank, d)
     moments = _check_moments(second_moments, matrix)
     if moments is None:
         moments = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
@@ -404,12 +407,16 @@ def _check_size(dim: int, rank: int = 0, *, least_rank: int = 0) -> None:
         )
 
 
-def _check_square(matrix: Tensor, rank: int = 0) -> int:
+def _check_square(matrix: Tensor, rank: int = 0, *, least_rank: int = 0) -> int:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.dtype.is_floating_point:
         raise InputError(f"a patch is made from a floating matrix [d, d], not {matrix.dtype} {list(matrix.shape)}")
-    if rank > len(matrix):
-        raise InputError(f"rank {rank} is more than the width {len(matrix)}")
+    _check_rank(rank, len(matrix), least_rank)
     return len(matrix)
+
+
+def _check_rank(rank: int, width: int, least_rank: int = 0) -> None:
+    if not least_rank <= rank <= width:
+        raise InputError(f"a rank must be in [{least_rank}, {width}], the width, not {rank}")
 
 
 class TopKKLLoss(nn.Module):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 
 from linearpatch_kernels import nn as patches
 from linearpatch_kernels.errors import InputError
@@ -28,6 +29,7 @@ from linearpatch_kernels.nn import (
     TopKKLLoss,
     build_patch,
     nearest_diagonal_plus_low_rank,
+    nearest_low_rank,
 )
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 
@@ -343,8 +345,16 @@ def test_bad_matrix(cls: type[Patch]) -> None:
         with pytest.raises(InputError, match="floating matrix"):
             cls.from_dense(wrong, **options)
     if cls is not DensePatch:
-        with pytest.raises(InputError, match="more than the width"):
-            cls.from_dense(torch.randn(4, 4), rank=5)
+        for rank in (-1, 5) if cls is HadamardPatch else (-1, 0, 5):
+            with pytest.raises(InputError, match=rf"a rank must be in \[[01], 4\], the width, not {rank}"):
+                cls.from_dense(torch.randn(4, 4), rank=rank)
+
+
+@pytest.mark.parametrize("nearest", [nearest_low_rank, nearest_diagonal_plus_low_rank])
+@pytest.mark.parametrize("rank", [-1, 5])
+def test_bad_rank(nearest: Callable[..., object], rank: int) -> None:
+    with pytest.raises(InputError, match="a rank must be in"):
+        nearest(torch.randn(4, 4, dtype=torch.float64), rank)
 
 
 # --- what travels with a checkpoint ----------------------------------------------------------------------------------
@@ -379,12 +389,38 @@ def test_losses_are_the_functions_with_their_options(normalization: str) -> None
     assert repr(TopKKLLoss(**options)) == f"TopKKLLoss(normalization={normalization!r}, temperature=2.0)"
 
 
-def test_parametrised_scale_is_used() -> None:
-    class Doubled(torch.nn.Module):
-        def forward(self, scale: Tensor) -> Tensor:
-            return 2 * scale
+class Doubled(torch.nn.Module):
+    def forward(self, parameter: Tensor) -> Tensor:
+        return 2 * parameter
 
-    patch = HadamardPatch(12, rank=2)
-    torch.nn.utils.parametrize.register_parametrization(patch, "scale", Doubled())
-    x = torch.randn(3, 12)
-    torch.testing.assert_close(patch(x), 2 * x)
+
+def full_patch() -> HadamardPatch:
+    made = HadamardPatch(12, 2, pre_scale=True, post_scale=True)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    return made
+
+
+NAMES = pytest.mark.parametrize("name", ["scale", "pre_scale", "post_scale", "down", "up"])
+
+
+@NAMES
+def test_parametrised_parameter_is_used(name: str) -> None:
+    patch, x = full_patch(), torch.randn(3, 12)
+    doubled = copy.deepcopy(patch)
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+    parametrize.register_parametrization(patch, name, Doubled())
+    assert patch(x).equal(doubled(x))
+    assert torch.compile(patch, fullgraph=True, backend="eager")(x).equal(doubled(x))
+
+
+@NAMES
+def test_pruned_parameter_is_used(name: str) -> None:
+    patch, x = full_patch(), torch.randn(3, 12)
+    prune.l1_unstructured(patch, name, amount=0.5)
+    pruned = full_patch()
+    pruned.load_state_dict({one: getattr(patch, one) for one in pruned.state_dict()})
+    assert (getattr(patch, name) == 0).any()
+    assert patch(x).equal(pruned(x))
