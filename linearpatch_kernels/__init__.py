@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
     from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+    from linearpatch_kernels.surgery.pruning import plan_pruning
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "DiagonalPatch",
     "HadamardPatch",
     "InputError",
+    "Joint",
     "LinearTopKKLLoss",
     "LowRankPatch",
     "MergePlan",
@@ -64,6 +66,7 @@ __all__ = [
     "linear_topk_kl_loss",
     "paley_factor",
     "plan_merging",
+    "plan_pruning",
     "topk_kl_loss",
     "write_teacher_store",
 ]
@@ -90,7 +93,8 @@ _HOME = {
     "surgery.apply": ("apply_plan",),
     "surgery.merge_plan": ("MergePlan", "apply_merges"),
     "surgery.merge_search": ("MergeSettings", "plan_merging"),
-    "surgery.plan": ("PrunePlan",),
+    "surgery.plan": ("Joint", "PrunePlan"),
+    "surgery.pruning": ("plan_pruning",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
