@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
 
 
@@ -31,29 +33,43 @@ def define_operator(
     the kernel does not cover a case, such as float64, it calls ``linearpatch::name_reference`` through the dispatcher.
 
     Args:
-        schema: arguments and returns, ``(Tensor x, ...) -> Tensor``; the first argument is a tensor.
+        schema: arguments and returns, ``(Tensor x, ...) -> Tensor``; the first argument is a tensor. Those with a
+            default may be left out by callers; the functions below are given all of them.
         reference: the operator in plain PyTorch; takes every argument of the schema positionally.
-        fake: the shapes, dtypes and strides of the result; the same arguments.
+        fake: the shapes, dtypes and strides of the result; the same arguments, whose tensors are on one device.
         triton: the module whose function ``name`` runs on tensors of the devices that Triton serves; imported then.
         compiled: an operator of the extension that this module uses, too: where it is there, Triton need not be.
         mutates_args: names of the arguments that are written to.
     """
 
+    declared = torch._C.parse_schema(f"linearpatch::{name}{schema}").arguments
+
+    def completed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With the last ones, which torch takes away where they are equal to their defaults."""
+        return *arguments, *(argument.default_value for argument in declared[len(arguments) :])
+
     def in_its_own_precision(*arguments: Any) -> Any:
         with without_autocast(arguments[0].device):
-            return reference(*arguments)
+            return reference(*completed(arguments))
 
     def where_no_kernel_is(*arguments: Any) -> Any:
         device = arguments[0].device.type
         if triton is not None and (triton_serves(device) or (compiled and compiled_for_gpus(device, compiled))):
             with without_autocast(arguments[0].device):
-                return getattr(import_module(triton), name)(*arguments)
+                return getattr(import_module(triton), name)(*completed(arguments))
         check_reference_allowed(name, arguments[0].device)
         return in_its_own_precision(*arguments)
 
+    def on_one_device(*arguments: Any) -> Any:
+        # One meta tensor is enough for torch to come here, and memory that nobody writes would be the result.
+        devices = sorted({argument.device.type for argument in arguments if isinstance(argument, Tensor)})
+        if len(devices) > 1:
+            raise InputError(f"{name} needs its tensors on one device, not on {' and '.join(devices)}")
+        return fake(*completed(arguments))
+
     for variant, implementation in ((name + "_reference", in_its_own_precision), (name, where_no_kernel_is)):
         operator = custom_op(f"linearpatch::{variant}", implementation, mutates_args=tuple(mutates_args), schema=schema)
-        operator.register_fake(fake)
+        operator.register_fake(on_one_device)
     return operator
 
 

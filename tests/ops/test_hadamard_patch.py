@@ -121,6 +121,17 @@ def test_non_finite_stays_in_its_row(bad: float) -> None:
     torch.testing.assert_close(y[[0, 2]], hadamard_patch(x[[0, 2]], **p))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("d", [6, 7, 12, 64])
+@pytest.mark.parametrize("op", [OPS.hadamard_patch, OPS.hadamard_patch_reference], ids=["dispatched", "reference"])
+def test_non_finite_spoils_what_is_mixed_with_it(d: int, bad: float, op: Callable[..., Tensor]) -> None:
+    x, scale = torch.randn(3, d), torch.rand(d) + 0.5
+    x[1, 5] = bad
+    y = op(x, scale)
+    assert not y[1][hadamard_matrix(d)[5] != 0].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
 def test_inputs_are_left_alone() -> None:
     x, p = torch.randn(3, 24), operands(24, OPTIONAL, torch.float32)
     before = [tensor.clone() for tensor in (x, *p.values())]
@@ -261,6 +272,30 @@ def test_opcheck(names: tuple[str, ...], dtype: torch.dtype) -> None:
     opcheck(OPS.hadamard_patch.default, trained)
 
 
+@pytest.mark.parametrize("given", [0, 1, 2, 4])
+@pytest.mark.parametrize("variant", ["", "_reference"])
+def test_optional_tensors_may_be_left_out(variant: str, given: int) -> None:
+    patch, norm = (getattr(OPS, name + variant).default for name in ("hadamard_patch", "add_patch_rms_norm"))
+    x, weight, p = torch.randn(3, 12), torch.randn(12), operands(12, OPTIONAL[:given], torch.float32)
+    scale, *optional = p.values()
+    torch.testing.assert_close(patch(x, scale, *optional).double(), plain(x, p), rtol=0, atol=1e-4)
+    opcheck(patch, (x, scale, *optional))
+    opcheck(norm, (x, torch.randn_like(x), scale, weight, 1e-5, *optional))
+    if variant:
+        return
+    trained = [tensor.requires_grad_() for tensor in (x, scale, *optional)]
+    opcheck(patch, tuple(trained))
+    ours = torch.autograd.grad(patch(*trained).square().sum(), trained)
+    theirs = torch.autograd.grad(plain(x, dict(zip(p, trained[1:], strict=True))).square().sum(), trained)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    stacked = torch.stack([x, 2 * x]).detach()
+    together = torch.func.vmap(patch, in_dims=(0, *[None] * (1 + given)))(stacked, scale, *optional)
+    torch.testing.assert_close(together, patch(stacked, scale, *optional))
+    each = torch.func.vmap(patch, in_dims=(None, 0, *[None] * given))(x, torch.stack([scale, scale]), *optional)
+    torch.testing.assert_close(each[1], patch(x, scale, *optional))
+
+
 def test_opcheck_of_strides_and_no_rows() -> None:
     p = operands(12, OPTIONAL, torch.float32)
     for x in (torch.randn(12, 3).T, torch.randn(0, 12), torch.randn(2, 3, 12).transpose(0, 1)):
@@ -353,6 +388,13 @@ def test_vmap_keeps_gradients() -> None:
     theirs = torch.autograd.grad(hadamard_patch(x, scale).square().sum(), (x, scale))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wrong", ["x", "scale", "down"])
+def test_meta_among_others_is_refused(wrong: str) -> None:
+    every = {"x": torch.randn(2, 12), **operands(12, OPTIONAL, torch.float32)}
+    with pytest.raises(InputError, match="hadamard_patch needs its tensors on one device, not on cpu and meta"):
+        hadamard_patch(**every | {wrong: every[wrong].to("meta")})
 
 
 def test_meta_tensors_have_shapes_only() -> None:

@@ -19,6 +19,7 @@ from linearpatch_kernels.ops.hadamard_patch.reference import (
 from linearpatch_kernels.ops.registration import batch_by_rows, define_operator
 
 _OPTIONAL = "Tensor? pre_scale, Tensor? post_scale, Tensor? down, Tensor? up"
+_OMISSIBLE = _OPTIONAL.replace(",", "=None,") + "=None"  # where nothing that is required follows
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ _TRITON = "linearpatch_kernels.ops.hadamard_patch.triton"
 
 _patch = define_operator(
     "hadamard_patch",
-    f"(Tensor x, Tensor scale, {_OPTIONAL}) -> Tensor",
+    f"(Tensor x, Tensor scale, {_OMISSIBLE}) -> Tensor",
     _forward,
     _fake_forward,
     triton=_TRITON,
@@ -94,7 +95,7 @@ _patch_out = define_operator(
 )
 _add_patch_rms_norm = define_operator(
     "add_patch_rms_norm",
-    f"(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, float eps, {_OPTIONAL}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, float eps, {_OMISSIBLE}) -> (Tensor, Tensor)",
     add_patch_rms_norm_reference,
     _fake_add_patch_rms_norm,
     triton=_TRITON,
@@ -109,9 +110,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     needs = sum(int(wanted) << i for i, wanted in enumerate(ctx.needs_input_grad))
     gradients = torch.ops.linearpatch.hadamard_patch_backward.default(grad, *inputs, needs)
+    # needs_input_grad ends where the call's arguments did, and so must this; what was saved has all six.
     return tuple(
         gradient.to(tensor.dtype) if wanted else None
-        for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad, strict=True)
+        for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
     )
 
 
@@ -160,8 +162,11 @@ def hadamard_patch(
 
         (h(h(x.float() * pre) * scale, inverse=True) * post + (x.float() @ down) @ up).to(x.dtype)
 
-    float64 input is computed in float64, all other in float32; the result is rounded once. NaN and infinity pass as in
-    the expression. Differentiable once in x and all parameters; works under torch.compile, torch.export and vmap.
+    float64 input is computed in float64, all other in float32; the result is rounded once. Differentiable
+    once in x and all parameters; works under torch.compile, torch.export and vmap.
+
+    NaN or infinity in x stays in its row. What H mixes with it (the channels of its block; with ``down`` and ``up`` the
+    whole row) is not finite then, NaN or infinite as the order of the sums has it, which is not the expression's.
 
     Args:
         x: [..., d], floating, any strides; N = 0 rows are fine.
