@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.backend import backends
-from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from tests.ops.topk_kl_cases import check, double
 
 OPS = torch.ops.linearpatch
@@ -256,6 +255,6 @@ def test_an_id_outside_the_vocabulary_is_refused(normalization: str, wrong: int,
     ids[3, 2] = wrong
     message = f"teacher id {wrong} is outside the vocabulary of 90"
     with pytest.raises(RuntimeError, match=message):
-        linear_topk_kl_loss(hidden, weight, probs, ids, normalization=normalization)
+        OPS.linear_topk_kl_loss(hidden, weight, probs, ids, None, normalization, 1.0, False, False, False)
     with pytest.raises(RuntimeError, match=message):
-        topk_kl_loss(hidden @ weight.T, probs, ids, normalization=normalization)
+        OPS.topk_kl_loss(hidden @ weight.T, probs, ids, normalization, 1.0)

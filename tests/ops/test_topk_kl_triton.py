@@ -56,10 +56,10 @@ def test_wider_rows_are_left_to_the_reference() -> None:
 
 def test_ids_on_a_gpu_are_looked_at_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.empty(2, 3, dtype=torch.int64, device="meta")  # whose numbers cannot be had
-    reference._check_ids(ids, 10)
+    reference.check_ids(ids, 10)
     monkeypatch.setattr(reference, "CHECKED_EVERYWHERE", True)
     with pytest.raises(RuntimeError, match="meta"):
-        reference._check_ids(ids, 10)
+        reference.check_ids(ids, 10)
 
 
 def compiles(kernel: str, arch: str, dtype: str, d: int, slots: int) -> None:

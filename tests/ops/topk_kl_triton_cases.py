@@ -75,10 +75,10 @@ def properties() -> Iterator[str]:
 
         outside = ids.clone()
         outside[1, 2] = 90
-        check, gpu._check_ids = gpu._check_ids, lambda *_: None  # as on a GPU
+        check, gpu.check_ids = gpu.check_ids, lambda *_: None  # as on a GPU
         loss, dhidden, _, _ = gpu.linear_topk_kl_loss(hidden, weight, probs, outside, None, *flags)
         given = gpu.topk_kl_loss(hidden @ weight.T, probs, outside, normalization, 1.0)[0]
-        gpu._check_ids = check
+        gpu.check_ids = check
         if not loss.isnan() or not given.isnan() or not dhidden[[0, 2, 3, 4, 5]].equal(clean[1][[0, 2, 3, 4, 5]]):
             yield f"{normalization}: an id outside of the vocabulary spoils more or less than its token"
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.ops.topk_kl.reference import (
-    _check_ids,
     _normalizers,
     _slot_gradient,
     _slots,
     _token_losses,
     arithmetic_dtype,
+    check_ids,
     check_operands,
     gradient_dtype,
     linear_topk_kl_loss_reference,
@@ -54,7 +54,7 @@ def linear_topk_kl_loss_embedding_bag(
             bias_grad,
         )
     check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias)
-    _check_ids(teacher_ids, len(weight))
+    check_ids(teacher_ids, len(weight))
     dtype = arithmetic_dtype(hidden, weight)
     kept = (teacher_ids >= 0).any(1).nonzero().squeeze(1)
     p, index, present = _slots(teacher_probs[kept], teacher_ids[kept], dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from linearpatch_kernels.backend import compiled_for_gpus, triton_serves
 from linearpatch_kernels.ops.topk_kl import cuda
 from linearpatch_kernels.ops.topk_kl.reference import (
-    _check_ids,
+    check_ids,
     check_operands,
     gradient_dtype,
     linear_topk_kl_loss_reference,
@@ -67,7 +67,9 @@ class _Teacher:
 
     @classmethod
     def of(cls, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int, block: int | None) -> _Teacher:
-        ids, probs = ids.clamp(-1, _MOST).int().contiguous(), probs.float().contiguous()
+        # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
+        ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
+        probs = probs.float().contiguous()
         count = (ids >= 0).any(1).sum().clamp(min=1)
         scale = (1 / (count * temperature)).float().reshape(1)
         bounds = ids
@@ -222,7 +224,7 @@ def linear_topk_kl_loss(
         return linear_topk_kl_loss_reference(
             hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
         )
-    _check_ids(teacher_ids, len(weight))
+    check_ids(teacher_ids, len(weight))
     narrow = gradient_dtype(hidden)
     grads = [
         hidden.new_empty(shape, dtype=torch.float32) if wanted else None
@@ -252,7 +254,7 @@ def topk_kl_loss(
     kernels, vocabulary = _triton(logits.device), logits.shape[1]
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
-    _check_ids(teacher_ids, vocabulary)
+    check_ids(teacher_ids, vocabulary)
     teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
     if normalization == "topk":
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()

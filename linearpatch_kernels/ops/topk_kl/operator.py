@@ -12,6 +12,7 @@ from linearpatch_kernels.ops.registration import define_operator
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import (
     arithmetic_dtype,
+    check_ids,
     check_operands,
     gradient_dtype,
     linear_topk_kl_loss_reference,
@@ -174,7 +175,12 @@ def topk_kl_loss(
         InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU. On a GPU such
             an id makes the loss NaN, unless ``LINEARPATCH_CHECK_IDS=1`` was set at import: it costs a synchronisation.
     """
-    return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
+    try:
+        return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
+    except RuntimeError:  # all that a kernel can raise: what does not fit is told by the checks of the reference
+        check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
+        check_ids(teacher_ids, logits.shape[1])
+        raise
 
 
 def linear_topk_kl_loss(
@@ -215,4 +221,9 @@ def linear_topk_kl_loss(
     recording = torch.is_grad_enabled()
     flags = [recording and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
-    return (_call_linear(*operands) if softcap is None else _call_softcapped(*operands, softcap))[0]
+    try:
+        return (_call_linear(*operands) if softcap is None else _call_softcapped(*operands, softcap))[0]
+    except RuntimeError:  # as in `topk_kl_loss`
+        check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap or 0.0)
+        check_ids(teacher_ids, len(weight))
+        raise

@@ -89,7 +89,8 @@ def gradient_dtype(hidden: Tensor, *others: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.dtype == torch.bfloat16 else arithmetic_dtype(hidden, *others)
 
 
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Ids outside of -1 and the vocabulary, on the CPU, or everywhere if that was asked for."""
     # On a GPU the answer costs a synchronisation, so it has to be asked for.
     if not ids.numel() or not (CHECKED_EVERYWHERE or ids.device.type == "cpu"):
         return
@@ -165,7 +166,7 @@ def topk_kl_loss_reference(
         ``(loss, normalizers)``: a scalar, and (Z, R) of each token [N, 2], which the backward would else compute again.
     """
     check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
-    _check_ids(teacher_ids, logits.shape[1])
+    check_ids(teacher_ids, logits.shape[1])
     dtype = arithmetic_dtype(logits)
     normalizers = logits.new_full((len(logits), 2), -math.inf, dtype=dtype)
     counted = (teacher_ids >= 0).any(1)
@@ -297,7 +298,7 @@ def linear_topk_kl_loss_reference(
         empty where not asked for.
     """
     check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap)
-    _check_ids(teacher_ids, len(weight))
+    check_ids(teacher_ids, len(weight))
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     weight = weight.to(product_dtype)
     dtype = arithmetic_dtype(weight)
