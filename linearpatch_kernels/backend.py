@@ -4,7 +4,9 @@ The compiled kernels are one file, ``linearpatch_kernels/_C.abi3.so``. Loading i
 dispatch keys of their devices, above the reference that every operator has; nothing in Python chooses afterwards.
 
 ``LINEARPATCH_BACKEND=reference|cpu|triton|cuda``, read once when this module is imported, forces one implementation.
-It raises where that one is not available, and so does an operator on a tensor that the forced one cannot serve.
+It raises where that one is not available. So does a public function on a tensor of a device that the forced one does
+not run on (the dispatcher would take that device's kernel), and so does the reference where it would stand in for the
+forced one. Tensors without data, meta and fake ones, have their shapes worked out whatever is forced.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from linearpatch_kernels.errors import InputError
 
@@ -106,9 +111,27 @@ def check_reference_allowed(operator: str, device: torch.device) -> None:
         RuntimeError: the forced backend has no kernel of this operator for this device.
     """
     if FORCED not in (None, "reference"):
-        raise RuntimeError(
-            f"LINEARPATCH_BACKEND={FORCED} has no {operator} for {device.type} tensors: unset it, or move the tensors"
-        )
+        raise _not_served(operator, device)
+
+
+def check_forced_serves(operator: str, tensor: Tensor) -> None:
+    """Raise where the forced backend does not run on this tensor's device, but the dispatcher would find a kernel.
+
+    To be asked where `FORCED` is not None, before the operator is called.
+
+    Raises:
+        RuntimeError: as `check_reference_allowed`.
+    """
+    device = tensor.device.type
+    served = triton_serves(device) if FORCED == "triton" else FORCED in (None, "reference", device)
+    if not served and device != "meta" and not isinstance(tensor, FakeTensor | FunctionalTensor):
+        raise _not_served(operator, tensor.device)
+
+
+def _not_served(operator: str, device: torch.device) -> RuntimeError:
+    return RuntimeError(
+        f"LINEARPATCH_BACKEND={FORCED} has no {operator} for {device.type} tensors: unset it, or move the tensors"
+    )
 
 
 _EXTENSION_MISSING = _load_extension()

@@ -7,11 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from linearpatch_kernels import backend
+from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
+from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 
 PROBE = """
 import json, warnings
@@ -90,8 +96,6 @@ def test_forcing_what_is_not_there_raises(tmp_path: Path) -> None:
 
 
 def test_cuda_asked_for_where_it_cannot_run_raises() -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     result = probe(LINEARPATCH_BACKEND="cuda")
@@ -115,8 +119,6 @@ def test_cuda_asked_for_where_it_cannot_run_raises() -> None:
 def test_why_cuda_cannot_run(
     monkeypatch: pytest.MonkeyPatch, compiled: bool, version: str | None, device: bool, said: str
 ) -> None:
-    import torch
-
     monkeypatch.setattr(backend, "_EXTENSION_MISSING", None)
     monkeypatch.setattr(backend, "_compiled_for", lambda key: key == "CUDA" and compiled)
     monkeypatch.setattr(torch.version, "cuda", version)
@@ -130,18 +132,52 @@ def test_unknown_name_raises() -> None:
     assert "LINEARPATCH_BACKEND=fast is none of reference, cpu, triton, cuda" in result.stderr
 
 
-def test_forced_kernel_is_not_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def operators_on(device: str) -> dict[str, Callable[[], Tensor]]:
+    """The public functions on a few ones."""
+    x, wide, norm = torch.ones(2, 4, device=device), torch.ones(4, device=device), torch.ones(4, device=device)
+    probs, ids = torch.ones(2, 1, device=device), torch.ones(2, 1, dtype=torch.int64, device=device)
+    weight = torch.ones(3, 4, device=device)
+    return {
+        "hadamard_patch": lambda: hadamard_patch(x, wide),
+        "hadamard_patch with out": lambda: hadamard_patch(x, wide, out=torch.empty_like(x)),
+        "add_patch_rms_norm": lambda: add_patch_rms_norm(x, x, wide, norm, 1e-6)[0],
+        "topk_kl_loss": lambda: topk_kl_loss(x, probs, ids),
+        "linear_topk_kl_loss": lambda: linear_topk_kl_loss(x, weight, probs, ids),
+    }
 
-    from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 
-    if "linearpatch::hadamard_patch" in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
-        pytest.skip("the CPU kernel is built: the reference is not reached")
+@pytest.mark.parametrize("name", operators_on("meta"))
+def test_forced_backend_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(backend, "FORCED", "cuda")
+    operator = name.removesuffix(" with out")
+    with pytest.raises(RuntimeError, match=f"LINEARPATCH_BACKEND=cuda has no {operator} for cpu tensors: unset it"):
+        operators_on("cpu")[name]()
+    assert operators_on("meta")[name]().device.type == "meta"
+    with FakeTensorMode():
+        assert operators_on("cpu")[name]().device.type == "cpu"
+    for served in ("cpu", "reference"):
+        monkeypatch.setattr(backend, "FORCED", served)
+        assert backend.check_forced_serves(operator, torch.empty(0)) is None
+    assert operators_on("cpu")[name]().isfinite().all()
+
+
+def test_forced_backend_under_export_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Joint(torch.nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return hadamard_patch(x, scale)
+
+    monkeypatch.setattr(backend, "FORCED", "cuda")
+    example = torch.ones(2, 4), torch.ones(4)
+    assert "hadamard_patch" in str(torch.export.export(Joint(), example, strict=False).graph)
     with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cuda has no hadamard_patch for cpu tensors"):
-        hadamard_patch(torch.ones(1, 4), torch.ones(4))
-    monkeypatch.setattr(backend, "FORCED", "reference")
-    assert hadamard_patch(torch.ones(1, 4), torch.ones(4)).eq(1).all()
+        torch.compile(Joint(), backend="eager")(*example)
+
+
+def test_forced_backend_is_not_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "FORCED", "cpu")
+    x, probs, ids = torch.ones(2, 4), torch.ones(2, 1), torch.ones(2, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cpu has no linear_topk_kl_loss_softcapped for cpu"):
+        linear_topk_kl_loss(x, torch.ones(3, 4), probs, ids, softcap=2.0)
 
 
 def test_package_root_is_light_and_its_names_are_there() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.hadamard_patch.reference import (
@@ -185,6 +186,8 @@ def hadamard_patch(
         InputError: shapes or dtypes that do not fit each other, by the reference (a kernel raises RuntimeError).
         RuntimeError: ``out`` is given where gradients are being recorded for one of the operands.
     """
+    if backend.FORCED is not None:
+        backend.check_forced_serves("hadamard_patch", x)
     if out is None:
         y: Tensor = _run(_call, x, scale, pre_scale, post_scale, down, up)
         return y
@@ -235,6 +238,8 @@ def add_patch_rms_norm(
     Raises:
         InputError: as `hadamard_patch`.
     """
+    if backend.FORCED is not None:
+        backend.check_forced_serves("add_patch_rms_norm", x)
     results: tuple[Tensor, Tensor] = _run(
         _call_add_patch_rms_norm, x, residual, scale, norm_weight, eps, pre_scale, post_scale, down, up
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearpatch_kernels.backend import FORCED, backends
+from linearpatch_kernels import backend
 from linearpatch_kernels.ops.registration import define_operator
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import (
@@ -95,7 +95,7 @@ _softcapped = define_operator(
     _fake_linear,
 )
 
-if FORCED is None and backends()["cpu"] is not True:
+if backend.FORCED is None and backend.backends()["cpu"] is not True:
     _linear.register_kernel("cpu")(linear_topk_kl_loss_embedding_bag)
 
 
@@ -175,6 +175,8 @@ def topk_kl_loss(
         InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU. On a GPU such
             an id makes the loss NaN, unless ``LINEARPATCH_CHECK_IDS=1`` was set at import: it costs a synchronisation.
     """
+    if backend.FORCED is not None:
+        backend.check_forced_serves("topk_kl_loss", logits)
     try:
         return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
     except RuntimeError:  # all that a kernel can raise: what does not fit is told by the checks of the reference
@@ -221,6 +223,8 @@ def linear_topk_kl_loss(
     recording = torch.is_grad_enabled()
     flags = [recording and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
+    if backend.FORCED is not None:
+        backend.check_forced_serves("linear_topk_kl_loss", hidden)
     try:
         return (_call_linear(*operands) if softcap is None else _call_softcapped(*operands, softcap))[0]
     except RuntimeError:  # as in `topk_kl_loss`
