@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
+from linearpatch_kernels.ops.registration import define_operator
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 
 PROBE = """
@@ -174,10 +175,13 @@ def test_forced_backend_under_export_and_compile(monkeypatch: pytest.MonkeyPatch
 
 
 def test_forced_backend_is_not_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = define_operator("without_a_kernel", "(Tensor x) -> Tensor", torch.clone, torch.empty_like)
+    assert operator(torch.ones(2)).eq(1).all()
     monkeypatch.setattr(backend, "FORCED", "cpu")
-    x, probs, ids = torch.ones(2, 4), torch.ones(2, 1), torch.ones(2, 1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cpu has no linear_topk_kl_loss_softcapped for cpu"):
-        linear_topk_kl_loss(x, torch.ones(3, 4), probs, ids, softcap=2.0)
+    with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cpu has no without_a_kernel for cpu tensors"):
+        operator(torch.ones(2))
+    monkeypatch.setattr(backend, "FORCED", "reference")
+    assert operator(torch.ones(2)).eq(1).all()
 
 
 def test_package_root_is_light_and_its_names_are_there() -> None:

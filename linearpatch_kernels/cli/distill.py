@@ -241,7 +241,7 @@ def distill(
     )
     check_form(patch)
     check_json(json_file)
-    check_output(output, overwrite=True, made_from=[directory, on_disk(teacher)])
+    check_output(output, overwrite=True, made_from=[on_disk(teacher)])
     if store is not None and store.expanduser().resolve().is_relative_to(output.resolve()):
         raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
     if loss == "topk" and top_k == 1:
@@ -272,7 +272,7 @@ def distill(
             f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
         )
     check_output(output, parameter_bytes(student), overwrite=True)
-    source.check_teacher(dense)
+    source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train)

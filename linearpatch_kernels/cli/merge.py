@@ -29,7 +29,6 @@ from linearpatch_kernels.cli.inputs import (
     heldout_windows,
     make_windows,
     num_layers_of,
-    on_disk,
     read_texts,
     title_of,
 )
@@ -172,7 +171,7 @@ def merge(
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
     check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)])
+    check_output(output, overwrite=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     if samples < REFIT_WINDOWS and heal in (None, REFIT):

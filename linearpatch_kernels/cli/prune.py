@@ -111,7 +111,7 @@ def prune(
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
     check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)])
+    check_output(output, overwrite=True, made_from=[on_disk(model)] if plan_only else [])
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()

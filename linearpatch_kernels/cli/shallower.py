@@ -48,8 +48,8 @@ class Shallower(Protocol):
         """How many there are."""
         ...
 
-    def check_teacher(self, dense: PreTrainedModel) -> None:
-        """InputError for a teacher that the student cannot be held against."""
+    def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
+        """InputError for a teacher that the student cannot be held against, with patches in this form."""
         ...
 
     def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
@@ -121,15 +121,15 @@ class Pruned:
     def layers(self) -> int:
         return len(self.plan.kept_layers)
 
-    def check_teacher(self, dense: PreTrainedModel) -> None:
-        """A joint of the plan with a patch of the teacher's own behind it could be trained, but not be written down."""
+    def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
+        """Where a patch of the teacher's own is at a joint too, both would be made one, and the plan tells of ours."""
         from linearpatch_kernels.modeling.patched import patches
 
         theirs = {span.start for span in self.plan.spans if {span.start, span.end} & patches(dense).keys()}
-        if theirs:
+        if theirs and form != "keep":
             raise InputError(
-                f"at layer {min(theirs)} the patch stands with that of an earlier cut: distil before the second cut, "
-                "or make both cuts in one go"
+                f"at layer {min(theirs)} the patch stands with that of an earlier cut: give --patch keep, or make both "
+                "cuts in one go"
             )
 
     def prepare(self, student: PreTrainedModel, form: str, rank: int, structured: int | None) -> PreTrainedModel:
@@ -241,7 +241,7 @@ class Merged:
     def layers(self) -> int:
         return int(self.plan.layers)
 
-    def check_teacher(self, dense: PreTrainedModel) -> None:
+    def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
         """Which of its layers a merged layer stands for is told in those of the first model."""
         from linearpatch_kernels.modeling.families import merge_tree
         from linearpatch_kernels.modeling.patched import patches
