@@ -82,7 +82,6 @@ class Method:
         form: of `forms.FORMS`.
         train: of `trainable.TRAIN`; "" for a method without training.
         rank: of the fit and the form, where they have one.
-        lora_rank: of ``train="lora"``.
         loss: of `trainer.LOSSES`.
         label_weight: of the text's own next tokens.
         structured_of: the method whose trained dense patch it takes back to Hadamard + ``rank`` first.
@@ -92,7 +91,6 @@ class Method:
     form: str = "keep"
     train: str = ""
     rank: int = STRUCTURED_RANK
-    lora_rank: int = 16
     loss: str = "tail"
     label_weight: float = 0.0
     structured_of: str = ""
@@ -110,7 +108,6 @@ METHODS = {
     "ours, structured + norms": Method("shrunk-least-squares", train="patch+norms", structured_of="ours, dense"),
     "ours, dense + norms": Method("shrunk-least-squares", "keep", "patch+norms"),
     "ours, dense + norms + LoRA": Method("shrunk-least-squares", "keep", "lora"),
-    "ours, dense + norms + LoRA 64": Method("shrunk-least-squares", "keep", "lora", lora_rank=64),
     "ours, suffix": Method("shrunk-least-squares", "keep", "suffix"),
     "ours, suffix, labels": Method("shrunk-least-squares", "keep", "suffix", label_weight=0.3),
     "ours, scale": Method("linearpatch", "scale", "patch"),
@@ -147,6 +144,7 @@ def default_rows() -> list[Row]:
     rows += [Row(6, "authors", rate) for rate in (3e-4, 1e-3, 1e-4)]
     rows += [Row(6, name, 3e-4) for name in METHODS if name.startswith(("ours, dense", "ours, rank 32 + norms"))]
     rows += [Row(6, name, 1e-3) for name in METHODS if name.startswith(("ours, rank", "ours, scale"))]
+    rows.append(Row(6, "ours, suffix", 1e-4))
     for drop in (9, 3):
         rows += [Row(drop, name) for name in free]
         rows += [Row(drop, "authors", 1e-3), Row(drop, "ours, dense + norms", 3e-4)]
@@ -359,7 +357,6 @@ def train_once(study: Study, row: Row, student: PreTrainedModel) -> Distillation
         loss=method.loss,
         label_weight=method.label_weight,
         learning_rate=row.learning_rate,
-        lora_rank=method.lora_rank,
         evaluate_every=study.steps // LOOKS,
     )
     return distill(
@@ -392,7 +389,7 @@ class OurStep:
     def __init__(self, study: Study, row: Row, student: PreTrainedModel, recompute: str) -> None:
         self.student, self.joint, self.recompute = student, study.spans[row.drop].start, recompute
         method = METHODS[row.method]
-        trainable = prepare(student, self.joint, method.train, lora_rank=method.lora_rank, seed=0)
+        trainable = prepare(student, self.joint, method.train, lora_rank=16, seed=0)
         self.store, self.loss = study.store, method.loss
         self.measure = SuffixLoss(student, self.joint)
         self.optimizer = torch.optim.AdamW(trainable.groups(), lr=1e-5, weight_decay=0.0, foreach=False)

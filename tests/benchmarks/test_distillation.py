@@ -14,6 +14,7 @@ from benchmarks.distillation import (
     METHODS,
     Results,
     Row,
+    _apart,
     compare_steps,
     default_rows,
     group_name,
@@ -136,3 +137,9 @@ def test_steps_and_their_memory_are_shown_and_make_the_minutes() -> None:
     nine, six = (list(table_rows(results, drop))[1] for drop in (9, 6))
     assert (nine[4], nine[-1]) == ("0.5000 to 0.2500", "5.0")
     assert (six[4], six[-1]) == ("0.2500 to 0.5000", "")
+
+
+def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out() -> None:
+    kept_back = ["and one two three four five six seven eight nine", "short"]
+    documents = ["zero one two three four five six seven eight", "one two three four five six seven", "short", ""]
+    assert _apart(documents, kept_back) == documents[1:]
