@@ -238,10 +238,15 @@ def linear_head(model: nn.Module) -> torch.Tensor | None:
     return None if capped else get_head().weight
 
 
-def norm_gains(model: nn.Module, start: int) -> dict[str, nn.Parameter]:
-    """The gains of the RMSNorms in the layers from ``start`` on and of the final norm, under their state-dict names."""
+def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:
+    """The RMSNorms in the layers from ``start`` on, and the final norm."""
     places = [*decoder_layers(model)[start:], decoder(model).norm]
-    norms = {id(module) for place in places for module in place.modules() if type(module).__name__.endswith("RMSNorm")}
+    return [module for place in places for module in place.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+def norm_gains(model: nn.Module, start: int) -> dict[str, nn.Parameter]:
+    """The gains of :func:`rms_norms`, under their state-dict names."""
+    norms = {id(module) for module in rms_norms(model, start)}
     return {f"{name}.weight": module.weight for name, module in model.named_modules() if id(module) in norms}
 
 
