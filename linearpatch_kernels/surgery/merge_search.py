@@ -96,7 +96,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "come-block": {"posterior": True, "skip_score": REFIT, "width": None},
 }
 """Name -> the settings it stands for: the public code's, ours, ours with searched shares, with searched places, and one
-merge of neighbours, chosen with the refit in mind."""
+merge of neighbours, chosen with the refit in mind. (The paper's posterior variant ranks places by the angle at all
+tokens; ``come-p`` by that at the last one, like the others.)"""
 
 
 def default_variant(model: PreTrainedModel, layers: int) -> str:
