@@ -67,7 +67,7 @@ LOOKS = 10
 TEXTS = ("BoolQ passages", "LAMBADA passages")
 STRUCTURED_RANK = 32
 HOUR_STEPS, HOUR_WINDOWS = 2350, 1100
-# A document with so many words in a row of a held-out or reported window is not trained on.
+# A document with so many words in a row of a held-out or reported window of the first text is not trained on.
 _SHARED_WORDS = 8
 # glibc's, in bytes: larger allocations get a mapping of their own. Set, it does not adapt itself.
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
