@@ -50,7 +50,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         file.write(header)
         for name in names:
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs, before Python 3.12
+            content = flat.view(torch.uint8).numpy().data
             state.update(content)
             file.write(content)
         file.seek(header.index(_UNSET))
