@@ -64,7 +64,7 @@ class Span(NamedTuple):
 
 
 class Ranks(Protocol):
-    """The processes among which a pass is shared out: what `distillation.processes.Processes` is."""
+    """The processes among which a pass is shared out: what `processes.Processes` is."""
 
     @property
     def rank(self) -> int: ...

@@ -32,10 +32,10 @@ from test_cli import (
 )
 from transformers import AutoModelForCausalLM
 
-from linearpatch_kernels.distillation.processes import Processes
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import heldout_losses
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.surgery.plan import PrunePlan
 
 run, world = test_cli.run, test_cli.world
@@ -310,9 +310,7 @@ def test_refusals(world: World, run: Run, tmp_path: Path, case: str) -> None:
 def test_one_process_for_a_teacher_on_all_devices(
     world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "linearpatch_kernels.distillation.processes.launched_processes", lambda: Processes(rank=0, count=2)
-    )
+    monkeypatch.setattr("linearpatch_kernels.processes.launched_processes", lambda: Processes(rank=0, count=2))
     flags = ["--teacher-device-map", "auto", "--batch-size", "2"]
     assert "start only one" in refusal(run(*arguments(world, tmp_path / "out", *flags)))
 

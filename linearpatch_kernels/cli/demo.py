@@ -47,10 +47,10 @@ def demo(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.report import QualityRow
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
+    from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.plan import PrunePlan
     from linearpatch_kernels.surgery.pruning import plan_pruning

@@ -212,12 +212,12 @@ def distill(
     like prune's or merge's. Killed or interrupted: the same command goes on."""
     from linearpatch_kernels.distillation.forms import check_form
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
-    from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.pruning import rank_for
     from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
 

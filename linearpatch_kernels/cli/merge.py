@@ -133,9 +133,9 @@ def merge(
     batch_size: BatchSize = 4,
 ) -> None:
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
-    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.merge_healing import (
         REFIT,

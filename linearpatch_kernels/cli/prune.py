@@ -89,8 +89,8 @@ def prune(
     batch_size: BatchSize = 4,
 ) -> None:
     """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
-    from linearpatch_kernels.distillation.processes import launched_processes
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
+    from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.fitting import DENSE_FITS
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans

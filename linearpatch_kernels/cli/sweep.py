@@ -73,9 +73,9 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
-    from linearpatch_kernels.distillation.processes import check_alone
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
+    from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.pruning import check_rank, rank_for
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep

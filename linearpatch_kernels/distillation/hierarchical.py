@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
-from linearpatch_kernels.distillation.processes import Processes
-from linearpatch_kernels.distillation.sealed import read_seal, write_sealed
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
@@ -32,8 +30,10 @@ from linearpatch_kernels.distillation.trainer import (
     joint_state,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_seal, write_sealed
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.surgery.merge_plan import leaves
 from linearpatch_kernels.text import fingerprint_model
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
-from linearpatch_kernels.distillation.processes import Processes
-from linearpatch_kernels.distillation.sealed import read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.files import read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.text import fingerprint_model
 
 DEFAULT_TOP_K = 50

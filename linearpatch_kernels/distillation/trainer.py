@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
-from linearpatch_kernels.distillation.processes import Processes, need_accelerate
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
-from linearpatch_kernels.distillation.sealed import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.files import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from linearpatch_kernels.processes import Processes, need_accelerate
 from linearpatch_kernels.text import fingerprint_model
 
 LOSSES = ("tail", "topk", "full")

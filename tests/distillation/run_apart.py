@@ -24,10 +24,10 @@ from safetensors.torch import save, save_file
 
 from linearpatch_kernels.calibration import Span, calibrate, collect_moments
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_depths
-from linearpatch_kernels.distillation.processes import launched_processes
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.distillation.trainer import Step, TrainingSettings, distill
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.processes import launched_processes
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.merging import choose_units, merge_layers
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan

@@ -15,8 +15,8 @@ from modeling.tiny import VOCABULARY, tiny_model
 from safetensors.torch import load_file
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
-from linearpatch_kernels.distillation.processes import Processes, launched_processes
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.processes import Processes, launched_processes
 
 pytestmark = pytest.mark.slow
 

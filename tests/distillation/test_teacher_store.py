@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation import teacher_store
-from linearpatch_kernels.distillation.sealed import working_alone
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, store_request, write_teacher_store
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import working_alone
 
 
 def contents(directory: Path) -> dict[str, bytes]:

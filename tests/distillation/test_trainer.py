@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.forms import reformed
-from linearpatch_kernels.distillation.sealed import read_seal
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import (
@@ -32,6 +31,7 @@ from linearpatch_kernels.distillation.trainer import (
     distill,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_seal
 from linearpatch_kernels.modeling.families import norm_gains
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
