@@ -26,16 +26,17 @@ from linearpatch_kernels.cli.inputs import (
     read_texts,
     title_of,
 )
-from linearpatch_kernels.cli.options import JsonFile, Length, Samples, from_home
+from linearpatch_kernels.cli.options import JsonFile, Length, Samples, given_path
 from linearpatch_kernels.cli.prune import report_data, summarise, usage
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 
 def demo(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", callback=from_home
+            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", parser=given_path
         ),
     ] = Path("demo-output"),
     drop: Annotated[int, typer.Option("--drop", metavar="N", min=1, help="How many of the 30 layers to remove.")] = 6,
@@ -65,7 +66,7 @@ def demo(
         "healed (structured)": output / "structured",
         "report": output / "report",
     }
-    check_json(json_file)
+    check_json(json_file, output=output)
     for place in places.values():
         check_output(place, overwrite=True)
     run = Reporter()
@@ -116,7 +117,8 @@ def demo(
         speeds = compare_speed(models, progress=run)
     with run.stage("save"):
         for name, plan in plans.items():
-            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=plan.files())
+            files = {f"{RECORDS}/{file}": content for file, content in plan.files().items()}
+            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=files)
     with run.stage("reload and write on"):
         reloaded = AutoModelForCausalLM.from_pretrained(places["healed (auto)"]).eval()
         again = AutoTokenizer.from_pretrained(places["healed (auto)"])

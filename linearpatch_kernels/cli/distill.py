@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,6 @@ from linearpatch_kernels.cli.console import (
     Reporter,
     check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -43,10 +42,18 @@ from linearpatch_kernels.cli.options import (
     Rank,
     Text,
     TrustRemoteCode,
+    given_path,
 )
-from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.prune import recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import (
+    RECORDS,
+    check_work_directory,
+    claim_work_directory,
+    lies_in,
+    remove_work_directory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +69,10 @@ _BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, s
 
 def distill(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What prune, merge or distill wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="What prune, merge or distill wrote.", show_default=False, parser=given_path
+        ),
     ],
     teacher: Annotated[
         str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was made from.", show_default=False)
@@ -166,6 +176,7 @@ def distill(
             metavar="DIR",
             help="Where the teacher's answers are kept for other runs (default: beside the output, until it is done).",
             show_default=False,
+            parser=given_path,
         ),
     ] = None,
     store_states: Annotated[
@@ -240,10 +251,13 @@ def distill(
         seed=seed,
     )
     check_form(patch)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(teacher)])
-    if store is not None and store.expanduser().resolve().is_relative_to(output.resolve()):
+    reads = [directory, on_disk(teacher), text, heldout_text, store]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    if store is not None and lies_in(store, output):
         raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
+    work = _Work(output, store)
+    work.check()
     if loss == "topk" and top_k == 1:
         raise InputError(
             "one likeliest token alone always has all of the mass, so there is nothing to learn: give a "
@@ -276,12 +290,11 @@ def distill(
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train)
-    place_of_work = output.with_name(f"{output.name}.work")
-    with run.stage("ask the teacher"):
+    with work.claimed() if processes.first else contextlib.nullcontext(), run.stage("ask the teacher"):
         answers = write_teacher_store(
             dense,
             windows.all,
-            store or place_of_work / "store",
+            work.store,
             top_k=top_k,
             depths=[*source.depths(student), *([joint_depth(student, joint)] if store_states else [])],
             tokenizer=fingerprint_tokenizer(tokenizer),
@@ -302,7 +315,7 @@ def distill(
             training=windows.training,
             heldout=windows.heldout,
             settings=settings,
-            directory=place_of_work / "run",
+            directory=work.run,
             processes=processes,
         )
     if not processes.first:
@@ -320,14 +333,10 @@ def distill(
     summary = source.summary(found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
     with run.stage("draw the report"):
         report = _report(directory, summary, found, result, windows, run, source, bool(patches(student)))
-    files = {f"report/{name}": content for name, content in report.items()} | source.files()
-    files["summary.json"] = json_text(summary).encode()
+    files = recorded(source.files(), summary, report)
     with run.stage("save"):
         save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
-    for part in ("store", "run"):
-        shutil.rmtree(place_of_work / part, ignore_errors=True)
-    with contextlib.suppress(OSError):  # what else somebody keeps there stays
-        place_of_work.rmdir()
+    work.remove()
     print_quality(found, windows.evaluation_source)
     print_table(*distillation_table(summary["distillation"]))
     if costs:
@@ -338,8 +347,58 @@ def distill(
             soft_wrap=True,
         )
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    say_where("Model, plan", output)
     write_json(json_file, summary)
+
+
+class _Work:
+    """What a run keeps beside its output until it is done: ``OUT.work/run``, and ``OUT.work/store`` unless the person
+    named a store, which stays.
+
+    Attributes:
+        run, store: the two directories.
+    """
+
+    def __init__(self, output: Path, store: Path | None) -> None:
+        from linearpatch_kernels.distillation.teacher_store import STORE_FILES
+        from linearpatch_kernels.distillation.trainer import RUN_FILES
+
+        self._parent = output.with_name(f"{output.name}.work")
+        self.run, self.store = self._parent / "run", store or self._parent / "store"
+        self._ours = {self.run: RUN_FILES} | ({self.store: STORE_FILES} if store is None else {})
+
+    def check(self) -> None:
+        """InputError where something else stands there."""
+        for directory, names in self._ours.items():
+            check_work_directory(directory, names)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the directories; where the run is refused before it wrote anything there, nothing stays of them."""
+        for directory in self._ours:
+            claim_work_directory(directory)
+        try:
+            yield
+        except InputError:
+            for directory in self._ours:
+                remove_work_directory(directory, _NOTHING)
+            self._remove_parent()
+            raise
+
+    def remove(self) -> None:
+        """Remove what the runs into this output wrote; what else somebody keeps there stays."""
+        for directory, names in self._ours.items():
+            if not remove_work_directory(directory, names):
+                problems.print(f"note: {directory} was there before this run, so it stays", soft_wrap=True)
+        self._remove_parent()
+
+    def _remove_parent(self) -> None:
+        with contextlib.suppress(OSError):  # what else somebody keeps there stays
+            self._parent.rmdir()
+
+
+# The name of no file.
+_NOTHING = re.compile(r"(?!)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -515,9 +574,9 @@ def _report(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            **source.plan_files,
-            "summary.json": "the figures above",
-            "report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
+            **{f"{RECORDS}/{name}": what for name, what in source.plan_files.items()},
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
         },
     )
     measured = [name for name in result.curve[0] if name != "step"]

@@ -8,8 +8,17 @@ from typing import Annotated
 import typer
 
 from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
-from linearpatch_kernels.cli.inputs import find_model, num_layers_of, title_of, windows_up_to
-from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
+from linearpatch_kernels.cli.inputs import find_model, num_layers_of, on_disk, title_of, windows_up_to
+from linearpatch_kernels.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    JsonFile,
+    Length,
+    Model,
+    TrustRemoteCode,
+    given_path,
+)
 from linearpatch_kernels.errors import InputError
 
 
@@ -22,7 +31,11 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            "--text", metavar="FILE", help="UTF-8 text (default: the demo's held-out text).", show_default=False
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text (default: the demo's held-out text).",
+            show_default=False,
+            parser=given_path,
         ),
     ] = None,
     length: Length = 512,
@@ -57,7 +70,7 @@ def evaluate(
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
 
     check_alone("evaluate")
-    check_json(json_file)
+    check_json(json_file, made_from=[text, on_disk(model), on_disk(teacher)])
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if limit is not None and tasks is None:
         raise InputError("--limit is about the questions of --tasks: name some, or leave it out")

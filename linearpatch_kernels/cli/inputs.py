@@ -58,7 +58,7 @@ def find_model(
     )
 
 
-def on_disk(model: str) -> str | None:
+def on_disk(model: str | None) -> str | None:
     """MODEL as a path that may be there; 'demo' is none, whatever lies under that name."""
     return None if model == "demo" else model
 

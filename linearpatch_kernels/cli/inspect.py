@@ -15,15 +15,15 @@ from linearpatch_kernels.cli.console import (
     console,
     figure,
     print_table,
-    read_json,
     share,
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
 from linearpatch_kernels.cli.merge import merges_table, written
-from linearpatch_kernels.cli.options import JsonFile
+from linearpatch_kernels.cli.options import JsonFile, given_path
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_json, record
 
 
 def inspect(
@@ -33,6 +33,7 @@ def inspect(
             metavar="DIR",
             help="What prune, merge, distill or sweep wrote, or any model directory.",
             show_default=False,
+            parser=given_path,
         ),
     ],
     json_file: JsonFile = None,
@@ -64,8 +65,9 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
-    plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
-    merges = MergePlan.load(directory / MERGE_FILE) if (directory / MERGE_FILE).exists() else None
+    plan = PrunePlan.load(directory) if record(directory, "plan.json").exists() else None
+    merge_file = record(directory, MERGE_FILE)
+    merges = MergePlan.load(merge_file) if merge_file.exists() else None
     if plan is None and sweep is None and (config is None or "model_type" not in config):
         raise InputError(
             f"{directory} holds no plan.json, no sweep.json and no model's config.json: give a directory that "
@@ -85,7 +87,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
         summary["plan"] = plan.to_json()
         tables += [_joints_table(plan), *candidates_table(plan)]
     if plan is not None or merges is not None:
-        about = _read(directory / "summary.json") or {}
+        about = _read(record(directory, "summary.json")) or {}
         summary["quality"] = about.get("quality", {})
         tables += _quality_table(summary["quality"])
         if "distillation" in about:
@@ -99,7 +101,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    return read_json(file) if file.exists() else None
+    return read_json(file, "write the directory again") if file.exists() else None
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

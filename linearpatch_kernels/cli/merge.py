@@ -16,7 +16,6 @@ from linearpatch_kernels.cli.console import (
     TableContent,
     check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -29,6 +28,7 @@ from linearpatch_kernels.cli.inputs import (
     heldout_windows,
     make_windows,
     num_layers_of,
+    on_disk,
     read_texts,
     title_of,
 )
@@ -46,9 +46,10 @@ from linearpatch_kernels.cli.options import (
     Text,
     TrustRemoteCode,
 )
-from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.prune import recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,8 +171,11 @@ def merge(
 
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True)
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    unfinished = _unfinished(output)
+    check_file(unfinished, f"{unfinished}, where the merges of an unfinished run are kept,", parents=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     if samples < REFIT_WINDOWS and heal in (None, REFIT):
@@ -195,8 +199,6 @@ def merge(
         windows = make_windows(dense, tokenizer, texts, samples=samples, heldout=held, length=length)
     if heal == REFIT:
         check_refit(dense, windows.fit)
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.merges")
     start = MergePlan(
         num_layers_of(dense),
         model=fingerprint_model(dense),
@@ -231,8 +233,7 @@ def merge(
     help_told = _told_help(found, heal)
     summary = _summarise(plan, found, run) | ({"heal": heal} if healed else {})
     report = _report(model, plan, found, windows, run, help_told, patched=bool(patches(result)))
-    files = plan.files() | {"summary.json": json_text(summary).encode()}
-    files |= {f"report/{name}": content for name, content in report.items()}
+    files = recorded(plan.files(), summary, report)
     with run.stage("save"):
         save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
     unfinished.unlink(missing_ok=True)
@@ -241,7 +242,7 @@ def merge(
     for line in help_told:
         console.print(line, soft_wrap=True)
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    say_where("Model, plan", output)
     write_json(json_file, summary)
 
 
@@ -338,9 +339,9 @@ def _report(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            "merge.json": "every merge: layers, shares, the units that were kept, what chose them",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/merge.json": "every merge: layers, shares, the units that were kept, what chose them",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -366,6 +367,12 @@ def _summarise(plan: MergePlan, found: Mapping[str, Quality], run: Reporter) -> 
         "quality": {name: quality.to_dict() for name, quality in found.items()},
         "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
     }
+
+
+def _unfinished(output: Path) -> Path:
+    """Where the merges of a run are kept until it is done."""
+    target = output.resolve()
+    return target.with_name(f".{target.name}.merges")
 
 
 def _keep(file: Path, plan: MergePlan) -> None:

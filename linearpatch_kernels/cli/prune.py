@@ -45,6 +45,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,8 +111,9 @@ def prune(
     if wanted:
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)] if plan_only else [])
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
@@ -162,8 +164,7 @@ def prune(
         magnitudes = joint_magnitudes(dense, shown, pruning.plan.joints[0])
         report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of(model))
     summary = summarise(pruning.plan, found, run)
-    files = {f"report/{name}": content for name, content in report.items()} | pruning.plan.files()
-    files["summary.json"] = json_text(summary).encode()
+    files = recorded(pruning.plan.files(), summary, report)
     with run.stage("save"):
         if plan_only:
             save_files(output, files, overwrite=True)
@@ -175,7 +176,7 @@ def prune(
         print_table(*table)
     print_quality(found, windows.evaluation_source)
     print_seconds(run)
-    _say_where(output, plan_only)
+    say_where("Plan" if plan_only else "Model, plan", output)
     write_json(json_file, summary)
 
 
@@ -225,10 +226,10 @@ def report_data(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
         files={
-            "plan.json": "spans, kind of patch, what chose them",
-            "plan.safetensors": "the patches",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
+            f"{RECORDS}/plan.safetensors": "the patches",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
 
@@ -255,8 +256,16 @@ def summarise(plan: PrunePlan, found: Mapping[str, Quality], run: Reporter) -> d
     }
 
 
-def _say_where(output: Path, plan_only: bool) -> None:
-    console.print(
-        f"{'Plan' if plan_only else 'Model, plan'} and report: {output} (report: {output / 'report' / 'report.md'})",
-        soft_wrap=True,
-    )
+def recorded(
+    plan: Mapping[str, bytes], summary: Mapping[str, Any], report: Mapping[str, bytes]
+) -> dict[str, bytes | str]:
+    """What an output carries beside a model: plan, summary and report, in a directory that no engine looks into."""
+    files: dict[str, bytes | str] = {**plan, "summary.json": json_text(summary)}
+    files |= {f"report/{name}": content for name, content in report.items()}
+    return {f"{RECORDS}/{name}": content for name, content in files.items()}
+
+
+def say_where(what: str, output: Path) -> None:
+    """The last line of a command that wrote an output."""
+    report = output / RECORDS / "report" / "report.md"
+    console.print(f"{what} and report: {output} (report: {report})", soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from linearpatch_kernels.cli.console import Reporter
 from linearpatch_kernels.cli.prune import summarise
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,8 +98,8 @@ def open_shallower(directory: Path, hierarchy: HierarchySettings) -> Shallower:
 
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch prune or merge wrote")
-    if (directory / MERGE_FILE).exists():
-        return Merged(MergePlan.load(directory / MERGE_FILE), hierarchy)
+    if (merges := record(directory, MERGE_FILE)).exists():
+        return Merged(MergePlan.load(merges), hierarchy)
     if hierarchy != HierarchySettings():
         raise InputError(f"{directory} has no merged layers: leave out --layer-weight, --layer-error and --group-steps")
     return Pruned(PrunePlan.load(directory))

@@ -41,6 +41,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import check_file
 
 if TYPE_CHECKING:
     from linearpatch_kernels.calibration import CalibrationStatistics
@@ -90,8 +91,12 @@ def sweep(
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
     check_score(score, SCORES)
     drops = _depths(drop)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)])
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    target = output.resolve()
+    unfinished = target.with_name(f".{target.name}.statistics")
+    check_file(unfinished, f"{unfinished}, where the calibration of an unfinished run is kept,", parents=True)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
@@ -116,8 +121,6 @@ def sweep(
         )
     with run.stage("load the model"):
         dense = source.load()
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
     with run.stage("calibrate, fit and evaluate"):
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
-from linearpatch_kernels.files import read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.files import MARKER, final_name, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.text import fingerprint_model
@@ -34,6 +35,8 @@ DEFAULT_TOP_K = 50
 _FORMAT = "linearpatch-teacher-store"
 _VERSION = 2
 _SHARD_BYTES = 64 << 20
+STORE_FILES = re.compile(r"request\.json|index\.json|shard-\d{5}\.safetensors")
+"""What a store is made of."""
 # Logits that exist at once while the store is written: 64 MB of float32, whatever the vocabulary.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -205,7 +208,7 @@ def write_teacher_store(
         processes.wait()
         return TeacherStore.open(folder)
     _check_folder(folder, request)
-    with working_alone(folder):
+    with working_alone(folder, STORE_FILES):
         if not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
@@ -227,7 +230,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 def _check_folder(folder: Path, request: StoreRequest) -> None:
     """Whether the store of this request can be written to, or is in, this folder."""
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if folder.is_dir() and not all(_may_be_begun(path.name) for path in folder.iterdir()):
         if not (folder / "request.json").exists():
             raise InputError(f"{folder} exists and is not a teacher store: give another --store")
         _check_same(StoreRequest.read(folder / "request.json"), request, folder)
@@ -240,6 +243,11 @@ def _check_folder(folder: Path, request: StoreRequest) -> None:
             f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another --store, a smaller --top-k, "
             "or less text"
         )
+
+
+def _may_be_begun(name: str) -> bool:
+    """Whether a directory with a file of this name may still become a store: our marker, an unfinished file of ours."""
+    return name == MARKER or (name != final_name(name) and STORE_FILES.fullmatch(final_name(name)) is not None)
 
 
 _WHOSE = {

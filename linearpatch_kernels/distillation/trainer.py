@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -45,6 +46,8 @@ _SHARE_OF_CHECKPOINTS = 50
 
 _STATE = "state.safetensors"
 _LOG = "log.jsonl"
+RUN_FILES = re.compile(r"((together|group-\d+)/)?(state\.safetensors|log\.jsonl)|group-\d+\.safetensors")
+"""What the directory of a run holds, also that of a `hierarchical` one."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -345,7 +348,7 @@ def distill(
         "processes": processes.count,
     }
     folder = None if directory is None else Path(directory).expanduser()
-    alone = working_alone(folder) if folder is not None and processes.first else contextlib.nullcontext()
+    alone = working_alone(folder, RUN_FILES) if folder is not None and processes.first else contextlib.nullcontext()
     with evaluation_mode(student), alone:
         processes.wait()
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import record
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -129,8 +130,8 @@ class PrunePlan:
         """
         folder = Path(directory)
         try:
-            about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "plan.safetensors")
+            about = json.loads(record(folder, "plan.json").read_text(encoding="utf-8"))
+            tensors = load_file(record(folder, "plan.safetensors"))
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing): give a "

@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import directories
+from linearpatch_kernels.files.owned import DRAFT, mark
 from linearpatch_kernels.modeling import saving
 from linearpatch_kernels.modeling.saving import check_output, is_ours, save_checkpoint, save_files
 
@@ -108,7 +110,7 @@ def test_an_earlier_output_is_replaced_only_when_asked(llama: PreTrainedModel, t
 def test_an_earlier_output_is_replaced_where_directories_cannot_be_exchanged(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(directories, "_exchanged", lambda *_: False)
     save_checkpoint(llama, None, tmp_path / "out", extra_files={"old.txt": "old"})
     save_checkpoint(llama, None, tmp_path / "out", overwrite=True)
     assert is_ours(tmp_path / "out")
@@ -192,6 +194,8 @@ def test_a_disk_that_is_really_full(llama: PreTrainedModel, tmp_path: Path, monk
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from linearpatch_kernels.files import directories
+from linearpatch_kernels.files import directories
 from linearpatch_kernels.modeling import saving
 from tests.modeling.tiny import tiny_model
 
@@ -199,7 +203,7 @@ def die(draft, *rest):
     assert (Path(draft) / "model.safetensors").exists()
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(saving, sys.argv[2], die)
+setattr(directories, sys.argv[2], die)
 saving.save_checkpoint(tiny_model("llama", layers=2), None, sys.argv[1], overwrite=True)
 """
 
@@ -225,10 +229,11 @@ def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(llama: PreTrainedMod
 
 
 def test_the_draft_of_a_save_that_is_still_running_is_left_alone(llama: PreTrainedModel, tmp_path: Path) -> None:
-    running = tmp_path / ".out.linearpatch-running"
-    other = tmp_path / ".other.linearpatch-killed"
-    other.mkdir()
-    running.mkdir()
+    running = tmp_path / f".out.linearpatch-{'0' * 32}"
+    other = tmp_path / f".other.linearpatch-{'1' * 32}"
+    for draft in (running, other):
+        draft.mkdir()
+        mark(draft, DRAFT)
     lock = os.open(running, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     save_checkpoint(llama, None, tmp_path / "out")
@@ -246,10 +251,12 @@ def test_what_appears_at_the_place_in_the_meantime_is_kept(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").touch()
 
-    monkeypatch.setattr(saving, "_flush", flush)
-    with pytest.raises(InputError, match="in the meantime"):
+    monkeypatch.setattr(directories, "_flush", flush)
+    with pytest.raises(InputError, match=r"in the meantime.*, and what was finished is kept in .*out\.unfinished"):
         save_checkpoint(llama, None, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out.unfinished")) is type(llama)
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.unfinished"]
 
 
 def test_a_relative_path_and_a_link(
