@@ -105,6 +105,9 @@ def make_windows(
 
     InputError where the text is too short, or where the model lacks one of its tokens or so many positions.
     """
+    import torch
+
+    from linearpatch_kernels.distillation.teacher_store import fingerprint_windows
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
@@ -134,6 +137,8 @@ def make_windows(
         "samples": samples,
         "heldout": heldout,
         "length": length,
+        # Which windows those are depends on how many the report takes of the same text.
+        "windows": fingerprint_windows(torch.cat([shares["fit"], shares["heldout"]])),
     }
     held = shares["heldout"] if heldout else None
     return Windows(
@@ -163,3 +168,9 @@ def num_layers_of(model: PreTrainedModel) -> int:
     from linearpatch_kernels.modeling.families import num_layers
 
     return num_layers(model)
+
+
+def forget(unfinished: Path) -> None:
+    """Remove what an unfinished run would have gone on from; that it cannot be removed costs no result."""
+    with contextlib.suppress(OSError):
+        unfinished.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from linearpatch_kernels.cli.console import (
 from linearpatch_kernels.cli.inputs import (
     Windows,
     find_model,
+    forget,
     heldout_windows,
     make_windows,
     num_layers_of,
@@ -219,7 +220,7 @@ def merge(
             )
         except InputError:
             # Not killed but refused: the same merges would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
     result = merged
     if heal != "none":
@@ -236,7 +237,7 @@ def merge(
     files = recorded(plan.files(), summary, report)
     with run.stage("save"):
         save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
-    unfinished.unlink(missing_ok=True)
+    forget(unfinished)
     print_table(*merges_table(plan))
     print_quality(found, windows.evaluation_source)
     for line in help_told:
@@ -377,7 +378,7 @@ def _unfinished(output: Path) -> Path:
 
 def _keep(file: Path, plan: MergePlan) -> None:
     """Save what a killed run goes on from; where there is no room or directory for it, do without."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, InputError):
         plan.save(file)
 
 

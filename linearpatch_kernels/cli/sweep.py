@@ -24,7 +24,15 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, on_disk, read_texts, title_of
+from linearpatch_kernels.cli.inputs import (
+    find_model,
+    forget,
+    make_windows,
+    num_layers_of,
+    on_disk,
+    read_texts,
+    title_of,
+)
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -139,7 +147,7 @@ def sweep(
             )
         except InputError:
             # Not killed but refused: the same sweep would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
     rows = [QualityRow("dense", num_layers_of(dense), quality)] + [
         QualityRow(f"{p.fit}, {','.join(map(str, p.plan.spans))}", num_layers_of(dense) - p.drop, p.quality)
@@ -169,7 +177,7 @@ def sweep(
     files = sweep_report(data, quality.perplexity, points, title_of(model))
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
-    unfinished.unlink(missing_ok=True)
+    forget(unfinished)
     print_table(*sweep_table(summary))
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
@@ -193,7 +201,7 @@ def _keep(file: Path, fingerprint: str, statistics: CalibrationStatistics) -> No
     """Save what a killed sweep goes on from; where there is no room or directory for it, do without."""
     from safetensors import SafetensorError
 
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(OSError, SafetensorError, InputError):
         statistics.save(file, fingerprint=fingerprint)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import write_whole
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.surgery.merging import Merge, merge_layers
 
@@ -88,13 +89,7 @@ class MergePlan:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write one file, whole or not at all."""
-        target = Path(file)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            temporary.write_bytes(self.files()[MERGE_FILE])
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(file), self.files()[MERGE_FILE])
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> MergePlan:

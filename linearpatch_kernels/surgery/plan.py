@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import record
+from linearpatch_kernels.files import check_file, record, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -113,13 +113,18 @@ class PrunePlan:
         return {"plan.json": text.encode(), "plan.safetensors": save(self.tensors(), metadata={"format": "pt"})}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last."""
+        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last.
+
+        Raises:
+            InputError: a file of one of these names is there that is no plan of ours; the disk is full or fails.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        description = folder / "plan.json"
+        check_file(description, str(description))
+        check_file(folder / "plan.safetensors", str(folder / "plan.safetensors"), lambda _: description.exists())
         for name, content in sorted(self.files().items(), reverse=True):
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            write_whole(folder / name, content)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> PrunePlan:
