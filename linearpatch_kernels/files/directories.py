@@ -55,7 +55,7 @@ def check_output(
             output (unless ``overwrite``), or what it is ``made_from``; it is a file, the working directory or no place
             to write to; or the disk has less room.
     """
-    target = _resolved(directory)
+    target = expanded(directory).resolve()
     if _working_directory().is_relative_to(target):
         # Whoever stands in a directory that is replaced goes on standing in the old one.
         raise InputError(f"{directory} is the working directory, or holds it: give another directory")
@@ -86,16 +86,6 @@ def _working_directory() -> Path:
         return Path.cwd()
     except FileNotFoundError as error:
         raise InputError("the working directory is gone: change to one that is there") from error
-
-
-def _resolved(directory: str | os.PathLike[str]) -> Path:
-    try:
-        target = expanded(directory).resolve()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            target.lstat()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{directory} cannot be a directory ({said(error)}): give another one") from error
-    return target
 
 
 def _bring_back(target: Path) -> None:
@@ -164,7 +154,7 @@ def written_whole(directory: str | os.PathLike[str], files: Mapping[str, bytes |
             of the draft, or else ``files``) is kept beside it, and the message says where.
     """
     content = {_inside(name): text for name, text in files.items()}
-    target = _resolved(directory)
+    target = expanded(directory).resolve()
     with contextlib.ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ file names that 0.1.0 wrote.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,11 +49,19 @@ _NAMES_OF_0_1_0 = re.compile(
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with its ``~`` resolved; InputError for the ``~`` of a user that is not there."""
+    """The path with its ``~`` resolved; it need not exist.
+
+    Raises:
+        InputError: the ``~`` of a user that is not there, a link to itself, a name that no file can have.
+    """
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{path} names the home directory of a user who has none here: write the path out") from error
+        there = Path(path).expanduser()
+        there.resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            there.lstat()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{str(path)[:300]} is no path that can be looked at ({said(error)}): give another") from error
+    return there
 
 
 def lies_in(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> bool:

@@ -137,10 +137,17 @@ def _check_logits(model: PreTrainedModel, directory: Path) -> None:
     wrong = [f"{what.replace('_', ' ')} {sorted(keys)[0]}" for what, keys in info.items() if keys]
     if wrong or type(again) is not type(model):
         raise _not_the_model(", ".join(wrong) or f"it loads as a {type(again).__name__}")
-    here, there = (_probe_logits(one) for one in (model, again.to(model.device)))
+    again.to(model.device)
+    # A model that was cast computes with rotary tables that were cast; a loaded one makes them anew.
+    for name, buffer in model.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        holder = again.get_submodule(path)
+        setattr(holder, leaf, getattr(holder, leaf).to(buffer.dtype))
+    here, there = (_probe_logits(one) for one in (model, again))
     # Another attention implementation than the one in memory may serve the loaded model.
-    tolerance = 64 * torch.finfo(model.dtype).eps
-    if not torch.allclose(here, there, rtol=tolerance, atol=tolerance * float(here.abs().max()), equal_nan=True):
+    tolerance = min(4096 * torch.finfo(model.dtype).eps, 0.05)
+    scale = float(here[here.isfinite()].abs().max()) if bool(here.isfinite().any()) else 0.0
+    if not torch.allclose(here, there, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
         raise _not_the_model(f"its logits are off by {float((here - there).abs().max()):.3g}")
 
 
