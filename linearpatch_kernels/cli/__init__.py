@@ -89,6 +89,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="linearpatch_kernels runs on plain PyTorch")
     try:
         status = app(arguments or ["--help"], prog_name="linearpatch", standalone_mode=False) or 0
+    except BrokenPipeError:
+        # Whoever read what was printed (`| head`) has read enough; what was to be saved is saved.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
     except Exception as error:
         if debug:
             raise

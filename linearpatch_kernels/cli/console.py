@@ -26,9 +26,17 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.plan import PrunePlan
 
 
+class _Aside(Console):
+    """What is said beside a result: where it cannot be written (a log on a full disk), the work goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+
 # Names of files and models are printed as they are: neither [bold] nor :x: means anything in them.
 console = Console(markup=False, emoji=False, highlight=False)
-problems = Console(stderr=True, markup=False, emoji=False, highlight=False)
+problems = _Aside(stderr=True, markup=False, emoji=False, highlight=False)
 
 _PLAIN_INTERVAL = 5.0
 

@@ -142,6 +142,8 @@ def demo(
     magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
     report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"))
     save_files(places["report"], report, overwrite=True)
+    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, texts.report_source)
@@ -160,8 +162,6 @@ def demo(
     for name, place in places.items():
         console.print(f"{name}: {place}", soft_wrap=True)
     print_seconds(run)
-    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
-    write_json(json_file, summary)
     if not same:
         raise InputError(
             "the reloaded model differs from the one in memory: please report this with `linearpatch doctor`"

@@ -337,6 +337,7 @@ def distill(
     with run.stage("save"):
         save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
     work.remove()
+    write_json(json_file, summary)
     print_quality(found, windows.evaluation_source)
     print_table(*distillation_table(summary["distillation"]))
     if costs:
@@ -348,7 +349,6 @@ def distill(
         )
     print_seconds(run)
     say_where("Model, plan", output)
-    write_json(json_file, summary)
 
 
 class _Work:

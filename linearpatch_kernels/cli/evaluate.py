@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
-from linearpatch_kernels.cli.inputs import find_model, num_layers_of, on_disk, title_of, windows_up_to
+from linearpatch_kernels.cli.inputs import find_model, in_words, num_layers_of, on_disk, title_of, windows_up_to
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -111,30 +111,6 @@ def evaluate(
         with run.stage("speed"):
             # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
             speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=run)
-    rows = [
-        [
-            name,
-            str(num_layers_of(one)),
-            f"{model_size(one).parameters / 1e6:,.1f} M",
-            figure(found[name].perplexity),
-            share(found[name].top1_agreement),
-            "" if found[name].kl is None else f"{found[name].kl:.3f}",
-        ]
-        for name, one in models.items()
-    ]
-    columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
-    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {'LAMBADA passages' if text is None else text.name}"
-    print_table(title, columns, rows)
-    if speeds:
-        speed_rows = [
-            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
-            for name, one in speeds.items()
-        ]
-        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
-    if scores:
-        task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
-        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
-    print_seconds(run)
     size = model_size(student)
     summary = quality.to_dict() | {
         "tasks": scores,
@@ -148,3 +124,28 @@ def evaluate(
     if speeds:
         summary["speed"] = {name: one.to_dict() for name, one in speeds.items()}
     write_json(json_file, summary)
+    rows = [
+        [
+            name,
+            str(num_layers_of(one)),
+            f"{model_size(one).parameters / 1e6:,.1f} M",
+            figure(found[name].perplexity),
+            share(found[name].top1_agreement),
+            "" if found[name].kl is None else f"{found[name].kl:.3f}",
+        ]
+        for name, one in models.items()
+    ]
+    columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
+    origin = "LAMBADA passages" if text is None else in_words(text.name)
+    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {origin}"
+    print_table(title, columns, rows)
+    if speeds:
+        speed_rows = [
+            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
+            for name, one in speeds.items()
+        ]
+        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
+    if scores:
+        task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
+        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
+    print_seconds(run)

@@ -78,12 +78,12 @@ def read_texts(text: Path | None, heldout_text: Path | None) -> Texts:
     from linearpatch_kernels.text import demo_text, read_text
 
     if text is not None:
-        texts = Texts(read_text(text), None, text.name, f"unused parts of {text.name}")
+        texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
     else:
         texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
     if heldout_text is None:
         return texts
-    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=heldout_text.name)
+    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=in_words(heldout_text.name))
 
 
 def heldout_windows(samples: int) -> int:
@@ -161,7 +161,12 @@ def windows_up_to(tokenizer: Any, content: str | list[str], length: int, count: 
 
 
 def title_of(model: str) -> str:
-    return "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name or model
+    return "SmolLM2-135M-Instruct" if model == "demo" else in_words(Path(model).name or model)
+
+
+def in_words(name: str) -> str:
+    """A name as it can be written in a report: what is not UTF-8 in the name of a file becomes question marks."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def num_layers_of(model: PreTrainedModel) -> int:

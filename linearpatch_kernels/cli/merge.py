@@ -238,13 +238,13 @@ def merge(
     with run.stage("save"):
         save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
     forget(unfinished)
+    write_json(json_file, summary)
     print_table(*merges_table(plan))
     print_quality(found, windows.evaluation_source)
     for line in help_told:
         console.print(line, soft_wrap=True)
     print_seconds(run)
     say_where("Model, plan", output)
-    write_json(json_file, summary)
 
 
 def merges_table(plan: MergePlan) -> TableContent:

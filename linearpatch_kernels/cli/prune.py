@@ -172,12 +172,12 @@ def prune(
             save_checkpoint(
                 apply_plan(dense, pruning.plan), source.tokenizer, output, overwrite=True, extra_files=files
             )
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, windows.evaluation_source)
     print_seconds(run)
     say_where("Plan" if plan_only else "Model, plan", output)
-    write_json(json_file, summary)
 
 
 def _compare(dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter) -> dict[str, Quality]:

@@ -178,10 +178,10 @@ def sweep(
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
     forget(unfinished)
+    write_json(json_file, summary)
     print_table(*sweep_table(summary))
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
-    write_json(json_file, summary)
 
 
 def sweep_table(summary: Mapping[str, Any]) -> TableContent:

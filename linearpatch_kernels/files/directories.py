@@ -59,6 +59,13 @@ def check_output(
     if _working_directory().is_relative_to(target):
         # Whoever stands in a directory that is replaced goes on standing in the old one.
         raise InputError(f"{directory} is the working directory, or holds it: give another directory")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{os.fsencode(target).decode('utf-8', 'replace')} is not UTF-8, and libraries that write models take no "
+            "other names: give another directory"
+        ) from error
     if target.exists() and not target.is_dir():
         raise InputError(f"{directory} is a file: give a directory for the output")
     _bring_back(target)

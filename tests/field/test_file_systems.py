@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import shlex
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +114,7 @@ IMPOSSIBLE: dict[str, list[object]] = {
     "figures below a file": ["--json", "file/x"],
     "figures with a long name": ["--json", "x" * 251],
     "figures with no name": ["--json", ""],
+    "a name that is not UTF-8": ["-o", os.fsdecode(b"out\xff")],
     "batches beyond 64 bits": ["--batch-size", "99999999999999999999"],
     "windows beyond 64 bits": ["--samples", "99999999999999999999"],
     "a rank beyond 64 bits": ["--rank", "99999999999999999999"],
@@ -162,3 +168,33 @@ def test_a_save_that_fails_half_way_keeps_the_plan(home: Path, tmp_path: Path, m
     assert str(kept) in str(error)
     assert {"plan.json", "plan.safetensors", "summary.json"} <= {path.name for path in (kept / "linearpatch").iterdir()}
     assert not (kept / "model.safetensors").exists()
+
+
+def test_a_text_may_have_a_name_that_is_not_utf8(home: Path, tmp_path: Path) -> None:
+    """As files unpacked from old archives have."""
+    text = tmp_path / os.fsdecode(b"t\xff.txt")
+    shutil.copy(home / "numbers.txt", text)
+    for flag in ("--text", "--heldout-text"):
+        assert prune(home, tmp_path / "out", flag, text) is None
+    assert "t?.txt" in (tmp_path / "out" / "linearpatch" / "report" / "report.md").read_text()
+
+
+MAIN = "from linearpatch_kernels.cli import main; main()"
+
+
+def apart(home: Path, out: Path, redirection: str, *more: object) -> int:
+    """The status of a prune in a process of its own, its output sent somewhere by a shell."""
+    arguments = ["prune", home / "dense", "--drop", "2", "--fit", "none", "-o", out, "--text", home / "numbers.txt"]
+    command = shlex.join([sys.executable, "-c", MAIN, *map(str, [*arguments, *SMALL, *more])])
+    return subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_what_cannot_be_said_costs_nothing(home: Path, tmp_path: Path) -> None:
+    """A log on a full disk, and a reader that has read enough."""
+    for number, redirection in enumerate(("2>/dev/full", ">/dev/full", "| head -c 1")):
+        out, figures = tmp_path / f"out{number}", tmp_path / f"{number}.json"
+        status = apart(home, out, redirection, "--json", figures)
+        assert (out / "model.safetensors").exists()
+        assert json.loads(figures.read_text())["spans"]
+        assert status == 0 or redirection == ">/dev/full"
