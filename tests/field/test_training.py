@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from field.support import IDS, SMALL, cut, linearpatch, logits, same, save_model, text_file, tiny
+from linearpatch_kernels.files import record
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.nn import HadamardPatch, LowRankPatch
@@ -164,7 +165,7 @@ def healed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Any:
         training = ["--patch", "dense", "--train", "lora", "--lora-rank", 4, "--steps", 40, "--learning-rate", "3e-3"]
         arguments = ["--teacher", dense, "-o", folder / "out", "--precision", precision, *training, *flags]
         assert linearpatch("distill", folder / "cut", *arguments) is None
-        curve = json.loads((folder / "out" / "summary.json").read_text())["distillation"]["curve"]
+        curve = json.loads(record(folder / "out", "summary.json").read_text())["distillation"]["curve"]
         return 1 - min(point["tail"] for point in curve) / curve[0]["tail"]
 
     return share
