@@ -134,8 +134,8 @@ MUTATIONS = {
         "out of bounds",
     ),
     "slots overwritten before they are read": (
-        "z * call.inverse_temperature);\n  }\n  __syncthreads();",
-        "z * call.inverse_temperature);\n  }",
+        "slots + k, z);\n  }\n  __syncthreads();",
+        "slots + k, z);\n  }",
         "race: logits",
     ),
     "a gradient left out": (
