@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,12 +12,18 @@ from torch import Tensor
 
 from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.ops.registration import define_operator, refuse_second_derivative, second_derivative_error
+from linearpatch_kernels.ops.registration import (
+    DerivativeError,
+    define_operator,
+    refuse_second_derivative,
+    second_derivative_error,
+)
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import (
     arithmetic_dtype,
     check_ids,
     check_operands,
+    check_tensors,
     gradient_dtype,
     linear_topk_kl_loss_reference,
     topk_kl_loss_backward_reference,
@@ -171,6 +178,12 @@ _call_linear = torch.ops.linearpatch.linear_topk_kl_loss.default
 _call_softcapped = torch.ops.linearpatch.linear_topk_kl_loss_softcapped.default
 
 
+def _refuse_learned(name: str, value: Any) -> None:
+    """Raise where a number is a tensor that wants a gradient: torch would take the number out of it without a word."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise DerivativeError(f"{name} is a number, by which the loss is not differentiated: give {name}.item()")
+
+
 def _loss_of(call: Callable[..., tuple[Tensor, ...]], operands: tuple[Any, ...], check: Callable[[], None]) -> Tensor:
     """The first result of an operator; where it raises, what does not fit is told by the checks of the reference."""
     try:
@@ -178,7 +191,8 @@ def _loss_of(call: Callable[..., tuple[Tensor, ...]], operands: tuple[Any, ...],
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError):  # of a kernel, or of torch's conversion to the schema
-        check()
+        with suppress(RuntimeError):  # numbers that cannot be looked at, as those of a batch under vmap
+            check()
         raise
 
 
@@ -220,6 +234,7 @@ def topk_kl_loss(
         DerivativeError: it is differentiated twice, in forward mode, or by torch.func.
     """
     operands = logits, teacher_probs, teacher_ids, normalization, temperature
+    _refuse_learned("temperature", temperature)
 
     def check() -> None:
         check_operands(*operands)
@@ -269,10 +284,13 @@ def linear_topk_kl_loss(
     recording = torch.is_grad_enabled()
     flags = [recording and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, weight, bias)]
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
+    _refuse_learned("temperature", temperature)
+    _refuse_learned("softcap", softcap)
     capped = softcap is not None and softcap != math.inf
     cap = (softcap,) if capped else ()
 
     def check() -> None:
+        check_tensors({"weight": weight})
         check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, *cap)
         check_ids(teacher_ids, len(weight))
 

@@ -58,8 +58,8 @@ def check_operands(
 ) -> None:
     """Shapes, dtypes and options of both losses; ``scores`` are the logits, or the hidden states with a weight."""
     name = "logits" if weight is None else "hidden"
-    tensors = {name: scores, "weight": weight, "bias": bias, "teacher_probs": teacher_probs, "teacher_ids": teacher_ids}
-    _check_tensors({key: tensor for key, tensor in tensors.items() if tensor is not None})
+    optional = {key: tensor for key, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+    check_tensors({name: scores, "teacher_probs": teacher_probs, "teacher_ids": teacher_ids, **optional})
     if scores.dim() != 2 or scores.dtype not in FLOATING:
         raise InputError(f"{name} must be floating [N, {'V' if weight is None else 'd'}], not {_told(scores)}")
     if weight is not None:
@@ -78,13 +78,13 @@ def check_operands(
         _check_scale("softcap", softcap, ", or 0 for none")
 
 
-def _check_tensors(tensors: dict[str, Any]) -> None:
+def check_tensors(tensors: dict[str, Any]) -> None:
     """Dense tensors, on one device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
-            raise InputError(f"{name} must be a dense tensor, not one of layout {tensor.layout}: use to_dense()")
+            raise InputError(f"{name} must be a dense tensor, not a nested or sparse one ({tensor.layout})")
     devices = sorted({str(tensor.device) for tensor in tensors.values()})
     if len(devices) > 1:
         raise InputError(f"{', '.join(tensors)} must be on one device, not on {' and '.join(devices)}")
@@ -99,7 +99,8 @@ def _check_scale(name: str, value: Any, otherwise: str = "") -> None:
     if isinstance(value, Tensor) and value.numel() == 1:  # which torch takes for a number
         value = value.item()
     if not (_is_number(value) and 1e-30 <= value <= 1e30):
-        raise InputError(f"{name} must be positive, between 1e-30 and 1e30{otherwise}, not {value!r}")
+        shown = " ".join(repr(value).split())[:40]
+        raise InputError(f"{name} must be positive, between 1e-30 and 1e30{otherwise}, not {shown}")
 
 
 def _told(tensor: Tensor) -> str:
