@@ -286,7 +286,7 @@ def linear_topk_kl_loss(
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
     _refuse_learned("temperature", temperature)
     _refuse_learned("softcap", softcap)
-    capped = softcap is not None and softcap != math.inf
+    capped = softcap is not None and not (isinstance(softcap, float) and softcap == math.inf)
     cap = (softcap,) if capped else ()
 
     def check() -> None:
