@@ -525,6 +525,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
     Tensor hidden, Tensor weight, Tensor teacher_probs, Tensor teacher_ids, Optional bias, std::string normalization,
     double temperature, bool hidden_grad, bool weight_grad, bool bias_grad, double softcap) {
   check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
+  if (softcap == std::numeric_limits<double>::infinity()) softcap = 0;
   if (softcap != 0) check_scale("softcap", softcap, ", or 0 for none");
   if (needs_reference(hidden, &weight, teacher_ids)) {
     const auto results =

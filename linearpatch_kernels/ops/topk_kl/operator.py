@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -25,6 +24,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
     check_operands,
     check_tensors,
     gradient_dtype,
+    leaves_logits,
     linear_topk_kl_loss_reference,
     topk_kl_loss_backward_reference,
     topk_kl_loss_reference,
@@ -286,8 +286,7 @@ def linear_topk_kl_loss(
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
     _refuse_learned("temperature", temperature)
     _refuse_learned("softcap", softcap)
-    capped = softcap is not None and not (isinstance(softcap, float) and softcap == math.inf)
-    cap = (softcap,) if capped else ()
+    cap = () if leaves_logits(softcap) else (softcap,)
 
     def check() -> None:
         check_tensors({"weight": weight})
@@ -296,4 +295,4 @@ def linear_topk_kl_loss(
 
     if backend.FORCED is not None:
         backend.check_forced_serves("linear_topk_kl_loss", hidden)
-    return _loss_of(_call_softcapped if capped else _call_linear, (*operands, *cap), check)
+    return _loss_of(_call_softcapped if cap else _call_linear, (*operands, *cap), check)

@@ -54,7 +54,7 @@ def check_operands(
     temperature: float,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
 ) -> None:
     """Shapes, dtypes and options of both losses; ``scores`` are the logits, or the hidden states with a weight."""
     name = "logits" if weight is None else "hidden"
@@ -71,11 +71,21 @@ def check_operands(
         raise InputError(f"teacher_probs must be floating [{scores.shape[0]}, K], not {_told(teacher_probs)}")
     if teacher_ids.shape != teacher_probs.shape or teacher_ids.dtype not in (torch.int32, torch.int64):
         raise InputError(f"teacher_ids must be int32 or int64, shaped as teacher_probs, not {_told(teacher_ids)}")
+    check_options(normalization, temperature, softcap)
+
+
+def check_options(normalization: str, temperature: float, softcap: float | None = None) -> None:
+    """What both losses take beside tensors."""
     if normalization not in NORMALIZATIONS:
         raise InputError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, not {normalization!r}")
     _check_scale("temperature", temperature)
-    if not (_is_number(softcap) and softcap == 0):
+    if not leaves_logits(softcap):
         _check_scale("softcap", softcap, ", or 0 for none")
+
+
+def leaves_logits(softcap: float | None) -> bool:
+    """Whether it is no soft-cap: None, 0, or infinity, to whose ``c * tanh(z / c)`` z is the limit."""
+    return softcap is None or (isinstance(softcap, Real) and softcap in (0, torch.inf))
 
 
 def check_tensors(tensors: dict[str, Any]) -> None:
@@ -190,8 +200,8 @@ def _vocabulary_gradient(
 
 
 def _softcapped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """``(c tanh(logits / c), its derivative)``; a cap of 0 is none."""
-    if not softcap:
+    """``(c tanh(logits / c), its derivative)``."""
+    if leaves_logits(softcap):
         return logits, 1.0
     bounded = (logits / softcap).tanh()
     return bounded * softcap, 1 - bounded.square()
