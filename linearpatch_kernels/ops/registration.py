@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
+
+
+class DerivativeError(InputError, NotImplementedError):
+    """A derivative that an operator does not have, and that would else be taken for zero."""
+
+
+def refuse_forward_mode(name: str, operands: Iterable[Any]) -> None:
+    """Raise where an operand carries a tangent, which an operator of torch.library drops without a word.
+
+    Every operator that `define_operator` makes asks this itself; a caller that goes past autograd has to ask it.
+
+    Raises:
+        DerivativeError: the call is differentiated in forward mode (jvp, jacfwd, linearize, dual tensors).
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+        raise DerivativeError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd): use reverse mode, torch.autograd.grad or backward()"
+        )
+
+
+def _refuse_transforms(name: str, operands: tuple[Any, ...]) -> None:
+    """Raise where torch.func differentiates: it has no way into torch.library's formulas, and blames other code."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        and torch.is_grad_enabled()
+        and torch._C._any_requires_grad(*operands)
+    ):
+        raise DerivativeError(
+            f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev, hessian): use torch.autograd.grad"
+            " or backward()"
+        )
+
+
+def _guard_derivatives(operator: CustomOpDef) -> None:
+    """Take torch.library's place under the autograd key, to raise for the derivatives that it gets wrong."""
+    differentiate = make_autograd_impl(operator._opoverload, operator)
+    name = operator._name.removesuffix("_reference")
+
+    def guarded(keyset: Any, *operands: Any) -> Any:
+        refuse_forward_mode(name, operands)
+        _refuse_transforms(name, operands)
+        return differentiate(keyset, *operands)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two registrations
+        operator._lib.impl(operator._name, guarded, "Autograd", with_keyset=True, allow_override=True)
+
+
+def refuse_second_derivative(operator: CustomOpDef, of: str) -> None:
+    """Register the autograd of an operator that computes gradients: it raises, in the name of the function."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise second_derivative_error(of)
+
+    operator.register_autograd(backward)
+
+
+def second_derivative_error(of: str) -> DerivativeError:
+    return DerivativeError(f"{of} is differentiable once: it has no second derivative (create_graph=True, hessians)")
 
 
 def define_operator(
@@ -70,6 +134,7 @@ def define_operator(
     for variant, implementation in ((name + "_reference", in_its_own_precision), (name, where_no_kernel_is)):
         operator = custom_op(f"linearpatch::{variant}", implementation, mutates_args=tuple(mutates_args), schema=schema)
         operator.register_fake(on_one_device)
+        _guard_derivatives(operator)
     return operator
 
 
