@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_transform, paley_factor
+from linearpatch_kernels.hadamard import bounded_order, factor_order, hadamard_transform
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 
@@ -126,15 +126,17 @@ class HadamardPatch(Patch):
 
     def description(self) -> dict[str, Any]:
         present = {"pre_scale": self.pre_scale is not None, "post_scale": self.post_scale is not None}
-        return {**super().description(), "rank": self.rank, **present}
+        # Told where another version has another matrix: neither must take its patches for the other's.
+        order = bounded_order(self.dim)
+        return {**super().description(), "rank": self.rank, **present, **({"order": order} if order else {})}
 
     @property
     def flops_per_token(self) -> int:
         """Two transforms of ``m - 1 + k`` additions per channel (d = m 2^k), the scales, and the low-rank products."""
-        signs, k = paley_factor(self.dim)
+        m, k = factor_order(self.dim)
         scales = 1 + (self.pre_scale is not None) + (self.post_scale is not None)
         low_rank = 4 * self.rank + 1 if self.rank else 0
-        return self.dim * (2 * (len(signs) - 1 + k) + scales + low_rank)
+        return self.dim * (2 * (m - 1 + k) + scales + low_rank)
 
 
 class LowRankPatch(Patch):
@@ -288,16 +290,23 @@ def build_patch(description: Mapping[str, Any]) -> Patch:
     """An untrained patch of the kind and shape that `Patch.description` told.
 
     Raises:
-        InputError: an unknown kind, or fields that this kind does not have.
+        InputError: an unknown kind, fields that this kind does not have, or a Hadamard matrix of another order than
+            `hadamard_order` has.
     """
     fields = dict(description)
-    kind = fields.pop("kind", None)
+    kind, order = fields.pop("kind", None), fields.pop("order", None)
     if kind not in PATCH_KINDS:
         raise InputError(f"unknown kind of patch {kind!r}: this version knows {', '.join(PATCH_KINDS)}")
     try:
-        return PATCH_KINDS[kind](**fields)
+        patch = PATCH_KINDS[kind](**fields)
     except TypeError as error:
         raise InputError(f"a description that does not fit a {kind} patch: {error}") from None
+    if order != (expected := patch.description().get("order")):
+        raise InputError(
+            f"a {kind} patch of width {patch.dim} was made with another Hadamard matrix (order {order!r}) than this"
+            f" version has (order {expected!r}): make it again, or use the version that made it"
+        )
+    return patch
 
 
 def nearest_low_rank(matrix: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
