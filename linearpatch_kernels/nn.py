@@ -406,7 +406,7 @@ def nearest_diagonal_plus_low_rank(
     if rank == 0:
         return diagonal, matrix.new_empty(d, 0), matrix.new_empty(0, d)
     generator = torch.Generator().manual_seed(0)
-    up = torch.randn(rank, d, generator=generator, dtype=torch.float64).to(matrix)
+    up = torch.randn(rank, d, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
     seen = root @ matrix
     enough = 1e-12 * float(seen.square().sum())
     before = float("inf")

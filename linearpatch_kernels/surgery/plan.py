@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -121,6 +122,7 @@ class PrunePlan:
             os.replace(temporary, folder / name)
 
     @classmethod
+    @own_state()
     def load(cls, directory: str | os.PathLike[str]) -> PrunePlan:
         """Read what :meth:`save` wrote.
 
