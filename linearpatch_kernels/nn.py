@@ -18,6 +18,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import bounded_order, factor_order, hadamard_order, hadamard_transform
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from linearpatch_kernels.ops.topk_kl.reference import check_options
 
 
 class Patch(nn.Module):
@@ -478,10 +479,15 @@ def _check_rank(rank: int, width: int, least_rank: int = 0) -> None:
 
 
 class TopKKLLoss(nn.Module):
-    """`linearpatch_kernels.topk_kl_loss` with its options fixed."""
+    """`linearpatch_kernels.topk_kl_loss` with its options fixed.
+
+    Raises:
+        InputError: there is no such option.
+    """
 
     def __init__(self, normalization: str = "topk", temperature: float = 1.0) -> None:
         super().__init__()
+        check_options(normalization, temperature)
         self.normalization, self.temperature = normalization, temperature
 
     def forward(self, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor) -> Tensor:
@@ -498,6 +504,7 @@ class LinearTopKKLLoss(TopKKLLoss):
 
     def __init__(self, normalization: str = "topk", temperature: float = 1.0, softcap: float | None = None) -> None:
         super().__init__(normalization, temperature)
+        check_options(normalization, temperature, softcap)
         self.softcap = softcap
 
     def forward(  # type: ignore[override]  # the same options, other inputs
