@@ -174,8 +174,8 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
     bodies = _spread_bodies(tokenizer, joined, length - len(start), count) if count is not None else None
     if bodies is None:
         bodies = _consecutive_bodies(tokenizer, joined, length - len(start), count)
-    windows = torch.tensor(bodies, dtype=torch.long)
-    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
+    windows = torch.tensor(bodies, dtype=torch.long, device="cpu")
+    return torch.cat([torch.tensor(start, dtype=torch.long, device="cpu").expand(len(windows), -1), windows], dim=1)
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor
         raise InputError(f"{wanted} windows are needed ({_listed(sizes)}) but there are {len(windows)}: give more text")
     shares: list[tuple[str | None, int]] = [*sizes.items(), (None, len(windows) - wanted)]
     turns = sorted(((2 * j + 1) / (2 * size), k) for k, (_, size) in enumerate(shares) for j in range(size))
-    owner = torch.tensor([k for _, k in turns], dtype=torch.long)
+    owner = torch.tensor([k for _, k in turns], dtype=torch.long, device="cpu")
     return {name: windows[owner == k] for k, name in enumerate(sizes)}
 
 

@@ -30,6 +30,7 @@ from linearpatch_kernels.distillation.trainer import (
     joint_state,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import read_seal, write_sealed
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
@@ -128,6 +129,7 @@ def stream_error(found: Tensor, wanted: Tensor, error: str) -> Tensor:
     return (squares.sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_EPSILON)).mean()
 
 
+@own_state()
 def distill_merged(
     student: PreTrainedModel,
     store: TeacherStore,

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import MARKER, final_name, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
@@ -163,6 +164,7 @@ def store_request(
     return dataclasses.replace(request, shard_windows=shard_windows or fitting)
 
 
+@own_state()
 def write_teacher_store(
     model: PreTrainedModel,
     windows: Tensor,
@@ -373,7 +375,7 @@ class TeacherBatch(NamedTuple):
         probs, ids = self.probs.clone(), self.ids.clone()
         before = probs[:, :-1], ids[:, :-1]
         missing = (before[1] != labels).all(-1, keepdim=True)
-        last = torch.arange(ids.shape[-1]) == before[0].argmin(-1, keepdim=True)
+        last = torch.arange(ids.shape[-1], device=ids.device) == before[0].argmin(-1, keepdim=True)
         replaced = missing & last
         before[1].copy_(torch.where(replaced, labels, before[1]))
         before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_(weight * (before[1] == labels))

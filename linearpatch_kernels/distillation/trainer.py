@@ -30,6 +30,7 @@ from linearpatch_kernels.distillation.teacher_store import TeacherBatch, Teacher
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import append_line, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
@@ -293,6 +294,7 @@ class JointObjective:
         return state, batch.probs.to(state.device), batch.ids.to(state.device)
 
 
+@own_state()
 def distill(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -474,7 +476,7 @@ class _Run:
             # Only the last pass of a step has gradients to exchange.
             with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
                 losses = self._losses(micro, list(self.objective.weights), self.settings.label_weight)
-                weights = torch.tensor(list(self.objective.weights.values())).to(losses)
+                weights = losses.new_tensor(list(self.objective.weights.values()))
                 loss = (losses @ weights) * (len(micro) * share)
                 loss.backward()
             total += loss.detach().double().cpu()
@@ -573,7 +575,7 @@ class _Run:
             parameter.copy_(tensors[f"parameter.{name}"])
             self.best[name] = tensors[f"best.{name}"].to(parameter.device)
             moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step), dtype=torch.float32), **moments}
 
 
 def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import family_of, num_layers, rebuild
 from linearpatch_kernels.modeling.saving import check_output, is_ours, no_progress_bar, save_checkpoint
 from linearpatch_kernels.text import cache_dir
@@ -106,6 +107,7 @@ class ModelSource:
             )
         return tokenizer
 
+    @own_state()
     def load(self) -> PreTrainedModel:
         """The model, in evaluation mode."""
         options = {"trust_remote_code": self._trust, "use_safetensors": True}
@@ -161,7 +163,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         # torch.device takes every name that could be one; a tensor shows whether the device is there.
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, dtype=torch.float32, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no device {device!r} here: give cpu, cuda, cuda:1, ...") from error
     return torch.device(device)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Sublayer,
     decoder_layers,
@@ -36,6 +37,7 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EPSILON = 1e-12
 
 
+@own_state()
 def heal_merges(
     dense: PreTrainedModel,
     merged: PreTrainedModel,
@@ -90,6 +92,7 @@ class _Stream:
         self._depth = depth
 
 
+@own_state()
 def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
     """The merged model with new down projections W in its merged layers, by least squares; the same architecture.
 

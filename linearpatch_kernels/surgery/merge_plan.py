@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import write_whole
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.surgery.merging import Merge, merge_layers
@@ -115,6 +116,7 @@ class MergePlan:
             raise InputError(f"{file} is not as it was written ({error!r}): merge again") from error
 
 
+@own_state()
 def apply_merges(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     """The model after all merges of the plan; ``model`` is not changed.
 

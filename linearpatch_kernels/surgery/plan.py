@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import check_file, record, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
@@ -127,6 +128,7 @@ class PrunePlan:
             write_whole(folder / name, content)
 
     @classmethod
+    @own_state()
     def load(cls, directory: str | os.PathLike[str]) -> PrunePlan:
         """Read what :meth:`save` wrote.
 

@@ -13,6 +13,7 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, RANKED_FITS, checked_rank
 from linearpatch_kernels.surgery.plan import PrunePlan, checked_spans
@@ -41,6 +42,7 @@ class Pruning:
     choice: FitChoice | None = None
 
 
+@own_state()
 def plan_pruning(
     model: PreTrainedModel,
     fit_windows: Tensor,
