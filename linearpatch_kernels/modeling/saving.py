@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.config_forms import write_both_forms
 
 MARKER = "linearpatch.json"
 """The file that makes a directory ours to replace."""
@@ -169,6 +170,7 @@ def _write_model(model: PreTrainedModel, directory: Path) -> None:
             model.save_pretrained(directory)
     finally:
         model.generation_config = settings
+    write_both_forms(directory)
     settings.to_json_file(directory / "generation_config.json")
     # safetensors writes for the owner alone.
     mode = (directory / "config.json").stat().st_mode
