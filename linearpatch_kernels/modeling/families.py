@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +24,15 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from linearpatch_kernels.errors import InputError
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from linearpatch_kernels.modeling.copies import (
+    Pair,
+    Replacements,
+    bind,
+    carry_over,
+    check_same_structure,
+    shallow_copy,
+    shared_copy,
+)
 
 PATCHED_PREFIX = "linearpatch_"
 
@@ -241,7 +248,13 @@ def linear_head(model: nn.Module) -> torch.Tensor | None:
 def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:
     """The RMSNorms in the layers from ``start`` on, and the final norm."""
     places = [*decoder_layers(model)[start:], decoder(model).norm]
-    return [module for place in places for module in place.modules() if type(module).__name__.endswith("RMSNorm")]
+    # By what they are: libraries put norms of other names in their place.
+    return [module for place in places for module in place.modules() if _is_rms_norm(module)]
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return own.keys() == {"weight"} and own["weight"].dim() == 1
 
 
 def norm_gains(model: nn.Module, start: int) -> dict[str, nn.Parameter]:
@@ -278,7 +291,8 @@ def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = Fal
         raise InputError(f"layers {start}:{end} are not in this model: it has layers 0:{len(layers)}")
     config = _config_for_layers(stack.config, range(start, end))
     config.use_cache = False
-    view: PreTrainedModel = _shallow_copy(stack)
+    view: PreTrainedModel = shallow_copy(stack)
+    bind(view, Replacements([(stack, view)], gone=[] if stack is model else [model]), "the decoder")
     view.config = config
     view._modules["layers"] = nn.ModuleList(layers[start:end])
     if not embed:
@@ -294,8 +308,9 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering
     layer ``start``; everything else is as in `partial_decoder`. ``start = L`` is the final norm and the head alone.
     """
-    view = _shallow_copy(model)
+    view = shallow_copy(model)
     part = partial_decoder(model, start, num_layers(model), norm=True)
+    bind(view, Replacements([(model, view), (decoder(model), part)]), "the model")
     name = next(name for name, child in model._modules.items() if child is decoder(model))
     view._modules[name] = part
     return view
@@ -331,31 +346,126 @@ def rebuild(
     """``model_class(config)`` around the modules of ``model``: layer ``i`` of the result is layer ``kept[i]`` there.
 
     Whatever a class derives from its config (layer numbers, windows, masks) is derived anew; the leaves (projections,
-    norms, embeddings, rotary tables, patches) are shallow copies that share their parameters with ``model``. A leaf
-    that ``model`` does not have stays on the meta device, for the caller to fill.
+    norms, embeddings, rotary tables, patches) are shallow copies that share their parameters with ``model``. Hooks and
+    methods that were put on its modules go along, bound to the copies. A module may be of another class than
+    ``model_class`` builds (a fused norm, say) where the model computes what it would with the built class, with which
+    a saved checkpoint is read.
 
     Raises:
-        InputError: the model is wrapped (PEFT), quantised, or dispatched over several devices.
+        InputError: the model is wrapped (PEFT), quantised, or spread over several devices; it has other parts or
+            weights than ``model_class`` builds, or computes something else; something that holds it, such as a closure
+            put in the place of a ``forward``, cannot be bound to another model.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"a {type(model).__name__} cannot be cut: merge or unload the wrapper first")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
-    if is_dispatched(model):
-        raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
-    with torch.device("meta"), no_init_weights():
-        twin = model_class(config)
-    sources = dict(model.named_modules())
-    layer_path = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
-    leaves = [path for path, module in twin.named_modules() if not module._modules]
-    for path in leaves:
-        source = sources.get(_source_path(path, layer_path, kept))
-        if source is not None:
-            _replace(twin, path, _shared_copy(source))
+    _check_weights(model)
+    twin = _built(model_class, config)
+    pairs = _paired(model, twin, kept)
+    if not all(pair.same_class for pair in pairs):
+        _check_computes_as_built(model, _built(model_class, config), kept)
+    copies = [(pair, shared_copy(pair.old) if pair.is_leaf else pair.new) for pair in pairs]
+    for pair, clone in copies:
+        if pair.is_leaf:
+            _replace(twin, pair.path, clone)
+        else:
+            carry_over(pair)
+    configs = [(one.config, config) for one in (model, decoder(model))]
+    replacements = Replacements([*configs, *((pair.old, clone) for pair, clone in copies)], gone=model.modules())
+    for pair, clone in copies:
+        replacements.prefer(pair.old, clone)
+        bind(clone, replacements, pair.name)
     twin.train(model.training)
     if getattr(model, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(model.generation_config)
     return twin
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """InputError unless all weights are plain floating tensors in one place."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
+    if is_dispatched(model):
+        raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise InputError(
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, quantised or sharded: cut the model in "
+                "full precision and on one device"
+            )
+
+
+def _built(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)
+
+
+def _paired(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> list[Pair]:
+    """Every module of the twin with the one of ``model`` that it stands for, parents first; InputError where they have
+    other parts or weights."""
+    # With all the names of a module that stands in several places.
+    sources = dict(model.named_modules(remove_duplicate=False))
+    layers = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
+    pairs = []
+    for path, module in twin.named_modules(remove_duplicate=False):
+        name = _source_path(path, layers, kept)
+        in_layer = name.startswith(layers + ".")
+        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, in_layer=in_layer)
+        check_same_structure(pair)
+        pairs.append(pair)
+    return pairs
+
+
+@torch.no_grad()
+def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> None:
+    """InputError unless ``model``, with modules of other classes in it, computes what ``built`` does with its weights.
+
+    On a few random rows, part by part: the embedding and the final norm, each layer, the head.
+    """
+    pairs = _paired(model, built, kept)
+    other = next(pair for pair in pairs if not pair.same_class)
+    refused = InputError(
+        f"{other.name} is a {type(other.old).__name__} in the place of a {type(other.new).__name__} and computes "
+        "something else, or cannot be compared: undo what changed the model first"
+    )
+    for pair in pairs:
+        if pair.old._buffers.keys() != pair.new._buffers.keys():
+            raise refused
+        pair.new._parameters.update(pair.old._parameters)
+        pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})
+    modes = {module: module.training for module in model.modules()}
+    try:
+        alike = _parts_alike(model.eval(), built.eval(), kept)
+    except Exception as error:
+        # A class that was not made for this place fails in its own way.
+        raise refused from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not alike:
+        raise refused
+
+
+def _parts_alike(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> bool:
+    weight = decoder(model).embed_tokens.weight
+    generator = torch.Generator().manual_seed(0)
+    # Small beside what a layer adds to it, so that this is what is compared.
+    stream = 0.02 * torch.randn(1, 8, weight.shape[1], generator=generator)
+    rows, ids = (
+        {"inputs_embeds": stream.to(weight)},
+        {"input_ids": torch.arange(8, device=weight.device)[None] % len(weight)},
+    )
+    depths = [(len(decoder_layers(one)),) * 2 for one in (model, built)]
+    places = [(depths[0], depths[1], ids), *(((old, old + 1), (new, new + 1), rows) for new, old in enumerate(kept))]
+    results = []
+    for old, new, inputs in places:
+        ends = {"embed": inputs is ids, "norm": inputs is ids}
+        views = [partial_decoder(one, *span, **ends) for one, span in ((model, old), (built, new))]
+        results.append([view(**inputs, use_cache=False).last_hidden_state for view in views])
+    heads = [one.get_output_embeddings() for one in (model, built)]
+    if None not in heads:
+        results.append([head(rows["inputs_embeds"]) for head in heads])
+    tolerance = 8 * torch.finfo(weight.dtype).eps + 1e-5
+    return all(float((a - b).double().norm()) <= tolerance * float(b.double().norm()) for a, b in results)
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
@@ -372,29 +482,6 @@ def _source_path(path: str, layer_path: str, kept: Sequence[int]) -> str:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
-
-
-def _shallow_copy(module: ModuleT) -> ModuleT:
-    """A copy with containers of its own (children, parameters, buffers, hooks) that hold the same things."""
-    clone = copy.copy(module)
-    for name, value in vars(module).items():
-        if name.startswith("_") and isinstance(value, (dict, set)):
-            vars(clone)[name] = copy.copy(value)
-    # What accelerate puts around a module's forward is bound to that module, and would run it instead of the copy.
-    # Weights that it keeps elsewhere stay with the modules that hold them, whose own hooks bring them.
-    if "_hf_hook" in vars(clone) and clone._modules:
-        for name in ("_hf_hook", "forward", "_old_forward"):
-            vars(clone).pop(name, None)
-    return clone
-
-
-def _shared_copy(module: ModuleT) -> ModuleT:
-    """A copy of the module and all its children that shares their parameters but not their buffers or their mode."""
-    clone = _shallow_copy(module)
-    # A rotary table is updated in place by some scalings: two models must not write to the same one.
-    clone._buffers.update({name: None if b is None else b.clone() for name, b in clone._buffers.items()})
-    clone._modules.update({name: None if m is None else _shared_copy(m) for name, m in clone._modules.items()})
-    return clone
 
 
 def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:

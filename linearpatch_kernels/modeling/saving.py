@@ -17,6 +17,7 @@ from transformers.utils import logging
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.files import MARKER, check_output, is_ours, save_files, written_whole
+from linearpatch_kernels.modeling.config_forms import write_both_forms
 
 __all__ = ["MARKER", "check_output", "is_ours", "no_progress_bar", "parameter_bytes", "save_checkpoint", "save_files"]
 
@@ -82,6 +83,7 @@ def _write_model(model: PreTrainedModel, directory: Path) -> None:
             model.save_pretrained(directory)
     finally:
         model.generation_config = settings
+    write_both_forms(directory)
     if settings is not None:
         settings.to_json_file(directory / "generation_config.json")
     # safetensors writes for the owner alone. Many a mount knows no modes, and shows the same to everybody.
