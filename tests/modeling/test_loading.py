@@ -131,6 +131,8 @@ def test_what_is_not_a_model(tmp_path: Path, copied: Path) -> None:
     (copied / "config.json").write_text('{"model_type": "lla')
     assert "config.json cannot be read" in refusal(copied)
     (copied / "config.json").write_text("[]")
+    assert "holds no JSON object" in refusal(copied)
+    (copied / "config.json").write_text('{"name": "x"}')
     assert "names no model_type" in refusal(copied)
     assert "give a model directory, a .gguf file, or a hub id" in refusal(tmp_path / "nowhere")
     assert "does not exist" in refusal("nowhere.gguf")
