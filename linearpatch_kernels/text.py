@@ -358,7 +358,7 @@ def tokenizer_difference(one: Any, other: Any) -> str:
         return f"a text begins with other tokens: {front} and {front_2}"
     for probe, mine, theirs in zip(_PROBES, ids, ids_2, strict=True):
         if mine != theirs:
-            return f"other ids for {probe!r}"
+            return f"other ids for {probe[:30].strip()!r}..."
     return ""
 
 

@@ -76,6 +76,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tensor_data_layout": ("Meta AI original pth",),
 }
 _FREQUENCIES, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "unk_token_id": "unknown", "pad_token_id": "padding"}
 # Tables of rotary frequencies in old files, which llama.cpp passes over, too.
 _TABLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 # What llama.cpp calls the ways to split a text: as GPT-2 does ("default" says: not known), ...
@@ -288,8 +289,9 @@ def _config(header: _Header) -> PretrainedConfig:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.shapes,
     }
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        entries[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    # The padding token that a class has by default need not be in this vocabulary.
+    said_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
+    entries |= {name: token for name, token in said_ids.items() if token is not None or name == "pad_token_id"}
     if architecture in ("llama", "qwen3", "gemma3"):
         entries |= {"head_dim": head, "attention_bias": "blk.0.attn_q.bias" in header.shapes}
     elif head * heads != hidden:

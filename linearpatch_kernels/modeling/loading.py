@@ -119,6 +119,11 @@ class ModelSource:
         """The width d of the residual stream."""
         return int(self.config.hidden_size)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights are kept quantised: such a model can be measured, and neither cut nor trained."""
+        return getattr(self.config, "quantization_config", None) is not None
+
     @functools.cached_property
     def config(self) -> PretrainedConfig:
         """The model's; a GGUF file is converted for it, and a hub asked."""

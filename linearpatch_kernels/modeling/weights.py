@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.quantizers import AutoHfQuantizer
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import read_json
+from linearpatch_kernels.files import read_json, reading
 from linearpatch_kernels.modeling.families import family_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,14 +67,30 @@ def check_directory(path: Path) -> Shapes:
         size = config.get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise InputError(f"{file} says {name} is {str(size)[:40]!r}, which is no size: {AGAIN}")
+    settings = path / "generation_config.json"
+    if settings.exists():
+        # Transformers passes over one that it cannot read.
+        read_json(settings, f"{AGAIN}, or delete it")
     shapes = _stored_shapes(path, _weight_files(path))
     _check_depth(path, config.get("num_hidden_layers"), shapes)
     if config.get("quantization_config") is not None:
-        if not isinstance(config["quantization_config"], dict):
-            raise InputError(f"{file}: its quantization_config is no object: {AGAIN}")
+        _check_quantisation(file, config["quantization_config"])
         return {}
     _check_embedding(path, config, shapes)
     return shapes
+
+
+def _check_quantisation(file: Path, settings: Any) -> None:
+    """Transformers loads a model as if it were not quantised where it does not know how it is."""
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: its quantization_config is no object: {AGAIN}")
+    with reading(file, AGAIN):
+        known = AutoHfQuantizer.supports_quant_method(settings)
+    if not known:
+        raise InputError(
+            f"{file}: its quantization_config is of a method that Transformers does not know "
+            f"({str(settings.get('quant_method'))[:40]!r}): give the full-precision model"
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:
