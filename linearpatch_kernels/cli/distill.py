@@ -230,7 +230,7 @@ def distill(
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.pruning import rank_for
-    from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
+    from linearpatch_kernels.text import fingerprint_tokenizer, model_difference
 
     settings = TrainingSettings(
         steps=steps,
@@ -281,10 +281,9 @@ def distill(
         windows = _windows(shallower, tokenizer, texts, settings, heldout, length)
     with run.stage("load the models"):
         student, dense = shallower.load(), deeper.load()
-    if source.model and source.model != fingerprint_model(dense):
-        raise InputError(
-            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
-        )
+    difference = model_difference(source.model, dense) if source.model else ""
+    if difference:
+        raise InputError(f"{directory} was made from another model than this teacher ({difference}): give the same")
     check_output(output, parameter_bytes(student), overwrite=True)
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
@@ -451,15 +450,18 @@ def _windows(
 
 def _check_teacher(directory: Path, source: Shallower, student: ModelSource, teacher: ModelSource) -> Any:
     """The tokenizer of both; InputError where what is known before the weights are loaded does not fit together."""
-    from linearpatch_kernels.text import fingerprint_tokenizer
+    from linearpatch_kernels.text import tokenizer_difference
 
     if teacher.num_layers != source.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(
             f"{directory} was made from a model of {source.num_layers} layers of width {student.hidden_size} and the "
             f"teacher has {teacher.num_layers} of width {teacher.hidden_size}: give the model it was made from"
         )
-    if fingerprint_tokenizer(student.tokenizer) != fingerprint_tokenizer(teacher.tokenizer):
-        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was made from")
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
+    if difference:
+        raise InputError(
+            f"{directory} and the teacher have different tokenizers ({difference}): give the model it was made from"
+        )
     return student.tokenizer
 
 

@@ -67,7 +67,7 @@ def evaluate(
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
+    from linearpatch_kernels.text import demo_text, read_text, tokenizer_difference
 
     check_alone("evaluate")
     check_json(json_file, made_from=[text, on_disk(model), on_disk(teacher)])
@@ -83,8 +83,11 @@ def evaluate(
         its_teacher = None if teacher is None else find_model(teacher, dtype, device, trust_remote_code)
     with run.stage("tokenise"):
         tokenizer = source.tokenizer
-        if its_teacher is not None and fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(its_teacher.tokenizer):
-            raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
+        difference = "" if its_teacher is None else tokenizer_difference(tokenizer, its_teacher.tokenizer)
+        if difference:
+            raise InputError(
+                f"{model} and {teacher} have different tokenizers ({difference}): compare models of one family"
+            )
         sizes = [one.config.vocab_size for one in (source, its_teacher) if one is not None]
         if len(set(sizes)) > 1:
             raise InputError(

@@ -29,7 +29,7 @@ from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import MARKER, final_name, read_seal, working_alone, write_sealed, write_whole
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
 
 DEFAULT_TOP_K = 50
 
@@ -205,10 +205,12 @@ def write_teacher_store(
     )
     if not processes.first:
         processes.wait()
+        request = _as_there(request, model, folder)
         _write_shards(model, windows, folder, request, batch_size, processes, None)
         processes.wait()
         processes.wait()
         return TeacherStore.open(folder)
+    request = _as_there(request, model, folder)
     _check_folder(folder, request)
     with working_alone(folder, STORE_FILES):
         if not (folder / "request.json").exists():
@@ -228,6 +230,21 @@ def write_teacher_store(
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _as_there(request: StoreRequest, model: PreTrainedModel, folder: Path) -> StoreRequest:
+    """The request with the fingerprints of the store in this folder, where an earlier version wrote them and they are
+    of this teacher and tokenizer all the same."""
+    if not (folder / "request.json").exists():
+        return request
+    there = StoreRequest.read(folder / "request.json")
+    same_model = not model_difference(there.model, model)
+    same = same_tokenizer(there.tokenizer, request.tokenizer)
+    return dataclasses.replace(
+        request,
+        model=there.model if same_model else request.model,
+        tokenizer=there.tokenizer if same else request.tokenizer,
+    )
 
 
 def _check_folder(folder: Path, request: StoreRequest) -> None:
@@ -424,7 +441,7 @@ class TeacherStore:
                 f"the teacher store has a vocabulary of {self.request.vocabulary} tokens and the model "
                 f"{model.config.vocab_size}: they need the same"
             )
-        if tokenizer and self.request.tokenizer and tokenizer != self.request.tokenizer:
+        if tokenizer and self.request.tokenizer and not same_tokenizer(tokenizer, self.request.tokenizer):
             raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")
         if self.request.depths and hidden_size(model) != self.request.hidden_size:
             raise InputError(

@@ -153,8 +153,15 @@ def check_windows(model: Any, windows: Tensor) -> None:
 
     The model's ``config`` tells, if there is one: what has just that will do.
     """
-    if windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
+    if not isinstance(windows, Tensor):
+        raise InputError(
+            f"windows must be a tensor of token ids [count >= 1, length >= 2], not {type(windows).__name__}"
+        )
+    whole = not windows.is_floating_point() and not windows.is_complex() and windows.dtype != torch.bool
+    if windows.dim() != 2 or not whole or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
+    if int(windows.min()) < 0:
+        raise InputError(f"windows must be token ids, and {int(windows.min())} is none")
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:
