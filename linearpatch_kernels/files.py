@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
 
-_KEY = "linearpatch"
+KEY = "linearpatch"
+"""Under which the metadata of a sealed file holds its seal."""
 # The longest JSON that is read whole: configs, plans and indexes of the largest models are a few MB.
 _MOST_JSON = 256 << 20
 # Stands for the checksum while it is computed, so that it covers every byte of the file, the header's too.
@@ -84,6 +86,96 @@ def read_json(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     return content
 
 
+def finite(content: Any) -> Any:
+    """JSON values in which what is not finite is null: JSON has no word for it."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class Entries:
+    """The entries of a JSON object that somebody else may have written, each asked for by what it must be.
+
+    Every method raises a ValueError that names an entry which is missing or something else: for use inside `reading`.
+    """
+
+    def __init__(self, content: Any, place: str = "") -> None:
+        """``place``: of this object within the file, for what is said."""
+        if not isinstance(content, dict):
+            raise ValueError(f"{place or 'it'} is no JSON object")
+        self._content, self._place = content, place
+
+    def _named(self, name: str) -> str:
+        return f"{self._place}.{name}" if self._place else name
+
+    def _one(self, name: str, what: str, *types: type) -> Any:
+        if name not in self._content:
+            raise ValueError(f"it has no {self._named(name)}")
+        value = self._content[name]
+        # JSON's true and false are numbers to Python.
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f"{self._named(name)} must be {what}, not {repr(value)[:40]}")
+        return value
+
+    def text(self, name: str) -> str:
+        value: str = self._one(name, "text", str)
+        return value
+
+    def whole(self, name: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
+        """A whole number from ``least`` to ``most``."""
+        value: int = self._one(name, "a whole number", int)
+        if not least <= value <= most:
+            raise ValueError(f"{self._named(name)} must be from {least} to {most}, not {str(value)[:40]}")
+        return value
+
+    def real(self, name: str) -> float:
+        """A finite number."""
+        value = float(self._one(name, "a number", int, float))
+        if not math.isfinite(value):
+            raise ValueError(f"{self._named(name)} must be finite, not {value}")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        value: dict[str, Any] = self._one(name, "an object", dict)
+        return value
+
+    def maybe_table(self, name: str) -> dict[str, Any] | None:
+        """An object, or null."""
+        value: dict[str, Any] | None = self._one(name, "an object", dict, type(None))
+        return value
+
+    def rows(self, name: str) -> list[Any]:
+        value: list[Any] = self._one(name, "a list", list)
+        return value
+
+    def entries(self, name: str) -> Entries:
+        """Those of the object ``name``."""
+        return Entries(self.table(name), self._named(name))
+
+    def listed(self, name: str) -> Entries:
+        """Those of the list ``name``, by their numbers as text."""
+        return Entries({str(i): one for i, one in enumerate(self.rows(name))}, self._named(name))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._content)
+
+    def each(self, name: str) -> list[Entries]:
+        """The objects of the list ``name``."""
+        found = self.listed(name)
+        return [found.entries(i) for i in found.names]
+
+    def wholes(self, least: int = 0, most: int = (1 << 63) - 1) -> list[int]:
+        """All of them, as whole numbers."""
+        return [self.whole(name, least, most) for name in self._content]
+
+    def reals(self) -> list[float]:
+        """All of them, as finite numbers."""
+        return [self.real(name) for name in self._content]
+
+
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """Write a safetensors file with JSON values ``about``; returns its checksum (SHA-256, 64 hex digits).
 
@@ -111,7 +203,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 def _header(tensors: Mapping[str, Tensor], names: Sequence[str], seal: str) -> bytes:
     """The length and the JSON that a safetensors file begins with."""
-    listed: dict[str, Any] = {"__metadata__": {_KEY: seal}}
+    listed: dict[str, Any] = {"__metadata__": {KEY: seal}}
     end = 0
     for name in names:
         tensor = tensors[name]
@@ -122,30 +214,46 @@ def _header(tensors: Mapping[str, Tensor], names: Sequence[str], seal: str) -> b
     return len(content).to_bytes(8, "little") + content
 
 
-def read_seal(path: Path) -> tuple[dict[str, Any], str]:
+def read_seal(path: Path, cure: str = "") -> tuple[dict[str, Any], str]:
     """``(about, checksum)`` of a file that `write_sealed` wrote, after reading every byte of it.
 
     Raises:
-        InputError: missing, truncated, foreign, or a single bit is not as it was written.
+        InputError: missing, truncated, foreign, or a single bit is not as it was written; with what to do (``cure``).
     """
+    advice = f"; {cure}" if cure else ""
     try:
         with open(path, "rb") as file:
             start = file.read(8)
             if _header_end(start) > os.fstat(file.fileno()).st_size:
                 raise ValueError("the header is longer than the file")
             header = file.read(_header_end(start) - 8)
-            seal = json.loads(json.loads(header)["__metadata__"][_KEY])
+            seal = json.loads(json.loads(header)["__metadata__"][KEY])
             about, digest = seal["about"], seal["sha256"]
             state = hashlib.sha256(start + header.replace(digest.encode(), _UNSET))
             while chunk := file.read(_CHUNK):
                 state.update(chunk)
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: it does not begin as it was written") from error
+        raise InputError(f"{path} is missing{advice}") from error
+    except Exception as error:  # a damaged header is any JSON, and nested as deep as it likes
+        raise InputError(f"{path} is damaged: it does not begin as it was written{advice}") from error
     if state.hexdigest() != digest or not isinstance(about, dict):
-        raise InputError(f"{path} is damaged: its bytes do not have the checksum they were written with")
+        raise InputError(f"{path} is damaged: its bytes do not have the checksum they were written with{advice}")
     return about, digest
+
+
+def left_by_us(path: Path) -> bool:
+    """Whether there is a file that a killed run of this package left, whole or damaged.
+
+    Raises:
+        InputError: there is something else, which must not be written over.
+    """
+    if not path.exists():
+        return False
+    with reading(path, "move it away, or give another output"), open(path, "rb") as file:
+        start = file.read(_CHUNK)
+    if KEY.encode() not in start:
+        raise InputError(f"{path} is not a file of linearpatch and in its way: move it, or give another output")
+    return True
 
 
 def _header_end(content: bytes) -> int:

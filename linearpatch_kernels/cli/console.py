@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -192,22 +191,6 @@ def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
 
 def json_text(content: Mapping[str, Any]) -> str:
     """Indented JSON, in which what is not finite is null: JSON has no word for it."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    from linearpatch_kernels.files import finite
 
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is broken ({error}): write the directory again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not what its name says: write the directory again")
-    return content
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"

@@ -15,7 +15,6 @@ from linearpatch_kernels.cli.console import (
     console,
     figure,
     print_table,
-    read_json,
     share,
     write_json,
 )
@@ -24,6 +23,8 @@ from linearpatch_kernels.cli.merge import merges_table, written
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
+
+_CURE = "write the directory again"
 
 
 def inspect(
@@ -38,18 +39,14 @@ def inspect(
     json_file: JsonFile = None,
 ) -> None:
     """Show what a directory holds: layers, joints, patches, what chose them, how good they were. Loads no weights."""
+    from linearpatch_kernels.files import reading
+
     check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
-    try:
+    # A file that parses may still be another than its name says: then any of the tables fails.
+    with reading(directory, _CURE):
         summary, tables, calibration = _contents(directory)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"a file in {directory} has the name of one of linearpatch's and another content ({error!r}): write the "
-            "directory again"
-        ) from error
     for table in tables:
         print_table(*table)
     if calibration:
@@ -59,6 +56,7 @@ def inspect(
 
 def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
     """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
+    from linearpatch_kernels.files import reading
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
@@ -87,19 +85,23 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     if plan is not None or merges is not None:
         about = _read(directory / "summary.json") or {}
         summary["quality"] = about.get("quality", {})
-        tables += _quality_table(summary["quality"])
-        if "distillation" in about:
-            summary["distillation"] = about["distillation"]
-            tables.append(distillation_table(about["distillation"]))
+        with reading(directory / "summary.json", _CURE):
+            tables += _quality_table(summary["quality"])
+            if "distillation" in about:
+                summary["distillation"] = about["distillation"]
+                tables.append(distillation_table(about["distillation"]))
     if sweep is not None:
         summary["sweep"] = sweep
-        tables.append(sweep_table(sweep))
+        with reading(directory / "sweep.json", _CURE):
+            tables.append(sweep_table(sweep))
     made = plan or merges
     return summary, tables, made.calibration if made is not None else {}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    return read_json(file) if file.exists() else None
+    from linearpatch_kernels.files import read_json
+
+    return read_json(file, _CURE) if file.exists() else None
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

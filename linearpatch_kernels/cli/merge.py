@@ -203,6 +203,7 @@ def merge(
         settings=dataclasses.asdict(settings) | {"variant": variant},
         calibration=windows.about,
     )
+    earlier = _resumed(unfinished, start)
     with run.stage("merge"):
         try:
             merged, plan = plan_merging(
@@ -210,7 +211,7 @@ def merge(
                 windows.fit[:_SCORING_WINDOWS],
                 windows.heldout,
                 settings,
-                plan=_resumed(unfinished, start),
+                plan=earlier,
                 keep=lambda plan: _keep(unfinished, plan),
                 batch_size=batch_size,
                 progress=run,
@@ -370,18 +371,23 @@ def _summarise(plan: MergePlan, found: Mapping[str, Quality], run: Reporter) -> 
 
 def _keep(file: Path, plan: MergePlan) -> None:
     """Save what a killed run goes on from; where there is no room or directory for it, do without."""
-    with contextlib.suppress(OSError):
-        plan.save(file)
+    with contextlib.suppress(InputError):
+        plan.keep(file)
 
 
 def _resumed(file: Path, start: MergePlan) -> MergePlan:
     """What a killed run into the same directory had decided for the same model, text and settings, if anything."""
+    from linearpatch_kernels.files import left_by_us
     from linearpatch_kernels.surgery.merge_plan import MergePlan
 
-    with contextlib.suppress(InputError):
-        if file.exists():
-            plan = MergePlan.load(file)
-            if plan.belongs_to(start):
-                problems.print(f"going on from {len(plan.merges)} merges of a run that did not finish")
-                return plan
-    return start
+    if not left_by_us(file):
+        return start
+    try:
+        plan = MergePlan.resume(file, "it is made again")
+    except InputError as error:
+        problems.print(f"note: {error}", soft_wrap=True)
+        return start
+    if not plan.belongs_to(start):
+        return start
+    problems.print(f"going on from {len(plan.merges)} merges of a run that did not finish")
+    return plan

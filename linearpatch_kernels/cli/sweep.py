@@ -119,6 +119,7 @@ def sweep(
     target = output.expanduser().resolve()
     unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
+    earlier = _resumed(unfinished, identity)
     with run.stage("calibrate, fit and evaluate"):
         try:
             quality, points, _ = run_sweep(
@@ -129,7 +130,7 @@ def sweep(
                 names,
                 score=score,
                 rank=rank,
-                statistics=_resumed(unfinished, identity),
+                statistics=earlier,
                 keep=partial(_keep, unfinished, identity),
                 batch_size=batch_size,
                 progress=run,
@@ -177,33 +178,37 @@ def sweep_table(summary: Mapping[str, Any]) -> TableContent:
     """The content of ``sweep.json`` as a table: a row per number of dropped layers, a column per fit."""
     points = {(point["drop"], point["fit"]): point for point in summary["points"]}
     fits = list(dict.fromkeys(fit for _, fit in points))
-    rows = [
-        [str(drop), ",".join(points[drop, fits[0]]["spans"])]
-        + [figure(points[drop, fit]["perplexity"]) for fit in fits]
-        for drop in dict.fromkeys(drop for drop, _ in points)
-    ]
+    rows = []
+    for drop in dict.fromkeys(drop for drop, _ in points):
+        # Some fits may have been left out at some depths.
+        there = {fit: points[drop, fit] for fit in fits if (drop, fit) in points}
+        spans = next(iter(there.values()))["spans"]
+        cells = [figure(there[fit]["perplexity"]) if fit in there else "" for fit in fits]
+        rows.append([str(drop), ",".join(spans), *cells])
     title = f"Perplexity on {summary['text']} (dense: {figure(summary['dense']['perplexity'])})"
-    return title, ["dropped", "span", *fits], rows
+    return title, ["dropped", "span", *map(str, fits)], rows
 
 
 def _keep(file: Path, fingerprint: str, statistics: CalibrationStatistics) -> None:
     """Save what a killed sweep goes on from; where there is no room or directory for it, do without."""
-    from safetensors import SafetensorError
-
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(InputError):
         statistics.save(file, fingerprint=fingerprint)
 
 
 def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
     """What a killed sweep into the same directory had collected of the same model and text, if anything."""
     from linearpatch_kernels.calibration import CalibrationStatistics
+    from linearpatch_kernels.files import left_by_us
 
-    with contextlib.suppress(InputError):
-        if file.exists():
-            statistics = CalibrationStatistics.load(file, fingerprint=fingerprint)
-            problems.print("going on from the calibration of a sweep that did not finish")
-            return statistics
-    return None
+    if not left_by_us(file):
+        return None
+    try:
+        statistics = CalibrationStatistics.load(file, fingerprint=fingerprint, cure="it is made again")
+    except InputError as error:
+        problems.print(f"note: {error}", soft_wrap=True)
+        return None
+    problems.print("going on from the calibration of a sweep that did not finish")
+    return statistics
 
 
 # More layers than any model has: a slip of the finger must not fill the memory.
