@@ -272,6 +272,7 @@ def distill(
             f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
         )
     check_output(output, parameter_bytes(student), overwrite=True)
+    source.check_student(student, dense)
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)

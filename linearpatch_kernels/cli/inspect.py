@@ -57,6 +57,7 @@ def inspect(
 def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
     """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
     from linearpatch_kernels.files import reading
+    from linearpatch_kernels.surgery.consistency import check_merges, check_plan
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
@@ -72,6 +73,11 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     summary: dict[str, Any] = {}
     tables: list[TableContent] = []
     if config is not None:
+        with reading(directory / "config.json", _CURE):
+            if merges is not None:
+                check_merges(merges, config, directory)
+            if plan is not None:
+                check_plan(plan, config, directory)
         summary["model"] = _model(directory, config)
         tables.append(
             ("Model", ["what", "value"], [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()])

@@ -76,6 +76,11 @@ class PrunePlan:
         removed = {layer for span in self.spans for layer in range(*span)}
         return [layer for layer in range(self.num_layers) if layer not in removed]
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the config of the pruned model remembers of this cut; JSON values."""
+        return {"num_layers": self.num_layers, "spans": [str(span) for span in self.spans]}
+
     def joint_positions(self) -> dict[int, Joint]:
         """Layer number in the *shallower* model whose input the joint is -> joint (its depth, if none follows)."""
         kept = self.kept_layers
