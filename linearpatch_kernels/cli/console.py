@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -68,12 +69,12 @@ class Reporter:
         if self._bar is None or self._bar.tasks[0].description != description:
             self.close()
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
             )
             self._bar = Progress(*columns, console=problems, transient=True)
             self._bar.add_task(description, total=total or None, detail=detail)
@@ -116,6 +117,10 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
 
     if not found:
         return
+
+    def healed(part: float) -> str:
+        return f"{100 * part:.0f} %" if math.isfinite(part) else ""
+
     dense, dropped = found["dense"], found.get("dropped (no patch)")
     rows = [
         [
@@ -123,9 +128,7 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
             figure(quality.perplexity),
             share(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
-            ""
-            if dropped is None or quality in (dense, dropped)
-            else f"{100 * healed_share(dense, dropped, quality):.0f} %",
+            "" if dropped is None or quality in (dense, dropped) else healed(healed_share(dense, dropped, quality)),
         ]
         for name, quality in found.items()
     ]

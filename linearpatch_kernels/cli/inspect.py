@@ -39,14 +39,10 @@ def inspect(
     json_file: JsonFile = None,
 ) -> None:
     """Show what a directory holds: layers, joints, patches, what chose them, how good they were. Loads no weights."""
-    from linearpatch_kernels.files import reading
-
     check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
-    # A file that parses may still be another than its name says: then any of the tables fails.
-    with reading(directory, _CURE):
-        summary, tables, calibration = _contents(directory)
+    summary, tables, calibration = _contents(directory)
     for table in tables:
         print_table(*table)
     if calibration:
@@ -55,7 +51,10 @@ def inspect(
 
 
 def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
-    """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
+    """What goes to JSON, what is shown as tables, and what the patches were calibrated on.
+
+    A file that parses may still be another than its name says: then any of the tables cannot be made.
+    """
     from linearpatch_kernels.files import reading
     from linearpatch_kernels.surgery.consistency import check_merges, check_plan
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
@@ -78,16 +77,17 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
                 check_merges(merges, config, directory)
             if plan is not None:
                 check_plan(plan, config, directory)
-        summary["model"] = _model(directory, config)
-        tables.append(
-            ("Model", ["what", "value"], [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()])
-        )
+            summary["model"] = _model(directory, config)
+        rows = [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()]
+        tables.append(("Model", ["what", "value"], rows))
     if merges is not None:
         summary["merges"] = merges.to_json()
-        tables.append(merges_table(merges))
+        with reading(directory / MERGE_FILE, _CURE):
+            tables.append(merges_table(merges))
     if plan is not None:
         summary["plan"] = plan.to_json()
-        tables += [_joints_table(plan), *candidates_table(plan)]
+        with reading(directory / "plan.json", _CURE):
+            tables += [_joints_table(plan), *candidates_table(plan)]
     if plan is not None or merges is not None:
         about = _read(directory / "summary.json") or {}
         summary["quality"] = about.get("quality", {})

@@ -187,11 +187,11 @@ class _Markdown(str):
     """Text that is Markdown already."""
 
 
-# What GitHub's Markdown, its mathematics or HTML would read as more than letters, wherever it stands in a line; and
-# the colon of an address, which would become a link.
-_MARKUP = re.compile(r"[\\`*_\[\]<>|~$&]|:(?=//)|(?<=www)\.")
-# At the start of a line: headings, lists, rules.
-_STARTS = re.compile(r"^([-+#=]|\d{1,9}(?=[.)](\s|$)))")
+# What GitHub's Markdown, its mathematics or HTML would read as more than letters, wherever it stands in a line: the
+# bracket that would end the text of a link, and the colon or dot of an address, among others.
+_MARKUP = re.compile(r"[\\`*_<>|~$&]|\](?=[(\[:])|:(?=//)|(?<=www)\.")
+# At the start of a line: headings, lists, tasks, rules.
+_STARTS = re.compile(r"^([-+#=]|\[(?=[ xX]\])|\d{1,9}(?=[.)](\s|$)))")
 
 
 def _letters(text: str) -> str:
@@ -228,7 +228,8 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _picture(name: str, caption: str) -> str:
-    return f"![{_escaped(caption)}]({urllib.parse.quote(name)})\n\n*{_escaped(caption)}*"
+    alternative = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", _escaped(caption))
+    return f"![{alternative}]({urllib.parse.quote(name)})\n\n*{_escaped(caption)}*"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
