@@ -35,6 +35,20 @@ def print_error(message: str) -> None:
     problems.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
+class Notes:
+    """What a result lacks or suffers from: shown as it becomes known, once, and kept for the report."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self.all: list[str] = []
+        self._shown = shown
+
+    def __call__(self, note: str) -> None:
+        if note not in self.all:
+            self.all.append(note)
+            if self._shown:
+                problems.print(f"note: {note}", soft_wrap=True)
+
+
 class Reporter:
     """Shows progress: a bar on a terminal, a plain line every few seconds elsewhere; and keeps the time of every
     stage."""

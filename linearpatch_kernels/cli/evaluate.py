@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
+from linearpatch_kernels.cli.console import (
+    Notes,
+    Reporter,
+    check_json,
+    figure,
+    print_seconds,
+    print_table,
+    share,
+    write_json,
+)
 from linearpatch_kernels.cli.inputs import find_model, num_layers_of, title_of, windows_up_to
 from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
 from linearpatch_kernels.errors import InputError
@@ -52,6 +61,7 @@ def evaluate(
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
@@ -63,7 +73,7 @@ def evaluate(
         raise InputError("--limit is about the questions of --tasks: name some, or leave it out")
     if tasks is not None:
         check_tasks(names)
-    run = Reporter()
+    run, notes = Reporter(), Notes()
     content: str | list[str] = demo_text("heldout") if text is None else read_text(text)
     with run.stage("load"):
         source = find_model(model, dtype, device, trust_remote_code)
@@ -89,13 +99,17 @@ def evaluate(
         found = compare_quality(models, ids, reference, batch_size=batch_size, progress=run)
     quality = found[name]
     scores = {}
+    failure: Exception | None = None
     if names:
         with run.stage("tasks"):
-            scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
+            try:
+                scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
+            except Exception as error:  # raised again once all that was measured is told
+                failure = error
     speeds = {}
     if speed:
         context = min(getattr(one.config, "max_position_embeddings", 512) for one in models.values())
-        with run.stage("speed"):
+        with run.stage("speed"), left_out("the speed", notes):
             # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
             speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=run)
     rows = [
@@ -135,3 +149,5 @@ def evaluate(
     if speeds:
         summary["speed"] = {name: one.to_dict() for name, one in speeds.items()}
     write_json(json_file, summary)
+    if failure is not None:
+        raise failure

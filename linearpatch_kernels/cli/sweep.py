@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     TableContent,
     check_json,
@@ -73,6 +74,7 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.processes import check_alone
@@ -92,7 +94,7 @@ def sweep(
     drops = _depths(drop)
     check_json(json_file)
     check_output(output, overwrite=True, made_from=[on_disk(model)])
-    run = Reporter()
+    run, notes = Reporter(), Notes()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         source = find_model(model, dtype, device, trust_remote_code)
@@ -133,6 +135,7 @@ def sweep(
                 statistics=earlier,
                 keep=partial(_keep, unfinished, identity),
                 batch_size=batch_size,
+                noted=notes,
                 progress=run,
             )
         except InputError:
@@ -145,6 +148,7 @@ def sweep(
     ]
     data = ReportData(
         title=f"{title_of(model)}: quality against depth",
+        notes=list(notes.all),
         steps=[
             f"Calibrated once on {samples} windows of {length} tokens from {texts.source}.",
             f"Chose the span of every n by {score}; fitted {', '.join(names)}.",
@@ -163,8 +167,11 @@ def sweep(
             for p in points
         ],
         "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+        "notes": notes.all,
     }
-    files = sweep_report(data, quality.perplexity, points, title_of(model))
+    files: dict[str, bytes] = {}
+    with left_out("the report", notes):
+        files |= sweep_report(data, quality.perplexity, points, title_of(model), noted=notes)
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
     unfinished.unlink(missing_ok=True)

@@ -253,20 +253,18 @@ def healed_share(dense: Quality, dropped: Quality, patched: Quality) -> float:
     return (dropped.loss - patched.loss) / lost if lost > 0 else math.nan
 
 
-def told_if_worse(found: Mapping[str, Quality], result: str, dropped: str, windows: str) -> str | None:
-    """A sentence where a result is worse than plain removal, or None.
+def told_if_worse(
+    found: Mapping[str, Quality], result: str, other: str, windows: str, *, than: str = "plain removal"
+) -> list[str]:
+    """A sentence where a result is worse than another model, nothing where it is not.
 
     Args:
-        found: qualities of ``result`` and ``dropped``, the row of plain removal, and of others.
-        windows: what they were measured on, for the sentence.
+        found: qualities of ``result`` and ``other``, by default that of plain removal, and of more.
+        windows: what they were measured on; than: what the other one is: for the sentence.
     """
-    if dropped not in found or result == dropped:
-        return None
+    if other not in found or result == other:
+        return []
     if result not in found:
-        return f"On {windows} the logits of the result are not finite, and those of plain removal are."
-    if found[result].loss <= found[dropped].loss:
-        return None
-    return (
-        f"On {windows} the result is worse than plain removal: a loss of {found[result].loss:.4f} nats against "
-        f"{found[dropped].loss:.4f}."
-    )
+        return [f"On {windows} the logits of the result are not finite."]
+    ours, its = found[result].loss, found[other].loss
+    return [f"On {windows} the result is worse than {than}: a loss of {ours:.4f} nats, not {its:.4f}."] * (ours > its)
