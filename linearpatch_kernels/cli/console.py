@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import check_file, expanded, lies_in, read_json, said, write_whole
+from linearpatch_kernels.files import check_file, expanded, finite, lies_in, read_json, said, write_whole
 
 if TYPE_CHECKING:
     from linearpatch_kernels.evaluation.agreement import Quality
@@ -43,6 +43,20 @@ _PLAIN_INTERVAL = 5.0
 
 def print_error(message: str) -> None:
     problems.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+
+
+class Notes:
+    """What a result lacks or suffers from: shown as it becomes known, once, and kept for the report."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self.all: list[str] = []
+        self._shown = shown
+
+    def __call__(self, note: str) -> None:
+        if note not in self.all:
+            self.all.append(note)
+            if self._shown:
+                problems.print(f"note: {note}", soft_wrap=True)
 
 
 class Reporter:
@@ -79,12 +93,12 @@ class Reporter:
         if self._bar is None or self._bar.tasks[0].description != description:
             self.close()
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
             )
             self._bar = Progress(*columns, console=problems, transient=True)
             self._bar.add_task(description, total=total or None, detail=detail)
@@ -127,6 +141,10 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
 
     if not found:
         return
+
+    def healed(part: float) -> str:
+        return f"{100 * part:.0f} %" if math.isfinite(part) else ""
+
     dense, dropped = found["dense"], found.get("dropped (no patch)")
     rows = [
         [
@@ -134,9 +152,7 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
             figure(quality.perplexity),
             share(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
-            ""
-            if dropped is None or quality in (dense, dropped)
-            else f"{100 * healed_share(dense, dropped, quality):.0f} %",
+            "" if dropped is None or quality in (dense, dropped) else healed(healed_share(dense, dropped, quality)),
         ]
         for name, quality in found.items()
     ]
@@ -246,12 +262,4 @@ def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
 
 def json_text(content: Mapping[str, Any]) -> str:
     """Indented JSON, in which what is not finite is null: JSON has no word for it."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     check_json,
     console,
@@ -44,7 +44,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
     given_path,
 )
-from linearpatch_kernels.cli.prune import recorded, say_where, usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import (
@@ -226,6 +226,7 @@ def distill(
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
@@ -271,7 +272,7 @@ def distill(
     if teacher_device_map is not None and processes.count > 1:
         raise InputError("--teacher-device-map spreads the teacher over all devices of one process: start only one")
     place = str(processes.device) if processes.device is not None and device is None else device
-    run = Reporter()
+    run, notes = Reporter(), Notes(shown=processes.first)
     progress = run if processes.first else None
     with run.stage("load the models"):
         shallower = find_model(str(directory), dtype, place, trust_remote_code)
@@ -285,6 +286,7 @@ def distill(
     if difference:
         raise InputError(f"{directory} was made from another model than this teacher ({difference}): give the same")
     check_output(output, parameter_bytes(student), overwrite=True)
+    source.check_student(student, dense)
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
@@ -304,8 +306,8 @@ def distill(
         problems.print(f"note: {name} of the teacher store was damaged and has been written again", soft_wrap=True)
     found: dict[str, Quality] = {}
     if processes.first:
-        with run.stage("evaluate"):
-            found |= _quality_before(dense, student, source, windows, run)
+        with run.stage("evaluate"), left_out("the comparison before the training", notes):
+            found |= _quality_before(dense, student, source, windows, run, notes)
     with run.stage("distil"):
         result = source.train(
             student,
@@ -316,10 +318,11 @@ def distill(
             settings=settings,
             directory=work.run,
             processes=processes,
+            noted=notes,
         )
     if not processes.first:
         return
-    found |= _quality_after(dense, student, windows.evaluation, _AFTER, run)
+    found |= _quality_after(dense, student, windows.evaluation, _AFTER, run, notes)
     costs: dict[str, float] = {}
     if structured is not None and isinstance(source, Pruned):
         with run.stage("structure"):
@@ -327,14 +330,18 @@ def distill(
             source.structure(student, answers, windows.training, structured)
             after = heldout_losses(student, answers, joint, windows.heldout)["tail"]
         costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
-        found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run)
+        found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run, notes)
     source.keep(student, patch, structured)
+    verdict = _verdict(found, _STRUCTURED if costs else _AFTER, windows, notes)
     summary = source.summary(found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
-    with run.stage("draw the report"):
-        report = _report(directory, summary, found, result, windows, run, source, bool(patches(student)))
+    report: dict[str, bytes] = {}
+    with run.stage("draw the report"), left_out("the report", notes):
+        told = [*verdict, *notes.all]
+        report = _report(directory, summary, found, result, windows, run, source, told, notes, bool(patches(student)))
+    summary["notes"] = [*notes.all, *verdict]
     files = recorded(source.files(), summary, report)
     with run.stage("save"):
-        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
+        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files, companions=shallower.companions)
     work.remove()
     write_json(json_file, summary)
     print_quality(found, windows.evaluation_source)
@@ -348,6 +355,8 @@ def distill(
         )
     print_seconds(run)
     say_where("Model, plan", output)
+    for line in verdict:
+        console.print(line, soft_wrap=True)
 
 
 class _Work:
@@ -466,9 +475,15 @@ def _check_teacher(directory: Path, source: Shallower, student: ModelSource, tea
 
 
 def _quality_before(
-    dense: PreTrainedModel, student: PreTrainedModel, source: Shallower, windows: _Windows, run: Reporter
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    source: Shallower,
+    windows: _Windows,
+    run: Reporter,
+    notes: Notes,
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.families import is_dispatched
 
     if windows.evaluation is None:
@@ -477,20 +492,38 @@ def _quality_before(
     if is_dispatched(dense):
         problems.print("note: a teacher spread over devices cannot be cut, so plain removal is not measured")
     else:
-        removed["dropped (no patch)"] = source.removed(dense, windows.all[: len(windows.training)])
+        with left_out(DROPPED, notes):
+            removed[DROPPED] = source.removed(dense, windows.all[: len(windows.training)])
     models = {"dense": dense, **removed, _BEFORE: student}
-    return compare_quality(models, windows.evaluation, dense, progress=run)
+    return compare_quality(models, windows.evaluation, dense, noted=notes, progress=run)
 
 
 def _quality_after(
-    dense: PreTrainedModel, student: PreTrainedModel, windows: Tensor | None, name: str, run: Reporter
+    dense: PreTrainedModel, student: PreTrainedModel, windows: Tensor | None, name: str, run: Reporter, notes: Notes
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.notes import left_out
 
     if windows is None:
         return {}
-    with run.stage("evaluate"):
-        return compare_quality({name: student}, windows, dense, progress=run)
+    found: dict[str, Quality] = {}
+    with run.stage("evaluate"), left_out(f"the comparison of the model, {name},", notes):
+        found = compare_quality({name: student}, windows, dense, noted=notes, progress=run)
+    return found
+
+
+def _verdict(found: Mapping[str, Quality], row: str, windows: _Windows, notes: Notes) -> list[str]:
+    """That the result is worse than plain removal, or than before, if it is, and on which windows."""
+    from linearpatch_kernels.evaluation.agreement import told_if_worse
+
+    if windows.evaluation is None:
+        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+        return []
+    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+    return [
+        *told_if_worse(found, row, DROPPED, judged),
+        *told_if_worse(found, row, _BEFORE, judged, than="before distillation"),
+    ]
 
 
 def _shown(run: Reporter, settings: TrainingSettings, length: int) -> Any:
@@ -554,13 +587,16 @@ def _report(
     windows: _Windows,
     run: Reporter,
     source: Shallower,
+    told: Sequence[str],
+    notes: Notes,
     patched: bool,
 ) -> dict[str, bytes]:
-    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, plot_training, write_report
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report, plot_training
 
     about = summary["distillation"]
     data = ReportData(
         title=f"{title_of(str(directory))}, distilled",
+        notes=told,
         steps=[f"{name.capitalize()}: {value}." for name, value in distillation_table(about)[2]],
         quality=[
             QualityRow(name, source.num_layers if name == "dense" else source.layers, one)
@@ -570,9 +606,8 @@ def _report(
         if windows.evaluation is not None
         else "",
         dense="dense",
-        dropped="dropped (no patch)",
+        dropped=DROPPED,
         spans=source.spans(),
-        plots={"distillation.png": "Loss of every step, and on held-out windows now and then."},
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
@@ -583,10 +618,10 @@ def _report(
     )
     measured = [name for name in result.curve[0] if name != "step"]
     heldout = {name: {int(point["step"]): point[name] for point in result.curve} for name in measured}
-    with tempfile.TemporaryDirectory() as folder:
-        plot_training(
-            Path(folder, "distillation.png"), [line["loss"] for line in result.log], heldout, result.best_step
-        )
-        write_report(folder, data)
-        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    losses = [line["loss"] for line in result.log]
+    curve = (
+        "Loss of every step, and on held-out windows now and then.",
+        lambda path: plot_training(path, losses, heldout, result.best_step),
+    )
+    files = draw_report(data, {"distillation.png": curve}, notes)
     return files | {"log.jsonl": "".join(json.dumps(line) + "\n" for line in result.log).encode()}

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from linearpatch_kernels.cli.console import Reporter, check_json, figure, print_seconds, print_table, share, write_json
+from linearpatch_kernels.cli.console import (
+    Notes,
+    Reporter,
+    check_json,
+    figure,
+    print_seconds,
+    print_table,
+    share,
+    write_json,
+)
 from linearpatch_kernels.cli.inputs import find_model, in_words, num_layers_of, on_disk, title_of, windows_up_to
 from linearpatch_kernels.cli.options import (
     BatchSize,
@@ -65,6 +74,7 @@ def evaluate(
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.text import demo_text, read_text, tokenizer_difference
@@ -76,7 +86,7 @@ def evaluate(
         raise InputError("--limit is about the questions of --tasks: name some, or leave it out")
     if tasks is not None:
         check_tasks(names)
-    run = Reporter()
+    run, notes = Reporter(), Notes()
     content: str | list[str] = demo_text("heldout") if text is None else read_text(text)
     with run.stage("load"):
         source = find_model(model, dtype, device, trust_remote_code)
@@ -105,13 +115,17 @@ def evaluate(
         found = compare_quality(models, ids, reference, batch_size=batch_size, progress=run)
     quality = found[name]
     scores = {}
+    failure: Exception | None = None
     if names:
         with run.stage("tasks"):
-            scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
+            try:
+                scores = evaluate_tasks(student, tokenizer, names, limit=limit, progress=run)
+            except Exception as error:  # raised again once all that was measured is told
+                failure = error
     speeds = {}
     if speed:
         context = min(getattr(one.config, "max_position_embeddings", 512) for one in models.values())
-        with run.stage("speed"):
+        with run.stage("speed"), left_out("the speed", notes):
             # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
             speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=run)
     size = model_size(student)
@@ -152,3 +166,5 @@ def evaluate(
         task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
         print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
     print_seconds(run)
+    if failure is not None:
+        raise failure

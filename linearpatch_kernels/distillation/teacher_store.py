@@ -26,7 +26,17 @@ from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
 from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.files import MARKER, final_name, read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.files import (
+    MARKER,
+    Entries,
+    final_name,
+    read_json,
+    read_seal,
+    reading,
+    working_alone,
+    write_sealed,
+    write_whole,
+)
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
@@ -35,6 +45,8 @@ DEFAULT_TOP_K = 50
 
 _FORMAT = "linearpatch-teacher-store"
 _VERSION = 2
+_SIZES = ("count", "length", "vocabulary", "hidden_size", "top_k", "shard_windows")
+_LARGEST_SIZE = 1 << 40
 _SHARD_BYTES = 64 << 20
 STORE_FILES = re.compile(r"request\.json|index\.json|shard-\d{5}\.safetensors")
 """What a store is made of."""
@@ -65,6 +77,15 @@ class StoreRequest:
     top_k: int
     depths: tuple[int, ...]
     shard_windows: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.count, self.length, self.vocabulary, self.hidden_size, self.top_k, self.shard_windows)
+        if min(sizes) < 1 or self.top_k > self.vocabulary or list(self.depths) != sorted({*self.depths}):
+            raise InputError(
+                f"a teacher store of {self.count} windows of {self.length} tokens, in shards of {self.shard_windows}, "
+                f"with --top-k {self.top_k} of {self.vocabulary} and the depths {list(self.depths)} makes no sense: "
+                "every number must be at least 1, and the depths must increase"
+            )
 
     @property
     def ids_dtype(self) -> torch.dtype:
@@ -105,15 +126,17 @@ class StoreRequest:
     @classmethod
     def read(cls, file: Path) -> StoreRequest:
         """InputError where the file is not what a writer of this version wrote."""
-        try:
-            content = json.loads(file.read_bytes())
-            if content.pop("format") == _FORMAT and content.pop("version") == _VERSION:
-                return cls(**content | {"depths": tuple(content["depths"])})
-        except FileNotFoundError as error:
-            raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise InputError(f"{file} is damaged or not of this version: give another --store")
+        if not file.exists():
+            raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}")
+        cure = "give another --store"
+        content = read_json(file, f"it is damaged or not of this version, so {cure}")
+        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+            raise InputError(f"{file} is damaged or not of this version: {cure}")
+        with reading(file, cure):
+            told = Entries(content)
+            entries: dict[str, Any] = {name: told.text(name) for name in ("model", "tokenizer", "windows")}
+            entries |= {name: told.whole(name, 1, _LARGEST_SIZE) for name in _SIZES}
+            return cls(**entries, depths=tuple(told.listed("depths").wholes(most=_LARGEST_SIZE)))
 
 
 def _state(depth: int) -> str:
@@ -211,12 +234,12 @@ def write_teacher_store(
         processes.wait()
         return TeacherStore.open(folder)
     request = _as_there(request, model, folder)
-    _check_folder(folder, request)
+    repaired = [] if _check_folder(folder, request) else ["request.json"]
     with working_alone(folder, STORE_FILES):
-        if not (folder / "request.json").exists():
+        if repaired or not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
-        repaired = _write_shards(model, windows, folder, request, batch_size, processes, progress)
+        repaired += _write_shards(model, windows, folder, request, batch_size, processes, progress)
         processes.wait()
         index, listed = (
             folder / "index.json",
@@ -247,12 +270,25 @@ def _as_there(request: StoreRequest, model: PreTrainedModel, folder: Path) -> St
     )
 
 
-def _check_folder(folder: Path, request: StoreRequest) -> None:
-    """Whether the store of this request can be written to, or is in, this folder."""
+def _check_folder(folder: Path, request: StoreRequest) -> bool:
+    """InputError where the store of this request cannot be written to, and is not in, this folder.
+
+    Returns:
+        Whether its request, if it is there, is sound.
+    """
+    sound = True
     if folder.is_dir() and not all(_may_be_begun(path.name) for path in folder.iterdir()):
         if not (folder / "request.json").exists():
             raise InputError(f"{folder} exists and is not a teacher store: give another --store")
-        _check_same(StoreRequest.read(folder / "request.json"), request, folder)
+        try:
+            found = StoreRequest.read(folder / "request.json")
+        except InputError:
+            # Every shard says whose it is, too.
+            sound = False
+            if not any(_is_sound(folder / name, request) for name, _ in request.shards):
+                raise
+        else:
+            _check_same(found, request, folder)
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     present = sum((folder / name).stat().st_size for name, _ in request.shards if (folder / name).exists())
     needed, free = request.total_bytes - present, shutil.disk_usage(parent).free
@@ -262,6 +298,7 @@ def _check_folder(folder: Path, request: StoreRequest) -> None:
             f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another --store, a smaller --top-k, "
             "or less text"
         )
+    return sound
 
 
 def _may_be_begun(name: str) -> bool:
@@ -326,10 +363,23 @@ def _write_shards(
 
 def _is_sound(file: Path, request: StoreRequest) -> bool:
     try:
-        about, _ = read_seal(file)
+        _check_shard(file, request, read_seal(file)[1])
     except InputError:
         return False
-    return about == {"request": request.to_json(), "shard": file.name}
+    return True
+
+
+def _check_shard(file: Path, request: StoreRequest, listed: Any) -> None:
+    """InputError where a shard is damaged, of another store, not the one ``listed``, or not of its windows' shapes."""
+    about, digest = read_seal(file)
+    if about != {"request": request.to_json(), "shard": file.name} or listed != digest:
+        raise InputError(f"{file} belongs to another store: delete it and write the store again")
+    part = dict(request.shards)[file.name]
+    wanted = {name: [part.stop - part.start, request.length, *shape] for name, (_, shape) in request.layout.items()}
+    with reading(file, "delete it and write the store again"), safe_open(file, framework="pt") as shard:
+        there = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+        if there != wanted:
+            raise ValueError(f"it holds {there} and should hold {wanted}")
 
 
 @torch.no_grad()
@@ -406,7 +456,7 @@ class TeacherStore:
     Attributes:
         directory: where it is.
         request: whose answers it holds, and on what.
-        repaired: shards that the writer found damaged and wrote again.
+        repaired: files that the writer found damaged and wrote again.
     """
 
     directory: Path
@@ -422,17 +472,26 @@ class TeacherStore:
         """
         folder = Path(directory).expanduser()
         request = StoreRequest.read(folder / "request.json")
-        try:
-            listed = json.loads((folder / "index.json").read_bytes())["shards"]
-        except FileNotFoundError as error:
-            raise InputError(f"the teacher store {folder} is not complete: write it again to go on") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder}/index.json is damaged: delete it and write the store again") from error
+        if not (folder / "index.json").exists():
+            raise InputError(f"the teacher store {folder} is not complete: write it again to go on")
+        cure = "index.json is damaged, so delete it and write the store again"
+        index = read_json(folder / "index.json", cure)
+        with reading(folder / "index.json", cure):
+            listed = Entries(index).table("shards")
+        # Counted before they are named: the request may tell of any number.
+        if len(listed) != -(-request.count // request.shard_windows):
+            raise InputError(
+                f"{folder} lists {len(listed)} shards and needs others: delete it and write the store again"
+            )
         for name, _ in request.shards:
-            about, digest = read_seal(folder / name)
-            if about != {"request": request.to_json(), "shard": name} or listed.get(name) != digest:
-                raise InputError(f"{folder / name} belongs to another store: delete it and write the store again")
+            _check_shard(folder / name, request, listed.get(name))
         return cls(folder, request)
+
+    def check_windows(self, windows: Sequence[int]) -> None:
+        """InputError where the store has no windows of these numbers."""
+        beyond = [window for window in windows if not 0 <= window < self.request.count]
+        if beyond:
+            raise InputError(f"the teacher store has {self.request.count} windows and none of number {beyond[0]}")
 
     def check(self, model: PreTrainedModel, *, tokenizer: str = "") -> None:
         """InputError where a student with another vocabulary or width, or another tokenizer, would learn from it."""
@@ -449,7 +508,11 @@ class TeacherStore:
             )
 
     def batch(self, windows: Sequence[int], depths: Sequence[int] = ()) -> TeacherBatch:
-        """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept."""
+        """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept.
+
+        InputError for a window that is not there.
+        """
+        self.check_windows(windows)
         kept = [depth for depth in self.request.depths if depth in depths]
         left_out = {_state(depth) for depth in self.request.depths if depth not in depths}
         names = [name for name in self.request.layout if name not in left_out]

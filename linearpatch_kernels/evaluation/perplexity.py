@@ -102,13 +102,18 @@ def batches(
     windows: Tensor, batch_size: int, description: str, progress: Progress | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the first window, windows ``[<= batch_size, T]``), reporting each batch once it has been worked on."""
-    if batch_size < 1:
-        raise InputError(f"a batch of {batch_size} windows is empty: the batch size must be at least 1")
+    check_batch_size(batch_size)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         yield start, batch
         if progress:
             progress(description, start + len(batch), len(windows))
+
+
+def check_batch_size(batch_size: int) -> None:
+    """InputError for a number of windows per forward pass that no tensor can be split into."""
+    if not 1 <= batch_size < 1 << 31:
+        raise InputError(f"the batch size must be a number from 1 to {(1 << 31) - 1}, not {batch_size}")
 
 
 def model_logits(model: Model, windows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ are missing, the work is done without them.
 """
 
 from linearpatch_kernels.files.directories import check_output, save_files, written_whole
+from linearpatch_kernels.files.entries import Entries
 from linearpatch_kernels.files.owned import (
     MARKER,
     RECORDS,
@@ -16,17 +17,20 @@ from linearpatch_kernels.files.owned import (
     expanded,
     foreign_files,
     is_ours,
+    left_by_us,
     lies_in,
     record,
     remove_work_directory,
 )
-from linearpatch_kernels.files.reading import read_json, reading, said
-from linearpatch_kernels.files.sealed import read_seal, write_sealed
+from linearpatch_kernels.files.reading import finite, read_json, reading, said
+from linearpatch_kernels.files.sealed import KEY, read_seal, write_sealed
 from linearpatch_kernels.files.whole import append_line, final_name, working_alone, write_whole
 
 __all__ = [
+    "KEY",
     "MARKER",
     "RECORDS",
+    "Entries",
     "append_line",
     "check_file",
     "check_output",
@@ -34,8 +38,10 @@ __all__ = [
     "claim_work_directory",
     "expanded",
     "final_name",
+    "finite",
     "foreign_files",
     "is_ours",
+    "left_by_us",
     "lies_in",
     "read_json",
     "read_seal",

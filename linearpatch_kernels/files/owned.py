@@ -192,6 +192,21 @@ def says_ours(file: Path) -> bool:
         return _OUR_BEGINNING.search(content.read(_BEGINNING)) is not None
 
 
+def left_by_us(file: Path) -> bool:
+    """Whether there is a file that a killed run of this package left, whole or damaged.
+
+    Raises:
+        InputError: there is something else, which must not be written over.
+    """
+    if not file.exists():
+        return False
+    with reading(file, "move it away, or give another output"):
+        ours = says_ours(file)
+    if not ours:
+        raise InputError(f"{file} is not a file of linearpatch and in its way: move it, or give another output")
+    return True
+
+
 def check_file(file: Path, what: str, ours: Callable[[Path], bool] = says_ours, *, parents: bool = False) -> None:
     """Whether a run may write, and replace, this single file; call it before long work.
 

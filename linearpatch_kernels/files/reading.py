@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,12 @@ def read_json(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object: {cure}")
     return content
+
+
+def finite(content: Any) -> Any:
+    """JSON values in which what is not finite is null: JSON has no word for it."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

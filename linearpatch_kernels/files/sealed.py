@@ -15,7 +15,8 @@ from linearpatch_kernels.files.whole import appearing
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KEY = "linearpatch"
+KEY = "linearpatch"
+"""Under which the metadata of a sealed file holds its seal."""
 # Stands for the checksum while it is computed, so that it covers every byte of the file, the header's too.
 _UNSET = b"0" * 64
 _CHUNK = 1 << 22
@@ -61,7 +62,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 def _header(tensors: Mapping[str, Tensor], names: Sequence[str], seal: str) -> bytes:
     """The length and the JSON that a safetensors file begins with."""
-    listed: dict[str, Any] = {"__metadata__": {_KEY: seal}}
+    listed: dict[str, Any] = {"__metadata__": {KEY: seal}}
     end = 0
     for name in names:
         tensor = tensors[name]
@@ -72,30 +73,30 @@ def _header(tensors: Mapping[str, Tensor], names: Sequence[str], seal: str) -> b
     return len(content).to_bytes(8, "little") + content
 
 
-def read_seal(path: Path) -> tuple[dict[str, Any], str]:
+def read_seal(path: Path, cure: str = "") -> tuple[dict[str, Any], str]:
     """``(about, checksum)`` of a file that `write_sealed` wrote, after reading every byte of it.
 
     Raises:
-        InputError: missing, truncated, foreign, or a single bit is not as it was written.
+        InputError: missing, truncated, foreign, or a single bit is not as it was written; with what to do (``cure``).
     """
+    advice = f"; {cure}" if cure else ""
     try:
         with open(path, "rb") as file:
             start = file.read(8)
             if _header_end(start) > os.fstat(file.fileno()).st_size:
                 raise ValueError("the header is longer than the file")
             header = file.read(_header_end(start) - 8)
-            seal = json.loads(json.loads(header)["__metadata__"][_KEY])
+            seal = json.loads(json.loads(header)["__metadata__"][KEY])
             about, digest = seal["about"], seal["sha256"]
             state = hashlib.sha256(start + header.replace(digest.encode(), _UNSET))
             while chunk := file.read(_CHUNK):
                 state.update(chunk)
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing") from error
-    except Exception as error:
-        # Whatever a damaged header makes the JSON parser say.
-        raise InputError(f"{path} is damaged: it does not begin as it was written") from error
+        raise InputError(f"{path} is missing{advice}") from error
+    except Exception as error:  # a damaged header is any JSON, and nested as deep as it likes
+        raise InputError(f"{path} is damaged: it does not begin as it was written{advice}") from error
     if state.hexdigest() != digest or not isinstance(about, dict):
-        raise InputError(f"{path} is damaged: its bytes do not have the checksum they were written with")
+        raise InputError(f"{path} is damaged: its bytes do not have the checksum they were written with{advice}")
     return about, digest
 
 
