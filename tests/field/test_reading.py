@@ -261,6 +261,13 @@ def test_whatever_a_file_holds_the_answer_is_one_line(model: Path, name: str, co
     assert "model" in refusal(model)
 
 
+def test_a_quantised_checkpoint_is_known_as_one(model: Path) -> None:
+    """Before its weights are loaded: nothing can be cut from it."""
+    assert not ModelSource(model, device="cpu").is_quantised
+    with_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert ModelSource(model, device="cpu").is_quantised
+
+
 # --- indexes and sets of weights -------------------------------------------------------------------------------------
 
 
