@@ -58,6 +58,14 @@ def find_model(
     )
 
 
+def check_can_be_cut(model: ModelSource) -> None:
+    """InputError for a model that can only be measured; ask it before the calibration."""
+    if model.is_quantised:
+        raise InputError(
+            f"{model.name} is quantised and cannot be cut: give the full-precision model, and quantise the result"
+        )
+
+
 def on_disk(model: str | None) -> str | None:
     """MODEL as a path that may be there; 'demo' is none, whatever lies under that name."""
     return None if model == "demo" else model

@@ -24,6 +24,7 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
     find_model,
     forget,
     heldout_windows,
@@ -179,6 +180,7 @@ def merge(
             f"{REFIT_WINDOWS}, or another --heal"
         )
     source = find_model(model, dtype, device, trust_remote_code)
+    check_can_be_cut(source)
     check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
     rank = rank_for(rank, source.hidden_size)
     check_rank(rank, source.hidden_size, [heal or REFIT])

@@ -24,6 +24,7 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
     find_model,
     heldout_windows,
     make_windows,
@@ -124,6 +125,7 @@ def prune(
     place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
         source = find_model(model, dtype, place, trust_remote_code)
+        check_can_be_cut(source)
     if wanted:
         checked_spans(wanted, source.num_layers)
     else:

@@ -26,6 +26,7 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.inputs import (
+    check_can_be_cut,
     find_model,
     forget,
     make_windows,
@@ -111,6 +112,7 @@ def sweep(
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         source = find_model(model, dtype, device, trust_remote_code)
+        check_can_be_cut(source)
     for count in drops:
         check_drop(count, source.num_layers)
     with run.stage("tokenise"):
