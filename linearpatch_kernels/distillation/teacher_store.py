@@ -445,7 +445,7 @@ class TeacherBatch(NamedTuple):
         last = torch.arange(ids.shape[-1], device=ids.device) == before[0].argmin(-1, keepdim=True)
         replaced = missing & last
         before[1].copy_(torch.where(replaced, labels, before[1]))
-        before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_(weight * (before[1] == labels))
+        before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_((before[1] == labels).to(probs), alpha=weight)
         return self._replace(probs=probs, ids=ids)
 
 
@@ -507,6 +507,7 @@ class TeacherStore:
                 f"the states in the store have width {self.request.hidden_size}, the model {hidden_size(model)}"
             )
 
+    @own_state()
     def batch(self, windows: Sequence[int], depths: Sequence[int] = ()) -> TeacherBatch:
         """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept.
 

@@ -136,7 +136,7 @@ def define_operator(
 
     def without_formula(*arguments: Any) -> Any:
         assert otherwise is not None
-        check_reference_allowed(f"such a derivative of {name}", arguments[0].device)
+        check_reference_allowed(f"such derivative of {name}", arguments[0].device)
         with without_autocast(arguments[0].device):
             return otherwise(*completed(arguments))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
+from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import (
     LARGEST_FACTOR,
@@ -224,16 +225,25 @@ def test_out_may_be_bytes_of_an_x_that_lies_across_them(call: Callable[..., None
         torch.testing.assert_close(target.double(), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_refused_call_writes_nothing_that_autograd_could_miss() -> None:
+    x = torch.randn(4, D, requires_grad=True)
+    y = x * 2
+    z = y.square()  # saves y
+    with pytest.raises(RuntimeError, match="out must share no memory with scale"):
+        hadamard_patch(torch.randn(4, D), y.detach()[0], out=y.detach())
+    z.sum().backward()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("make", [scale_is_out, scale_is_a_row_of_x_in_place, vector_is_a_row_of_out("pre_scale")])
-def test_a_compiled_call_is_right_or_raises(backend: str, make: Callable[[], Operands]) -> None:
+def test_a_compiled_call_is_right_or_raises(compiler: str, make: Callable[[], Operands]) -> None:
     torch._dynamo.reset()
     operands = make()
     out = operands["out"]
     true = exact(**{name: tensor.clone() for name, tensor in operands.items() if name != "out"})
     said = ""
     try:
-        torch.compile(patch, fullgraph=True, backend=backend)(**operands)
+        torch.compile(patch, fullgraph=True, backend=compiler)(**operands)
     except RuntimeError as error:
         said = str(error)
     if said:
@@ -315,6 +325,13 @@ def test_a_gradient_for_every_row() -> None:
     module(x).square().sum().backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_a_forced_backend_raises_where_plain_pytorch_would_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "FORCED", "cpu")
+    x, scale, *_ = six_operands(12)
+    with pytest.raises(RuntimeError, match="LINEARPATCH_BACKEND=cpu has no such derivative of hadamard_patch"):
+        jvp(hadamard_patch, (x, scale), (x, scale))
 
 
 def test_second_derivatives() -> None:
@@ -442,6 +459,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "an array": (lambda: hadamard_patch(X, SCALE, pre_scale=np.ones(D)), "pre_scale must be a tensor, not ndarray"),
     "text for out": (lambda: hadamard_patch(X, SCALE, out="a"), "out must be a tensor, not str"),
     "no scale, with out": (lambda: hadamard_patch(X, None, out=X.clone()), "scale must be a tensor, not NoneType"),
+    "a list, with out": (lambda: hadamard_patch(X, [1.0] * D, out=X.clone()), "scale must be a tensor, not list"),
     "no norm": (lambda: add_patch_rms_norm(X, X, SCALE, None, 1e-6), "norm_weight must be a tensor, not NoneType"),
     "sparse x": (lambda: hadamard_patch(X.to_sparse(), SCALE), "x must be a dense tensor, not torch.sparse_coo"),
     "sparse down": (

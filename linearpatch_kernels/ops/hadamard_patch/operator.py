@@ -243,20 +243,20 @@ def hadamard_patch(
     if not isinstance(out, Tensor):
         raise InputError(f"out must be a tensor, not {type(out).__name__}")
     refuse_forward_mode("hadamard_patch with out=", operands)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
+    if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in operands):
         raise RuntimeError("hadamard_patch with out= is not differentiable: call it under torch.no_grad()")
     if torch.compiler.is_compiling():
         _call_out(*operands)
         return out
     # What torch.library does around an operator that writes to an operand, without its 15 microseconds.
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
     try:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             _call_out._op(*operands)
     except RuntimeError:
         _check_tensors(_call_out, operands)
         raise
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
     return out
 
 
