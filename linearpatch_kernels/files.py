@@ -241,6 +241,16 @@ def read_seal(path: Path, cure: str = "") -> tuple[dict[str, Any], str]:
     return about, digest
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file is, by its first bytes, what `write_sealed` writes, whole or not; False if it cannot be read."""
+    start = json.dumps({"__metadata__": {KEY: ""}}).encode().partition(b'""')[0]
+    try:
+        with open(path, "rb") as file:
+            return file.read(8 + len(start))[8:] == start
+    except OSError:
+        return False
+
+
 def left_by_us(path: Path) -> bool:
     """Whether there is a file that a killed run of this package left, whole or damaged.
 
