@@ -83,7 +83,10 @@ def launched_processes(meeting_seconds: float | None = None) -> Processes:
         rank = _checked_rank(count)
         store = _met(count, _limit() if meeting_seconds is None else meeting_seconds)
         options |= {"store": store, "rank": rank, "world_size": count}
-    state = accelerate.PartialState(cpu=on_cpus, **options)
+    try:
+        state = accelerate.PartialState(cpu=on_cpus, **options)
+    except Exception as error:  # of the environment too: it reads more of it, such as what MPI sets
+        raise InputError(f"the {count} processes cannot work together ({said(error)}): {_cure()}") from error
 
     def wait() -> None:
         with _with_siblings():
