@@ -290,7 +290,7 @@ def distill(
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
-    check_trainable(student, joint_depth(student, joint), settings.train)
+    check_trainable(student, joint_depth(student, joint), settings.train, lora_rank=settings.lora_rank)
     with work.claimed() if processes.first else contextlib.nullcontext(), run.stage("ask the teacher"):
         answers = write_teacher_store(
             dense,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from linearpatch_kernels.distillation.trainer import (
     check_same_run,
     check_whole,
     distill,
+    heldout_losses,
     joint_state,
 )
 from linearpatch_kernels.errors import InputError
@@ -152,7 +154,8 @@ def distill_merged(
 
     Several processes take whole groups each in the groups' own training, and shares of a batch afterwards. The result
     of the former does not depend on how many they are. Killed at any moment, the same call with the same ``directory``
-    goes on: finished groups are kept there.
+    goes on: finished groups are kept there. Where groups trained on their own and then together end with a larger
+    held-out KL than the student began with, it stays as it was, and a note says so.
 
     Args:
         student: its config holds the merge tree; a patch behind a merged layer counts as a part of it.
@@ -160,7 +163,7 @@ def distill_merged(
         settings: of both; ``steps`` are those of the groups together.
         directory: needed by several processes with groups to share out: they exchange them there.
         on_step: called with what is in training, and the step.
-        noted: as for `trainer.distill`.
+        noted: as for `trainer.distill`, and told where the student stays as it was.
 
     Raises:
         InputError: no merged layers, states that the store lacks, patches with ``group_steps``, or what
@@ -176,11 +179,14 @@ def distill_merged(
         )
     folder = None if directory is None else Path(directory).expanduser()
     alone: dict[int, GroupOutcome] = {}
+    # Parameters that are trained are replaced by others, so these stay as they are.
+    original, before = dict(student.named_parameters()), math.inf
     if hierarchy.group_steps:
         if patches(student):
             raise InputError("a group is trained on its own without patches: merge without --heal, or no --group-steps")
         if folder is None and processes.count > 1:
             raise InputError("several processes exchange their groups through a directory: give one")
+        before = heldout_losses(student, store, groups[0].layer, heldout)["tail"]
         own = dataclasses.replace(settings, steps=hierarchy.group_steps)
         trained = _Groups(student, store, own, hierarchy, training, heldout, folder, checkpoint_seconds, noted)
         alone = trained.train(groups, processes, on_step)
@@ -204,6 +210,10 @@ def distill_merged(
         noted=noted,
         objective=together,
     )
+    after = run.heldout(run.best_step)
+    if after > before:
+        _put(student, original)
+        noted(f"training took the held-out KL from {before:.4f} to {after:.4f}: the layers stay as they were")
     return HierarchicalDistillation(run, alone)
 
 
@@ -401,11 +411,12 @@ def _lone_layer(student: PreTrainedModel, layer: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _put(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """New parameters in the place of the layer's, which another model may share."""
+def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Other parameters in the place of a module's, which another model may share."""
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
-        module = layer.get_submodule(path)
-        old = getattr(module, leaf)
-        if isinstance(old, nn.Parameter):
-            setattr(module, leaf, nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad))
+        owner = module.get_submodule(path)
+        old = getattr(owner, leaf)
+        if isinstance(old, nn.Parameter) and old is not value:
+            new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=old.requires_grad)
+            setattr(owner, leaf, value if isinstance(value, nn.Parameter) else new)

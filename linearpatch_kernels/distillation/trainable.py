@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder_layers, linear_layers, merge_tree, norm_gains
+from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, linear_layers, merge_tree, norm_gains
 from linearpatch_kernels.modeling.patched import patches
 
 TRAIN = ("patch", "patch+norms", "lora", "suffix", "merged")
@@ -64,16 +64,19 @@ class Trainable:
         self.student.requires_grad_(True)
 
 
-def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[str]:
+def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int = 1) -> list[str]:
     """The names of the student's own parameters that ``train`` is about; all of them lie from depth ``begin`` on.
 
     Raises:
-        InputError: none, an unknown name, LoRA without PEFT, or weights that autograd cannot work with.
+        InputError: none, an unknown name, LoRA without PEFT or of a rank beyond the student's width, or weights that
+            autograd cannot work with.
     """
     if train not in TRAIN:
         raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
     if train == "lora":
         _need_peft()
+        if lora_rank > hidden_size(student):
+            raise InputError(f"--lora-rank {lora_rank} is more than the model's width {hidden_size(student)}")
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
     if train in ("patch+norms", "lora", "suffix"):
@@ -102,7 +105,7 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
     Raises:
         InputError: what `check_trainable` raises.
     """
-    names = check_trainable(student, begin, train)
+    names = check_trainable(student, begin, train, lora_rank=lora_rank)
     dtype = student.get_input_embeddings().weight.dtype
     wrapper = None
     if train == "lora":

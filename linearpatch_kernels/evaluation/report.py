@@ -514,7 +514,7 @@ def plot_training(
     axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step on other text", zorder=1)
     for i, (name, points) in enumerate(heldout.items()):
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=f"held out, {name}")
+        axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=_label(f"held out, {name}"))
     axes.axvline(best_step, color="black", linestyle=":", linewidth=1.5, label=f"best: step {best_step}")
     axes.set_xlabel("step")
     axes.set_ylabel("KL to the teacher (nats per token)")

@@ -23,7 +23,7 @@ from linearpatch_kernels.files.owned import (
     remove_work_directory,
 )
 from linearpatch_kernels.files.reading import finite, read_json, reading, said
-from linearpatch_kernels.files.sealed import KEY, read_seal, write_sealed
+from linearpatch_kernels.files.sealed import KEY, is_sealed, read_seal, write_sealed
 from linearpatch_kernels.files.whole import append_line, final_name, working_alone, write_whole
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "finite",
     "foreign_files",
     "is_ours",
+    "is_sealed",
     "left_by_us",
     "lies_in",
     "read_json",

@@ -100,6 +100,16 @@ def read_seal(path: Path, cure: str = "") -> tuple[dict[str, Any], str]:
     return about, digest
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file is, by its first bytes, what `write_sealed` writes, whole or not; False if it cannot be read."""
+    start = json.dumps({"__metadata__": {KEY: ""}}).encode().partition(b'""')[0]
+    try:
+        with open(path, "rb") as file:
+            return file.read(8 + len(start))[8:] == start
+    except OSError:
+        return False
+
+
 def _header_end(content: bytes) -> int:
     """Where the tensors' bytes begin; a safetensors file starts with the length of its header."""
     return 8 + int.from_bytes(content[:8], "little")

@@ -17,6 +17,7 @@ from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     finite,
+    is_sealed,
     read_json,
     read_seal,
     reading,
@@ -116,9 +117,11 @@ class MergePlan:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> MergePlan:
-        """Read what :meth:`save` wrote. InputError where there is none, for a foreign file and for a broken one."""
+        """Read what :meth:`save` or :meth:`keep` wrote. InputError for none, a foreign file and a broken one."""
         if not Path(file).exists():
             raise InputError(f"there is no plan of merges at {file}")
+        if is_sealed(Path(file)):
+            return cls.resume(file, "merge again")
         return cls.from_json(read_json(file, "it is not a plan of merges that can be read, so merge again"), file)
 
     @classmethod
