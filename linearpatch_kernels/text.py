@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import reading
+from linearpatch_kernels.files import expanded, reading
 
 # Long enough that a cut costs nothing, short enough that a tokenizer's memory stays small.
 _PIECE_CHARACTERS = 1 << 16
@@ -39,7 +39,12 @@ def cache_dir() -> Path:
     It is not created here.
     """
     named = os.environ.get("LINEARPATCH_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "linearpatch"
+    if named:
+        return expanded(named)
+    try:
+        return Path.home() / ".cache" / "linearpatch"
+    except RuntimeError as error:
+        raise InputError("there is no home directory to keep converted models in: set LINEARPATCH_CACHE") from error
 
 
 def installed_package_dir(package: str) -> Path | None:
@@ -426,17 +431,16 @@ _MODEL_PARTS = ("layers or sizes", "--dtype", "weights", "config (rope, norms, a
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """What a model computes, as four groups of hex digits: the names and shapes of its tensors, their dtypes, 32
-    strided values of each, and the part of its config that computes.
+    """What a model computes, as four groups of hex digits: the names and shapes of its tensors, their dtypes, their
+    values, and the part of its config that computes.
 
-    Cheap on purpose (it reads 32 values of a tensor, whatever its size): two models that differ in a few weights only
-    may share a fingerprint; another training run, dtype, depth or patch does not. Saving and loading keeps it.
-    `model_difference` says in words in what a model differs from a fingerprint.
+    Every value is read once and added to a sum for its row, so that a single changed weight shows. Saving and loading
+    keeps the fingerprint. `model_difference` says in words in what a model differs from one.
     """
     tensors = sorted(model.state_dict().items())
     shapes = _digest([f"{name} {tuple(tensor.shape)}".encode() for name, tensor in tensors])
     dtypes = _digest([f"{name} {tensor.dtype}".encode() for name, tensor in tensors])
-    values = _digest(_values(model, name, tensor) for name, tensor in tensors)
+    values = _digest(_values(model, name, tensor) + _row_sums(model, name, tensor) for name, tensor in tensors)
     config = getattr(model, "config", None)
     computing = "" if config is None else _json(_computing(config)).decode()
     return f"{shapes[:8]}-{dtypes[:4]}-{values}-{_digest([computing.encode()])[:8]}"
@@ -492,6 +496,24 @@ def _fingerprint_0_1(model: nn.Module) -> str:
                 yield _values(model, name, tensor)
 
     return _digest(parts())
+
+
+# As integers, whose sums are the same in every order.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _row_sums(model: nn.Module, name: str, tensor: Tensor) -> bytes:
+    """The sums over the last dimension of a tensor's bits, taken as integers, modulo 2^64."""
+    there = _brought(model, name) if tensor.device.type == "meta" else tensor
+    if there is None or there.is_complex() or not there.numel():
+        return b""
+    there = there.detach().contiguous()
+    # Eight bytes at a time where a row has so many, whatever the dtype.
+    whole = there.dim() > 0 and there.shape[-1] * there.element_size() % 8 == 0
+    bits = there.view(torch.int64 if whole else _BITS[there.element_size()])
+    sums = bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits.to(torch.int64)
+    content: bytes = sums.to("cpu").numpy().tobytes()
+    return content
 
 
 def _values(model: nn.Module, name: str, tensor: Tensor) -> bytes:

@@ -238,7 +238,7 @@ def _remove_stale(target: Path) -> None:
     """Remove what killed runs left: drafts, by their name and marker, that no process holds, and what we wrote into
     outputs that were just being exchanged. Where the file system has no locks nobody can tell, and all stays."""
     name = re.compile(re.escape(_prefix(target)) + f"[0-9a-f]{{32}}({_OLD})?")
-    for path in target.parent.iterdir():
+    for path in _listed(target.parent):
         if not name.fullmatch(path.name) or path.is_symlink() or not (is_draft(path) or is_ours(path)):
             continue
         with contextlib.suppress(OSError):
@@ -248,6 +248,14 @@ def _remove_stale(target: Path) -> None:
                     _remove_left(path)
             finally:
                 os.close(descriptor)
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where one may write to it and not look into it."""
+    try:
+        return [*directory.iterdir()]
+    except OSError:
+        return []
 
 
 def _remove_left(path: Path) -> None:
@@ -291,10 +299,23 @@ def _put_in_place(draft: Path, target: Path) -> None:
             old.rename(target)
             raise
     flush_directory(target.parent)
-    if left := remove_output(old):
-        kept = _beside(target, "kept")
+    _retire(old, target)
+
+
+def _retire(old: Path, target: Path) -> None:
+    """Remove the output whose place was taken; what of it cannot or must not be removed is told of, and stays."""
+    try:
+        if not (left := remove_output(old)):
+            return
+        what = f"files that appeared in {target} at the last moment are in"
+    except OSError as error:
+        left, what = [said(error)], f"the earlier output of {target} could not be removed and is in"
+    kept = _beside(target, "kept")
+    try:
         old.rename(kept)
-        warnings.warn(f"files that appeared in {target} at the last moment are in {kept}: {shown(left)}", stacklevel=2)
+    except OSError:
+        kept = old
+    warnings.warn(f"{what} {kept}: {shown(left)}", stacklevel=2)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -239,10 +239,23 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def linear_head(model: nn.Module) -> torch.Tensor | None:
-    """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that."""
-    capped = getattr(decoder(model).config, "final_logit_softcapping", None) is not None
+    """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that.
+
+    The model itself is asked, on two random states: a soft-cap, a bias, a factor or a hook shows, whatever its name.
+    """
     get_head: Any = model.get_output_embeddings
-    return None if capped else get_head().weight
+    head = get_head()
+    if type(head) is not nn.Linear:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 2, hidden_size(model), generator=generator, dtype=torch.float32, device="cpu")
+    state = state.to(head.weight)
+    with torch.no_grad():
+        view: Any = suffix_model(cast(PreTrainedModel, model), num_layers(model))
+        logits = view(inputs_embeds=state, use_cache=False).logits
+        plain = decoder(model).norm(state) @ head.weight.T
+    rounding = 8 * torch.finfo(plain.dtype).eps * plain.abs().max()
+    return head.weight if bool((logits - plain).abs().max() <= rounding) else None
 
 
 def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:

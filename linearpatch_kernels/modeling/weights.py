@@ -7,6 +7,7 @@ stock config, an adapter, a second set of weights, sizes that the config and the
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -132,6 +133,9 @@ def _stored_shapes(path: Path, files: list[Path]) -> Shapes:
     for file in files:
         if not file.exists():
             raise InputError(f"{path} is incomplete: {file.name} is missing")
+        if not os.access(file, os.R_OK):
+            # safetensors says of such a file that it is not there; Transformers writes weights for their owner alone.
+            raise InputError(f"{file} may not be read by you: ask its owner for chmod +r")
         try:
             with safe_open(file, framework="pt") as weights:
                 found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels import text
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation import teacher_store
-from linearpatch_kernels.distillation.teacher_store import TeacherStore, store_request, write_teacher_store
+from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherStore, store_request, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import working_alone
 
@@ -184,7 +184,7 @@ def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor,
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert "is not a teacher store" in refused(lambda: write_teacher_store(dense, windows, tmp_path / "mine", top_k=10))
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
-    with working_alone(copy):
+    with working_alone(copy, STORE_FILES):
         assert "another process works" in write()
 
 

@@ -133,5 +133,5 @@ def test_windows_that_do_not_fit_are_refused(student: LlamaForCausalLM, ids: Ten
 
 
 def test_an_empty_batch_is_refused(student: LlamaForCausalLM, windows: Tensor) -> None:
-    with pytest.raises(InputError, match="batch size must be at least 1"):
+    with pytest.raises(InputError, match="batch size must be a number from 1"):
         perplexity(student, windows, batch_size=0)
