@@ -31,6 +31,7 @@ from linearpatch_kernels.modeling.copies import (
     carry_over,
     check_same_structure,
     shallow_copy,
+    share_tensors,
     shared_copy,
 )
 
@@ -369,8 +370,11 @@ def rebuild(
             _replace(twin, pair.path, clone)
         else:
             carry_over(pair)
-    configs = [(one.config, config) for one in (model, decoder(model))]
-    replacements = Replacements([*configs, *((pair.old, clone) for pair, clone in copies)], gone=model.modules())
+    replacements = Replacements(
+        [(pair.old, clone) for pair, clone in copies],
+        gone=[*model.modules(), *model.parameters()],
+        configs=[(one.config, config) for one in (model, decoder(model))],
+    )
     for pair, clone in copies:
         replacements.prefer(pair.old, clone)
         bind(clone, replacements, pair.name)
@@ -430,8 +434,7 @@ def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kep
     for pair in pairs:
         if pair.old._buffers.keys() != pair.new._buffers.keys():
             raise refused
-        pair.new._parameters.update(pair.old._parameters)
-        pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})
+        share_tensors(pair)
     modes = {module: module.training for module in model.modules()}
     try:
         alike = _parts_alike(model.eval(), built.eval(), kept)
