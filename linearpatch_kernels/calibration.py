@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
 
@@ -52,7 +54,7 @@ class Span(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Span:
         """``"13:19"`` -> ``Span(13, 19)``; InputError for anything that is not START:END with START < END."""
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
         if match is None:
             raise InputError(
                 f"{text!r} is not a span: write START:END, half-open, for example 13:19 for layers 13 to 18"
@@ -176,55 +178,95 @@ class CalibrationStatistics:
         )
 
     def save(self, path: str | os.PathLike[str], *, fingerprint: str) -> None:
-        """Write a safetensors file, whole or not at all; ``fingerprint`` says what model and text it belongs to."""
+        """Write a sealed file, whole or not at all; ``fingerprint`` says what model and text it belongs to.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         tensors = {name: getattr(self, name) for name in (*_SUMS, *_PER_SAMPLE)}
         for span, moments in self.moments.items():
             tensors |= {f"moments.{span}.xx": moments.xx, f"moments.{span}.xy": moments.xy}
         about = {
             "format": _FILE_FORMAT,
             "fingerprint": fingerprint,
-            "samples": str(self.samples),
-            "moments": json.dumps({str(span): moments.yy for span, moments in self.moments.items()}),
+            "samples": self.samples,
+            "moments": {str(span): moments.yy for span, moments in self.moments.items()},
         }
-        file = Path(path)
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_sealed(Path(path), tensors, about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, fingerprint: str) -> CalibrationStatistics:
-        """Read what :meth:`save` wrote. InputError for a foreign or broken file, or another model or text."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                about: dict[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} is not a readable statistics file ({error}): delete it and calibrate again"
-            ) from error
-        if about.get("format") != _FILE_FORMAT:
-            raise InputError(f"{path} is not a statistics file of this version: delete it and calibrate again")
-        if about.get("fingerprint") != fingerprint:
-            raise InputError(f"{path} belongs to another model or text: delete it and calibrate again")
-        try:
+    def load(
+        cls, path: str | os.PathLike[str], *, fingerprint: str, cure: str = "delete it and calibrate again"
+    ) -> CalibrationStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: a foreign or damaged file, or another model or text; with what to do (``cure``).
+        """
+        file = Path(path)
+        with reading(file, cure):
+            about = _told_of_statistics(file, cure)
+        if about.text("fingerprint") != fingerprint:
+            raise InputError(f"{path} belongs to another model or text: {cure}")
+        with reading(file, cure):
+            tensors = load_file(file)
+            sums = about.entries("moments")
             moments = {
-                Span.parse(span): Moments(tensors.pop(f"moments.{span}.xx"), tensors.pop(f"moments.{span}.xy"), yy)
-                for span, yy in json.loads(about["moments"]).items()
+                Span.parse(span): Moments(
+                    tensors.pop(f"moments.{span}.xx"), tensors.pop(f"moments.{span}.xy"), sums.real(span)
+                )
+                for span in sums.names
             }
-            return cls(samples=int(about["samples"]), moments=moments, **tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is incomplete ({error}): delete it and calibrate again") from error
+            found = cls(samples=about.whole("samples", 1), moments=moments, **tensors)
+            _check_shapes(found)
+            return found
 
 
-_FILE_FORMAT = "linearpatch-statistics-1"
+_FILE_FORMAT = "linearpatch-statistics-2"
+# Without a seal: read, but nothing tells whether a bit of it is another.
+_UNSEALED_FORMAT = "linearpatch-statistics-1"
+
+
+def _told_of_statistics(file: Path, cure: str) -> Entries:
+    """What a file of statistics says beside its tensors."""
+    with safe_open(file, framework="pt") as opened:
+        told: dict[str, Any] = opened.metadata() or {}
+    if told.get("format") == _UNSEALED_FORMAT:
+        return Entries({**told, "samples": int(told["samples"]), "moments": json.loads(told["moments"])})
+    about = read_seal(file, cure)[0] if KEY in told else {}
+    if about.get("format") != _FILE_FORMAT:
+        raise InputError(f"{file} is not a statistics file of this version: {cure}")
+    return Entries(about)
+
+
+def _check_shapes(found: CalibrationStatistics) -> None:
+    """ValueError where the tensors are not those of one calibration."""
+    depths, width = found.mean_abs.shape[-2:]
+    pairs, means = (2, depths, depths), (2, found.samples, depths, width)
+    wanted = {
+        "tokens": (2,),
+        "token_cosine": pairs,
+        "token_angle": pairs,
+        "last_token_angle": (depths, depths),
+        "channel_cosine": pairs,
+        "mean_abs": means,
+        "hadamard_mean_abs": means,
+    }
+    shapes = {name: tuple(getattr(found, name).shape) for name in wanted}
+    for span, moments in found.moments.items():
+        wanted |= {f"{span}.xx": (width, width), f"{span}.xy": (width, width)}
+        shapes |= {f"{span}.xx": tuple(moments.xx.shape), f"{span}.xy": tuple(moments.xy.shape)}
+    wrong = [name for name, shape in wanted.items() if shapes[name] != shape]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has the shape {list(shapes[wrong[0]])}")
+
+
 _SUMS = ("tokens", "token_cosine", "token_angle", "last_token_angle", "channel_cosine")
 _PER_SAMPLE = ("mean_abs", "hadamard_mean_abs")
 
 
 # Not inference_mode: the statistics, and what a module caches on its first call, must stay usable in training.
+@own_state()
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -275,6 +317,7 @@ def calibrate(
     return mine if ranks is None else functools.reduce(operator.add, ranks.gather(mine))
 
 
+@own_state()
 @torch.no_grad()
 def collect_moments(
     model: nn.Module,
@@ -310,6 +353,7 @@ def collect_moments(
     return {span: functools.reduce(operator.add, [one[span] for one in found]) for span in mine}
 
 
+@own_state()
 @torch.no_grad()
 def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStatistics:
     """The statistics of two streams, of two models perhaps, as if a model of one layer led from one to the other.
@@ -462,14 +506,14 @@ class _Sums:
         device = depths[0].device
         absolute = torch.zeros(2, len(depths), width, dtype=torch.float64)
         rotated = torch.zeros_like(absolute)
-        gram = torch.zeros(2, width, len(depths), len(depths), device=device)
+        gram = torch.zeros(2, width, len(depths), len(depths), dtype=torch.float32, device=device)
         for start in range(0, tokens, _CHUNK_TOKENS):
             chunk = torch.stack([depth[start : start + _CHUNK_TOKENS].to(device) for depth in depths], dim=1).float()
             self._add_token_pairs(chunk, first=start == 0, last=start + _CHUNK_TOKENS >= tokens)
             _add_both(absolute, chunk.abs(), first=start == 0)
             _add_both(rotated, hadamard_transform(chunk).abs_(), first=start == 0)
             _add_channel_gram(gram, chunk, first=start == 0)
-        counts = torch.tensor([tokens, tokens - 1])
+        counts = torch.tensor([tokens, tokens - 1], dtype=torch.int64)
         for depth, sums in enumerate(absolute[Positions.ALL].sum(dim=-1)):
             _check_finite(sums, depth)
         self.tokens += counts

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     candidates_table,
     check_json,
@@ -26,16 +27,17 @@ from linearpatch_kernels.cli.inputs import (
     read_texts,
     title_of,
 )
-from linearpatch_kernels.cli.options import JsonFile, Length, Samples, from_home
-from linearpatch_kernels.cli.prune import report_data, summarise, usage
+from linearpatch_kernels.cli.options import JsonFile, Length, Samples, given_path
+from linearpatch_kernels.cli.prune import COMPARED, report_data, summarise, usage
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 
 def demo(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", callback=from_home
+            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", parser=given_path
         ),
     ] = Path("demo-output"),
     drop: Annotated[int, typer.Option("--drop", metavar="N", min=1, help="How many of the 30 layers to remove.")] = 6,
@@ -47,7 +49,8 @@ def demo(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from linearpatch_kernels.evaluation.latency import compare_speed, model_size
+    from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import check_alone
@@ -56,7 +59,7 @@ def demo(
     from linearpatch_kernels.surgery.pruning import plan_pruning
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
     from linearpatch_kernels.surgery.scoring import check_drop
-    from linearpatch_kernels.surgery.selection import compare_candidates, fitted_joints
+    from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
     from linearpatch_kernels.text import fingerprint_model
 
     check_alone("demo")
@@ -65,10 +68,10 @@ def demo(
         "healed (structured)": output / "structured",
         "report": output / "report",
     }
-    check_json(json_file)
+    check_json(json_file, output=output)
     for place in places.values():
         check_output(place, overwrite=True)
-    run = Reporter()
+    run, notes = Reporter(), Notes()
     texts = read_texts(None, None)
     with run.stage("load the model"):
         source = find_model("demo", "float32", None, False)
@@ -93,6 +96,7 @@ def demo(
             drop=drop,
             about=windows.about,
             fingerprint=fingerprint_model(dense),
+            noted=notes,
             progress=run,
         )
     assert pruning.choice is not None
@@ -103,20 +107,22 @@ def demo(
         "healed (structured)": dataclasses.replace(pruning.plan, joints=structured.joints, candidates=structured.table),
     }
     spans = pruning.plan.spans
-    candidates = {
-        "dropped (no patch)": fitted_joints(pruning.statistics, spans, "none"),
-        "LinearPatch (the paper's)": fitted_joints(pruning.statistics, spans, "linearpatch"),
-    } | {name: plan.joints for name, plan in plans.items()}
+    candidates = usable_candidates(pruning.statistics, spans, COMPARED, noted=notes)
+    candidates |= {name: plan.joints for name, plan in plans.items()}
     with run.stage("evaluate"):
-        found = compare_candidates(dense, windows.evaluation, candidates, description="evaluating", progress=run)
+        found = compare_candidates(
+            dense, windows.evaluation, candidates, description="evaluating", noted=notes, progress=run
+        )
     models = {"dense": dense} | {
         name: apply_plan(dense, PrunePlan(pruning.plan.num_layers, joints)) for name, joints in candidates.items()
     }
-    with run.stage("measure speed"):
+    speeds: dict[str, Speed] = {}
+    with run.stage("measure speed"), left_out("the speed", notes):
         speeds = compare_speed(models, progress=run)
     with run.stage("save"):
         for name, plan in plans.items():
-            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=plan.files())
+            files = {f"{RECORDS}/{file}": content for file, content in plan.files().items()}
+            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=files)
     with run.stage("reload and write on"):
         reloaded = AutoModelForCausalLM.from_pretrained(places["healed (auto)"]).eval()
         again = AutoTokenizer.from_pretrained(places["healed (auto)"])
@@ -126,20 +132,24 @@ def demo(
             same = torch.equal(reloaded(ids).logits, models["healed (auto)"](ids).logits)
             written = reloaded.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=again.eos_token_id)
         continuation = again.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    data = dataclasses.replace(
-        report_data("demo", pruning, found, windows, run, dense),
-        quality=[
-            QualityRow(name, num_layers_of(models[name]), q, model_size(models[name]), speeds[name])
-            for name, q in found.items()
-        ],
-        sample_prompt=prompt,
-        sample=continuation,
-        usage=usage(str(places["healed (auto)"]), patched=True),
-        files={str(place): name for name, place in places.items()},
-    )
-    magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
-    report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"))
-    save_files(places["report"], report, overwrite=True)
+    with left_out("the report", notes):
+        data = dataclasses.replace(
+            report_data("demo", pruning, found, windows, run, dense),
+            notes=notes.all,
+            quality=[
+                QualityRow(name, num_layers_of(models[name]), q, model_size(models[name]), speeds.get(name))
+                for name, q in found.items()
+            ],
+            sample_prompt=prompt,
+            sample=continuation,
+            usage=usage(str(places["healed (auto)"]), patched=True),
+            files={str(place): name for name, place in places.items()},
+        )
+        magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
+        report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"), noted=notes)
+        save_files(places["report"], report, overwrite=True)
+    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, texts.report_source)
@@ -147,6 +157,7 @@ def demo(
         [name, str(num_layers_of(one)), f"{model_size(one).parameters / 1e6:.1f} M"]
         + [f"{getattr(speeds[name], key):,.0f}" for key in ("prefill_tokens_per_second", "decode_tokens_per_second")]
         for name, one in models.items()
+        if name in speeds
     ]
     print_table("Speed", ["model", "layers", "parameters", "prefill tok/s", "decode tok/s"], rows)
     console.print(f"Removed the layers {', '.join(map(str, spans))} of {num_layers_of(dense)}.")
@@ -158,8 +169,6 @@ def demo(
     for name, place in places.items():
         console.print(f"{name}: {place}", soft_wrap=True)
     print_seconds(run)
-    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
-    write_json(json_file, summary)
     if not same:
         raise InputError(
             "the reloaded model differs from the one in memory: please report this with `linearpatch doctor`"

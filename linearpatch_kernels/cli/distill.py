@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -43,10 +42,18 @@ from linearpatch_kernels.cli.options import (
     Rank,
     Text,
     TrustRemoteCode,
+    given_path,
 )
-from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import (
+    RECORDS,
+    check_work_directory,
+    claim_work_directory,
+    lies_in,
+    remove_work_directory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +69,10 @@ _BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, s
 
 def distill(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What prune, merge or distill wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="What prune, merge or distill wrote.", show_default=False, parser=given_path
+        ),
     ],
     teacher: Annotated[
         str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was made from.", show_default=False)
@@ -166,6 +176,7 @@ def distill(
             metavar="DIR",
             help="Where the teacher's answers are kept for other runs (default: beside the output, until it is done).",
             show_default=False,
+            parser=given_path,
         ),
     ] = None,
     store_states: Annotated[
@@ -215,11 +226,12 @@ def distill(
     from linearpatch_kernels.distillation.teacher_store import write_teacher_store
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.pruning import rank_for
-    from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
+    from linearpatch_kernels.text import fingerprint_tokenizer, model_difference
 
     settings = TrainingSettings(
         steps=steps,
@@ -240,10 +252,13 @@ def distill(
         seed=seed,
     )
     check_form(patch)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(teacher)])
-    if store is not None and store.expanduser().resolve().is_relative_to(output.resolve()):
+    reads = [directory, on_disk(teacher), text, heldout_text, store]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    if store is not None and lies_in(store, output):
         raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
+    work = _Work(output, store)
+    work.check()
     if loss == "topk" and top_k == 1:
         raise InputError(
             "one likeliest token alone always has all of the mass, so there is nothing to learn: give a "
@@ -257,7 +272,7 @@ def distill(
     if teacher_device_map is not None and processes.count > 1:
         raise InputError("--teacher-device-map spreads the teacher over all devices of one process: start only one")
     place = str(processes.device) if processes.device is not None and device is None else device
-    run = Reporter()
+    run, notes = Reporter(), Notes(shown=processes.first)
     progress = run if processes.first else None
     with run.stage("load the models"):
         shallower = find_model(str(directory), dtype, place, trust_remote_code)
@@ -267,21 +282,20 @@ def distill(
         windows = _windows(shallower, tokenizer, texts, settings, heldout, length)
     with run.stage("load the models"):
         student, dense = shallower.load(), deeper.load()
-    if source.model and source.model != fingerprint_model(dense):
-        raise InputError(
-            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
-        )
+    difference = model_difference(source.model, dense) if source.model else ""
+    if difference:
+        raise InputError(f"{directory} was made from another model than this teacher ({difference}): give the same")
     check_output(output, parameter_bytes(student), overwrite=True)
+    source.check_student(student, dense)
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train)
-    place_of_work = output.with_name(f"{output.name}.work")
-    with run.stage("ask the teacher"):
+    with work.claimed() if processes.first else contextlib.nullcontext(), run.stage("ask the teacher"):
         answers = write_teacher_store(
             dense,
             windows.all,
-            store or place_of_work / "store",
+            work.store,
             top_k=top_k,
             depths=[*source.depths(student), *([joint_depth(student, joint)] if store_states else [])],
             tokenizer=fingerprint_tokenizer(tokenizer),
@@ -292,8 +306,8 @@ def distill(
         problems.print(f"note: {name} of the teacher store was damaged and has been written again", soft_wrap=True)
     found: dict[str, Quality] = {}
     if processes.first:
-        with run.stage("evaluate"):
-            found |= _quality_before(dense, student, source, windows, run)
+        with run.stage("evaluate"), left_out("the comparison before the training", notes):
+            found |= _quality_before(dense, student, source, windows, run, notes)
     with run.stage("distil"):
         result = source.train(
             student,
@@ -302,12 +316,13 @@ def distill(
             training=windows.training,
             heldout=windows.heldout,
             settings=settings,
-            directory=place_of_work / "run",
+            directory=work.run,
             processes=processes,
+            noted=notes,
         )
     if not processes.first:
         return
-    found |= _quality_after(dense, student, windows.evaluation, _AFTER, run)
+    found |= _quality_after(dense, student, windows.evaluation, _AFTER, run, notes)
     costs: dict[str, float] = {}
     if structured is not None and isinstance(source, Pruned):
         with run.stage("structure"):
@@ -315,19 +330,20 @@ def distill(
             source.structure(student, answers, windows.training, structured)
             after = heldout_losses(student, answers, joint, windows.heldout)["tail"]
         costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
-        found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run)
+        found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run, notes)
     source.keep(student, patch, structured)
+    verdict = _verdict(found, _STRUCTURED if costs else _AFTER, windows, notes)
     summary = source.summary(found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
-    with run.stage("draw the report"):
-        report = _report(directory, summary, found, result, windows, run, source, bool(patches(student)))
-    files = {f"report/{name}": content for name, content in report.items()} | source.files()
-    files["summary.json"] = json_text(summary).encode()
+    report: dict[str, bytes] = {}
+    with run.stage("draw the report"), left_out("the report", notes):
+        told = [*verdict, *notes.all]
+        report = _report(directory, summary, found, result, windows, run, source, told, notes, bool(patches(student)))
+    summary["notes"] = [*notes.all, *verdict]
+    files = recorded(source.files(), summary, report)
     with run.stage("save"):
-        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
-    for part in ("store", "run"):
-        shutil.rmtree(place_of_work / part, ignore_errors=True)
-    with contextlib.suppress(OSError):  # what else somebody keeps there stays
-        place_of_work.rmdir()
+        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files, companions=shallower.companions)
+    work.remove()
+    write_json(json_file, summary)
     print_quality(found, windows.evaluation_source)
     print_table(*distillation_table(summary["distillation"]))
     if costs:
@@ -338,8 +354,59 @@ def distill(
             soft_wrap=True,
         )
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
-    write_json(json_file, summary)
+    say_where("Model, plan", output)
+    for line in verdict:
+        console.print(line, soft_wrap=True)
+
+
+class _Work:
+    """What a run keeps beside its output until it is done: ``OUT.work/run``, and ``OUT.work/store`` unless the person
+    named a store, which stays.
+
+    Attributes:
+        run, store: the two directories.
+    """
+
+    def __init__(self, output: Path, store: Path | None) -> None:
+        from linearpatch_kernels.distillation.teacher_store import STORE_FILES
+        from linearpatch_kernels.distillation.trainer import RUN_FILES
+
+        self._parent = output.with_name(f"{output.name}.work")
+        self.run, self.store = self._parent / "run", store or self._parent / "store"
+        self._ours = {self.run: RUN_FILES} | ({self.store: STORE_FILES} if store is None else {})
+
+    def check(self) -> None:
+        """InputError where something else stands there."""
+        for directory, names in self._ours.items():
+            check_work_directory(directory, names)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the directories; where the run is refused before it wrote anything there, nothing stays of them."""
+        for directory in self._ours:
+            claim_work_directory(directory)
+        try:
+            yield
+        except InputError:
+            for directory in self._ours:
+                remove_work_directory(directory, _NOTHING)
+            self._remove_parent()
+            raise
+
+    def remove(self) -> None:
+        """Remove what the runs into this output wrote; what else somebody keeps there stays."""
+        for directory, names in self._ours.items():
+            if not remove_work_directory(directory, names):
+                problems.print(f"note: {directory} was there before this run, so it stays", soft_wrap=True)
+        self._remove_parent()
+
+    def _remove_parent(self) -> None:
+        with contextlib.suppress(OSError):  # what else somebody keeps there stays
+            self._parent.rmdir()
+
+
+# The name of no file.
+_NOTHING = re.compile(r"(?!)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,22 +459,31 @@ def _windows(
 
 def _check_teacher(directory: Path, source: Shallower, student: ModelSource, teacher: ModelSource) -> Any:
     """The tokenizer of both; InputError where what is known before the weights are loaded does not fit together."""
-    from linearpatch_kernels.text import fingerprint_tokenizer
+    from linearpatch_kernels.text import tokenizer_difference
 
     if teacher.num_layers != source.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(
             f"{directory} was made from a model of {source.num_layers} layers of width {student.hidden_size} and the "
             f"teacher has {teacher.num_layers} of width {teacher.hidden_size}: give the model it was made from"
         )
-    if fingerprint_tokenizer(student.tokenizer) != fingerprint_tokenizer(teacher.tokenizer):
-        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was made from")
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
+    if difference:
+        raise InputError(
+            f"{directory} and the teacher have different tokenizers ({difference}): give the model it was made from"
+        )
     return student.tokenizer
 
 
 def _quality_before(
-    dense: PreTrainedModel, student: PreTrainedModel, source: Shallower, windows: _Windows, run: Reporter
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    source: Shallower,
+    windows: _Windows,
+    run: Reporter,
+    notes: Notes,
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.families import is_dispatched
 
     if windows.evaluation is None:
@@ -416,20 +492,38 @@ def _quality_before(
     if is_dispatched(dense):
         problems.print("note: a teacher spread over devices cannot be cut, so plain removal is not measured")
     else:
-        removed["dropped (no patch)"] = source.removed(dense, windows.all[: len(windows.training)])
+        with left_out(DROPPED, notes):
+            removed[DROPPED] = source.removed(dense, windows.all[: len(windows.training)])
     models = {"dense": dense, **removed, _BEFORE: student}
-    return compare_quality(models, windows.evaluation, dense, progress=run)
+    return compare_quality(models, windows.evaluation, dense, noted=notes, progress=run)
 
 
 def _quality_after(
-    dense: PreTrainedModel, student: PreTrainedModel, windows: Tensor | None, name: str, run: Reporter
+    dense: PreTrainedModel, student: PreTrainedModel, windows: Tensor | None, name: str, run: Reporter, notes: Notes
 ) -> dict[str, Quality]:
     from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.notes import left_out
 
     if windows is None:
         return {}
-    with run.stage("evaluate"):
-        return compare_quality({name: student}, windows, dense, progress=run)
+    found: dict[str, Quality] = {}
+    with run.stage("evaluate"), left_out(f"the comparison of the model, {name},", notes):
+        found = compare_quality({name: student}, windows, dense, noted=notes, progress=run)
+    return found
+
+
+def _verdict(found: Mapping[str, Quality], row: str, windows: _Windows, notes: Notes) -> list[str]:
+    """That the result is worse than plain removal, or than before, if it is, and on which windows."""
+    from linearpatch_kernels.evaluation.agreement import told_if_worse
+
+    if windows.evaluation is None:
+        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+        return []
+    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+    return [
+        *told_if_worse(found, row, DROPPED, judged),
+        *told_if_worse(found, row, _BEFORE, judged, than="before distillation"),
+    ]
 
 
 def _shown(run: Reporter, settings: TrainingSettings, length: int) -> Any:
@@ -493,13 +587,16 @@ def _report(
     windows: _Windows,
     run: Reporter,
     source: Shallower,
+    told: Sequence[str],
+    notes: Notes,
     patched: bool,
 ) -> dict[str, bytes]:
-    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, plot_training, write_report
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report, plot_training
 
     about = summary["distillation"]
     data = ReportData(
         title=f"{title_of(str(directory))}, distilled",
+        notes=told,
         steps=[f"{name.capitalize()}: {value}." for name, value in distillation_table(about)[2]],
         quality=[
             QualityRow(name, source.num_layers if name == "dense" else source.layers, one)
@@ -509,23 +606,22 @@ def _report(
         if windows.evaluation is not None
         else "",
         dense="dense",
-        dropped="dropped (no patch)",
+        dropped=DROPPED,
         spans=source.spans(),
-        plots={"distillation.png": "Loss of every step, and on held-out windows now and then."},
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            **source.plan_files,
-            "summary.json": "the figures above",
-            "report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
+            **{f"{RECORDS}/{name}": what for name, what in source.plan_files.items()},
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
         },
     )
     measured = [name for name in result.curve[0] if name != "step"]
     heldout = {name: {int(point["step"]): point[name] for point in result.curve} for name in measured}
-    with tempfile.TemporaryDirectory() as folder:
-        plot_training(
-            Path(folder, "distillation.png"), [line["loss"] for line in result.log], heldout, result.best_step
-        )
-        write_report(folder, data)
-        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    losses = [line["loss"] for line in result.log]
+    curve = (
+        "Loss of every step, and on held-out windows now and then.",
+        lambda path: plot_training(path, losses, heldout, result.best_step),
+    )
+    files = draw_report(data, {"distillation.png": curve}, notes)
     return files | {"log.jsonl": "".join(json.dumps(line) + "\n" for line in result.log).encode()}

@@ -15,15 +15,17 @@ from linearpatch_kernels.cli.console import (
     console,
     figure,
     print_table,
-    read_json,
     share,
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
 from linearpatch_kernels.cli.merge import merges_table, written
-from linearpatch_kernels.cli.options import JsonFile
+from linearpatch_kernels.cli.options import JsonFile, given_path
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_json, record
+
+_CURE = "write the directory again"
 
 
 def inspect(
@@ -33,6 +35,7 @@ def inspect(
             metavar="DIR",
             help="What prune, merge, distill or sweep wrote, or any model directory.",
             show_default=False,
+            parser=given_path,
         ),
     ],
     json_file: JsonFile = None,
@@ -41,15 +44,7 @@ def inspect(
     check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
-    try:
-        summary, tables, calibration = _contents(directory)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"a file in {directory} has the name of one of linearpatch's and another content ({error!r}): write the "
-            "directory again"
-        ) from error
+    summary, tables, calibration = _contents(directory)
     for table in tables:
         print_table(*table)
     if calibration:
@@ -58,14 +53,20 @@ def inspect(
 
 
 def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
-    """What goes to JSON, what is shown as tables, and what the patches were calibrated on."""
+    """What goes to JSON, what is shown as tables, and what the patches were calibrated on.
+
+    A file that parses may still be another than its name says: then any of the tables cannot be made.
+    """
+    from linearpatch_kernels.files import reading
+    from linearpatch_kernels.surgery.consistency import check_merges, check_plan
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
-    plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
-    merges = MergePlan.load(directory / MERGE_FILE) if (directory / MERGE_FILE).exists() else None
+    plan = PrunePlan.load(directory) if record(directory, "plan.json").exists() else None
+    merge_file = record(directory, MERGE_FILE)
+    merges = MergePlan.load(merge_file) if merge_file.exists() else None
     if plan is None and sweep is None and (config is None or "model_type" not in config):
         raise InputError(
             f"{directory} holds no plan.json, no sweep.json and no model's config.json: give a directory that "
@@ -74,32 +75,41 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     summary: dict[str, Any] = {}
     tables: list[TableContent] = []
     if config is not None:
-        summary["model"] = _model(directory, config)
-        tables.append(
-            ("Model", ["what", "value"], [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()])
-        )
+        with reading(directory / "config.json", _CURE):
+            if merges is not None:
+                check_merges(merges, config, directory)
+            if plan is not None:
+                check_plan(plan, config, directory)
+            summary["model"] = _model(directory, config)
+        rows = [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()]
+        tables.append(("Model", ["what", "value"], rows))
     if merges is not None:
         summary["merges"] = merges.to_json()
-        tables.append(merges_table(merges))
+        with reading(merge_file, _CURE):
+            tables.append(merges_table(merges))
     if plan is not None:
         summary["plan"] = plan.to_json()
-        tables += [_joints_table(plan), *candidates_table(plan)]
+        with reading(record(directory, "plan.json"), _CURE):
+            tables += [_joints_table(plan), *candidates_table(plan)]
     if plan is not None or merges is not None:
-        about = _read(directory / "summary.json") or {}
+        figures = record(directory, "summary.json")
+        about = _read(figures) or {}
         summary["quality"] = about.get("quality", {})
-        tables += _quality_table(summary["quality"])
-        if "distillation" in about:
-            summary["distillation"] = about["distillation"]
-            tables.append(distillation_table(about["distillation"]))
+        with reading(figures, _CURE):
+            tables += _quality_table(summary["quality"])
+            if "distillation" in about:
+                summary["distillation"] = about["distillation"]
+                tables.append(distillation_table(about["distillation"]))
     if sweep is not None:
         summary["sweep"] = sweep
-        tables.append(sweep_table(sweep))
+        with reading(directory / "sweep.json", _CURE):
+            tables.append(sweep_table(sweep))
     made = plan or merges
     return summary, tables, made.calibration if made is not None else {}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    return read_json(file) if file.exists() else None
+    return read_json(file, _CURE) if file.exists() else None
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     TableContent,
     check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -26,9 +25,11 @@ from linearpatch_kernels.cli.console import (
 from linearpatch_kernels.cli.inputs import (
     Windows,
     find_model,
+    forget,
     heldout_windows,
     make_windows,
     num_layers_of,
+    on_disk,
     read_texts,
     title_of,
 )
@@ -46,9 +47,10 @@ from linearpatch_kernels.cli.options import (
     Text,
     TrustRemoteCode,
 )
-from linearpatch_kernels.cli.prune import usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,18 +135,12 @@ def merge(
     batch_size: BatchSize = 4,
 ) -> None:
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.merge_healing import (
-        REFIT,
-        REFIT_WINDOWS,
-        can_refit,
-        check_refit,
-        heal_merges,
-        refit_merges,
-    )
+    from linearpatch_kernels.surgery.merge_healing import REFIT, REFIT_WINDOWS, can_refit, check_refit
     from linearpatch_kernels.surgery.merge_plan import MergePlan
     from linearpatch_kernels.surgery.merge_search import (
         VARIANTS,
@@ -170,9 +166,12 @@ def merge(
 
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True)
-    run = Reporter()
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    unfinished = _unfinished(output)
+    check_file(unfinished, f"{unfinished}, where the merges of an unfinished run are kept,", parents=True)
+    run, notes = Reporter(), Notes()
     texts = read_texts(text, heldout_text)
     if samples < REFIT_WINDOWS and heal in (None, REFIT):
         raise InputError(
@@ -187,6 +186,7 @@ def merge(
         tokenizer = source.tokenizer
         dense = source.load()
     variant = variant or default_variant(dense, layers)
+    asked = heal
     heal = heal or (REFIT if can_refit(dense) else "none")
     settings = settings_of(variant)
     check_output(output, parameter_bytes(dense), overwrite=True)
@@ -195,14 +195,14 @@ def merge(
         windows = make_windows(dense, tokenizer, texts, samples=samples, heldout=held, length=length)
     if heal == REFIT:
         check_refit(dense, windows.fit)
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.merges")
+    _note_little_text(heal, dense, windows, notes)
     start = MergePlan(
         num_layers_of(dense),
         model=fingerprint_model(dense),
         settings=dataclasses.asdict(settings) | {"variant": variant},
         calibration=windows.about,
     )
+    earlier = _resumed(unfinished, start)
     with run.stage("merge"):
         try:
             merged, plan = plan_merging(
@@ -210,39 +210,47 @@ def merge(
                 windows.fit[:_SCORING_WINDOWS],
                 windows.heldout,
                 settings,
-                plan=_resumed(unfinished, start),
+                plan=earlier,
                 keep=lambda plan: _keep(unfinished, plan),
                 batch_size=batch_size,
                 progress=run,
             )
         except InputError:
             # Not killed but refused: the same merges would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
-    result = merged
+    models = {_MERGED: merged}
     if heal != "none":
         with run.stage("heal"):
-            if heal == REFIT:
-                result = refit_merges(dense, merged, windows.fit)
-            else:
-                result = heal_merges(dense, merged, windows.fit, heal, rank=rank)
-    healed = {_healed(heal): result} if heal != "none" else {}
-    found = _compare(dense, {_MERGED: merged} | healed, settings, windows, run)
+            models[_healed(heal)] = _heal(dense, merged, windows, heal, rank)
+    row = _healed(heal) if heal != "none" else _MERGED
+    if asked is None and heal != "none" and not _helps(models, row, windows, notes):
+        row = _MERGED
+    result = models[row]
+    found: dict[str, Quality] = {}
+    with left_out("the comparison on held-out text", notes):
+        found = _compare(dense, models, settings, windows, run, notes)
     help_told = _told_help(found, heal)
-    summary = _summarise(plan, found, run) | ({"heal": heal} if healed else {})
-    report = _report(model, plan, found, windows, run, help_told, patched=bool(patches(result)))
-    files = plan.files() | {"summary.json": json_text(summary).encode()}
-    files |= {f"report/{name}": content for name, content in report.items()}
+    verdict = _verdict(found, row, windows, notes)
+    report: dict[str, bytes] = {}
+    with left_out("the report", notes):
+        told = [*verdict, *notes.all]
+        report = _report(model, plan, found, windows, run, help_told, told, notes, patched=bool(patches(result)))
+    summary = _summarise(plan, found, run) | {"notes": [*notes.all, *verdict]}
+    summary |= {"heal": heal} if row != _MERGED else {}
+    files = recorded(plan.files(), summary, report)
     with run.stage("save"):
-        save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
-    unfinished.unlink(missing_ok=True)
+        save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files, companions=source.companions)
+    forget(unfinished)
+    write_json(json_file, summary)
     print_table(*merges_table(plan))
     print_quality(found, windows.evaluation_source)
     for line in help_told:
         console.print(line, soft_wrap=True)
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
-    write_json(json_file, summary)
+    say_where("Model, plan", output)
+    for line in verdict:
+        console.print(line, soft_wrap=True)
 
 
 def merges_table(plan: MergePlan) -> TableContent:
@@ -276,6 +284,57 @@ def _healed(fit: str) -> str:
     return "merged, refitted" if fit == "refit" else f"merged, {fit} patches"
 
 
+def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, notes: Notes) -> None:
+    from linearpatch_kernels.modeling.families import hidden_size
+    from linearpatch_kernels.surgery.fitting import too_little_text
+    from linearpatch_kernels.surgery.merge_healing import REFIT, too_little_to_refit
+
+    if heal == REFIT:
+        told = too_little_to_refit(dense, windows.fit)
+    else:
+        told = too_little_text(heal, hidden_size(dense), windows.fit, instead="no --heal, which chooses on such text")
+    if told is not None:
+        notes(told)
+
+
+def _heal(dense: PreTrainedModel, merged: PreTrainedModel, windows: Windows, heal: str, rank: int) -> PreTrainedModel:
+    from linearpatch_kernels.surgery.fitting import UnusableFit
+    from linearpatch_kernels.surgery.merge_healing import REFIT, heal_merges, refit_merges
+
+    if heal == REFIT:
+        return refit_merges(dense, merged, windows.fit)
+    try:
+        return heal_merges(dense, merged, windows.fit, heal, rank=rank)
+    except UnusableFit as error:
+        raise InputError(f"{error} (the merges are kept: the same command with another --heal goes on)") from error
+
+
+def _helps(models: Mapping[str, PreTrainedModel], healed: str, windows: Windows, notes: Notes) -> bool:
+    """Whether healing that nobody asked for lowers the loss, on the windows that merges are chosen on where there are
+    some, else on the report's."""
+    from linearpatch_kernels.surgery.merge_healing import lowers_the_loss
+
+    chosen_on = windows.heldout if windows.heldout is not None else windows.evaluation
+    if chosen_on is None or lowers_the_loss(models[_MERGED], models[healed], chosen_on):
+        return True
+    notes(f"healing does not lower the loss on {len(chosen_on)} held-out windows: the merged layers stay as they are")
+    return False
+
+
+def _verdict(found: Mapping[str, Quality], row: str, windows: Windows, notes: Notes) -> list[str]:
+    """That the result is worse than plain removal, or healing worse than none, if it is, and on which windows."""
+    from linearpatch_kernels.evaluation.agreement import told_if_worse
+
+    if windows.evaluation is None:
+        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+        return []
+    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+    return [
+        *told_if_worse(found, row, DROPPED, judged),
+        *told_if_worse(found, row, _MERGED, judged, than="without healing"),
+    ]
+
+
 def _told_help(found: Mapping[str, Quality], fit: str) -> list[str]:
     """Whether healing the merged layers helps, on the report's windows."""
     if _healed(fit) not in found:
@@ -291,16 +350,19 @@ def _compare(
     settings: MergeSettings,
     windows: Windows,
     run: Reporter,
+    notes: Notes,
 ) -> dict[str, Quality]:
     """Quality on the report's windows: dense, as many layers plainly removed, merged."""
     from linearpatch_kernels.evaluation.agreement import compare_quality
+    from linearpatch_kernels.evaluation.notes import left_out
 
     if windows.evaluation is None:
         return {}
+    models = {"dense": dense}
     with run.stage("evaluate"):
-        removed = plainly_removed(dense, windows.fit, settings.layers)
-        models = {"dense": dense, "dropped (no patch)": removed, **results}
-        return compare_quality(models, windows.evaluation, dense, progress=run)
+        with left_out(DROPPED, notes):
+            models[DROPPED] = plainly_removed(dense, windows.fit, settings.layers)
+        return compare_quality(models | dict(results), windows.evaluation, dense, noted=notes, progress=run)
 
 
 def _report(
@@ -310,15 +372,18 @@ def _report(
     windows: Windows,
     run: Reporter,
     help_told: Sequence[str],
+    told: Sequence[str],
+    notes: Notes,
     *,
     patched: bool,
 ) -> dict[str, bytes]:
-    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, write_report
+    from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report
 
     about = windows.about
     scored = min(about["samples"], _SCORING_WINDOWS)
     data = ReportData(
         title=f"{title_of(model)}: {plan.num_layers} layers merged to {plan.layers}",
+        notes=told,
         steps=[
             f"Scored on {scored} windows of {about['length']} tokens from {about['source']}"
             + (f", chose on {about['heldout']} others." if about["heldout"] else "."),
@@ -334,17 +399,16 @@ def _report(
         if windows.evaluation is not None
         else "",
         dense="dense",
-        dropped="dropped (no patch)",
+        dropped=DROPPED,
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            "merge.json": "every merge: layers, shares, the units that were kept, what chose them",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/merge.json": "every merge: layers, shares, the units that were kept, what chose them",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
-    with tempfile.TemporaryDirectory() as folder:
-        return {"report.md": write_report(folder, data).read_bytes()}
+    return draw_report(data, {}, notes)
 
 
 def _said_gain_errors(plan: MergePlan) -> Sequence[str]:
@@ -368,20 +432,31 @@ def _summarise(plan: MergePlan, found: Mapping[str, Quality], run: Reporter) -> 
     }
 
 
+def _unfinished(output: Path) -> Path:
+    """Where the merges of a run are kept until it is done."""
+    target = output.resolve()
+    return target.with_name(f".{target.name}.merges")
+
+
 def _keep(file: Path, plan: MergePlan) -> None:
     """Save what a killed run goes on from; where there is no room or directory for it, do without."""
-    with contextlib.suppress(OSError):
-        plan.save(file)
+    with contextlib.suppress(InputError):
+        plan.keep(file)
 
 
 def _resumed(file: Path, start: MergePlan) -> MergePlan:
     """What a killed run into the same directory had decided for the same model, text and settings, if anything."""
+    from linearpatch_kernels.files import left_by_us
     from linearpatch_kernels.surgery.merge_plan import MergePlan
 
-    with contextlib.suppress(InputError):
-        if file.exists():
-            plan = MergePlan.load(file)
-            if plan.belongs_to(start):
-                problems.print(f"going on from {len(plan.merges)} merges of a run that did not finish")
-                return plan
-    return start
+    if not left_by_us(file):
+        return start
+    try:
+        plan = MergePlan.resume(file, "it is made again")
+    except InputError as error:
+        problems.print(f"note: {error}", soft_wrap=True)
+        return start
+    if not plan.belongs_to(start):
+        return start
+    problems.print(f"going on from {len(plan.merges)} merges of a run that did not finish")
+    return plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     candidates_table,
     check_json,
@@ -45,6 +48,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,13 +93,13 @@ def prune(
     batch_size: BatchSize = 4,
 ) -> None:
     """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.fitting import DENSE_FITS
     from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
     from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning, rank_for
-    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
     from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
     from linearpatch_kernels.surgery.selection import needs_moments
     from linearpatch_kernels.text import fingerprint_model
@@ -110,11 +114,13 @@ def prune(
     if wanted:
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)] if plan_only else [])
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
+    notes = Notes(shown=processes.first)
     place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
         source = find_model(model, dtype, place, trust_remote_code)
@@ -151,50 +157,106 @@ def prune(
             fingerprint=fingerprint_model(dense),
             batch_size=batch_size,
             ranks=processes,
+            noted=notes,
             progress=run if processes.first else None,
         )
     if not processes.first:
         return
-    found = _compare(dense, pruning, windows, run)
-    data = report_data(model, pruning, found, windows, run, dense)
-    with run.stage("draw the report"):
-        shown = windows.heldout if windows.heldout is not None else windows.fit[:4]
-        magnitudes = joint_magnitudes(dense, shown, pruning.plan.joints[0])
-        report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of(model))
-    summary = summarise(pruning.plan, found, run)
-    files = {f"report/{name}": content for name, content in report.items()} | pruning.plan.files()
-    files["summary.json"] = json_text(summary).encode()
+    found: dict[str, Quality] = {}
+    with left_out("the comparison on held-out text", notes):
+        found = _compare(dense, pruning, windows, run, notes)
+    verdict = _verdict(pruning.plan, found, windows, notes)
+    report = _drawn(model, pruning, found, windows, run, dense, notes, verdict)
+    summary = summarise(pruning.plan, found, run) | {"notes": [*notes.all, *verdict]}
+    files = recorded(pruning.plan.files(), summary, report)
     with run.stage("save"):
         if plan_only:
             save_files(output, files, overwrite=True)
         else:
             save_checkpoint(
-                apply_plan(dense, pruning.plan), source.tokenizer, output, overwrite=True, extra_files=files
+                apply_plan(dense, pruning.plan),
+                source.tokenizer,
+                output,
+                overwrite=True,
+                extra_files=files,
+                companions=source.companions,
             )
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, windows.evaluation_source)
     print_seconds(run)
-    _say_where(output, plan_only)
-    write_json(json_file, summary)
+    say_where("Plan" if plan_only else "Model, plan", output)
+    for line in verdict:
+        console.print(line, soft_wrap=True)
 
 
-def _compare(dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter) -> dict[str, Quality]:
+DROPPED, PAPERS = "dropped (no patch)", "LinearPatch (the paper's)"
+COMPARED = {DROPPED: "none", PAPERS: "linearpatch"}
+"""Rows for comparison and their fits."""
+
+
+def _row(plan: PrunePlan) -> str:
+    """In which row of the comparison the result is."""
+    fit = plan.joints[0].fit
+    return next((row for row, its in COMPARED.items() if its == fit), f"healed ({fit})")
+
+
+def _compare(
+    dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter, notes: Notes
+) -> dict[str, Quality]:
     """Quality on the report's windows: dense, plain removal, the paper's patch, and what was kept."""
-    from linearpatch_kernels.surgery.selection import compare_candidates, fitted_joints
+    from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
 
     if windows.evaluation is None:
         return {}
-    spans = pruning.plan.spans
-    candidates = {
-        "dropped (no patch)": fitted_joints(pruning.statistics, spans, "none"),
-        "LinearPatch (the paper's)": fitted_joints(pruning.statistics, spans, "linearpatch"),
-    }
-    kept = f"healed ({pruning.plan.joints[0].fit})"
-    if pruning.plan.joints[0].fit not in ("none", "linearpatch"):
-        candidates[kept] = pruning.plan.joints
+    candidates = usable_candidates(pruning.statistics, pruning.plan.spans, COMPARED, noted=notes)
+    candidates[_row(pruning.plan)] = pruning.plan.joints
     with run.stage("evaluate"):
-        return compare_candidates(dense, windows.evaluation, candidates, description="evaluating", progress=run)
+        return compare_candidates(
+            dense, windows.evaluation, candidates, description="evaluating", noted=notes, progress=run
+        )
+
+
+def _verdict(plan: PrunePlan, found: Mapping[str, Quality], windows: Windows, notes: Notes) -> list[str]:
+    """That the result is worse than plain removal, if it is; on which windows; and what to do."""
+    from linearpatch_kernels.evaluation.agreement import told_if_worse
+
+    fit = plan.joints[0].fit
+    if windows.evaluation is None:
+        if windows.heldout is None and fit != "none":
+            notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+        return []
+    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+    told = told_if_worse(found, _row(plan), DROPPED, judged)
+    instead = ", or --fit auto, which chooses on held-out text" if not plan.candidates else ""
+    return [f"{line} Give more text (--samples){instead}." for line in told]
+
+
+def _drawn(
+    model: str,
+    pruning: Pruning,
+    found: Mapping[str, Quality],
+    windows: Windows,
+    run: Reporter,
+    dense: PreTrainedModel,
+    notes: Notes,
+    verdict: list[str],
+) -> dict[str, bytes]:
+    """The report's files; what cannot be drawn is left out, with a note."""
+    from linearpatch_kernels.evaluation.notes import left_out
+    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
+
+    shown = windows.heldout if windows.heldout is not None else windows.fit[:4]
+    magnitudes = None
+    report: dict[str, bytes] = {}
+    with run.stage("draw the report"), left_out("the report", notes):
+        with left_out("the picture of the channels' magnitudes", notes):
+            magnitudes = joint_magnitudes(dense, shown, pruning.plan.joints[0])
+        data = report_data(model, pruning, found, windows, run, dense)
+        data = dataclasses.replace(data, notes=[*verdict, *notes.all])
+        report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of(model), noted=notes)
+    return report
 
 
 def report_data(
@@ -219,27 +281,28 @@ def report_data(
         if windows.evaluation is not None
         else "",
         dense="dense",
-        dropped="dropped (no patch)",
+        dropped=DROPPED,
         candidates=candidate_rows(plan),
         spans=span_rows(plan, pruning.statistics),
         timings=dict(run.seconds),
         usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
         files={
-            "plan.json": "spans, kind of patch, what chose them",
-            "plan.safetensors": "the patches",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
+            f"{RECORDS}/plan.safetensors": "the patches",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
 
 
 def usage(directory: str, *, patched: bool) -> str:
+    place = json.dumps(directory, ensure_ascii=False)  # Python's string, too, whatever is in the name
     registers = "import linearpatch_kernels.modeling  # registers the patched classes\n" if patched else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"{registers}"
-        f'model = AutoModelForCausalLM.from_pretrained("{directory}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
+        f"model = AutoModelForCausalLM.from_pretrained({place})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place})"
     )
 
 
@@ -255,8 +318,16 @@ def summarise(plan: PrunePlan, found: Mapping[str, Quality], run: Reporter) -> d
     }
 
 
-def _say_where(output: Path, plan_only: bool) -> None:
-    console.print(
-        f"{'Plan' if plan_only else 'Model, plan'} and report: {output} (report: {output / 'report' / 'report.md'})",
-        soft_wrap=True,
-    )
+def recorded(
+    plan: Mapping[str, bytes], summary: Mapping[str, Any], report: Mapping[str, bytes]
+) -> dict[str, bytes | str]:
+    """What an output carries beside a model: plan, summary and report, in a directory that no engine looks into."""
+    files: dict[str, bytes | str] = {**plan, "summary.json": json_text(summary)}
+    files |= {f"report/{name}": content for name, content in report.items()}
+    return {f"{RECORDS}/{name}": content for name, content in files.items()}
+
+
+def say_where(what: str, output: Path) -> None:
+    """The last line of a command that wrote an output."""
+    report = output / RECORDS / "report" / "report.md"
+    console.print(f"{what} and report: {output} (report: {report})", soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from linearpatch_kernels.cli.console import Reporter
 from linearpatch_kernels.cli.prune import summarise
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_json, reading, record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,10 @@ class Shallower(Protocol):
     @property
     def layers(self) -> int:
         """How many there are."""
+        ...
+
+    def check_student(self, student: PreTrainedModel, dense: PreTrainedModel) -> None:
+        """InputError for weights that are not those the plan tells of."""
         ...
 
     def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
@@ -92,16 +97,26 @@ class Shallower(Protocol):
 def open_shallower(directory: Path, hierarchy: HierarchySettings) -> Shallower:
     """What ``directory`` holds; InputError where it is neither, and for a hierarchy without merged layers."""
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
+    from linearpatch_kernels.surgery.consistency import check_merges, check_plan
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch prune or merge wrote")
-    if (directory / MERGE_FILE).exists():
-        return Merged(MergePlan.load(directory / MERGE_FILE), hierarchy)
-    if hierarchy != HierarchySettings():
+    merge_file = record(directory, MERGE_FILE)
+    merged = merge_file.exists()
+    if not merged and hierarchy != HierarchySettings():
         raise InputError(f"{directory} has no merged layers: leave out --layer-weight, --layer-error and --group-steps")
-    return Pruned(PrunePlan.load(directory))
+    merges = MergePlan.load(merge_file) if merged else None
+    plan = None if merged else PrunePlan.load(directory)
+    config = read_json(directory / "config.json", "give a directory with a model that linearpatch prune or merge wrote")
+    with reading(directory / "config.json", "make the directory again"):
+        if merges is not None:
+            check_merges(merges, config, directory)
+            return Merged(merges, hierarchy)
+        assert plan is not None
+        check_plan(plan, config, directory)
+        return Pruned(plan, directory)
 
 
 class Pruned:
@@ -113,13 +128,20 @@ class Pruned:
         "plan.safetensors": "the trained patches",
     }
 
-    def __init__(self, plan: PrunePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: PrunePlan, directory: Path) -> None:
+        """``directory``: where it lies, for what is said."""
+        self.plan, self._directory = plan, directory
         self.num_layers, self.model = plan.num_layers, plan.model
 
     @property
     def layers(self) -> int:
         return len(self.plan.kept_layers)
+
+    def check_student(self, student: PreTrainedModel, dense: PreTrainedModel) -> None:
+        from linearpatch_kernels.surgery.consistency import check_kept_layers, check_patches
+
+        check_patches(self.plan, student, self._directory)
+        check_kept_layers(self.plan, student, dense, self._directory)
 
     def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
         """Where a patch of the teacher's own is at a joint too, both would be made one, and the plan tells of ours."""
@@ -240,6 +262,9 @@ class Merged:
     @property
     def layers(self) -> int:
         return int(self.plan.layers)
+
+    def check_student(self, student: PreTrainedModel, dense: PreTrainedModel) -> None:
+        """The plan holds no weights."""
 
     def check_teacher(self, dense: PreTrainedModel, form: str) -> None:
         """Which of its layers a merged layer stands for is told in those of the first model."""

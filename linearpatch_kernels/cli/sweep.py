@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
+    Notes,
     Reporter,
     TableContent,
     check_json,
@@ -24,7 +25,15 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, on_disk, read_texts, title_of
+from linearpatch_kernels.cli.inputs import (
+    find_model,
+    forget,
+    make_windows,
+    num_layers_of,
+    on_disk,
+    read_texts,
+    title_of,
+)
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -41,6 +50,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import check_file
 
 if TYPE_CHECKING:
     from linearpatch_kernels.calibration import CalibrationStatistics
@@ -73,6 +83,7 @@ def sweep(
     batch_size: BatchSize = 4,
 ) -> None:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
+    from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
     from linearpatch_kernels.modeling.saving import check_output, save_files
     from linearpatch_kernels.processes import check_alone
@@ -90,9 +101,13 @@ def sweep(
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
     check_score(score, SCORES)
     drops = _depths(drop)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)])
-    run = Reporter()
+    reads = [on_disk(model), text, heldout_text]
+    check_json(json_file, made_from=reads, output=output)
+    check_output(output, overwrite=True, made_from=reads)
+    target = output.resolve()
+    unfinished = target.with_name(f".{target.name}.statistics")
+    check_file(unfinished, f"{unfinished}, where the calibration of an unfinished run is kept,", parents=True)
+    run, notes = Reporter(), Notes()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         source = find_model(model, dtype, device, trust_remote_code)
@@ -116,9 +131,8 @@ def sweep(
         )
     with run.stage("load the model"):
         dense = source.load()
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
+    earlier = _resumed(unfinished, identity)
     with run.stage("calibrate, fit and evaluate"):
         try:
             quality, points, _ = run_sweep(
@@ -129,14 +143,15 @@ def sweep(
                 names,
                 score=score,
                 rank=rank,
-                statistics=_resumed(unfinished, identity),
+                statistics=earlier,
                 keep=partial(_keep, unfinished, identity),
                 batch_size=batch_size,
+                noted=notes,
                 progress=run,
             )
         except InputError:
             # Not killed but refused: the same sweep would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
     rows = [QualityRow("dense", num_layers_of(dense), quality)] + [
         QualityRow(f"{p.fit}, {','.join(map(str, p.plan.spans))}", num_layers_of(dense) - p.drop, p.quality)
@@ -144,6 +159,7 @@ def sweep(
     ]
     data = ReportData(
         title=f"{title_of(model)}: quality against depth",
+        notes=list(notes.all),
         steps=[
             f"Calibrated once on {samples} windows of {length} tokens from {texts.source}.",
             f"Chose the span of every n by {score}; fitted {', '.join(names)}.",
@@ -162,48 +178,55 @@ def sweep(
             for p in points
         ],
         "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
+        "notes": notes.all,
     }
-    files = sweep_report(data, quality.perplexity, points, title_of(model))
+    files: dict[str, bytes] = {}
+    with left_out("the report", notes):
+        files |= sweep_report(data, quality.perplexity, points, title_of(model), noted=notes)
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
-    unfinished.unlink(missing_ok=True)
+    forget(unfinished)
+    write_json(json_file, summary)
     print_table(*sweep_table(summary))
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
-    write_json(json_file, summary)
 
 
 def sweep_table(summary: Mapping[str, Any]) -> TableContent:
     """The content of ``sweep.json`` as a table: a row per number of dropped layers, a column per fit."""
     points = {(point["drop"], point["fit"]): point for point in summary["points"]}
     fits = list(dict.fromkeys(fit for _, fit in points))
-    rows = [
-        [str(drop), ",".join(points[drop, fits[0]]["spans"])]
-        + [figure(points[drop, fit]["perplexity"]) for fit in fits]
-        for drop in dict.fromkeys(drop for drop, _ in points)
-    ]
+    rows = []
+    for drop in dict.fromkeys(drop for drop, _ in points):
+        # Some fits may have been left out at some depths.
+        there = {fit: points[drop, fit] for fit in fits if (drop, fit) in points}
+        spans = next(iter(there.values()))["spans"]
+        cells = [figure(there[fit]["perplexity"]) if fit in there else "" for fit in fits]
+        rows.append([str(drop), ",".join(spans), *cells])
     title = f"Perplexity on {summary['text']} (dense: {figure(summary['dense']['perplexity'])})"
-    return title, ["dropped", "span", *fits], rows
+    return title, ["dropped", "span", *map(str, fits)], rows
 
 
 def _keep(file: Path, fingerprint: str, statistics: CalibrationStatistics) -> None:
     """Save what a killed sweep goes on from; where there is no room or directory for it, do without."""
-    from safetensors import SafetensorError
-
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(InputError):
         statistics.save(file, fingerprint=fingerprint)
 
 
 def _resumed(file: Path, fingerprint: str) -> CalibrationStatistics | None:
     """What a killed sweep into the same directory had collected of the same model and text, if anything."""
     from linearpatch_kernels.calibration import CalibrationStatistics
+    from linearpatch_kernels.files import left_by_us
 
-    with contextlib.suppress(InputError):
-        if file.exists():
-            statistics = CalibrationStatistics.load(file, fingerprint=fingerprint)
-            problems.print("going on from the calibration of a sweep that did not finish")
-            return statistics
-    return None
+    if not left_by_us(file):
+        return None
+    try:
+        statistics = CalibrationStatistics.load(file, fingerprint=fingerprint, cure="it is made again")
+    except InputError as error:
+        problems.print(f"note: {error}", soft_wrap=True)
+        return None
+    problems.print("going on from the calibration of a sweep that did not finish")
+    return statistics
 
 
 # More layers than any model has: a slip of the finger must not fill the memory.

@@ -25,12 +25,16 @@ from linearpatch_kernels.distillation.trainer import (
     Step,
     SuffixLoss,
     TrainingSettings,
+    check_real,
     check_same_run,
+    check_whole,
     distill,
     joint_state,
 )
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import read_seal, write_sealed
+from linearpatch_kernels.evaluation.notes import Noted, warn
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, write_sealed
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
@@ -45,6 +49,7 @@ LAYERS = "layers"
 """Name of the streams' error among the losses of a run: the mean over the merged layers."""
 
 _EPSILON = 1e-12
+_CURE = "delete it to train its layer again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +80,8 @@ class HierarchySettings:
     def __post_init__(self) -> None:
         if self.error not in STREAM_ERRORS:
             raise InputError(f"--layer-error {self.error} is not known: choose one of {', '.join(STREAM_ERRORS)}")
-        if not self.weight >= 0 or self.group_steps < 0:
-            raise InputError("--layer-weight and --group-steps must not be negative")
+        check_real("layer_weight", self.weight)
+        check_whole("group_steps", self.group_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,7 @@ def stream_error(found: Tensor, wanted: Tensor, error: str) -> Tensor:
     return (squares.sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_EPSILON)).mean()
 
 
+@own_state()
 def distill_merged(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -140,6 +146,7 @@ def distill_merged(
     checkpoint_seconds: float = 30.0,
     processes: Processes | None = None,
     on_step: Callable[[str, Step], None] | None = None,
+    noted: Noted = warn,
 ) -> HierarchicalDistillation:
     """Train a merged student on the store's windows, layer by layer; in place, as `trainer.distill` does.
 
@@ -153,6 +160,7 @@ def distill_merged(
         settings: of both; ``steps`` are those of the groups together.
         directory: needed by several processes with groups to share out: they exchange them there.
         on_step: called with what is in training, and the step.
+        noted: as for `trainer.distill`.
 
     Raises:
         InputError: no merged layers, states that the store lacks, patches with ``group_steps``, or what
@@ -174,7 +182,7 @@ def distill_merged(
         if folder is None and processes.count > 1:
             raise InputError("several processes exchange their groups through a directory: give one")
         own = dataclasses.replace(settings, steps=hierarchy.group_steps)
-        trained = _Groups(student, store, own, hierarchy, training, heldout, folder, checkpoint_seconds)
+        trained = _Groups(student, store, own, hierarchy, training, heldout, folder, checkpoint_seconds, noted)
         alone = trained.train(groups, processes, on_step)
 
     def together(
@@ -193,6 +201,7 @@ def distill_merged(
         checkpoint_seconds=checkpoint_seconds,
         processes=processes,
         on_step=None if on_step is None else lambda step: on_step("all layers", step),
+        noted=noted,
         objective=together,
     )
     return HierarchicalDistillation(run, alone)
@@ -307,6 +316,7 @@ class _Groups:
     heldout: Sequence[int]
     folder: Path | None
     checkpoint_seconds: float
+    noted: Noted
 
     def train(
         self, groups: Sequence[Group], processes: Processes, on_step: Callable[[str, Step], None] | None
@@ -327,9 +337,12 @@ class _Groups:
     ) -> tuple[dict[str, Tensor], GroupOutcome]:
         lone = _lone_layer(self.student, group.layer)
         about = self._about(lone)
-        if self.folder is not None and self._file(group).exists():
-            check_same_run(read_seal(self._file(group))[0]["run"], about, self.folder)
-            return self._finished(self._file(group))
+        if self.folder is not None and left_by_us(self._file(group)):
+            file = self._file(group)
+            told, _ = read_seal(file, _CURE)
+            with reading(file, _CURE):
+                check_same_run(told["run"], about, self.folder)
+            return self._finished(file)
 
         def alone(
             lone: PreTrainedModel, store: TeacherStore, _begin: int, _settings: TrainingSettings, precision: torch.dtype
@@ -346,6 +359,7 @@ class _Groups:
             directory=None if self.folder is None else self.folder / f"group-{group.layer}",
             checkpoint_seconds=self.checkpoint_seconds,
             on_step=None if on_step is None else lambda step: on_step(f"layer {group.layer}", step),
+            noted=self.noted,
             objective=alone,
         )
         tensors = {name: value.detach().cpu() for name, value in decoder_layers(lone)[0].state_dict().items()}
@@ -370,8 +384,13 @@ class _Groups:
         return self.folder / f"group-{group.layer}.safetensors"
 
     def _finished(self, file: Path) -> tuple[dict[str, Tensor], GroupOutcome]:
-        about, _ = read_seal(file)
-        return load_file(file), GroupOutcome(**about["outcome"])
+        about, _ = read_seal(file, _CURE)
+        with reading(file, _CURE):
+            told = Entries(about).entries("outcome")
+            outcome = GroupOutcome(
+                told.real("before"), told.real("after"), told.whole("best_step"), told.real("seconds")
+            )
+            return load_file(file), outcome
 
 
 def _lone_layer(student: PreTrainedModel, layer: int) -> PreTrainedModel:

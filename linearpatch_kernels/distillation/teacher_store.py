@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +25,31 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
-from linearpatch_kernels.files import read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import (
+    MARKER,
+    Entries,
+    final_name,
+    read_json,
+    read_seal,
+    reading,
+    working_alone,
+    write_sealed,
+    write_whole,
+)
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
 
 DEFAULT_TOP_K = 50
 
 _FORMAT = "linearpatch-teacher-store"
 _VERSION = 2
+_SIZES = ("count", "length", "vocabulary", "hidden_size", "top_k", "shard_windows")
+_LARGEST_SIZE = 1 << 40
 _SHARD_BYTES = 64 << 20
+STORE_FILES = re.compile(r"request\.json|index\.json|shard-\d{5}\.safetensors")
+"""What a store is made of."""
 # Logits that exist at once while the store is written: 64 MB of float32, whatever the vocabulary.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -61,6 +77,15 @@ class StoreRequest:
     top_k: int
     depths: tuple[int, ...]
     shard_windows: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.count, self.length, self.vocabulary, self.hidden_size, self.top_k, self.shard_windows)
+        if min(sizes) < 1 or self.top_k > self.vocabulary or list(self.depths) != sorted({*self.depths}):
+            raise InputError(
+                f"a teacher store of {self.count} windows of {self.length} tokens, in shards of {self.shard_windows}, "
+                f"with --top-k {self.top_k} of {self.vocabulary} and the depths {list(self.depths)} makes no sense: "
+                "every number must be at least 1, and the depths must increase"
+            )
 
     @property
     def ids_dtype(self) -> torch.dtype:
@@ -101,15 +126,17 @@ class StoreRequest:
     @classmethod
     def read(cls, file: Path) -> StoreRequest:
         """InputError where the file is not what a writer of this version wrote."""
-        try:
-            content = json.loads(file.read_bytes())
-            if content.pop("format") == _FORMAT and content.pop("version") == _VERSION:
-                return cls(**content | {"depths": tuple(content["depths"])})
-        except FileNotFoundError as error:
-            raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise InputError(f"{file} is damaged or not of this version: give another --store")
+        if not file.exists():
+            raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}")
+        cure = "give another --store"
+        content = read_json(file, f"it is damaged or not of this version, so {cure}")
+        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+            raise InputError(f"{file} is damaged or not of this version: {cure}")
+        with reading(file, cure):
+            told = Entries(content)
+            entries: dict[str, Any] = {name: told.text(name) for name in ("model", "tokenizer", "windows")}
+            entries |= {name: told.whole(name, 1, _LARGEST_SIZE) for name in _SIZES}
+            return cls(**entries, depths=tuple(told.listed("depths").wholes(most=_LARGEST_SIZE)))
 
 
 def _state(depth: int) -> str:
@@ -160,6 +187,7 @@ def store_request(
     return dataclasses.replace(request, shard_windows=shard_windows or fitting)
 
 
+@own_state()
 def write_teacher_store(
     model: PreTrainedModel,
     windows: Tensor,
@@ -200,16 +228,18 @@ def write_teacher_store(
     )
     if not processes.first:
         processes.wait()
+        request = _as_there(request, model, folder)
         _write_shards(model, windows, folder, request, batch_size, processes, None)
         processes.wait()
         processes.wait()
         return TeacherStore.open(folder)
-    _check_folder(folder, request)
-    with working_alone(folder):
-        if not (folder / "request.json").exists():
+    request = _as_there(request, model, folder)
+    repaired = [] if _check_folder(folder, request) else ["request.json"]
+    with working_alone(folder, STORE_FILES):
+        if repaired or not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
-        repaired = _write_shards(model, windows, folder, request, batch_size, processes, progress)
+        repaired += _write_shards(model, windows, folder, request, batch_size, processes, progress)
         processes.wait()
         index, listed = (
             folder / "index.json",
@@ -225,12 +255,40 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _check_folder(folder: Path, request: StoreRequest) -> None:
-    """Whether the store of this request can be written to, or is in, this folder."""
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+def _as_there(request: StoreRequest, model: PreTrainedModel, folder: Path) -> StoreRequest:
+    """The request with the fingerprints of the store in this folder, where an earlier version wrote them and they are
+    of this teacher and tokenizer all the same."""
+    if not (folder / "request.json").exists():
+        return request
+    there = StoreRequest.read(folder / "request.json")
+    same_model = not model_difference(there.model, model)
+    same = same_tokenizer(there.tokenizer, request.tokenizer)
+    return dataclasses.replace(
+        request,
+        model=there.model if same_model else request.model,
+        tokenizer=there.tokenizer if same else request.tokenizer,
+    )
+
+
+def _check_folder(folder: Path, request: StoreRequest) -> bool:
+    """InputError where the store of this request cannot be written to, and is not in, this folder.
+
+    Returns:
+        Whether its request, if it is there, is sound.
+    """
+    sound = True
+    if folder.is_dir() and not all(_may_be_begun(path.name) for path in folder.iterdir()):
         if not (folder / "request.json").exists():
             raise InputError(f"{folder} exists and is not a teacher store: give another --store")
-        _check_same(StoreRequest.read(folder / "request.json"), request, folder)
+        try:
+            found = StoreRequest.read(folder / "request.json")
+        except InputError:
+            # Every shard says whose it is, too.
+            sound = False
+            if not any(_is_sound(folder / name, request) for name, _ in request.shards):
+                raise
+        else:
+            _check_same(found, request, folder)
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     present = sum((folder / name).stat().st_size for name, _ in request.shards if (folder / name).exists())
     needed, free = request.total_bytes - present, shutil.disk_usage(parent).free
@@ -240,6 +298,12 @@ def _check_folder(folder: Path, request: StoreRequest) -> None:
             f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another --store, a smaller --top-k, "
             "or less text"
         )
+    return sound
+
+
+def _may_be_begun(name: str) -> bool:
+    """Whether a directory with a file of this name may still become a store: our marker, an unfinished file of ours."""
+    return name == MARKER or (name != final_name(name) and STORE_FILES.fullmatch(final_name(name)) is not None)
 
 
 _WHOSE = {
@@ -299,10 +363,23 @@ def _write_shards(
 
 def _is_sound(file: Path, request: StoreRequest) -> bool:
     try:
-        about, _ = read_seal(file)
+        _check_shard(file, request, read_seal(file)[1])
     except InputError:
         return False
-    return about == {"request": request.to_json(), "shard": file.name}
+    return True
+
+
+def _check_shard(file: Path, request: StoreRequest, listed: Any) -> None:
+    """InputError where a shard is damaged, of another store, not the one ``listed``, or not of its windows' shapes."""
+    about, digest = read_seal(file)
+    if about != {"request": request.to_json(), "shard": file.name} or listed != digest:
+        raise InputError(f"{file} belongs to another store: delete it and write the store again")
+    part = dict(request.shards)[file.name]
+    wanted = {name: [part.stop - part.start, request.length, *shape] for name, (_, shape) in request.layout.items()}
+    with reading(file, "delete it and write the store again"), safe_open(file, framework="pt") as shard:
+        there = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+        if there != wanted:
+            raise ValueError(f"it holds {there} and should hold {wanted}")
 
 
 @torch.no_grad()
@@ -365,7 +442,7 @@ class TeacherBatch(NamedTuple):
         probs, ids = self.probs.clone(), self.ids.clone()
         before = probs[:, :-1], ids[:, :-1]
         missing = (before[1] != labels).all(-1, keepdim=True)
-        last = torch.arange(ids.shape[-1]) == before[0].argmin(-1, keepdim=True)
+        last = torch.arange(ids.shape[-1], device=ids.device) == before[0].argmin(-1, keepdim=True)
         replaced = missing & last
         before[1].copy_(torch.where(replaced, labels, before[1]))
         before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_(weight * (before[1] == labels))
@@ -379,7 +456,7 @@ class TeacherStore:
     Attributes:
         directory: where it is.
         request: whose answers it holds, and on what.
-        repaired: shards that the writer found damaged and wrote again.
+        repaired: files that the writer found damaged and wrote again.
     """
 
     directory: Path
@@ -395,17 +472,26 @@ class TeacherStore:
         """
         folder = Path(directory).expanduser()
         request = StoreRequest.read(folder / "request.json")
-        try:
-            listed = json.loads((folder / "index.json").read_bytes())["shards"]
-        except FileNotFoundError as error:
-            raise InputError(f"the teacher store {folder} is not complete: write it again to go on") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder}/index.json is damaged: delete it and write the store again") from error
+        if not (folder / "index.json").exists():
+            raise InputError(f"the teacher store {folder} is not complete: write it again to go on")
+        cure = "index.json is damaged, so delete it and write the store again"
+        index = read_json(folder / "index.json", cure)
+        with reading(folder / "index.json", cure):
+            listed = Entries(index).table("shards")
+        # Counted before they are named: the request may tell of any number.
+        if len(listed) != -(-request.count // request.shard_windows):
+            raise InputError(
+                f"{folder} lists {len(listed)} shards and needs others: delete it and write the store again"
+            )
         for name, _ in request.shards:
-            about, digest = read_seal(folder / name)
-            if about != {"request": request.to_json(), "shard": name} or listed.get(name) != digest:
-                raise InputError(f"{folder / name} belongs to another store: delete it and write the store again")
+            _check_shard(folder / name, request, listed.get(name))
         return cls(folder, request)
+
+    def check_windows(self, windows: Sequence[int]) -> None:
+        """InputError where the store has no windows of these numbers."""
+        beyond = [window for window in windows if not 0 <= window < self.request.count]
+        if beyond:
+            raise InputError(f"the teacher store has {self.request.count} windows and none of number {beyond[0]}")
 
     def check(self, model: PreTrainedModel, *, tokenizer: str = "") -> None:
         """InputError where a student with another vocabulary or width, or another tokenizer, would learn from it."""
@@ -414,7 +500,7 @@ class TeacherStore:
                 f"the teacher store has a vocabulary of {self.request.vocabulary} tokens and the model "
                 f"{model.config.vocab_size}: they need the same"
             )
-        if tokenizer and self.request.tokenizer and tokenizer != self.request.tokenizer:
+        if tokenizer and self.request.tokenizer and not same_tokenizer(tokenizer, self.request.tokenizer):
             raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")
         if self.request.depths and hidden_size(model) != self.request.hidden_size:
             raise InputError(
@@ -422,7 +508,11 @@ class TeacherStore:
             )
 
     def batch(self, windows: Sequence[int], depths: Sequence[int] = ()) -> TeacherBatch:
-        """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept."""
+        """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept.
+
+        InputError for a window that is not there.
+        """
+        self.check_windows(windows)
         kept = [depth for depth in self.request.depths if depth in depths]
         left_out = {_state(depth) for depth in self.request.depths if depth not in depths}
         names = [name for name in self.request.layout if name not in left_out]

@@ -68,7 +68,7 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
     """The names of the student's own parameters that ``train`` is about; all of them lie from depth ``begin`` on.
 
     Raises:
-        InputError: none, an unknown name, or LoRA without PEFT.
+        InputError: none, an unknown name, LoRA without PEFT, or weights that autograd cannot work with.
     """
     if train not in TRAIN:
         raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
@@ -89,6 +89,8 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str) -> list[st
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
         raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+    if any(parameter.is_inference() for parameter in student.parameters()):
+        raise InputError("weights made in torch.inference_mode cannot be trained: load the model outside of it")
     return names
 
 

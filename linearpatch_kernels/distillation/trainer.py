@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -28,8 +30,19 @@ from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.files import append_line, read_seal, working_alone, write_sealed, write_whole
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import (
+    Entries,
+    append_line,
+    left_by_us,
+    read_seal,
+    reading,
+    working_alone,
+    write_sealed,
+    write_whole,
+)
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
@@ -45,7 +58,10 @@ _SHARE_OF_CHECKPOINTS = 50
 
 _STATE = "state.safetensors"
 _LOG = "log.jsonl"
+RUN_FILES = re.compile(r"((together|group-\d+)/)?(state\.safetensors|log\.jsonl)|group-\d+\.safetensors")
+"""What the directory of a run holds, also that of a `hierarchical` one."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PARTS = ("parameter", "best", *_MOMENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +116,17 @@ class TrainingSettings:
             if getattr(self, name) not in known:
                 raise InputError(f"--{name} {getattr(self, name)} is not known: choose one of {', '.join(known)}")
         for name in ("steps", "windows_per_step", "micro_batch", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "clip", "evaluate_every", "patience", "final_share"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be negative, nor {getattr(self, name)}")
-        if not 0 <= self.label_weight <= 1:
-            raise InputError(f"--label-weight must be between 0 and 1, not {self.label_weight}")
-        if not 0 < self.learning_rate < math.inf:
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("warmup_steps", "evaluate_every", "patience"):
+            check_whole(name, getattr(self, name))
+        # Every epoch has the next seed, and torch takes no larger ones.
+        check_whole("seed", self.seed, least=-(1 << 62), most=1 << 62)
+        for name in ("weight_decay", "clip"):
+            check_real(name, getattr(self, name))
+        for name in ("final_share", "label_weight"):
+            check_real(name, getattr(self, name), most=1)
+        check_real("learning_rate", self.learning_rate)
+        if not self.learning_rate > 0:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
 
     def check_processes(self, count: int) -> None:
@@ -163,6 +182,19 @@ class Distillation:
     def heldout(self, step: int, loss: str = "tail") -> float:
         """The held-out KL after ``step`` steps."""
         return next(point[loss] for point in self.curve if point["step"] == step)
+
+
+def check_whole(name: str, value: Any, *, least: int = 0, most: int = (1 << 31) - 1) -> None:
+    """InputError where a setting is no whole number from ``least`` to ``most``; ``name`` as in the settings."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"--{name.replace('_', '-')} must be a whole number from {least} to {most}, not {value}")
+
+
+def check_real(name: str, value: Any, *, most: float = math.inf) -> None:
+    """InputError where a setting is no finite number from 0 to ``most``."""
+    if not isinstance(value, int | float) or not 0 <= value <= most or not math.isfinite(value):
+        wanted = "finite and not negative" if most == math.inf else f"between 0 and {most}"
+        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def joint_depth(student: PreTrainedModel, joint: int) -> int:
@@ -290,6 +322,7 @@ class JointObjective:
         return state, batch.probs.to(state.device), batch.ids.to(state.device)
 
 
+@own_state()
 def distill(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -302,6 +335,7 @@ def distill(
     checkpoint_seconds: float = 30.0,
     processes: Processes | None = None,
     on_step: Callable[[Step], None] | None = None,
+    noted: Noted = warn,
     objective: ObjectiveMaker = JointObjective,
 ) -> Distillation:
     """Train the student on the store's windows; it ends with the parameters of the best look at the held-out ones.
@@ -324,6 +358,7 @@ def distill(
         checkpoint_seconds: at least, between two checkpoints; 0: after every step.
         processes: of one global batch (data parallel, by accelerate).
         on_step: called after every step.
+        noted: told where the log of an earlier process was damaged.
         objective: what is minimised; the loss of the settings, unless told.
 
     Raises:
@@ -334,6 +369,7 @@ def distill(
         raise InputError("training and held-out windows are needed, at least one of each: give more text")
     settings.check_processes(processes.count)
     store.check(student)
+    store.check_windows([*training, *heldout])
     begin = joint_depth(student, joint)
     about = {
         "student": fingerprint_model(student),
@@ -345,7 +381,7 @@ def distill(
         "processes": processes.count,
     }
     folder = None if directory is None else Path(directory).expanduser()
-    alone = working_alone(folder) if folder is not None and processes.first else contextlib.nullcontext()
+    alone = working_alone(folder, RUN_FILES) if folder is not None and processes.first else contextlib.nullcontext()
     with evaluation_mode(student), alone:
         processes.wait()
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
@@ -354,7 +390,7 @@ def distill(
             precision = torch.bfloat16 if half else PRECISIONS[settings.precision]
             goal = objective(student, store, begin, settings, precision)
             about["objective"] = dict(goal.about)
-            run = _Run(goal, trainable, store.request.length, settings, processes, folder, about)
+            run = _Run(goal, trainable, store.request.length, settings, processes, folder, about, noted)
             with recomputing(student, begin, settings.recompute):
                 return run.finish(training, heldout, checkpoint_seconds, on_step)
         finally:
@@ -373,7 +409,9 @@ class _Run:
         processes: Processes,
         folder: Path | None,
         about: dict[str, Any],
+        noted: Noted = warn,
     ) -> None:
+        self.noted = noted
         self.objective, self.trainable, self.length = objective, trainable, length
         self.settings, self.processes, self.folder, self.about = settings, processes, folder, about
         self.loss: nn.Module = objective.module
@@ -393,6 +431,8 @@ class _Run:
         self.best = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
         self.curve: list[dict[str, float]] = []
         self.log: list[dict[str, float]] = []
+        # Of the log's lines, so that a checkpoint knows whether they are those it was written after.
+        self.log_digest = hashlib.sha256()
 
     def finish(
         self,
@@ -471,7 +511,7 @@ class _Run:
             # Only the last pass of a step has gradients to exchange.
             with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
                 losses = self._losses(micro, list(self.objective.weights), self.settings.label_weight)
-                weights = torch.tensor(list(self.objective.weights.values())).to(losses)
+                weights = losses.new_tensor(list(self.objective.weights.values()))
                 loss = (losses @ weights) * (len(micro) * share)
                 loss.backward()
             total += loss.detach().double().cpu()
@@ -523,6 +563,7 @@ class _Run:
 
     def _write_log(self, line: dict[str, float]) -> None:
         self.log.append(line)
+        self.log_digest.update(_log_line(line))
         if self.folder is not None and self.processes.first:
             append_line(self.folder / _LOG, json.dumps(line))
 
@@ -540,6 +581,7 @@ class _Run:
             "best_step": self.best_step,
             "curve": self.curve,
             "seconds": self.seconds,
+            "log": self.log_digest.hexdigest(),
         }
         write_sealed(self.folder / _STATE, tensors, about)
 
@@ -548,29 +590,43 @@ class _Run:
         """Go on where an earlier process of the same run wrote its last checkpoint, if there is one."""
         if self.folder is None:
             return
-        if (self.folder / _STATE).exists():
-            self._load(self.folder)
+        log = self.folder / _LOG
+        digest = self._load(self.folder) if left_by_us(self.folder / _STATE) else ""
         # A step behind the checkpoint is made again: its line too. The last line may be cut off.
-        kept = _log_lines(self.folder / _LOG, self.step)
+        kept = _log_lines(log, self.step)
+        for line in kept:
+            self.log_digest.update(_log_line(line))
         if self.processes.first:
-            write_whole(self.folder / _LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            if digest and self.log_digest.hexdigest() != digest:
+                self.noted(f"{log} is damaged: figures of some steps are missing in it, or are others than they were")
+            write_whole(log, b"".join(map(_log_line, kept)))
         self.log = kept
         self.processes.wait()
 
-    def _load(self, folder: Path) -> None:
-        try:
-            about, _ = read_seal(folder / _STATE)
-        except InputError as error:
-            raise InputError(f"{error}: delete {folder} to start the training again") from error
-        check_same_run(about["run"], self.about, folder)
-        tensors = load_file(folder / _STATE)
-        self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
-        self.curve = about["curve"]
-        for name, parameter in self.trainable.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            self.best[name] = tensors[f"best.{name}"].to(parameter.device)
-            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+    def _load(self, folder: Path) -> str:
+        """Take over the checkpoint in the folder; returns the digest of the log at that moment ("" if not known)."""
+        state, cure = folder / _STATE, f"delete {folder} to start the training again"
+        about, _ = read_seal(state, cure)
+        with reading(state, cure):
+            check_same_run(about["run"], self.about, folder)
+            tensors = load_file(state)
+            told = Entries(about)
+            self.step = told.whole("step", most=self.settings.steps)
+            self.best_step = told.whole("best_step", most=self.step)
+            self.seconds = told.real("seconds")
+            self.curve = [dict(zip(one.names, one.reals(), strict=True)) for one in told.each("curve")]
+            for name, parameter in self.trainable.parameters.items():
+                found = {part: tensors[f"{part}.{name}"].to(parameter.device) for part in _PARTS}
+                if any(tensor.shape != parameter.shape for tensor in found.values()):
+                    raise ValueError(f"{name} has another shape")
+                parameter.copy_(found["parameter"])
+                self.best[name] = found["best"]
+                moments = {moment: found[moment] for moment in _MOMENTS}
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step), dtype=torch.float32),
+                    **moments,
+                }
+            return str(about.get("log", ""))
 
 
 def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -608,13 +664,26 @@ def _noticing_interrupts() -> Iterator[Sequence[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _log_line(line: Mapping[str, float]) -> bytes:
+    return (json.dumps(line) + "\n").encode()
+
+
 def _log_lines(file: Path, steps: int) -> list[dict[str, float]]:
+    """The lines of the first steps. InputError for a file that is no log."""
     if not file.exists():
         return []
-    lines = []
+    lines, others = [], 0
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(text)
-            if line["step"] <= steps:
-                lines.append(line)
-    return lines
+        try:
+            told = Entries(json.loads(text))
+            line = dict(zip(told.names, told.reals(), strict=True))
+            step = told.whole("step", 1)
+            told.real("loss")
+        except (ValueError, RecursionError):
+            others += 1
+        else:
+            # As it was written: a step is a whole number.
+            lines.append({**line, "step": step})
+    if others > 1 and not lines:
+        raise InputError(f"{file} is no log of a training and in its way: move it, or give another directory")
+    return [line for line in lines if line["step"] <= steps]

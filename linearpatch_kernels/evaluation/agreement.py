@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.notes import Noted
 from linearpatch_kernels.evaluation.perplexity import (
     Model,
     Progress,
@@ -113,8 +114,9 @@ class QualityMeter:
                 "they need one vocabulary"
             )
         kl = token_kl(logits, teacher_logits)
-        # The model's own logits passed already, so what is not finite here is the teacher's.
-        require_finite(kl, len(self._window_losses), "the teacher")
+        # The model's own targets passed already; what is not finite elsewhere may be the teacher's or the model's.
+        whose = self._name if bool(teacher_logits.isfinite().all()) else "the teacher"
+        require_finite(kl, len(self._window_losses), whose)
         self._kl += float(kl.double().sum())
         self._agreeing += int(token_agreement(logits, teacher_logits).sum())
 
@@ -138,7 +140,8 @@ class QualityMeter:
         if not self._tokens:
             raise InputError("no window was evaluated: give at least one of at least 2 tokens")
         loss, count = self._loss / self._tokens, len(self._window_losses)
-        deviation = float(torch.tensor(self._window_losses, dtype=torch.float64).std()) if count > 1 else None
+        losses = torch.tensor(self._window_losses, dtype=torch.float64, device="cpu")
+        deviation = float(losses.std()) if count > 1 else None
         return Quality(
             perplexity=exp_loss(loss),
             loss=loss,
@@ -147,6 +150,51 @@ class QualityMeter:
             kl=self._kl / self._tokens if self._with_teacher else None,
             tokens=self._tokens,
         )
+
+
+class QualityMeters:
+    """A meter for each of several models on the same windows.
+
+    Args:
+        names: of the models.
+        lenient: whether a model whose figures are not finite is left out from then on, instead of raising.
+    """
+
+    def __init__(self, names: Iterable[str], *, lenient: bool = False) -> None:
+        self._meters = {name: QualityMeter(name) for name in names}
+        self._lenient = lenient
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are not left out."""
+        return [name for name in self._meters if name not in self._reasons]
+
+    def update(self, name: str, logits: Tensor, windows: Tensor, teacher_logits: Tensor | None = None) -> None:
+        """As :meth:`QualityMeter.update` of the model ``name``, which must not be left out already."""
+        try:
+            self._meters[name].update(logits, windows, teacher_logits)
+        except InputError as error:
+            # Without a teacher there is nothing to compare.
+            if not self._lenient or logits is teacher_logits:
+                raise
+            if teacher_logits is not None:
+                require_finite(token_losses(teacher_logits, windows), 0, "the teacher")
+            self._reasons[name] = f"left out of the comparison: {error}"
+
+    def __add__(self, other: QualityMeters) -> QualityMeters:
+        """Meters that have seen the windows of both; what either left out is left out."""
+        both = QualityMeters((), lenient=self._lenient)
+        both._meters = {name: meter + other._meters[name] for name, meter in self._meters.items()}
+        both._reasons = other._reasons | self._reasons
+        return both
+
+    def results(self, noted: Noted | None = None) -> dict[str, Quality]:
+        """The quality of every model that is not left out; ``noted`` is told why the others are."""
+        if noted is not None:
+            for reason in self._reasons.values():
+                noted(reason)
+        return {name: self._meters[name].result() for name in self.names}
 
 
 def evaluate_quality(
@@ -172,24 +220,29 @@ def compare_quality(
     teacher: Model | None = None,
     *,
     batch_size: int = 1,
+    noted: Noted | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Quality]:
     """:func:`evaluate_quality` of several models on the same windows; the teacher runs once per batch for all of them.
 
     The teacher's logits live as long as their batch: batch_size·T·V numbers, never those of all windows. A model that
     *is* the teacher object is not run twice.
+
+    Args:
+        noted: where given, a model with logits that are not finite is left out instead of raising, unless it is the
+            teacher, and a note says so.
     """
     for model in (*models.values(), *((teacher,) if teacher is not None else ())):
         check_windows(model, windows)
-    meters = {name: QualityMeter(name) for name in models}
+    meters = QualityMeters(models, lenient=noted is not None)
     with evaluation_mode(*models.values(), *((teacher,) if teacher is not None else ())):
         for _, batch in batches(windows, batch_size, "evaluating", progress):
             teacher_logits = None if teacher is None else model_logits(teacher, batch)
-            for name, model in models.items():
-                known = teacher_logits if model is teacher else None
-                logits = model_logits(model, batch) if known is None else known
-                meters[name].update(logits, batch, teacher_logits)
-    return {name: meter.result() for name, meter in meters.items()}
+            for name in meters.names:
+                known = teacher_logits if models[name] is teacher else None
+                logits = model_logits(models[name], batch) if known is None else known
+                meters.update(name, logits, batch, teacher_logits)
+    return meters.results(noted)
 
 
 def healed_share(dense: Quality, dropped: Quality, patched: Quality) -> float:
@@ -198,4 +251,21 @@ def healed_share(dense: Quality, dropped: Quality, patched: Quality) -> float:
     ``(dropped.loss - patched.loss) / (dropped.loss - dense.loss)``; nan where plain removal cost nothing.
     """
     lost = dropped.loss - dense.loss
-    return (dropped.loss - patched.loss) / lost if lost else math.nan
+    return (dropped.loss - patched.loss) / lost if lost > 0 else math.nan
+
+
+def told_if_worse(
+    found: Mapping[str, Quality], result: str, other: str, windows: str, *, than: str = "plain removal"
+) -> list[str]:
+    """A sentence where a result is worse than another model, nothing where it is not.
+
+    Args:
+        found: qualities of ``result`` and ``other``, by default that of plain removal, and of more.
+        windows: what they were measured on; than: what the other one is: for the sentence.
+    """
+    if other not in found or result == other:
+        return []
+    if result not in found:
+        return [f"On {windows} the logits of the result are not finite."]
+    ours, its = found[result].loss, found[other].loss
+    return [f"On {windows} the result is worse than {than}: a loss of {ours:.4f} nats, not {its:.4f}."] * (ours > its)

@@ -102,13 +102,18 @@ def batches(
     windows: Tensor, batch_size: int, description: str, progress: Progress | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the first window, windows ``[<= batch_size, T]``), reporting each batch once it has been worked on."""
-    if batch_size < 1:
-        raise InputError(f"a batch of {batch_size} windows is empty: the batch size must be at least 1")
+    check_batch_size(batch_size)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         yield start, batch
         if progress:
             progress(description, start + len(batch), len(windows))
+
+
+def check_batch_size(batch_size: int) -> None:
+    """InputError for a number of windows per forward pass that no tensor can be split into."""
+    if not 1 <= batch_size < 1 << 31:
+        raise InputError(f"the batch size must be a number from 1 to {(1 << 31) - 1}, not {batch_size}")
 
 
 def model_logits(model: Model, windows: Tensor) -> Tensor:
@@ -153,8 +158,15 @@ def check_windows(model: Any, windows: Tensor) -> None:
 
     The model's ``config`` tells, if there is one: what has just that will do.
     """
-    if windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
+    if not isinstance(windows, Tensor):
+        raise InputError(
+            f"windows must be a tensor of token ids [count >= 1, length >= 2], not {type(windows).__name__}"
+        )
+    whole = not windows.is_floating_point() and not windows.is_complex() and windows.dtype != torch.bool
+    if windows.dim() != 2 or not whole or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
+    if int(windows.min()) < 0:
+        raise InputError(f"windows must be token ids, and {int(windows.min())} is none")
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:

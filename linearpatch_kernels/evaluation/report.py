@@ -1,9 +1,23 @@
-"""What a run leaves for people: a Markdown report and the plots in it."""
+"""What a run leaves for people: a Markdown report and the plots in it.
+
+Names of models, files, fits and tasks, prompts and what a model writes are somebody else's words: letters, never
+markup. Every string of `ReportData` is plain text; this module alone writes Markdown, and it tells matplotlib that a $
+is a dollar sign.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+import textwrap
+import unicodedata
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +28,7 @@ from torch import Tensor
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, healed_share
 from linearpatch_kernels.evaluation.latency import ModelSize, Speed
+from linearpatch_kernels.evaluation.notes import Noted, left_out, warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,10 +81,11 @@ class SpanRow:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything :func:`write_report` writes down; an empty field leaves its section out.
+    """Everything :func:`write_report` writes down, as plain text; an empty field leaves its section out.
 
     Attributes:
         title: the report's heading.
+        notes: what the result lacks or suffers from, a sentence each.
         steps: what was done, a sentence each.
         quality: the models on the held-out text, the dense one first.
         quality_text: which text that was, and how much of it.
@@ -85,6 +101,7 @@ class ReportData:
     """
 
     title: str
+    notes: Sequence[str] = ()
     steps: Sequence[str] = ()
     quality: Sequence[QualityRow] = ()
     quality_text: str = ""
@@ -102,33 +119,125 @@ class ReportData:
     sample: str = ""
 
 
-def write_report(directory: str | Path, data: ReportData) -> Path:
-    """Write ``report.md`` into an existing directory and return its path."""
-    sections = [
-        ("What was done", "\n".join(f"{i}. {step}" for i, step in enumerate(data.steps, 1))),
-        ("Quality", _quality_section(data)),
-        ("Perplexity against dropped layers", _sweep_section(data.sweep)),
-        ("Accuracy, zero-shot", _tasks_section(data.tasks)),
-        ("Spans", _spans_section(data.spans)),
-        ("Candidates", _candidates_section(data.candidates)),
-        ("Plots", "\n\n".join(f"![{caption}]({name})\n\n*{caption}*" for name, caption in data.plots.items())),
-        ("A continuation by the reloaded model", _sample_section(data)),
-        ("How to load it", f"```python\n{data.usage.strip()}\n```" if data.usage else ""),
-        ("Files", _table(("file", "what it is"), [(f"`{k}`", v) for k, v in data.files.items()])),
-        ("Time", _timings_section(data.timings)),
-    ]
-    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections if text)
+Drawing = tuple[str, Callable[[Path], None]]
+"""A picture's caption, and what draws it into a PNG file."""
+
+
+def draw_report(data: ReportData, drawings: Mapping[str, Drawing], noted: Noted = warn) -> dict[str, bytes]:
+    """The files of a report directory: ``report.md`` and the pictures in it.
+
+    What cannot be drawn or written is left out; the report and ``noted`` say so.
+
+    Args:
+        drawings: file name -> picture; those of ``data.plots`` are there already.
+    """
+    notes, plots = [*data.notes], dict(data.plots)
+    files: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (caption, draw) in drawings.items():
+            with left_out(f"the picture {name}", _kept(notes, noted)):
+                draw(Path(folder, name))
+                files[name] = Path(folder, name).read_bytes()
+                plots[name] = caption
+        path = write_report(folder, dataclasses.replace(data, plots=plots, notes=notes), noted)
+        return {path.name: path.read_bytes(), **files}
+
+
+def write_report(directory: str | Path, data: ReportData, noted: Noted = warn) -> Path:
+    """Write ``report.md`` into an existing directory and return its path; a section that fails is left out, noted."""
+    sections: dict[str, Callable[[], str]] = {
+        "What was done": lambda: "\n".join(f"{i}. {_line(step)}" for i, step in enumerate(data.steps, 1)),
+        "Quality": lambda: _quality_section(data),
+        "Perplexity against dropped layers": lambda: _sweep_section(data.sweep),
+        "Accuracy, zero-shot": lambda: _tasks_section(data.tasks),
+        "Spans": lambda: _spans_section(data.spans),
+        "Candidates": lambda: _candidates_section(data.candidates),
+        "Plots": lambda: "\n\n".join(_picture(name, caption) for name, caption in data.plots.items()),
+        "A continuation by the reloaded model": lambda: _sample_section(data),
+        "How to load it": lambda: _fenced(data.usage, "python"),
+        "Files": lambda: _table(("file", "what it is"), [(_code(k), v) for k, v in data.files.items()]),
+        "Time": lambda: _timings_section(data.timings),
+    }
+    notes = [*data.notes]
+    body = []
+    for heading, section in sections.items():
+        text = ""
+        with left_out(f"the section “{heading}” of the report", _kept(notes, noted)):
+            text = section()
+        if text:
+            body.append(f"## {heading}\n\n{text}")
+    if notes:
+        body.insert(0, "## To be known\n\n" + "\n".join(f"- {_line(note)}" for note in notes))
     path = Path(directory) / "report.md"
-    path.write_text(f"# {data.title}\n\n{body}\n", encoding="utf-8")
+    path.write_text("\n\n".join([f"# {_line(data.title)}", *body]) + "\n", encoding="utf-8")
     return path
+
+
+def _kept(notes: list[str], noted: Noted) -> Noted:
+    """For notes that go into the report too."""
+
+    def note(sentence: str) -> None:
+        notes.append(sentence)
+        noted(sentence)
+
+    return note
+
+
+class _Markdown(str):
+    """Text that is Markdown already."""
+
+
+# What GitHub's Markdown, its mathematics or HTML would read as more than letters, wherever it stands in a line: the
+# bracket that would end the text of a link, and the colon or dot of an address, among others.
+_MARKUP = re.compile(r"[\\`*_<>|~$&]|\](?=[(\[:])|:(?=//)|(?<=www)\.")
+# At the start of a line: headings, lists, tasks, rules.
+_STARTS = re.compile(r"^([-+#=]|\[(?=[ xX]\])|\d{1,9}(?=[.)](\s|$)))")
+
+
+def _letters(text: str) -> str:
+    """One line of text as it can be written down: no line ends, control characters or halves of letters.
+
+    (A file name may hold anything; what is not UTF-8 in it comes as lone surrogates.)
+    """
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in whole).split())
+
+
+def _escaped(text: str) -> str:
+    """Plain text, in Markdown."""
+    return text if isinstance(text, _Markdown) else _MARKUP.sub(r"\\\g<0>", _letters(text))
+
+
+def _line(text: str) -> str:
+    """Plain text that a line of Markdown, or what follows its list marker, begins with."""
+    return _STARTS.sub(lambda found: found[0] + "\\" if found[0].isdigit() else "\\" + found[0], _escaped(text))
+
+
+def _code(text: str) -> str:
+    """A file's name, as code where it can be told as code within a table."""
+    name = _letters(text)
+    return name if any(c in name for c in "`|\\") else _Markdown(f"`{name}`")
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code, '' for none, in a fence that nothing in it closes."""
+    runs = [len(run) for run in re.findall("`+", text)]
+    fence = "`" * max(3, 1 + max(runs, default=0))
+    whole = text.encode("utf-8", "replace").decode("utf-8").strip()
+    return f"{fence}{language}\n{whole}\n{fence}" if whole else ""
+
+
+def _picture(name: str, caption: str) -> str:
+    alternative = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", _escaped(caption))
+    return f"![{alternative}]({urllib.parse.quote(name)})\n\n*{_escaped(caption)}*"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
     """A Markdown table, '' without rows; ``align``: one character per column, r for right."""
     if not rows:
         return ""
-    rule = ["---:" if align[i : i + 1] == "r" else "---" for i in range(len(header))]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows))
+    rule = [_Markdown("---:" if align[i : i + 1] == "r" else "---") for i in range(len(header))]
+    escaped = ([_escaped(cell) for cell in row] for row in (header, rule, *rows))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
@@ -152,14 +261,15 @@ def _quality_section(data: ReportData) -> str:
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     rows = list(zip(*columns.values(), strict=True))
-    notes = [f"Measured on {data.quality_text}, {data.quality[0].quality.tokens:,} predicted tokens."] * bool(
+    notes = [f"Measured on {_escaped(data.quality_text)}, {data.quality[0].quality.tokens:,} predicted tokens."] * bool(
         data.quality_text
     )
     if any(row.quality.kl is not None for row in data.quality):
         notes.append("Top-1 agreement and KL(dense || model) compare with the dense model at every predicted position.")
     if "healed" in columns:
         notes.append(
-            f"Healed: the share of the log-perplexity lost from “{data.dense}” to “{data.dropped}” that is won back."
+            f"Healed: the share of the log-perplexity lost from “{_escaped(data.dense or '')}” to "
+            f"“{_escaped(data.dropped or '')}” that is won back."
         )
     speed = next((row.speed for row in data.quality if row.speed), None)
     if speed:
@@ -183,7 +293,7 @@ def _loss(quality: Quality) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
 def _healed(dense: Quality, dropped: Quality, row: QualityRow, data: ReportData) -> str:
@@ -232,16 +342,39 @@ def _candidates_section(candidates: Sequence[CandidateRow]) -> str:
 
 
 def _sample_section(data: ReportData) -> str:
-    quoted = f"{data.sample_prompt} **⟶** {data.sample}".strip().replace("\n", "\n> ")
-    return f"> {quoted}" if data.sample else ""
+    first, *others = [_line(line) for line in data.sample.splitlines()] or [""]
+    quoted = [f"{_line(data.sample_prompt)} **⟶** {first}".strip(), *others]
+    return "\n".join(f"> {line}".rstrip() for line in quoted) if data.sample else ""
 
 
 def _timings_section(timings: Mapping[str, float]) -> str:
     rows = [(step, f"{seconds:.1f}") for step, seconds in timings.items()]
-    total = [("**together**", f"**{sum(timings.values()):.1f}**")] if len(rows) > 1 else []
-    return _table(("step", "seconds"), rows + total, "lr")
+    if len(rows) > 1:
+        rows.append((_Markdown("**together**"), _Markdown(f"**{sum(timings.values()):.1f}**")))
+    return _table(("step", "seconds"), rows, "lr")
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr from matplotlib: that it has no directory of its own, that a letter is missing from a font.
+
+    Without a directory it works in a temporary one. Nor does it hand texts to LaTeX, whatever a person's settings say.
+    """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import matplotlib
+
+            with matplotlib.rc_context({"text.usetex": False}):
+                yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet()
 def plot_depth_cosine(path: str | Path, cosine: Tensor, spans: Sequence[tuple[int, int]] = (), model: str = "") -> None:
     """Heatmap of the cosine between the residual streams at every two depths, the chosen spans marked.
 
@@ -281,6 +414,7 @@ def plot_depth_cosine(path: str | Path, cosine: Tensor, spans: Sequence[tuple[in
     _save(figure, path)
 
 
+@_quiet()
 def plot_joint_magnitudes(
     path: str | Path, before: Tensor, after: Tensor, target: Tensor, span: tuple[int, int], fit: str = ""
 ) -> None:
@@ -303,7 +437,11 @@ def plot_joint_magnitudes(
     style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "alpha": 0.65, "zorder": 3}
     axes.plot(rank, _array(before[order]), color=_COLOURS[1], label="before the patch", **style)
     axes.plot(
-        rank, _array(after[order]), color=_COLOURS[0], label="after the patch" + (f" ({fit})" if fit else ""), **style
+        rank,
+        _array(after[order]),
+        color=_COLOURS[0],
+        label="after the patch" + (f" ({_letters(fit)})" if fit else ""),
+        **style,
     )
     axes.plot(rank, _array(target[order]), color="black", linewidth=1.5, label=f"target: what layer {span[1]} expects")
     axes.set_xscale("log")
@@ -317,6 +455,7 @@ def plot_joint_magnitudes(
     _save(figure, path)
 
 
+@_quiet()
 def plot_sweep(
     path: str | Path, perplexity: Mapping[str, Mapping[int, float]], dense: float | None = None, model: str = ""
 ) -> None:
@@ -334,13 +473,14 @@ def plot_sweep(
     for i, (fit, points) in enumerate(perplexity.items()):
         finite = {n: p for n, p in sorted(points.items()) if p < math.inf}
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        axes.plot(list(finite), list(finite.values()), label=fit, color=colour, marker=marker, markersize=5)
+        axes.plot(list(finite), list(finite.values()), label=_label(fit), color=colour, marker=marker, markersize=5)
     if dense is not None:
         axes.axhline(dense, color="0.35", linestyle="--", linewidth=1.5, label=f"dense ({number(dense)})")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    within_a_factor = {4: MaxNLocator(6), 2000: LogLocator(subs=(1.0, 2.0, 5.0), numticks=12), math.inf: LogLocator()}
-    axes.yaxis.set_major_locator(next(locator for limit, locator in within_a_factor.items() if high / low < limit))
+    within_a_factor = {4: MaxNLocator(6), 2000: LogLocator(subs=(1.0, 2.0, 5.0), numticks=12)}
+    locators = (locator for limit, locator in within_a_factor.items() if high / low < limit)
+    axes.yaxis.set_major_locator(next(locators, LogLocator()))
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
@@ -352,6 +492,7 @@ def plot_sweep(
     _save(figure, path)
 
 
+@_quiet()
 def plot_training(
     path: str | Path,
     losses: Sequence[float],
@@ -382,8 +523,19 @@ def plot_training(
     _save(figure, path)
 
 
+# Letters of the title's size that fit above a picture, and lines of them that leave room for it.
+_TITLE_LETTERS, _TITLE_LINES = 60, 3
+
+
 def _of(model: str) -> str:
-    return f"\n{model}" if model else ""
+    """The model's name below a title."""
+    lines = textwrap.wrap(_letters(model), _TITLE_LETTERS, max_lines=_TITLE_LINES, placeholder=" …")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _label(text: str) -> str:
+    """A text for the legend, which leaves out what begins with an underscore."""
+    return f" {_letters(text)}" if text.startswith("_") else _letters(text)
 
 
 def _array(values: Tensor) -> Any:
@@ -409,4 +561,8 @@ def _save(figure: Figure, path: str | Path) -> None:
     axes.title.set_fontsize(13)
     axes.xaxis.label.set_fontsize(11)
     axes.yaxis.label.set_fontsize(11)
+    legend = axes.get_legend()
+    # A $ in a name is a dollar sign. (The ticks' numbers are ours, and may be powers of ten.)
+    for text in (axes.title, *(legend.get_texts() if legend is not None else ())):
+        text.set_parse_math(False)
     figure.savefig(path, format="png")

@@ -7,11 +7,13 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
-from linearpatch_kernels.modeling.patched import carried_patches, patched_model
+from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches
 from linearpatch_kernels.surgery.plan import PrunePlan
 
 
+@own_state()
 def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
     """The shallower model: the plan's spans removed, its patches at the joints.
 
@@ -29,8 +31,9 @@ def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
             raise InputError(f"the plan's patches have width {joint.patch.dim} and the model {hidden_size(model)}")
     cut = keep_layers(model, plan.kept_layers)
     maps = joint_maps(model, plan)
-    patches = {at: maps[joint.span] for at, joint in plan.joint_positions().items() if joint.span in maps}
-    return patched_model(cut, patches) if patches else cut
+    new = {at: maps[joint.span] for at, joint in plan.joint_positions().items() if joint.span in maps}
+    # Where there were patches before, the config remembers this cut too, a plain one.
+    return patched_model(cut, new, provenance=plan.provenance) if new or patches(cut) else cut
 
 
 def joint_maps(model: PreTrainedModel, plan: PrunePlan) -> dict[Span, nn.Module]:

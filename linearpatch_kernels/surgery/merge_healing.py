@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Sublayer,
     decoder_layers,
@@ -36,6 +39,7 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EPSILON = 1e-12
 
 
+@own_state()
 def heal_merges(
     dense: PreTrainedModel,
     merged: PreTrainedModel,
@@ -90,6 +94,7 @@ class _Stream:
         self._depth = depth
 
 
+@own_state()
 def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
     """The merged model with new down projections W in its merged layers, by least squares; the same architecture.
 
@@ -113,6 +118,31 @@ def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tenso
         wanted.advance(dense, end)
         _refit_layer(refitted, index, zip(found.states, wanted.states, strict=True))
     return refitted
+
+
+def too_little_to_refit(model: PreTrainedModel, windows: Tensor) -> str | None:
+    """A sentence where a down projection has more inputs than there are tokens to refit it on, or None.
+
+    It can be refitted, since its ridge is chosen on other tokens, but that may win back little.
+    """
+    half = sublayers(model)[1]
+    projection: Any = decoder_layers(model)[0].get_submodule(half.output.projection)
+    inputs, (count, length) = projection.weight.shape[1], windows.shape
+    if (count - count // 4) * length >= inputs:
+        return None
+    return (
+        f"{count} windows of {length} tokens are little text to refit {half.output.projection} and its {inputs} inputs "
+        f"on: it may win back little; {math.ceil(inputs * 4 / 3 / length)} windows would do (--samples)"
+    )
+
+
+def lowers_the_loss(merged: PreTrainedModel, healed: PreTrainedModel, windows: Tensor) -> bool:
+    """Whether the loss on held-out token ``windows`` [W, T] is less with healing; not where its logits are not finite.
+
+    Where it is the same, the model as it was merged is the simpler one.
+    """
+    found = compare_quality({"merged": merged, "healed": healed}, windows, noted=lambda _: None)
+    return "healed" in found and ("merged" not in found or found["healed"].loss < found["merged"].loss)
 
 
 def can_refit(model: nn.Module) -> bool:
@@ -194,7 +224,7 @@ def _least_squares_change(fit: _OutputMoments, held: _OutputMoments) -> Tensor |
 
 
 def _ridge_solution(moments: _OutputMoments, ridge: float) -> Tensor:
-    own = moments.gram.diagonal().clamp_min(_EPSILON * float(moments.gram.diagonal().max()))
+    own = moments.gram.diagonal().clamp_min(_EPSILON * float(moments.gram.diagonal().max()) or _EPSILON)
     solution: Tensor = torch.linalg.solve(moments.gram + torch.diag(ridge * own), moments.cross)
     return solution.T
 

@@ -13,12 +13,25 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import (
+    Entries,
+    finite,
+    read_json,
+    read_seal,
+    reading,
+    write_sealed,
+    write_whole,
+)
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.surgery.merging import Merge, merge_layers
+from linearpatch_kernels.surgery.plan import MOST_LAYERS
 
 MERGE_FILE = "merge.json"
 _FORMAT = "linearpatch-merge"
 _VERSION = 1
+# More neurons than any layer has.
+_MOST_UNITS = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,42 +97,49 @@ class MergePlan:
 
     def files(self) -> dict[str, bytes]:
         """File name -> content, for a checkpoint to carry along."""
-        return {MERGE_FILE: (json.dumps(self.to_json()) + "\n").encode()}
+        return {MERGE_FILE: (json.dumps(finite(self.to_json()), allow_nan=False) + "\n").encode()}
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write one file, whole or not at all."""
-        target = Path(file)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            temporary.write_bytes(self.files()[MERGE_FILE])
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(file), self.files()[MERGE_FILE])
+
+    def keep(self, file: str | os.PathLike[str]) -> None:
+        """Write what a killed run goes on from: sealed, since it decides a model that nobody compares with anything."""
+        write_sealed(Path(file), {}, {"plan": self.to_json()})
+
+    @classmethod
+    def resume(cls, file: str | os.PathLike[str], cure: str) -> MergePlan:
+        """Read what :meth:`keep` wrote; InputError, with what to do (``cure``), where a bit of it is another."""
+        about, _ = read_seal(Path(file), cure)
+        with reading(file, cure):
+            return cls.from_json(Entries(about).table("plan"), file)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> MergePlan:
         """Read what :meth:`save` wrote. InputError where there is none, for a foreign file and for a broken one."""
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"there is no plan of merges at {file}") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"the plan of merges {file} cannot be read ({error}): merge again") from error
-        if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+        if not Path(file).exists():
+            raise InputError(f"there is no plan of merges at {file}")
+        return cls.from_json(read_json(file, "it is not a plan of merges that can be read, so merge again"), file)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], file: str | os.PathLike[str]) -> MergePlan:
+        """What :meth:`to_json` gave, from a file that is named where it is something else (`InputError`)."""
+        if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
             raise InputError(f"{file} is not a plan of merges of version {_VERSION} of this package: merge again")
-        try:
-            return cls(
-                num_layers=content["num_layers"],
-                merges=tuple(map(_merge, content["merges"])),
-                records=tuple(dict(entry["record"]) for entry in content["merges"]),
-                model=content["model"],
-                settings=dict(content["settings"]),
-                calibration=dict(content["calibration"]),
+        with reading(file, "it is not as it was written, so merge again"):
+            about = Entries(dict(content))
+            plan = cls(
+                num_layers=about.whole("num_layers", 1, MOST_LAYERS),
+                model=about.text("model"),
+                settings=about.table("settings"),
+                calibration=about.table("calibration"),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is not as it was written ({error!r}): merge again") from error
+            for told in about.each("merges"):
+                plan = plan.extended(_merge(told, plan.layers), told.table("record"))
+            return plan
 
 
+@own_state()
 def apply_merges(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     """The model after all merges of the plan; ``model`` is not changed.
 
@@ -138,6 +158,19 @@ def leaves(node: Any) -> list[int]:
     return [leaf for child in node for leaf in leaves(child)] if isinstance(node, list) else [node]
 
 
-def _merge(entry: Mapping[str, Any]) -> Merge:
-    units = {half: tuple(tuple(layer) for layer in given) for half, given in entry["units"].items()}
-    return Merge(Span.parse(entry["span"]), tuple(entry["shares"]), units, entry["rule"])
+def _merge(told: Entries, layers: int) -> Merge:
+    """A merge of a model with so many layers; ValueError for anything else."""
+    halves = told.entries("units")
+    units = {half: _units(halves.listed(half)) for half in halves.names}
+    shares = tuple(told.listed("shares").reals())
+    try:
+        merge = Merge(Span.parse(told.text("span")), shares, units, told.text("rule"))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    if merge.span.end > layers or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"a merge of {merge.span} at {shares} of {layers} layers")
+    return merge
+
+
+def _units(layers: Entries) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(layers.listed(layer).wholes(most=_MOST_UNITS)) for layer in layers.names)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from linearpatch_kernels.evaluation.perplexity import (
     Progress,
     check_windows,
     evaluation_mode,
-    require_finite,
     token_losses,
 )
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
@@ -125,6 +125,7 @@ def check_settings(settings: MergeSettings, layers: int) -> None:
         raise InputError("give a grid of at least 1, a least share from 0 to 0.5, and a floor from 0 to 1")
 
 
+@own_state()
 def plan_merging(
     model: PreTrainedModel,
     fit_windows: Tensor,
@@ -189,7 +190,13 @@ def influence_shares(influence: Sequence[float], power: float = 1.0, floor: floa
     """
     if sum(influence) <= 0:
         return [1 / len(influence)] * len(influence)
-    powers = [(max(value, 0.0) / sum(influence)) ** power for value in influence]
+    try:
+        powers = [(max(value, 0.0) / sum(influence)) ** power for value in influence]
+        if not any(powers):
+            # Every share of the sum is too small for so large a power; a share of the largest is not.
+            powers = [(max(value, 0.0) / max(influence)) ** power for value in influence]
+    except (OverflowError, ZeroDivisionError) as error:
+        raise InputError(f"an influence to the power of {power} is beyond all numbers: give another --power") from error
     shares = [value / sum(powers) for value in powers]
     largest = max(range(len(shares)), key=lambda i: shares[i])
     if shares[largest] >= floor:
@@ -232,14 +239,18 @@ class PrefixLosses:
 
     @torch.no_grad()
     def __call__(self, candidate: PreTrainedModel, depth: int, share_of_windows: float = 1.0) -> float:
-        """Mean loss in nats of ``candidate`` over the first windows; it must equal the model before ``depth``."""
+        """Mean loss in nats of ``candidate`` over the first windows; it must equal the model before ``depth``.
+
+        Infinity where its logits are not finite: such a candidate is never chosen.
+        """
         count = max(1, math.ceil(share_of_windows * len(self._windows)))
         suffix = suffix_model(candidate, depth)
         total, tokens = 0.0, 0
         with evaluation_mode(candidate):
-            for index, (batch, states) in enumerate(zip(self._windows[:count], self._states, strict=False)):
+            for batch, states in zip(self._windows[:count], self._states, strict=False):
                 losses = token_losses(suffix(inputs_embeds=states[depth], use_cache=False).logits, batch)
-                require_finite(losses, index * len(self._windows[0]), "a merged model")
+                if not bool(losses.isfinite().all()):
+                    return math.inf
                 total += float(losses.double().sum())
                 tokens += losses.numel()
         return total / tokens
@@ -280,16 +291,22 @@ class _Chooser:
             measure = self._measure(losses, short)
             ranking = {span: self._place_loss(losses, measure, span) for span in self._reported(short)}
         span = min(ranking, key=lambda one: ranking[one])
+        _check_some_finite(ranking.values())
         record: dict[str, Any] = {
             "score": settings.skip_score,
-            "ranking": {str(one): value for one, value in sorted(ranking.items(), key=lambda item: item[1])},
+            "ranking": {
+                str(one): value
+                for one, value in sorted(ranking.items(), key=lambda item: item[1])
+                if math.isfinite(value)
+            },
             "influence": [float(value) for value in self.scores.influence[span.start : span.end]],
         }
         shares = self._influence_shares(span)
         if settings.posterior:
             measure = measure or self._measure(self._prefix_losses([span]), [span])
             shares, found = self._searched_shares(measure, span)
-            record["losses"] = found
+            _check_some_finite(found.values())
+            record["losses"] = {share: value for share, value in found.items() if math.isfinite(value)}
         merge = choose_units(self.scores, span, shares, settings.rule)
         record["gain_errors"] = gain_errors(self.model, merge)
         return merge, record
@@ -346,6 +363,14 @@ class _Chooser:
 
         best, found = search_share(loss, min(low, grid // 2), max(grid - low, grid // 2))
         return shares(best), {f"{point / grid:g}": value for point, value in sorted(found.items())}
+
+
+def _check_some_finite(losses: Iterable[float]) -> None:
+    if not any(map(math.isfinite, losses)):
+        raise InputError(
+            "with any of the merges that were tried the logits are not finite: load the model in bfloat16 or float32, "
+            "or check its weights"
+        )
 
 
 def _of_the_ends(span: Span, first: float, last: float) -> list[float]:

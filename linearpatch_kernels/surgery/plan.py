@@ -14,16 +14,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
 PLAN_VERSION = 1
+MOST_LAYERS = 10_000
+"""More than any model has: a number that a file or a slip of the finger says must not fill the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,11 @@ class PrunePlan:
         removed = {layer for span in self.spans for layer in range(*span)}
         return [layer for layer in range(self.num_layers) if layer not in removed]
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the config of the pruned model remembers of this cut; JSON values."""
+        return {"num_layers": self.num_layers, "spans": [str(span) for span in self.spans]}
+
     def joint_positions(self) -> dict[int, Joint]:
         """Layer number in the *shallower* model whose input the joint is -> joint (its depth, if none follows)."""
         kept = self.kept_layers
@@ -108,19 +118,25 @@ class PrunePlan:
 
     def files(self) -> dict[str, bytes]:
         """File name -> content: what :meth:`save` writes and what a checkpoint carries along."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
+        text = json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n"
         return {"plan.json": text.encode(), "plan.safetensors": save(self.tensors(), metadata={"format": "pt"})}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last."""
+        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last.
+
+        Raises:
+            InputError: a file of one of these names is there that is no plan of ours; the disk is full or fails.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        description = folder / "plan.json"
+        check_file(description, str(description))
+        check_file(folder / "plan.safetensors", str(folder / "plan.safetensors"), lambda _: description.exists())
         for name, content in sorted(self.files().items(), reverse=True):
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            write_whole(folder / name, content)
 
     @classmethod
+    @own_state()
     def load(cls, directory: str | os.PathLike[str]) -> PrunePlan:
         """Read what :meth:`save` wrote.
 
@@ -128,50 +144,94 @@ class PrunePlan:
             InputError: no plan there, a foreign or broken file, or tensors that do not fit the description.
         """
         folder = Path(directory)
+        description, patches = record(folder, "plan.json"), record(folder, "plan.safetensors")
+        for file in (description, patches):
+            if not file.exists():
+                raise InputError(
+                    f"{folder} holds no plan ({file.name} is missing): give a directory that linearpatch prune wrote"
+                )
+        about = read_json(description, _CURE)
+        if about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
+            raise InputError(f"{description} is not a plan of version {PLAN_VERSION} of this package: prune again")
+        with reading(patches, _CURE), safe_open(patches, "pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        with reading(description, _CURE):
+            joints = _told_joints(Entries(about))
+            told = {name: shape for joint in joints for name, shape in joint.shapes.items()}
+        # Before anything of the told sizes is made.
+        if told != there:
+            raise InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again")
+        with reading(patches, _CURE):
+            tensors = load_file(patches)
+        with reading(description, _CURE):
+            return cls._from(Entries(about), tuple(joint.built(tensors) for joint in joints))
+
+    @classmethod
+    def _from(cls, about: Entries, joints: tuple[Joint, ...]) -> PrunePlan:
+        rows = about.rows("candidates")
         try:
-            about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "plan.safetensors")
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder} holds no plan ({Path(error.filename or 'plan.safetensors').name} is missing): give a "
-                "directory that linearpatch prune wrote"
-            ) from error
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"the plan in {folder} cannot be read ({error}): prune again") from error
-        if not isinstance(about, dict) or about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
-            raise InputError(f"{folder}/plan.json is not a plan of version {PLAN_VERSION} of this package: prune again")
-        try:
-            plan = cls(
-                num_layers=about["num_layers"],
-                joints=tuple(_joint(entry, tensors, folder) for entry in about["joints"]),
-                model=about["model"],
-                score=about["score"],
-                calibration=dict(about["calibration"]),
-                candidates=tuple(dict(row) for row in about["candidates"]),
+            return cls(
+                num_layers=about.whole("num_layers", 1, MOST_LAYERS),
+                joints=joints,
+                model=about.text("model"),
+                score=about.text("score"),
+                calibration=about.table("calibration"),
+                candidates=tuple(dict(row) for row in rows),
             )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}/plan.json is not as it was written ({error}): prune again") from error
-        if plan.tensors().keys() != tensors.keys():
-            raise _mixed(folder)
-        return plan
+        except InputError as error:  # in the words for a person who chose the spans
+            raise ValueError(str(error)) from error
 
 
-def _mixed(folder: Path) -> InputError:
-    return InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again")
+_CURE = "prune again"
 
 
-def _joint(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Joint:
-    span = Span.parse(entry["span"])
-    if entry["patch"] is None:
-        return Joint(span, None, entry["fit"])
-    patch = build_patch(entry["patch"])
-    prefix = f"joint.{span}."
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+@dataclasses.dataclass(frozen=True)
+class _ToldJoint:
+    """A joint as ``plan.json`` tells it: nothing of its patch's size is made yet."""
+
+    span: Span
+    fit: str
+    patch: dict[str, Any] | None
+
+    @property
+    def _prefix(self) -> str:
+        return f"joint.{self.span}."
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the file of tensors -> shape."""
+        if self.patch is None:
+            return {}
+        with torch.device("meta"):
+            state = build_patch(self.patch).state_dict()
+        return {f"{self._prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}
+
+    def built(self, tensors: Mapping[str, Tensor]) -> Joint:
+        if self.patch is None:
+            return Joint(self.span, None, self.fit)
+        patch = build_patch(self.patch)
+        start = self._prefix
+        patch.load_state_dict(
+            {name.removeprefix(start): one for name, one in tensors.items() if name.startswith(start)}
+        )
+        return Joint(self.span, patch, self.fit)
+
+
+def _told_joints(about: Entries) -> list[_ToldJoint]:
+    joints = [
+        _ToldJoint(_span(one.text("span")), one.text("fit"), one.maybe_table("patch")) for one in about.each("joints")
+    ]
+    widths = {joint.patch.get("dim") for joint in joints if joint.patch is not None}
+    if len(widths) > 1:
+        raise ValueError(f"its patches are of different widths ({', '.join(map(str, widths))})")
+    return joints
+
+
+def _span(text: str) -> Span:
     try:
-        patch.load_state_dict(state)
-    except RuntimeError as error:
-        raise _mixed(folder) from error
-    return Joint(span, patch, entry["fit"])
+        return Span.parse(text)
+    except InputError as error:
+        raise ValueError(f"{text[:40]!r} is no span") from error
 
 
 def parse_spans(text: str) -> list[Span]:
@@ -183,6 +243,8 @@ def checked_spans(spans: Sequence[Span], num_layers: int) -> list[Span]:
     """The spans in the order of the model, or an InputError that says which does not fit."""
     if not spans:
         raise InputError("no span to remove: give at least one, START:END")
+    if num_layers > MOST_LAYERS:
+        raise InputError(f"no model has {num_layers} layers: give at most {MOST_LAYERS}")
     ordered = sorted(spans)
     for span in ordered:
         if span.length < 1 or span.start < 0 or span.end > num_layers:

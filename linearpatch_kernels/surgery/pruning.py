@@ -12,10 +12,18 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows
+from linearpatch_kernels.evaluation.notes import Noted, warn
+from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
-from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, RANKED_FITS, checked_rank
-from linearpatch_kernels.surgery.plan import PrunePlan, checked_spans
+from linearpatch_kernels.surgery.fitting import (
+    DEFAULT_RANK,
+    RANKED_FITS,
+    UnusableFit,
+    checked_rank,
+    too_little_text,
+)
+from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
 from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score, choose_spans, score_spans
 from linearpatch_kernels.surgery.selection import (
     DENSE,
@@ -24,6 +32,7 @@ from linearpatch_kernels.surgery.selection import (
     compare_candidates,
     fitted_joints,
     needs_moments,
+    usable_candidates,
 )
 
 AUTO = "auto"
@@ -41,6 +50,7 @@ class Pruning:
     choice: FitChoice | None = None
 
 
+@own_state()
 def plan_pruning(
     model: PreTrainedModel,
     fit_windows: Tensor,
@@ -56,6 +66,7 @@ def plan_pruning(
     fingerprint: str = "",
     batch_size: int = 4,
     ranks: Ranks | None = None,
+    noted: Noted = warn,
     progress: Progress | None = None,
 ) -> Pruning:
     """Decide what to remove and what heals it.
@@ -74,9 +85,11 @@ def plan_pruning(
         about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
         ranks: processes that share the passes over both kinds of windows, and the fits that ``auto`` compares; all of
             them get the same result.
+        noted: told before any pass of too little text for the fit, and later of candidates that are left out.
 
     Raises:
         InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
+        UnusableFit: the text does not allow the fit that was asked for.
     """
     layers = num_layers(model)
     moments = needs_moments(fit)
@@ -90,9 +103,11 @@ def plan_pruning(
     else:
         check_drop(drop, layers)
     check_rank(rank, hidden_size(model), [fit], score)
+    check_batch_size(batch_size)
     for windows in (fit_windows, heldout_windows):
         if windows is not None:
             check_windows(model, windows)
+    _note_little_text([fit], hidden_size(model), fit_windows, noted)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
@@ -106,7 +121,7 @@ def plan_pruning(
             statistics = statistics.with_moments(found)
         chosen = short
         if score == LOSS and heldout_windows is not None:
-            chosen = [_best_healed(model, heldout_windows, statistics, short, rank, ranks, progress)]
+            chosen = [_best_healed(model, heldout_windows, statistics, short, fit, rank, ranks, noted, progress)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
             model,
@@ -116,6 +131,7 @@ def plan_pruning(
             rank=rank,
             structured=structured,
             ranks=ranks,
+            noted=noted,
             progress=progress,
         )
         plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
@@ -145,15 +161,38 @@ def _best_healed(
     windows: Tensor,
     statistics: CalibrationStatistics,
     spans: Sequence[Span],
+    fit: str,
     rank: int,
     ranks: Ranks | None,
+    noted: Noted,
     progress: Progress | None,
 ) -> Span:
-    """The span with the lowest held-out loss once a low-rank patch has healed it."""
-    candidates = {span: fitted_joints(statistics, [span], _HEALER, rank=rank) for span in spans}
-    named = {str(span): joints for span, joints in candidates.items()}
-    found = compare_candidates(model, windows, named, description="choosing the span", ranks=ranks, progress=progress)
-    return min(candidates, key=lambda span: found[str(span)].loss)
+    """The span with the lowest held-out loss once a low-rank patch has healed it, or without where that does harm.
+
+    Only spans that ``fit`` can heal afterwards.
+    """
+    candidates: dict[str, tuple[Joint, ...]] = {}
+    for span in spans:
+        if fit == AUTO or usable_candidates(statistics, [span], {fit: fit}, rank=rank, noted=noted):
+            ways = {f"{span}, {way}": way for way in ("none", _HEALER)}
+            candidates |= usable_candidates(statistics, [span], ways, rank=rank, noted=noted)
+    if not candidates:
+        raise UnusableFit(f"the text does not allow the fit {fit} at any of {', '.join(map(str, spans))}: give another")
+    found = compare_candidates(
+        model, windows, candidates, description="choosing the span", ranks=ranks, noted=noted, progress=progress
+    )
+    usable = [name for name in candidates if name in found]
+    if not usable:
+        raise InputError(
+            "without any of the spans, patched or not, the model's logits are not finite on the held-out windows: load "
+            "it in bfloat16 or float32, or give another text"
+        )
+    return candidates[min(usable, key=lambda name: found[name].loss)][0].span
+
+
+def _note_little_text(fits: Sequence[str], width: int, windows: Tensor, noted: Noted) -> None:
+    for note in filter(None, (too_little_text(fit, width, windows) for fit in fits)):
+        noted(note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +217,7 @@ def sweep(
     statistics: CalibrationStatistics | None = None,
     keep: Callable[[CalibrationStatistics], None] | None = None,
     batch_size: int = 4,
+    noted: Noted = warn,
     progress: Progress | None = None,
 ) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
     """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
@@ -188,12 +228,14 @@ def sweep(
     Args:
         statistics: of an earlier run over the same windows; what it holds is not collected again.
         keep: called with the statistics after every pass, for whoever wants to go on after a kill.
+        noted: told before any pass of too little text for a fit, and later of points that are left out: a fit that the
+            text does not allow there, logits that are not finite.
 
     Returns:
         The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
 
     Raises:
-        InputError: arguments that do not fit the model (before any pass), or what the passes raise.
+        InputError: arguments that do not fit the model (before any pass), no point at all, or what the passes raise.
     """
     layers = num_layers(model)
     if not drops or not fits:
@@ -206,8 +248,10 @@ def sweep(
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     check_rank(rank, hidden_size(model), fits)
+    check_batch_size(batch_size)
     for windows in (fit_windows, evaluation_windows):
         check_windows(model, windows)
+    _note_little_text(fits, hidden_size(model), fit_windows, noted)
     if statistics is None:
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)
@@ -217,19 +261,25 @@ def sweep(
         found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
         statistics = statistics.with_moments(found)
         _kept(statistics, keep)
-    joints = {(drop, fit): fitted_joints(statistics, spans[drop], fit, rank=rank) for drop in drops for fit in fits}
-    names = {key: f"{key[0]} layers dropped, {key[1]}" for key in joints}
+    names = {(drop, fit): f"{drop} layers dropped, {fit}" for drop in drops for fit in fits}
+    candidates: dict[str, tuple[Joint, ...]] = {}
+    for (drop, fit), name in names.items():
+        candidates |= usable_candidates(statistics, spans[drop], {name: fit}, rank=rank, noted=noted)
     found_quality = compare_candidates(
         model,
         evaluation_windows,
-        {names[key]: candidate for key, candidate in joints.items()},
+        candidates,
         description="evaluating the sweep",
+        noted=noted,
         progress=progress,
     )
     points = [
-        SweepPoint(drop, fit, PrunePlan(layers, candidate, score=score), found_quality[names[drop, fit]])
-        for (drop, fit), candidate in joints.items()
+        SweepPoint(drop, fit, PrunePlan(layers, candidates[name], score=score), found_quality[name])
+        for (drop, fit), name in names.items()
+        if name in found_quality
     ]
+    if not points:
+        raise InputError("no fit could be made and measured at any depth: give more text, or other fits")
     return found_quality[DENSE], points, statistics
 
 

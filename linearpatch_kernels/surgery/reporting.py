@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Positions, residual_stream
+from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.evaluation.report import (
     CandidateRow,
+    Drawing,
     ReportData,
     SpanRow,
+    draw_report,
     plot_depth_cosine,
     plot_joint_magnitudes,
     plot_sweep,
-    write_report,
 )
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.pruning import SweepPoint
 from linearpatch_kernels.surgery.scoring import PAIR_SCORES
@@ -62,6 +63,7 @@ def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
     ]
 
 
+@own_state()
 @torch.no_grad()
 def joint_magnitudes(model: PreTrainedModel, windows: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """Mean |x| per channel [d] over ``windows`` [W, T]: before the patch, after it, and what the layer behind expects.
@@ -88,35 +90,42 @@ def prune_report(
     statistics: CalibrationStatistics,
     magnitudes: tuple[Tensor, Tensor, Tensor] | None = None,
     model_name: str = "",
+    *,
+    noted: Noted = warn,
 ) -> dict[str, bytes]:
-    """The files of a report directory: ``report.md``, the depth heatmap and the magnitudes at the first joint."""
-    plots = {HEATMAP: "Cosine between the residual stream at every two depths; the removed span is the marked corner."}
-    if magnitudes is not None:
-        plots[MAGNITUDES] = (
-            f"Channel magnitudes at the joint {plan.spans[0]} on held-out windows (first token left out)."
+    """The files of a report directory: ``report.md``, the depth heatmap and the magnitudes at the first joint.
+
+    What cannot be drawn is left out; the report and ``noted`` say so.
+    """
+    spans = [(span.start, span.end) for span in plan.spans]
+
+    def heatmap(path: Path) -> None:
+        plot_depth_cosine(path, statistics.mean_token_cosine(Positions.ALL), spans, model_name)
+
+    drawings: dict[str, Drawing] = {
+        HEATMAP: (
+            "Cosine between the residual stream at every two depths; the removed span is the marked corner.",
+            heatmap,
         )
-    with tempfile.TemporaryDirectory() as folder:
-        cosine = statistics.mean_token_cosine(Positions.ALL)
-        plot_depth_cosine(Path(folder, HEATMAP), cosine, [(span.start, span.end) for span in plan.spans], model_name)
-        if magnitudes is not None:
-            first = plan.joints[0]
-            plot_joint_magnitudes(Path(folder, MAGNITUDES), *magnitudes, (first.span.start, first.span.end), first.fit)
-        write_report(folder, dataclasses.replace(data, plots=plots))
-        return _contents(folder)
+    }
+    if magnitudes is not None:
+        before, after, target = magnitudes
+        drawings[MAGNITUDES] = (
+            f"Channel magnitudes at the joint {plan.spans[0]} on held-out windows (first token left out).",
+            lambda path: plot_joint_magnitudes(path, before, after, target, spans[0], plan.joints[0].fit),
+        )
+    return draw_report(data, drawings, noted)
 
 
 def sweep_report(
-    data: ReportData, dense: float, points: Sequence[SweepPoint], model_name: str = ""
+    data: ReportData, dense: float, points: Sequence[SweepPoint], model_name: str = "", *, noted: Noted = warn
 ) -> dict[str, bytes]:
     """The same for a sweep: ``report.md`` with the plot of perplexity against the number of dropped layers."""
     lines: dict[str, dict[int, float]] = {}
     for point in points:
         lines.setdefault(point.fit, {})[point.drop] = point.quality.perplexity
-    with tempfile.TemporaryDirectory() as folder:
-        plot_sweep(Path(folder, SWEEP), lines, dense, model_name)
-        write_report(folder, dataclasses.replace(data, plots={SWEEP: "Perplexity on held-out text against depth."}))
-        return _contents(folder)
-
-
-def _contents(folder: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    drawing: Drawing = (
+        "Perplexity on held-out text against depth.",
+        lambda path: plot_sweep(path, lines, dense, model_name),
+    )
+    return draw_report(data, {SWEEP: drawing}, noted)

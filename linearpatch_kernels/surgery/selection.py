@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,10 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
+from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
+from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
@@ -34,6 +35,7 @@ DENSE = "dense"
 _AS_GOOD = 0.98
 
 
+@own_state()
 def compare_candidates(
     model: PreTrainedModel,
     windows: Tensor,
@@ -42,6 +44,7 @@ def compare_candidates(
     batch_size: int = 1,
     description: str = "comparing",
     ranks: Ranks | None = None,
+    noted: Noted | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Quality]:
     """The quality of every candidate, and of the dense model under ``"dense"``, in one pass over ``windows`` [W, T].
@@ -52,6 +55,10 @@ def compare_candidates(
 
     With ``ranks`` every one of them calls this with the same arguments, runs its own stretch of the windows (all of
     them, where there are fewer windows than ranks), and gets the qualities over all.
+
+    Args:
+        noted: where given, a candidate with logits that are not finite is left out instead of raising, and a note says
+            so.
 
     Raises:
         InputError: windows that do not fit the model, spans that do not, activations that are not finite.
@@ -65,20 +72,19 @@ def compare_candidates(
     for joints in candidates.values():
         checked_spans([joint.span for joint in joints], layers)
     starts = sorted({joints[0].span.start for joints in candidates.values()})
-    meters = {name: QualityMeter(name) for name in (DENSE, *candidates)}
+    meters = QualityMeters((DENSE, *candidates), lenient=noted is not None)
     runs = {name: _Suffix(model, joints) for name, joints in candidates.items()}
     head = suffix_model(model, layers)
     with torch.no_grad(), evaluation_mode(model):
         for _, batch in batches(windows, batch_size, description, progress):
             states = residual_stream(model, batch, [*starts, layers])
             teacher = head(inputs_embeds=states[layers], use_cache=False).logits
-            meters[DENSE].update(teacher, batch, teacher)
-            for name, joints in candidates.items():
-                meters[name].update(runs[name](states[joints[0].span.start]), batch, teacher)
+            meters.update(DENSE, teacher, batch, teacher)
+            for name in [name for name in meters.names if name != DENSE]:
+                meters.update(name, runs[name](states[candidates[name][0].span.start]), batch, teacher)
     if shared is not None:
-        each = shared.gather(meters)
-        meters = {name: functools.reduce(operator.add, [one[name] for one in each]) for name in meters}
-    return {name: meter.result() for name, meter in meters.items()}
+        meters = functools.reduce(operator.add, shared.gather(meters))
+    return meters.results(noted)
 
 
 class _Suffix:
@@ -119,7 +125,8 @@ class FitChoice:
         table: one row a candidate, best loss first: ``fit``, ``loss`` and ``perplexity`` on the held-out calibration
             windows, ``healed`` (share of what plain removal lost), ``parameters`` and ``flops_per_token`` of all its
             patches, ``kept``.
-        candidates: every fit's joints; found: their qualities and the dense model's.
+        candidates: every fit's joints; found: their qualities and the dense model's. A fit that could not be made or
+            measured is in neither.
     """
 
     fit: str
@@ -137,6 +144,30 @@ class FitChoice:
         return decide({fit: joints for fit, joints in self.candidates.items() if fit not in DENSE_FITS}, self.found)
 
 
+def usable_candidates(
+    statistics: CalibrationStatistics,
+    spans: Sequence[Span],
+    fits: Mapping[str, str],
+    *,
+    rank: int = DEFAULT_RANK,
+    noted: Noted = warn,
+) -> dict[str, tuple[Joint, ...]]:
+    """Candidates for :func:`compare_candidates`: those of ``fits`` (name -> fit) that this text allows.
+
+    Of the others (a silent channel has no ratio of magnitudes) a note says why they are left out.
+
+    Raises:
+        InputError: an unknown fit, a rank that does not fit the width, moments that were not collected.
+    """
+    found = {}
+    for name, fit in fits.items():
+        try:
+            found[name] = fitted_joints(statistics, spans, fit, rank=rank)
+        except UnusableFit as error:
+            noted(f"not a candidate: {error}" if name == fit else f"not a candidate, {name}: {error}")
+    return found
+
+
 def choose_fit(
     model: PreTrainedModel,
     windows: Tensor,
@@ -147,28 +178,29 @@ def choose_fit(
     structured: bool = False,
     batch_size: int = 1,
     ranks: Ranks | None = None,
+    noted: Noted = warn,
     progress: Progress | None = None,
 ) -> FitChoice:
     """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
 
     The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98
-    % as much of the loss that plain removal costs. ``structured`` leaves the dense d x d map out. A fit that this text
-    does not allow (a silent channel has no ratio of magnitudes) is left out with a warning. ``ranks`` share the
+    % as much of the loss that plain removal costs. Plain removal is a candidate, so nothing that is worse wins.
+    ``structured`` leaves the dense d x d map out. A fit that this text does not allow (a silent channel has no ratio of
+    magnitudes), or with which the model's logits are not finite, is left out and a note says so. ``ranks`` share the
     candidates out to fit them, and then the windows to compare them.
 
     Raises:
-        InputError: moments that were not collected, or what :func:`compare_candidates` raises.
+        InputError: moments that were not collected, no usable candidate, or what :func:`compare_candidates` raises.
     """
     names = [name for name in FITS if not (structured and name in DENSE_FITS)]
-    fitted = {}
-    for name in names if ranks is None else names[ranks.rank :: ranks.count]:
-        try:
-            fitted[name] = fitted_joints(statistics, spans, name, rank=rank)
-        except UnusableFit as error:
-            warnings.warn(f"not a candidate: {error}", stacklevel=2)
-    for found_elsewhere in () if ranks is None else ranks.gather(fitted):
-        fitted |= found_elsewhere
-    candidates = {name: fitted[name] for name in names if name in fitted}
+    reasons: list[str] = []
+    mine = names if ranks is None else names[ranks.rank :: ranks.count]
+    fitted = usable_candidates(statistics, spans, {name: name for name in mine}, rank=rank, noted=reasons.append)
+    each = [(fitted, reasons)] if ranks is None else ranks.gather((fitted, reasons))
+    for reason in (reason for _, given in each for reason in given):
+        noted(reason)
+    everything = {name: joints for usable, _ in each for name, joints in usable.items()}
+    candidates = {name: everything[name] for name in names if name in everything}
     found = compare_candidates(
         model,
         windows,
@@ -176,15 +208,25 @@ def choose_fit(
         batch_size=batch_size,
         description="choosing the fit",
         ranks=ranks,
+        noted=noted,
         progress=progress,
     )
-    return decide(candidates, found)
+    return decide({name: joints for name, joints in candidates.items() if name in found}, found)
 
 
 def decide(candidates: Mapping[str, tuple[Joint, ...]], found: Mapping[str, Quality]) -> FitChoice:
-    """The choice of :func:`choose_fit` from qualities that are known already; ``candidates`` must hold ``none``."""
-    dense, dropped = found[DENSE].loss, found["none"].loss
+    """The choice of :func:`choose_fit` from qualities that are known already.
+
+    Raises:
+        InputError: no candidate.
+    """
+    if not candidates:
+        raise InputError(
+            "no fit gives a model whose logits are finite on the held-out windows, nor does plain removal: load the "
+            "model in bfloat16 or float32, or give another text"
+        )
     best = min(found[name].loss for name in candidates)
+    dense, dropped = found[DENSE].loss, found["none"].loss if "none" in found else best
     good = [name for name in candidates if found[name].loss <= dropped - _AS_GOOD * (dropped - best)]
     fit = min(good, key=lambda name: (cost(candidates[name])[1], found[name].loss))
     table = [

@@ -120,6 +120,10 @@ def test_logits_that_are_not_finite_are_named(windows: Tensor, bad: float) -> No
         (torch.zeros(0, 5, dtype=torch.long), "count >= 1"),
         (torch.zeros(5, dtype=torch.long), "must be token ids"),
         (torch.zeros(2, 5), "must be token ids"),
+        (torch.zeros(2, 5, dtype=torch.bool), "must be token ids"),
+        (torch.zeros(2, 5, dtype=torch.complex64), "must be token ids"),
+        (torch.tensor([[3, -1, 4]]), "-1 is none"),
+        ([[1, 2, 3]], "must be a tensor of token ids"),
     ],
     ids=str,
 )
