@@ -214,7 +214,7 @@ def bind(clone: nn.Module, replacements: Replacements, name: str) -> None:
                 continue
             raise InputError(
                 f"{'a hook' if attribute in _HOOKS else f'the {attribute}'} that was put on {name} holds this very "
-                "model, whose weights another one would compute with: take it off first, or load the model anew"
+                "model, whose weights another one would compute with: undo what put it there first"
             ) from None
 
 
@@ -300,8 +300,8 @@ def carry_over(pair: Pair) -> None:
                 if not pair.same_class:  # compared, and found to compute the same
                     continue
                 raise InputError(
-                    f"the {name} that was put on {pair.name} would run in the place of the patched one: take it off "
-                    "first, or load the model anew"
+                    f"the {name} that was put on {pair.name} would run in the place of the patched one: undo what put "
+                    "it there first"
                 )
             vars(pair.new)[name] = copy.copy(value) if isinstance(value, dict | set) else value
         elif pair.in_layer and name != "layer_idx" and isinstance(value, _VALUES):

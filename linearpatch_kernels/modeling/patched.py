@@ -69,9 +69,9 @@ def checked_record(record: Any, depth: int, dim: int) -> dict[str, Any]:
         raise InputError(
             f"the config's linearpatch is of format {reprlib.repr(record['format'])}: update linearpatch-kernels"
         )
-    names = {str(joint) for joint in range(depth + 1)}
     for joint, description in joints.items():
-        if joint not in names:
+        # As it is looked up, so no "02"; and not all that there could be, which a depth of 10**9 would make many.
+        if not isinstance(joint, str) or not re.fullmatch("0|[1-9][0-9]{0,8}", joint) or int(joint) > depth:
             named = ", ".join(sorted(map(str, joints)))
             raise InputError(f"the config patches joints [{named:.200}] of a model with {depth} layers")
         chain = description if isinstance(description, list) else [description]

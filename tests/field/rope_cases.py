@@ -29,7 +29,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", rope(), {}),
     "llama linear": ("llama", rope("linear", factor=4.0), {}),
-    "llama dynamic": ("llama", rope("dynamic", factor=4.0), {"max_position_embeddings": 16}),
+    "llama dynamic": ("llama", rope("dynamic", factor=4.0), {"max_position_embeddings": 24}),
     "llama yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64), {}),
     "llama yarn with None": (
         "llama",

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.families import keep_layers, merge_tree
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, checked_record, patched_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch, build_patch, check_description
@@ -150,6 +150,46 @@ def test_what_was_written_before_is_read() -> None:
     for extra in ({}, {"format": 1}, {"format": 2}):
         assert checked_record({**record, **extra}, 4, 48) == {**record, **extra}
     assert checked_record(None, 4, 48) == {"joints": {}}
+
+
+def test_a_depth_that_a_file_says_is_not_counted_up_to() -> None:
+    """A config of 10**9 layers made a name for every one of its joints."""
+    record = {"joints": {str(HUGE): HADAMARD}}
+    with pytest.raises(InputError):
+        checked_record(record, HUGE - 1, 48)
+    assert checked_record({"joints": {"7": HADAMARD}}, HUGE, 48)["joints"] == {"7": HADAMARD}
+
+
+_DEEP: list[Any] = [0, 1]
+for _ in range(900):
+    _DEEP = [_DEEP, 0]
+
+
+@pytest.mark.parametrize(
+    "tree", ["012345", 5, {}, [0], [0, 1, 2, 3, 4, "5"], [0, 1, 2, 3, 4, 5.0], [0, 1, 2, 3, 4, []], [*range(5), _DEEP]]
+)
+def test_a_merge_tree_that_is_none_is_refused(tree: Any) -> None:
+    model = tiny()
+    model.config.linearpatch_merge_tree = tree
+    with pytest.raises(InputError, match="linearpatch_merge_tree") as caught:
+        merge_tree(model)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize("tree", ["01234", 5, {}, [0]])
+def test_a_merge_tree_of_another_depth_is_not_cut(tree: Any) -> None:
+    model = tiny()
+    model.config.linearpatch_merge_tree = tree
+    with pytest.raises(InputError, match="linearpatch_merge_tree does not have an entry for each of 6 layers"):
+        keep_layers(model, [0, 1])
+
+
+@pytest.mark.parametrize("entries", [["full_attention"] * 4, "full", 5])
+def test_a_list_of_another_length_than_the_depth_is_refused(entries: Any) -> None:
+    model = tiny()
+    model.config.layer_types = entries
+    with pytest.raises(InputError, match="the config's layer_types does not have an entry for each of 6 layers"):
+        keep_layers(model, [0, 1])
 
 
 @pytest.mark.parametrize("rank", [0, 1, 48])

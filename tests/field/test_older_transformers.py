@@ -22,7 +22,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from linearpatch_kernels.modeling.config_forms import write_both_forms
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.saving import save_checkpoint
@@ -52,7 +51,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = word_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
         save_checkpoint(model, tokenizer, directory)
-        write_both_forms(directory)
         with torch.no_grad():
             logits = model(IDS).logits.contiguous()
         save_file({"ids": IDS, "logits": logits}, directory / "expected.safetensors")

@@ -403,7 +403,7 @@ def test_what_is_bound_to_a_layer_that_is_gone_is_refused() -> None:
     model = tiny()
     layer(model, 1).mlp.forward = layer(model, 2).mlp.forward
     assert torch.equal(logits(keep_layers(model, ALL)), logits(model))
-    with pytest.raises(InputError, match="take it off first"):
+    with pytest.raises(InputError, match="undo what put it there first"):
         keep_layers(model, KEPT)
 
 
