@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
+from field import gguf_files
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -963,19 +963,7 @@ def added_tokens(world: World, place: Path) -> Path:
 
 def gguf_file(place: Path, architecture: str = "llama") -> Path:
     place.parent.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(place, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(WIDTH)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(32)])
-    for name, tensor in tiny_llama(32, layers=2).state_dict().items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return place
+    return gguf_files.write(place, tiny_llama(32, layers=2), architecture=architecture)
 
 
 def cut_gguf(kept: float) -> Callable[[World, Path], Path]:

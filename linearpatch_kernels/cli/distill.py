@@ -15,7 +15,6 @@ import typer
 from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
-    check_json,
     console,
     print_quality,
     print_seconds,
@@ -26,6 +25,7 @@ from linearpatch_kernels.cli.console import (
 from linearpatch_kernels.cli.inputs import (
     EVALUATION_WINDOWS,
     Texts,
+    check_places,
     find_model,
     on_disk,
     read_texts,
@@ -253,11 +253,11 @@ def distill(
     )
     check_form(patch)
     reads = [directory, on_disk(teacher), text, heldout_text, store]
-    check_json(json_file, made_from=reads, output=output)
-    check_output(output, overwrite=True, made_from=reads)
-    if store is not None and lies_in(store, output):
-        raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
+    check_places(output, json_file, reads)
     work = _Work(output, store)
+    for replaced in (output, work.run):
+        if store is not None and lies_in(store, replaced):
+            raise InputError(f"--store {store} is inside {replaced}, which this run replaces: give another --store")
     work.check()
     if loss == "topk" and top_k == 1:
         raise InputError(

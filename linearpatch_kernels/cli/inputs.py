@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearpatch_kernels.cli.console import problems
+from linearpatch_kernels.cli.console import check_json, problems
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import lies_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +58,14 @@ def find_model(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
+
+
+def check_can_be_cut(model: ModelSource) -> None:
+    """InputError for a model that can only be measured; ask it before the calibration."""
+    if model.is_quantised:
+        raise InputError(
+            f"{model.name} is quantised and cannot be cut: give the full-precision model, and quantise the result"
+        )
 
 
 def on_disk(model: str | None) -> str | None:
@@ -173,6 +183,21 @@ def num_layers_of(model: PreTrainedModel) -> int:
     from linearpatch_kernels.modeling.families import num_layers
 
     return num_layers(model)
+
+
+def check_places(output: Path, json_file: Path | None, reads: Sequence[Path | str | None]) -> None:
+    """Whether an output and its figures can go where they were sent; call it first.
+
+    Args:
+        reads: what the run reads, None for what it does not.
+    """
+    from linearpatch_kernels.modeling.saving import check_output
+    from linearpatch_kernels.text import cache_dir
+
+    check_json(json_file, made_from=reads, output=output)
+    if lies_in(output, cache_dir()):
+        raise InputError(f"{output} is in the cache, which is not yours to keep things in: give another directory")
+    check_output(output, overwrite=True, made_from=reads)
 
 
 def forget(unfinished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +114,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    weights = [file for file in directory.glob("*.safetensors") if file.name != "plan.safetensors"]
+    weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
     tree = config.get("linearpatch_merge_tree")
     about = {
         "model_type": config.get("model_type"),

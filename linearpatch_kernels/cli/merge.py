@@ -14,7 +14,6 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     TableContent,
-    check_json,
     console,
     print_quality,
     print_seconds,
@@ -24,6 +23,8 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
+    check_places,
     find_model,
     forget,
     heldout_windows,
@@ -167,8 +168,7 @@ def merge(
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
     reads = [on_disk(model), text, heldout_text]
-    check_json(json_file, made_from=reads, output=output)
-    check_output(output, overwrite=True, made_from=reads)
+    check_places(output, json_file, reads)
     unfinished = _unfinished(output)
     check_file(unfinished, f"{unfinished}, where the merges of an unfinished run are kept,", parents=True)
     run, notes = Reporter(), Notes()
@@ -179,6 +179,7 @@ def merge(
             f"{REFIT_WINDOWS}, or another --heal"
         )
     source = find_model(model, dtype, device, trust_remote_code)
+    check_can_be_cut(source)
     check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
     rank = rank_for(rank, source.hidden_size)
     check_rank(rank, source.hidden_size, [heal or REFIT])

@@ -14,7 +14,6 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     candidates_table,
-    check_json,
     console,
     json_text,
     print_quality,
@@ -24,6 +23,8 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
+    check_places,
     find_model,
     heldout_windows,
     make_windows,
@@ -115,8 +116,7 @@ def prune(
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
     reads = [on_disk(model), text, heldout_text]
-    check_json(json_file, made_from=reads, output=output)
-    check_output(output, overwrite=True, made_from=reads)
+    check_places(output, json_file, reads)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
@@ -124,6 +124,7 @@ def prune(
     place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
         source = find_model(model, dtype, place, trust_remote_code)
+        check_can_be_cut(source)
     if wanted:
         checked_spans(wanted, source.num_layers)
     else:

@@ -16,7 +16,6 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     TableContent,
-    check_json,
     console,
     figure,
     json_text,
@@ -26,6 +25,8 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.inputs import (
+    check_can_be_cut,
+    check_places,
     find_model,
     forget,
     make_windows,
@@ -85,7 +86,7 @@ def sweep(
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
-    from linearpatch_kernels.modeling.saving import check_output, save_files
+    from linearpatch_kernels.modeling.saving import save_files
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.pruning import check_rank, rank_for
@@ -102,8 +103,7 @@ def sweep(
     check_score(score, SCORES)
     drops = _depths(drop)
     reads = [on_disk(model), text, heldout_text]
-    check_json(json_file, made_from=reads, output=output)
-    check_output(output, overwrite=True, made_from=reads)
+    check_places(output, json_file, reads)
     target = output.resolve()
     unfinished = target.with_name(f".{target.name}.statistics")
     check_file(unfinished, f"{unfinished}, where the calibration of an unfinished run is kept,", parents=True)
@@ -111,6 +111,7 @@ def sweep(
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         source = find_model(model, dtype, device, trust_remote_code)
+        check_can_be_cut(source)
     for count in drops:
         check_drop(count, source.num_layers)
     with run.stage("tokenise"):

@@ -38,13 +38,16 @@ def reading(path: str | os.PathLike[str], cure: str) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
+    """The first line of what an exception says (the first two, where one announces the other), or its name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # A line that ends so announces the one that says it.
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 def read_json(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -50,12 +50,13 @@ _INSTEAD = "use the model's safetensors"
 _MOST_ENTRIES = 1 << 20
 _ENDS = 1 << 20
 _WHOLE = 64 << 20
-# Of what a conversion is: another number, another Transformers, another conversion.
+# Of the conversion below. A checkpoint of another version is made again.
 _VERSION = 2
 _SEAL = "conversion.json"
 
-# Keys of an architecture that change nothing that is computed, whatever they say, ...
-_HARMLESS = {"rope.scaling.finetuned", "attention.layer_norm_epsilon", "pooling_type"}
+# Keys of an architecture that change nothing that these families compute of a text, whatever they say, ...
+_HARMLESS = {"rope.scaling.finetuned", "attention.layer_norm_epsilon", "pooling_type", "use_parallel_residual"}
+_OF_IMAGES = ("mm.", "vision.")
 # ... and what others say where they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
@@ -72,7 +73,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (0, 1),
     "rope.scaling.attn_factor": (0, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
-    "use_parallel_residual": (False,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
 _FREQUENCIES, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -257,12 +257,15 @@ class _Keys:
             self.refuse(key, value, "is no number")
         return float(value)
 
-    def refuse(self, key: str, value: Any, why: str = "may change what the model computes, and is not read") -> Any:
+    def refuse(
+        self, key: str, value: Any, why: str = "may change what the model computes, and is not read"
+    ) -> NoReturn:
         raise InputError(f"{self._path}: {self._prefix}{key} = {str(value)[:60]} {why}: {_INSTEAD}")
 
-    def refuse_rest(self, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    def refuse_rest(self) -> None:
         for key, value in self._left.items():
-            if key not in _HARMLESS and value not in harmless.get(key, ()):
+            harmless = key in _HARMLESS or key.startswith(_OF_IMAGES)
+            if not harmless and value not in _NEUTRAL.get(key, ()):
                 self.refuse(key, value)
 
 
@@ -314,7 +317,7 @@ def _config(header: _Header) -> PretrainedConfig:
         keys.refuse("attention.scale", scale, f"is not the {ordinary:.6g} of {head} dimensions")
     if (window := keys.take("attention.sliding_window", 0)) and not (type(window) is int and window >= context):
         keys.refuse("attention.sliding_window", window)
-    keys.refuse_rest(_NEUTRAL)
+    keys.refuse_rest()
     with reading(header.path, _INSTEAD):
         return STOCK_FAMILIES[ARCHITECTURES[architecture]].config_class(**entries)
 
@@ -377,7 +380,8 @@ def _rope(keys: _Keys, header: _Header, head: int, context: int) -> dict[str, An
     plain = {"rope_type": "default", "rope_theta": theta}
     longrope = {_LONG, _SHORT} & header.factors.keys()
     if longrope or kind == "longrope":
-        if header.architecture != "phi3" or len(longrope) < 2 or _FREQUENCIES in header.factors:
+        alone = factor == 1 and _FREQUENCIES not in header.factors
+        if header.architecture != "phi3" or len(longrope) < 2 or not alone:
             keys.refuse("rope.scaling.type", kind, "does not go with the tensors rope_factors_* here")
         scaling: dict[str, Any] = {
             "rope_type": "longrope",

@@ -144,11 +144,12 @@ class ModelSource:
         rows = self.config.vocab_size
         with _told_of(self._title, "has no tokenizer that can be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(self._place, trust_remote_code=self._trust)
-        # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
-        if tokenizer.vocab_size > rows:
+            # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
+            tokens = int(tokenizer.vocab_size)
+        if tokens > rows:
             raise InputError(
-                f"the tokenizer of {self.name} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it "
-                "belongs to another model"
+                f"the tokenizer of {self.name} has {tokens} tokens and the model {rows} embeddings: it belongs to "
+                "another model"
             )
         return tokenizer
 
@@ -276,13 +277,15 @@ def _snapshot(name: str) -> Path | None:
 
 
 def _companions_in(folder: Path, *, code: bool) -> list[Path]:
-    files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files: list[Path] = []
+    with contextlib.suppress(OSError):
+        files += [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     patterns = _patterns() + ["*.py"] * code
     without = _WEIGHTS if code else (*_WEIGHTS, ".py")
     return [
         file
         for file in sorted(files)
-        if file.suffix not in without
+        if file.suffix.lower() not in without
         and any(fnmatch.fnmatchcase(file.relative_to(folder).as_posix(), pattern) for pattern in patterns)
     ]
 

@@ -56,7 +56,9 @@ def check_directory(path: Path) -> Shapes:
         raise InputError(f"{path} holds an adapter ({_ADAPTER}): {MERGE_ADAPTER}; or take the adapter's files out")
     file = path / "config.json"
     if not file.exists():
-        raise InputError(f"{path} is not a model: it has no config.json")
+        others = sorted(other.name for other in path.glob("*.gguf"))
+        hint = f"; give the file {others[0]} in it" if others else ""
+        raise InputError(f"{path} is not a model: it has no config.json{hint}")
     config = read_json(file, AGAIN)
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{file} is not a model's: it names no model_type")

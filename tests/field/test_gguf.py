@@ -219,7 +219,6 @@ REFUSED: dict[str, Any] = {
     "logit_scale": 0.5,
     "residual_scale": 0.5,
     "embedding_scale": 12.0,
-    "use_parallel_residual": True,
     "block_count": 2**31,
     "context_length": 0,
     "vocab_size": 96,
@@ -258,6 +257,9 @@ def test_keys_that_change_nothing_are_no_reason(tmp_path: Path) -> None:
         "rope.scaling.finetuned": True,
         "rope.scaling.attn_factor": 1.0,
         "tensor_data_layout": "Meta AI original pth",
+        "use_parallel_residual": True,
+        "vision.block_count": 27,
+        "mm.tokens_per_image": 256,
     }
     model = tiny(layers=3)
     others = {"general.name": "mistral", "general.quantized_by": "somebody", "quantize.imatrix.file": "x.dat"}

@@ -204,6 +204,19 @@ def test_a_store_that_was_named_is_kept(home: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "a.work")) == ["store"]
 
 
+def test_a_store_that_the_run_itself_would_remove_is_refused(home: Path, tmp_path: Path) -> None:
+    for place in ("out/store", "out.work/run", "out.work/run/store"):
+        error = linearpatch(*command("distill", home, tmp_path / "out"), "--store", tmp_path / place)
+        refused(error, "which this run replaces")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_cache_is_no_place_for_an_output(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a converted model lies, a run would replace what the file itself is loaded from."""
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "cache"))
+    refused(linearpatch(*command("prune", home, tmp_path / "cache" / "gguf" / "tiny-0123")), "in the cache")
+
+
 def test_a_store_begins_in_an_empty_directory_only(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hid").mkdir()
     (tmp_path / "hid" / ".important.tmp").write_text("mine")

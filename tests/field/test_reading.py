@@ -261,6 +261,13 @@ def test_whatever_a_file_holds_the_answer_is_one_line(model: Path, name: str, co
     assert "model" in refusal(model)
 
 
+def test_a_quantised_checkpoint_is_known_as_one(model: Path) -> None:
+    """Before its weights are loaded: nothing can be cut from it."""
+    assert not ModelSource(model, device="cpu").is_quantised
+    with_config(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert ModelSource(model, device="cpu").is_quantised
+
+
 # --- indexes and sets of weights -------------------------------------------------------------------------------------
 
 
@@ -365,3 +372,15 @@ def test_a_model_of_the_hub_brings_what_is_in_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert ModelSource("owner/name", device="cpu").companions["LICENSE"] == b"terms"
     assert ModelSource("owner/other", device="cpu").companions == {}
+
+
+@pytest.mark.parametrize("command", [["prune", "--drop", 1], ["sweep", "--drop", "1"], ["merge", "--layers", 2]])
+def test_a_quantised_model_is_refused_before_it_is_calibrated(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[object]
+) -> None:
+    verb, *flags = command
+    monkeypatch.setattr(ModelSource, "is_quantised", property(lambda _: True))
+    monkeypatch.setattr(ModelSource, "load", lambda _: pytest.fail("loaded"))
+    error = linearpatch(verb, model, *flags, "-o", tmp_path / "out", "--text", text_file(tmp_path), *SMALL)
+    assert isinstance(error, InputError)
+    assert "is quantised and cannot be cut" in str(error)
