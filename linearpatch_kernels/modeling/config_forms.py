@@ -20,6 +20,7 @@ all that they say.)
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 from linearpatch_kernels.errors import InputError
 
 _OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+_KINDS = ("full_attention", "sliding_attention")
 _PHI3 = ("phi3", "linearpatch_phi3")
 _PHI3_SCALING = ("type", "short_factor", "long_factor")
 
@@ -52,8 +54,8 @@ def both_forms(entries: Mapping[str, Any]) -> dict[str, Any]:
             # Phi-3 reads no other name of the type before Transformers 5.
             both["rope_parameters"] = rope = {**rope, "type": "longrope"}
         return both | _old_rope(rope, both)
-    local = rope.get("sliding_attention") or {}
-    old = {**_old_rope(rope.get("full_attention") or {}, {}), "rope_local_base_freq": local.get("rope_theta")}
+    full, local = (part if isinstance(part := rope.get(kind), Mapping) else {} for kind in _KINDS)
+    old = {**_old_rope(full, {}), "rope_local_base_freq": local.get("rope_theta")}
     if local.get("rope_type", "default") != "default":
         old["rope_theta"] = None
     return both | old
@@ -76,9 +78,11 @@ def write_both_forms(directory: Path) -> None:
     """Rewrite the config and the tokenizer's, where they are there, for either Transformers; all else in them stays."""
     for name, forms in (("config.json", both_forms), ("tokenizer_config.json", both_tokenizer_forms)):
         path = directory / name
-        if path.exists():
-            entries = forms(json.loads(path.read_text(encoding="utf-8")))
-            path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # A tokenizer's may have been carried over from somewhere else: what is no JSON object stays as it is.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(entries, dict):
+                path.write_text(json.dumps(forms(entries), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def one_form(entries: Mapping[str, Any], *, new: bool) -> dict[str, Any]:
@@ -120,7 +124,11 @@ def _old_rope(rope: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, 
         if entries.get("model_type") in _PHI3:
             if scaling.keys() <= {*_PHI3_SCALING, "rope_type", "original_max_position_embeddings"}:
                 old["rope_scaling"] = {name: scaling.get(name) for name in _PHI3_SCALING}
-        elif trained and rope.get("factor") not in (None, entries.get("max_position_embeddings", 0) / trained):
+        elif trained and rope.get("factor") not in (None, _ratio(entries.get("max_position_embeddings"), trained)):
             # Before Transformers 5 the factor of such a model is the ratio of its two lengths, whatever it says.
             old |= {"rope_theta": None, "rope_scaling": dict(rope)}
     return old
+
+
+def _ratio(length: Any, trained: Any) -> float | None:
+    return length / trained if isinstance(length, int) and isinstance(trained, int) else None

@@ -33,6 +33,11 @@ _NOT_COPIED = frozenset(
 )
 _VALUES = (type(None), bool, int, float, complex, str, bytes)
 _LEAVES = (*_VALUES, type, torch.dtype, torch.device, Tensor, types.ModuleType)
+_REFERENCES: dict[type, Any] = {
+    weakref.ref: weakref.ref,
+    weakref.ProxyType: weakref.proxy,
+    weakref.CallableProxyType: weakref.proxy,
+}
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 # How many steps from a function or an object a reference to a module is looked for.
 _DEPTH = 6
@@ -47,18 +52,26 @@ class Replacements:
     """What stands in a copy for the things of its source.
 
     Args:
-        pairs: ``(thing of the source, thing of the copy)``: modules, configs.
-        gone: modules of the source for which nothing stands.
+        pairs: ``(module of the source, module of the copy)``.
+        gone: modules and weights of the source for which nothing stands. A weight that is held apart from its module
+            is not followed when the module gets another.
+        configs: ``(config of the source, config of the copy)``.
     """
 
-    def __init__(self, pairs: Iterable[tuple[object, object]], gone: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[tuple[nn.Module, nn.Module]],
+        gone: Iterable[nn.Module | Tensor] = (),
+        configs: Iterable[tuple[object, object]] = (),
+    ) -> None:
         # With what they are found by, which must stay alive: an id is given again.
-        self._pairs = {id(old): (old, new) for old, new in pairs}
-        self._gone = {id(module): module for module in gone if id(module) not in self._pairs}
+        self._modules = {id(old): (old, new) for old, new in pairs}
+        self._gone = {id(thing): thing for thing in gone if id(thing) not in self._modules}
+        self._configs = {id(old): (old, new) for old, new in configs}
 
-    def prefer(self, old: object, new: object) -> None:
+    def prefer(self, old: nn.Module, new: nn.Module) -> None:
         """From now on, ``new`` stands for ``old``: one module may stand in several places of the source."""
-        self._pairs[id(old)] = (old, new)
+        self._modules[id(old)] = (old, new)
 
     def bound(self, value: Any) -> Any:
         """``value`` with everything of the source in it replaced; itself where there is nothing.
@@ -66,20 +79,24 @@ class Replacements:
         Raises:
             _BoundToSource: it holds the source where nothing outside can reach, as a closure does.
         """
-        if id(value) in self._pairs:
-            return self._pairs[id(value)][1]
-        if isinstance(value, types.MethodType):
-            owner, function = self.bound(value.__self__), self.bound(value.__func__)
-            return value if owner is value.__self__ else types.MethodType(function, owner)
-        if type(value) is functools.partial:
-            old = (value.func, value.args, value.keywords)
-            func, args, keywords = new = tuple(map(self.bound, old))
-            return value if _same(new, old) else functools.partial(func, *args, **keywords)
-        if isinstance(value, weakref.ref):
-            target = self.bound(value())
-            return value if target is value() else weakref.ref(target)
-        if type(value) in _CONTAINERS:
-            return self._bound_container(value)
+        for replaced in (self._modules, self._configs):
+            if id(value) in replaced:
+                return replaced[id(value)][1]
+        if id(value) not in self._gone:
+            if isinstance(value, _LEAVES):
+                return value
+            if isinstance(value, types.MethodType):
+                owner, function = self.bound(value.__self__), self.bound(value.__func__)
+                return value if owner is value.__self__ else types.MethodType(function, owner)
+            if type(value) is functools.partial:
+                old = (value.func, value.args, value.keywords)
+                func, args, keywords = new = tuple(map(self.bound, old))
+                return value if _same(new, old) else functools.partial(func, *args, **keywords)
+            if type(value) in _REFERENCES:
+                target = self.bound(_target(value))
+                return value if target is _target(value) else _REFERENCES[type(value)](target)
+            if type(value) in _CONTAINERS:
+                return self._bound_container(value)
         if self._reaches(value, _DEPTH, set()):
             raise _BoundToSource
         return value
@@ -92,10 +109,10 @@ class Replacements:
         return value if all(map(_same, new, value.items())) else type(value)(new)
 
     def _reaches(self, value: Any, depth: int, seen: set[int]) -> bool:
-        """Whether something of the source can be reached from a value."""
-        if id(value) in self._pairs or id(value) in self._gone:
+        """Whether a module or a weight of the source can be reached from a value."""
+        if id(value) in self._modules or id(value) in self._gone:
             return True
-        if depth == 0 or id(value) in seen or isinstance(value, (*_LEAVES, nn.Module)):
+        if depth == 0 or id(value) in seen or isinstance(value, _LEAVES):
             return False
         seen.add(id(value))
         return any(self._reaches(part, depth - 1, seen) for part in _parts(value))
@@ -103,6 +120,12 @@ class Replacements:
 
 def _same(one: Iterable[object], other: Iterable[object]) -> bool:
     return all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _target(reference: Any) -> Any:
+    """What a weak reference or a weak proxy of a module stands for."""
+    # A proxy hands out everything of the module, and so a method that knows it.
+    return reference() if type(reference) is weakref.ref else getattr(reference.__repr__, "__self__", None)
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -122,14 +145,17 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from (module for module in names if isinstance(module, nn.Module))
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, weakref.ref):
-        yield value()
+    elif type(value) in _REFERENCES:
+        yield _target(value)
     elif isinstance(value, Mapping):
         yield from (*value, *value.values())
     elif isinstance(value, list | tuple | set | frozenset):
         yield from value
     else:
         yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            yield from (getattr(value, slot, None) for slot in ([slots] if isinstance(slots, str) else slots))
 
 
 def shallow_copy(module: ModuleT) -> ModuleT:
@@ -186,10 +212,9 @@ def bind(clone: nn.Module, replacements: Replacements, name: str) -> None:
             if attribute not in _MACHINERY and not hasattr(type(clone), attribute):
                 del vars(clone)[attribute]
                 continue
-            what = "a hook" if attribute in _HOOKS else f"the {attribute}"
             raise InputError(
-                f"{what} that was put on {name} holds this very model, and a model of other layers would compute with "
-                "its weights: take it off first, or load the model anew"
+                f"{'a hook' if attribute in _HOOKS else f'the {attribute}'} that was put on {name} holds this very "
+                "model, whose weights another one would compute with: undo what put it there first"
             ) from None
 
 
@@ -217,8 +242,8 @@ class Pair:
 
     @property
     def same_class(self) -> bool:
-        """Whether ``new`` does what ``old`` does, by its class: it may be a patched layer for a stock one."""
-        return issubclass(type(self.new), type(self.old))
+        """Whether ``new`` does by its class what ``old`` does; a patched class does what its stock class does."""
+        return type(self.old) in (type(self.new), getattr(type(self.new), "stock_class", None))
 
 
 def check_same_structure(pair: Pair) -> None:
@@ -259,16 +284,32 @@ def carry_over(pair: Pair) -> None:
     """Give a newly built module the tensors, the hooks and what else was put on the one whose place it takes.
 
     What its class derives from the config and the place in the model is its own.
+
+    Raises:
+        InputError: a method was put on the old one that would run in the place of one that the new class has.
     """
-    pair.new._parameters.update(pair.old._parameters)
-    pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})
+    share_tensors(pair)
     for name, value in vars(pair.old).items():
         if name in _HOOKS or name == "_non_persistent_buffers_set":
             vars(pair.new)[name] = copy.copy(value)
         elif name in _MACHINERY or name in _NOT_COPIED:
             continue
         elif name not in vars(pair.new):
+            stock, own = (getattr(type(one), name, None) for one in (pair.old, pair.new))
+            if callable(own) and own is not stock:
+                if not pair.same_class:  # compared, and found to compute the same
+                    continue
+                raise InputError(
+                    f"the {name} that was put on {pair.name} would run in the place of the patched one: undo what put "
+                    "it there first"
+                )
             vars(pair.new)[name] = copy.copy(value) if isinstance(value, dict | set) else value
         elif pair.in_layer and name != "layer_idx" and isinstance(value, _VALUES):
             # As it was built, or changed by hand since (`is_causal`): what the source computes with.
             vars(pair.new)[name] = value
+
+
+def share_tensors(pair: Pair) -> None:
+    """Give a newly built module the parameters, and copies of the buffers, of the one whose place it takes."""
+    pair.new._parameters.update(pair.old._parameters)
+    pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})

@@ -8,6 +8,7 @@ part of the layer behind it).
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,6 +32,7 @@ from linearpatch_kernels.modeling.copies import (
     carry_over,
     check_same_structure,
     shallow_copy,
+    share_tensors,
     shared_copy,
 )
 
@@ -39,6 +41,8 @@ PATCHED_PREFIX = "linearpatch_"
 # Config attributes with one entry per decoder layer. Named, not guessed from their length: a list of special token ids
 # may well have as many entries as the model has layers.
 _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "linearpatch_merge_tree")
+# A merge adds a level at most, and models have fewer layers than that.
+_DEEPEST_NODE = 300
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,27 @@ def num_layers(model: nn.Module) -> int:
 
 
 def merge_tree(model: nn.Module) -> list[Any]:
-    """Per layer the layers of the model it was merged from: ``[0, 1, [2, [3, 4]], 5]``; their numbers if none was."""
-    return list(getattr(decoder(model).config, "linearpatch_merge_tree", None) or range(num_layers(model)))
+    """Per layer the layers of the model it was merged from: ``[0, 1, [2, [3, 4]], 5]``; their numbers if none was.
+
+    Raises:
+        InputError: the config has something else there.
+    """
+    count = num_layers(model)
+    tree = getattr(decoder(model).config, "linearpatch_merge_tree", None)
+    if tree is None:
+        return list(range(count))
+    if not isinstance(tree, list) or len(tree) != count or not all(_is_node(node, _DEEPEST_NODE) for node in tree):
+        raise InputError(
+            f"the config's linearpatch_merge_tree is {reprlib.repr(tree)}, not the layers that each of {count} was "
+            "merged from: restore config.json"
+        )
+    return list(tree)
+
+
+def _is_node(node: object, depth: int) -> bool:
+    if isinstance(node, list):
+        return depth > 0 and len(node) > 1 and all(_is_node(child, depth - 1) for child in node)
+    return type(node) is int and node >= 0
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -382,8 +405,11 @@ def rebuild(
             _replace(twin, pair.path, clone)
         else:
             carry_over(pair)
-    configs = [(one.config, config) for one in (model, decoder(model))]
-    replacements = Replacements([*configs, *((pair.old, clone) for pair, clone in copies)], gone=model.modules())
+    replacements = Replacements(
+        [(pair.old, clone) for pair, clone in copies],
+        gone=[*model.modules(), *model.parameters()],
+        configs=[(one.config, config) for one in (model, decoder(model))],
+    )
     for pair, clone in copies:
         replacements.prefer(pair.old, clone)
         bind(clone, replacements, pair.name)
@@ -443,8 +469,7 @@ def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kep
     for pair in pairs:
         if pair.old._buffers.keys() != pair.new._buffers.keys():
             raise refused
-        pair.new._parameters.update(pair.old._parameters)
-        pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})
+        share_tensors(pair)
     modes = {module: module.training for module in model.modules()}
     try:
         alike = _parts_alike(model.eval(), built.eval(), kept)
@@ -505,8 +530,11 @@ def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrai
         return sliced
     for name in _PER_LAYER_LISTS:
         entries = getattr(config, name, None)
-        if entries is not None:
-            setattr(sliced, name, [entries[i] for i in kept])
+        if entries is None:
+            continue
+        if not isinstance(entries, list | tuple) or len(entries) != count:
+            raise InputError(f"the config's {name} does not have an entry for each of {count} layers: restore it")
+        setattr(sliced, name, [entries[i] for i in kept])
     if getattr(config, "max_window_layers", None) is not None:
         # Qwen: the first `max_window_layers` layers attend to everything.
         sliced.max_window_layers = sum(i < config.max_window_layers for i in kept)

@@ -69,9 +69,9 @@ def checked_record(record: Any, depth: int, dim: int) -> dict[str, Any]:
         raise InputError(
             f"the config's linearpatch is of format {reprlib.repr(record['format'])}: update linearpatch-kernels"
         )
-    names = {str(joint) for joint in range(depth + 1)}
     for joint, description in joints.items():
-        if joint not in names:
+        # As it is looked up, so no "02"; and not all that there could be, which a depth of 10**9 would make many.
+        if not isinstance(joint, str) or not re.fullmatch("0|[1-9][0-9]{0,8}", joint) or int(joint) > depth:
             named = ", ".join(sorted(map(str, joints)))
             raise InputError(f"the config patches joints [{named:.200}] of a model with {depth} layers")
         chain = description if isinstance(description, list) else [description]
@@ -106,14 +106,19 @@ class PatchedPreTrained:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in Transformers, but a checkpoint whose patch weights are not those its config names raises."""
+        """As in Transformers, but a checkpoint whose weights are not those of its config raises: it warns, and goes on
+        without the patches or the biases, or with random ones."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]  # a mixin
-        keys = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        wrong = sorted(key for key in keys if re.search(r"layers\.\d+\.(output_)?patch\.", key))
+        # A decoder alone leaves the head of its checkpoint where it is.
+        apart = () if hasattr(model, "lm_head") else ("lm_head.",)
+        unexpected = {key for key in info["unexpected_keys"] if not key.startswith(apart)}
+        wrong = sorted({*info["missing_keys"], *unexpected, *(key for key, *_ in info["mismatched_keys"])})
+        # The patches are what is most likely to be lost: named first.
+        wrong.sort(key=lambda key: re.search(r"layers\.\d+\.(output_)?patch\.", key) is None)
         if wrong:
-            raise InputError(
-                f"the patch weights do not fit the config ({', '.join(wrong)}): the checkpoint is incomplete or mixed"
-            )
+            what = "patch weights" if "patch." in wrong[0] else "weights"
+            some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise InputError(f"the {what} do not fit the config ({some}): the checkpoint is incomplete or mixed")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -213,9 +218,15 @@ def patched_classes(
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-    stock = {Config: stock_config, Layer: stock_layer, Decoder: stock_decoder, CausalLM: stock_causal_lm}
+    stock: dict[Any, Any] = {
+        Config: stock_config,
+        Layer: stock_layer,
+        Decoder: stock_decoder,
+        CausalLM: stock_causal_lm,
+    }
     for patched, base in stock.items():
         patched.__name__ = patched.__qualname__ = "LinearPatch" + base.__name__
+        patched.stock_class = base
         # A pickle names classes by their place in a module.
         globals()[patched.__name__] = patched
     for patched in (Decoder, CausalLM):

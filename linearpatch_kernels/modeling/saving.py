@@ -71,6 +71,7 @@ def save_checkpoint(
             if not (draft / name).exists():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 (draft / name).write_bytes(content)
+        write_both_forms(draft)
         _read_back(model, draft)
 
 
@@ -83,7 +84,6 @@ def _write_model(model: PreTrainedModel, directory: Path) -> None:
             model.save_pretrained(directory)
     finally:
         model.generation_config = settings
-    write_both_forms(directory)
     if settings is not None:
         settings.to_json_file(directory / "generation_config.json")
     # safetensors writes for the owner alone. Many a mount knows no modes, and shows the same to everybody.
