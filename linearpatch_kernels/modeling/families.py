@@ -273,7 +273,10 @@ def linear_head(model: nn.Module) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(1, 2, hidden_size(model), generator=generator, dtype=torch.float32, device="cpu")
     state = state.to(head.weight)
-    with torch.no_grad():
+    dtype = head.weight.dtype
+    # In training, gains are float32 beside a head of half precision.
+    mixed = torch.autocast(state.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.no_grad(), mixed:
         view: Any = suffix_model(cast(PreTrainedModel, model), num_layers(model))
         logits = view(inputs_embeds=state, use_cache=False).logits
         plain = decoder(model).norm(state) @ head.weight.T

@@ -122,8 +122,11 @@ class ModelSource:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the weights are kept quantised: such a model can be measured, and neither cut nor trained."""
-        return getattr(self.config, "quantization_config", None) is not None
+        """Whether the weights are kept quantised: such a model can be measured, and neither cut nor trained.
+
+        Those of a GGUF file are not: they are converted.
+        """
+        return self._gguf is None and getattr(self.config, "quantization_config", None) is not None
 
     @functools.cached_property
     def config(self) -> PretrainedConfig:
