@@ -230,8 +230,8 @@ def vocabulary_kernel(
             one = tl.load(logits_ptr + offset + column).to(tl.float32)
             if bias_ptr is not None:
                 one += tl.load(bias_ptr + first + column).to(tl.float32)
-            tl.store(z_ptr + token * slots + k, one)
             z = tl.where(columns == column, float("-inf"), z)
+            tl.store(z_ptr + token * slots + k, one)
         if exp_ptr is not None:
             tl.debug_barrier()  # the slots' logits have been read
             tl.store(logits_ptr + offset + columns, z, mask=columns < size)
