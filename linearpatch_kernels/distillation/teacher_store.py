@@ -412,7 +412,9 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
 def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     values, ids = logits.topk(top_k)
-    return (values - logits.logsumexp(-1, keepdim=True)).exp(), ids
+    # Relative to the largest: a sum of logarithms of thousands would have lost the digits that tell them apart.
+    largest = values[..., :1]
+    return (values - largest).exp() / (logits - largest).exp_().sum(-1, keepdim=True), ids
 
 
 class TeacherBatch(NamedTuple):

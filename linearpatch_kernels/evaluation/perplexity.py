@@ -63,13 +63,13 @@ def token_losses(logits: Tensor, windows: Tensor) -> Tensor:
         windows: token ids ``[B, T]``.
 
     Returns:
-        ``[B, T-1]`` in float32 (float64 for float64 logits): ``logsumexp(l) - l[target]`` with l the logits raised to
-        that dtype. Memory beside the result: at most 16 MB (or one row), whatever T and V.
+        ``[B, T-1]`` in float32 (float64 for float64 logits): ``-log_softmax(l)[target]`` with l the logits raised to
+        that dtype, as exact however far the logits are from 0. Memory beside the result: at most 16 MB (or one row), whatever T and V.
     """
     targets = windows[:, 1:].to(logits.device)
 
     def loss(rows: Tensor, index: tuple[int, slice]) -> Tensor:
-        return rows.logsumexp(-1) - rows.gather(-1, targets[index].unsqueeze(-1)).squeeze(-1)
+        return -rows.log_softmax(-1).gather(-1, targets[index].unsqueeze(-1)).squeeze(-1)
 
     return over_predictions(loss, logits)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.gemma3 import modeling_gemma3
@@ -261,7 +261,7 @@ def hidden_size(model: nn.Module) -> int:
     return int(decoder(model).config.hidden_size)
 
 
-def linear_head(model: nn.Module) -> torch.Tensor | None:
+def linear_head(model: nn.Module) -> Tensor | None:
     """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that.
 
     The model itself is asked, on two random states: a soft-cap, a bias, a factor or a hook shows, whatever its name.
@@ -475,7 +475,8 @@ def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kep
         share_tensors(pair)
     modes = {module: module.training for module in model.modules()}
     try:
-        alike = _parts_alike(model.eval(), built.eval(), kept)
+        outputs = zip(_part_outputs(model.eval(), kept), _part_outputs(built.eval(), range(len(kept))), strict=True)
+        alike = all(_alike(*pair) for pair in outputs)
     except Exception as error:
         # A class that was not made for this place fails in its own way.
         raise refused from error
@@ -486,27 +487,23 @@ def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kep
         raise refused
 
 
-def _parts_alike(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> bool:
+def _part_outputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[Tensor]:
     weight = decoder(model).embed_tokens.weight
-    generator = torch.Generator().manual_seed(0)
+    generator, count = torch.Generator().manual_seed(0), num_layers(model)
     # Small beside what a layer adds to it, so that this is what is compared.
-    stream = 0.02 * torch.randn(1, 8, weight.shape[1], generator=generator)
-    rows, ids = (
-        {"inputs_embeds": stream.to(weight)},
-        {"input_ids": torch.arange(8, device=weight.device)[None] % len(weight)},
-    )
-    depths = [(len(decoder_layers(one)),) * 2 for one in (model, built)]
-    places = [(depths[0], depths[1], ids), *(((old, old + 1), (new, new + 1), rows) for new, old in enumerate(kept))]
-    results = []
-    for old, new, inputs in places:
-        ends = {"embed": inputs is ids, "norm": inputs is ids}
-        views = [partial_decoder(one, *span, **ends) for one, span in ((model, old), (built, new))]
-        results.append([view(**inputs, use_cache=False).last_hidden_state for view in views])
-    heads = [one.get_output_embeddings() for one in (model, built)]
-    if None not in heads:
-        results.append([head(rows["inputs_embeds"]) for head in heads])
-    tolerance = 8 * torch.finfo(weight.dtype).eps + 1e-5
-    return all(float((a - b).double().norm()) <= tolerance * float(b.double().norm()) for a, b in results)
+    rows = 0.02 * torch.randn(1, 8, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    yield partial_decoder(model, count, count, embed=True, norm=True)(input_ids=ids, use_cache=False).last_hidden_state
+    for layer in layers:
+        yield partial_decoder(model, layer, layer + 1)(inputs_embeds=rows, use_cache=False).last_hidden_state
+    head: Any = model.get_output_embeddings()
+    if head is not None:
+        yield head(rows)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    tolerance = 8 * torch.finfo(other.dtype).eps + 1e-5
+    return float((one - other).double().norm()) <= tolerance * float(other.double().norm())
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:

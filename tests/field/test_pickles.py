@@ -75,19 +75,34 @@ def test_a_pickled_model_keeps_what_was_bound_to_its_modules() -> None:
     assert again.model.layers[1].mlp.forward.__self__ is again.model.layers[1].mlp
 
 
-def test_models_of_the_modeling_file_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint's own code, where the package is not used."""
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of a checkpoint's own code, where the package is not used."""
     file = tmp_path / "modeling_linearpatch.py"
     file.write_text(modeling_source(STOCK_FAMILIES["qwen2"]))
     spec = importlib.util.spec_from_file_location("modeling_linearpatch_to_pickle", file)
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    config = patched("qwen2").config.to_dict()
-    model = module.LinearPatchQwen2ForCausalLM(module.LinearPatchQwen2Config(**config)).eval()
+    return module
+
+
+def test_models_of_a_checkpoints_own_code_pickle(own_code: Any) -> None:
+    model = own_code.LinearPatchQwen2ForCausalLM(own_code.LinearPatchQwen2Config(**patched("qwen2").config.to_dict()))
     stream = io.BytesIO()
-    torch.save(model, stream)
+    torch.save(model.eval(), stream)
     stream.seek(0)
     again = torch.load(stream, weights_only=False)
-    assert type(again).__module__ == spec.name
+    assert type(again).__module__ == own_code.__name__
     assert torch.equal(logits(again), logits(model))
+
+
+def test_models_of_a_checkpoints_own_code_are_cut_and_patched(own_code: Any) -> None:
+    """Their classes are others than the package's, and compute the same."""
+    model = own_code.LinearPatchQwen2ForCausalLM(own_code.LinearPatchQwen2Config(**patched("qwen2").config.to_dict()))
+    model.load_state_dict(patched("qwen2").state_dict())
+    expected = logits(model.eval())
+    assert torch.equal(logits(keep_layers(model, range(4))), expected)
+    made = patched_model(model, {1: LowRankPatch(48, 2), 2: LowRankPatch(48, 2)})
+    assert type(made) is PATCHED_CLASSES["qwen2"][2]
+    torch.testing.assert_close(logits(made), expected)
