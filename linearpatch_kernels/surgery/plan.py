@@ -21,7 +21,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import Entries, finite, read_json, reading, write_whole
+from linearpatch_kernels.files import Entries, finite, read_json, reading, said, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -192,8 +192,11 @@ class _ToldJoint:
         """Name in the file of tensors -> shape."""
         if self.patch is None:
             return {}
-        with torch.device("meta"):
-            state = build_patch(self.patch).state_dict()
+        try:
+            with torch.device("meta"):
+                state = build_patch(self.patch).state_dict()
+        except InputError as error:
+            raise ValueError(said(error)) from error
         return {f"{self._prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
     def built(self, tensors: Mapping[str, Tensor]) -> Joint:
