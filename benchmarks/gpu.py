@@ -297,14 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("torch finds no GPU here: run it on a machine that has one, or with --dry", file=sys.stderr)
         return 2
+    page = options.json.with_suffix(".md")
+    for file in (options.json, page):
+        if options.json == page or (file.exists() and "linearpatch" not in file.read_text(errors="replace")[:4096]):
+            print(f"{file} is not a report of this benchmark: give another --json, FILE.json", file=sys.stderr)
+            return 2
     there = ("triton",) if options.dry else BACKENDS
     backends = [in_own_process(backend, options.dry) for backend in there]
     report: dict[str, Any] = {"machine": machine(options.dry), "backends": backends}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(markdown(report))
+    page.write_text(markdown(report))
     print(markdown(report))
-    print(f"written: {options.json} (send this one) and {options.json.with_suffix('.md')}")
+    print(f"written: {options.json} (send this one) and {page}")
     done = [one for one in backends if "checked" in one]
     checked = [each["checked"] for one in done for each in (one, one["losses"])]
     return 1 if not checked or any(one["wrong"] for one in checked) else 0

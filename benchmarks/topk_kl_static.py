@@ -54,7 +54,7 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tu
     def kind(name: str) -> str:
         if name in constants or name in missing:
             return "constexpr"
-        if name == "temperature":
+        if name == "inverse":
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"

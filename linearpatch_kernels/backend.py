@@ -124,8 +124,13 @@ def check_forced_serves(operator: str, tensor: Tensor) -> None:
     """
     device = tensor.device.type
     served = triton_serves(device) if FORCED == "triton" else FORCED in (None, "reference", device)
-    if not served and device != "meta" and not isinstance(tensor, FakeTensor | FunctionalTensor):
+    if not served and has_memory(tensor):
         raise _not_served(operator, tensor.device)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Not so of meta tensors and of what a tracer works with: only their shapes are worked out."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def _not_served(operator: str, device: torch.device) -> RuntimeError:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
@@ -265,6 +266,7 @@ _PER_SAMPLE = ("mean_abs", "hadamard_mean_abs")
 
 
 # Not inference_mode: the statistics, and what a module caches on its first call, must stay usable in training.
+@own_state()
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -315,6 +317,7 @@ def calibrate(
     return mine if ranks is None else functools.reduce(operator.add, ranks.gather(mine))
 
 
+@own_state()
 @torch.no_grad()
 def collect_moments(
     model: nn.Module,
@@ -350,6 +353,7 @@ def collect_moments(
     return {span: functools.reduce(operator.add, [one[span] for one in found]) for span in mine}
 
 
+@own_state()
 @torch.no_grad()
 def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStatistics:
     """The statistics of two streams, of two models perhaps, as if a model of one layer led from one to the other.
@@ -502,14 +506,14 @@ class _Sums:
         device = depths[0].device
         absolute = torch.zeros(2, len(depths), width, dtype=torch.float64)
         rotated = torch.zeros_like(absolute)
-        gram = torch.zeros(2, width, len(depths), len(depths), device=device)
+        gram = torch.zeros(2, width, len(depths), len(depths), dtype=torch.float32, device=device)
         for start in range(0, tokens, _CHUNK_TOKENS):
             chunk = torch.stack([depth[start : start + _CHUNK_TOKENS].to(device) for depth in depths], dim=1).float()
             self._add_token_pairs(chunk, first=start == 0, last=start + _CHUNK_TOKENS >= tokens)
             _add_both(absolute, chunk.abs(), first=start == 0)
             _add_both(rotated, hadamard_transform(chunk).abs_(), first=start == 0)
             _add_channel_gram(gram, chunk, first=start == 0)
-        counts = torch.tensor([tokens, tokens - 1])
+        counts = torch.tensor([tokens, tokens - 1], dtype=torch.int64)
         for depth, sums in enumerate(absolute[Positions.ALL].sum(dim=-1)):
             _check_finite(sums, depth)
         self.tokens += counts

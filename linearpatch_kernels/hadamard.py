@@ -4,6 +4,10 @@
 matrix that R. E. A. C. Paley's two constructions (*On orthogonal matrices*, 1933) give with ``d / m`` a power of two.
 ``H_m`` is not symmetric when it comes from the first construction, so ``H`` and ``H.T`` must not be exchanged.
 
+The factor ``H_m`` is kept entry by entry, so m is bounded: by `LARGEST_FACTOR`, whose signs are 256 MiB. The CPU
+kernels keep twice as many bytes, plain PyTorch keeps it in the dtype that it computes in: 1 GiB in float32, 2 GiB in
+float64.
+
 This file needs nothing but torch, because it travels inside the modeling file of a patched checkpoint.
 """
 
@@ -21,6 +25,9 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
+
+# Of a factor H_m, which has m * m entries. Part of the definition: a larger m would be another matrix for some widths.
+LARGEST_FACTOR = 16384
 
 # A matrix product by a factor of up to this order costs little more than the pass over memory that it makes anyway.
 _WIDEST_FACTOR = 64
@@ -62,16 +69,19 @@ def _paley_orders(m: int) -> tuple[int, ...] | None:
 
 
 @cache
-def _decompose(d: int) -> tuple[int, int]:
-    """``(m, k)``: the largest constructible order that divides d is ``m * 2**k``, with the smallest such m."""
-    for order in (d // blocks for blocks in range(1, d + 1) if d % blocks == 0):
-        odd = order // (order & -order)
-        m = 1 if odd == 1 else 4 * odd
-        while order % m == 0:
-            if m == 1 or _paley_orders(m):
-                return m, (order // m).bit_length() - 1
-            m *= 2
-    raise AssertionError("order 1 divides everything")
+def _decompose(d: int, largest: int) -> tuple[int, int]:
+    """``(m, k)``: the largest order that divides d and needs no m above `largest` is ``m * 2**k``, with the least m."""
+    twos = (d & -d).bit_length() - 1
+    odd = d >> twos
+    # Whatever its m, an order takes all twos of d: the one with the largest odd part is the largest.
+    for part in range(min(odd, largest // 4), 1, -1):
+        if odd % part == 0:
+            for power in range(2, twos + 1):
+                if part << power > largest:
+                    break
+                if _paley_orders(part << power):
+                    return part << power, twos - power
+    return 1, twos
 
 
 # A compiler takes the results of the functions that are marked so as constants, instead of tracing number theory.
@@ -79,20 +89,42 @@ def _decompose(d: int) -> tuple[int, int]:
 def _order(d: int) -> tuple[int, int]:
     if d < 1:
         raise InputError(f"a Hadamard matrix needs a width of at least 1, not {d}")
-    return _decompose(d)
+    return _decompose(d, LARGEST_FACTOR)
+
+
+def factor_order(d: int) -> tuple[int, int]:
+    """``(m, k)`` with ``hadamard_order(d) == m * 2**k``: m is that of the small factor, at most `LARGEST_FACTOR`.
+
+    Raises:
+        InputError: d is not positive.
+    """
+    return _order(index(d))
+
+
+def bounded_order(d: int) -> int | None:
+    """The order of a width that would have a larger one, if m could be larger than `LARGEST_FACTOR`; else None.
+
+    Asked for m up to eight times the bound: a larger matrix would not have fitted into any memory.
+    """
+    m, k = factor_order(d)
+    return m << k if _decompose(index(d), 8 * LARGEST_FACTOR) != (m, k) else None
 
 
 def hadamard_order(d: int) -> int:
     """The order of the Hadamard matrix used for width d: d itself, or the size of the diagonal blocks.
 
     It is d wherever ``d = m * 2**k`` with m = 1, a Paley order (``q + 1`` with q = 3 mod 4, or ``2 (q + 1)`` with
-    q = 1 mod 4; q a prime or a prime power), or a product of Paley orders. Every other width takes the largest such
-    order that divides it (2 for 6, 1 for 7), repeated along the diagonal.
+    q = 1 mod 4; q a prime or a prime power), or a product of Paley orders, and m is at most 16384: its matrix is kept
+    entry by entry, 256 MiB of signs at most. Every other width takes the largest such order that divides it (2 for 6,
+    1 for 7), repeated along the diagonal.
+
+    Up to version 0.1 m had no bound, so some widths from 16412 on had a larger order. A patch that was made with it is
+    refused when it is loaded, because its scale belongs to the other matrix.
 
     Raises:
         InputError: d is not positive.
     """
-    m, k = _order(index(d))
+    m, k = factor_order(d)
     return m << k
 
 
@@ -130,45 +162,45 @@ def _kronecker_orders(m: int) -> tuple[int, ...]:
 @torch.compiler.assume_constant_result
 def _field(m: int) -> tuple[int, int, bool, tuple[int, ...]]:
     q, first = _paley_field(m) or (0, False)
-    p, _ = _prime_power(q) or (0, 0)
-    return p, q, first, _quadratic_character(q)
+    p, n = _prime_power(q) or (0, 0)
+    return p, n, first, _quadratic_character(q)
 
 
 def _paley_matrix(m: int, device: torch.device) -> Tensor:
-    """Paley's matrix of order m, entries +-1 (int8), by operations that every tracer can follow."""
-    p, q, first, chi = _field(m)
-    element = torch.arange(q, device=device)
-    difference = torch.zeros(q, q, dtype=torch.int64, device=device)
-    place = 1
-    while place < q:
-        digit = element // place % p
-        difference += (digit[:, None] - digit) % p * place
-        place *= p
+    """Paley's matrix of order m, entries +-1 (int8), by operations that every tracer can follow.
+
+    It needs at most m * m bytes beside its result.
+    """
+    p, n, first, chi = _field(m)
+    q = p**n
+    # [a_1, .., a_n, -1 - b_1, .., -1 - b_n]: chi of the element a - b, digit by digit, as views of windows of length p.
+    differences = torch.tensor(chi, dtype=torch.int8, device=device).reshape([p] * n)
+    for digit in range(n):
+        differences = (
+            torch.cat([differences, differences], digit).roll(-1, digit).unfold(digit, p, 1).narrow(digit, 0, p)
+        )
     conference = torch.zeros(q + 1, q + 1, dtype=torch.int8, device=device)
     conference[0, 1:] = 1
     conference[1:, 0] = -1 if first else 1
-    conference[1:, 1:] = torch.tensor(chi, dtype=torch.int8, device=device)[difference]
-    identity = torch.eye(q + 1, dtype=torch.int8, device=device)
+    conference[1:, 1:] = differences.flip(list(range(n, 2 * n))).reshape(q, q)
     if first:
-        return conference + identity
-    sums = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device=device)
-    differences = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8, device=device)
-    return torch.kron(conference, sums) + torch.kron(identity, differences)
-
-
-def _sylvester_matrix(k: int, device: torch.device) -> Tensor:
-    """Sylvester's matrix of order 2**k in natural order, entries +-1 (int8): entry (i, j) is the parity of i & j."""
-    row = torch.arange(2**k, device=device)
-    parity = row[:, None] & row
-    for shift in (32, 16, 8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    return (1 - 2 * (parity & 1)).to(torch.int8)
+        return conference.fill_diagonal_(1)
+    # kron(conference, [[1, 1], [1, -1]]) + kron(identity, [[1, -1], [-1, -1]])
+    matrix = torch.empty(q + 1, 2, q + 1, 2, dtype=torch.int8, device=device)
+    conference.fill_diagonal_(1)
+    matrix[:, 0, :, 0] = conference
+    matrix[:, 1, :, 1] = -conference
+    conference.fill_diagonal_(-1)
+    matrix[:, 0, :, 1] = conference
+    matrix[:, 1, :, 0] = conference
+    return matrix.reshape(m, m)
 
 
 def _signs(m: int, k: int, device: torch.device) -> Tensor:
     """``kron(H_m, S_{2^k})``, entries +-1 (int8)."""
-    factors = [_paley_matrix(order, device) for order in _kronecker_orders(m)]
-    return reduce(torch.kron, [*factors, _sylvester_matrix(k, device)])
+    sylvester = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device=device)
+    factors = [*(_paley_matrix(order, device) for order in _kronecker_orders(m)), *[sylvester] * k]
+    return reduce(torch.kron, factors) if factors else torch.ones(1, 1, dtype=torch.int8, device=device)
 
 
 def paley_factor(d: int) -> tuple[Tensor, int]:
@@ -180,7 +212,7 @@ def paley_factor(d: int) -> tuple[Tensor, int]:
     Raises:
         InputError: d is not positive.
     """
-    m, k = _order(index(d))
+    m, k = factor_order(d)
     return _signs(m, 0, torch.device("cpu")), k
 
 
@@ -195,10 +227,16 @@ def hadamard_matrix(d: int, *, dtype: torch.dtype = torch.float64, device: torch
     """
     if not dtype.is_floating_point:
         raise InputError(f"an orthonormal matrix needs a floating dtype, not {dtype}")
-    m, k = _order(index(d))
+    m, k = factor_order(d)
+    order = m << k
     place = torch.device(device) if device is not None else torch.get_default_device()
-    block = _signs(m, k, place).to(torch.float64) / math.sqrt(m << k)
-    return torch.kron(torch.eye(d // (m << k), dtype=torch.float64, device=place), block).to(dtype)
+    entry = torch.tensor(1 / math.sqrt(order), dtype=torch.float64, device="cpu").to(dtype)
+    block = _signs(m, k, place).to(dtype).mul_(entry)
+    if order == d:
+        return block
+    matrix = torch.zeros(d // order, order, d // order, order, dtype=dtype, device=place)
+    matrix.diagonal(dim1=0, dim2=2).copy_(block[..., None])
+    return matrix.reshape(d, d)
 
 
 # --- the transform ---------------------------------------------------------------------------------------------------
@@ -223,7 +261,7 @@ def _factor(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal ``kron(H_m, S_{2^k}) / sqrt(m * 2**k)``."""
 
     def build() -> Tensor:
-        return _signs(m, k, device).to(dtype) / math.sqrt(m << k)
+        return _signs(m, k, device).to(dtype).div_(math.sqrt(m << k))
 
     # A tensor made while a tracer or a fake-tensor mode watches belongs to it and must not outlive it, and an
     # ordinary one must not enter a trace; one made in inference mode could not be saved for a later backward.

@@ -6,6 +6,8 @@ new kind of patch is one class here, named in `PATCH_KINDS`.
 
 from __future__ import annotations
 
+import inspect
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_transform, paley_factor
+from linearpatch_kernels.hadamard import bounded_order, factor_order, hadamard_order, hadamard_transform
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from linearpatch_kernels.ops.topk_kl.reference import check_options
 
 
 class Patch(nn.Module):
@@ -56,14 +59,16 @@ class HadamardPatch(Patch):
         dim: width d of the residual stream.
         rank: r of the low-rank term; 0 for none.
         pre_scale, post_scale: also scale the channels before and after.
+        order: of H, refused if this version has another (`hadamard_order`); 0: this version's.
         device, dtype: of the parameters ``scale``, ``pre_scale``, ``post_scale`` [d], ``down`` [d, r], ``up`` [r, d];
             those that are not there are None.
 
     Raises:
-        InputError: a width below 1 or a rank below 0.
+        InputError: a width below 1, a rank below 0, another order.
     """
 
     kind = "hadamard"
+    scale: nn.Parameter
     pre_scale: nn.Parameter | None
     post_scale: nn.Parameter | None
     down: nn.Parameter | None
@@ -76,16 +81,18 @@ class HadamardPatch(Patch):
         *,
         pre_scale: bool = False,
         post_scale: bool = False,
+        order: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         _check_size(dim, rank)
+        _check_order(dim, order, hadamard_order(dim) if order else 0)
         self.dim, self.rank = dim, rank
-        ones = [nn.Parameter(torch.ones(dim, device=device, dtype=dtype)) for _ in range(1 + pre_scale + post_scale)]
-        self.scale = ones[0]
-        self.register_parameter("pre_scale", ones[1] if pre_scale else None)
-        self.register_parameter("post_scale", ones[-1] if post_scale else None)
+        scales = {"scale": True, "pre_scale": pre_scale, "post_scale": post_scale}
+        for name, present in scales.items():
+            ones = torch.ones(dim, device=device, dtype=dtype) if present else None
+            self.register_parameter(name, None if ones is None else nn.Parameter(ones))
         down, up = _empty_low_rank(dim, rank, device, dtype) if rank else (None, None)
         self.register_parameter("down", down)
         self.register_parameter("up", up)
@@ -126,15 +133,17 @@ class HadamardPatch(Patch):
 
     def description(self) -> dict[str, Any]:
         present = {"pre_scale": self.pre_scale is not None, "post_scale": self.post_scale is not None}
-        return {**super().description(), "rank": self.rank, **present}
+        # Told where another version has another matrix: neither must take its patches for the other's.
+        order = bounded_order(self.dim)
+        return {**super().description(), "rank": self.rank, **present, **({"order": order} if order else {})}
 
     @property
     def flops_per_token(self) -> int:
         """Two transforms of ``m - 1 + k`` additions per channel (d = m 2^k), the scales, and the low-rank products."""
-        signs, k = paley_factor(self.dim)
+        m, k = factor_order(self.dim)
         scales = 1 + (self.pre_scale is not None) + (self.post_scale is not None)
         low_rank = 4 * self.rank + 1 if self.rank else 0
-        return self.dim * (2 * (len(signs) - 1 + k) + scales + low_rank)
+        return self.dim * (2 * (m - 1 + k) + scales + low_rank)
 
 
 class LowRankPatch(Patch):
@@ -279,25 +288,67 @@ class DensePatch(Patch):
         return 2 * self.dim**2
 
 
+_FIELD_TYPES: dict[str, type] = {"int": int, "bool": bool}
+# Four times the widest model there is.
+_WIDEST = 1 << 16
+
 PATCH_KINDS: dict[str, type[Patch]] = {
     one.kind: one for one in (HadamardPatch, LowRankPatch, DiagonalPatch, DensePatch)
 }
 
 
-def build_patch(description: Mapping[str, Any]) -> Patch:
+def build_patch(description: Mapping[str, Any], *, dim: int | None = None) -> Patch:
     """An untrained patch of the kind and shape that `Patch.description` told.
 
+    Args:
+        description: of one patch; it may come from a file.
+        dim: the width of the model that it is for.
+
     Raises:
-        InputError: an unknown kind, or fields that this kind does not have.
+        InputError: as `check_description`; nothing has been allocated then.
     """
-    fields = dict(description)
-    kind = fields.pop("kind", None)
-    if kind not in PATCH_KINDS:
-        raise InputError(f"unknown kind of patch {kind!r}: this version knows {', '.join(PATCH_KINDS)}")
-    try:
-        return PATCH_KINDS[kind](**fields)
-    except TypeError as error:
-        raise InputError(f"a description that does not fit a {kind} patch: {error}") from None
+    check_description(description, dim)
+    fields = {name: value for name, value in description.items() if name != "kind"}
+    return PATCH_KINDS[description["kind"]](**fields)
+
+
+def check_description(description: object, dim: int | None = None) -> None:
+    """Whether `build_patch` can build what is described, for a model of width ``dim`` where that is given.
+
+    Raises:
+        InputError: not a mapping, an unknown kind, fields that this kind does not have or of another type, another
+            width than the model's, a rank above the width, another Hadamard matrix than this version's.
+    """
+    if not isinstance(description, Mapping):
+        raise InputError(f"a patch is described by its kind and its sizes, not by {reprlib.repr(description)}")
+    kind = description.get("kind")
+    if not isinstance(kind, str) or kind not in PATCH_KINDS:
+        raise InputError(f"unknown kind of patch {reprlib.repr(kind)}: this version knows {', '.join(PATCH_KINDS)}")
+    # A constructor's annotations (strings, here) say what describes a patch; where it is made, and in which dtype, is
+    # not the description's to say.
+    known = {
+        name: (_FIELD_TYPES[one.annotation], one.default is inspect.Parameter.empty)
+        for name, one in inspect.signature(PATCH_KINDS[kind]).parameters.items()
+        if one.annotation in _FIELD_TYPES
+    }
+    misfit = f"a description that does not fit a {kind} patch:"
+    for name in description:
+        if name != "kind" and name not in known:
+            raise InputError(f"{misfit} it has no {reprlib.repr(name)}")
+    for name, (wanted, needed) in known.items():
+        if name not in description and needed:
+            raise InputError(f"{misfit} {name} is missing")
+        if name in description and type(description[name]) is not wanted:
+            raise InputError(f"{misfit} {name} is {reprlib.repr(description[name])}, no {wanted.__name__}")
+    width, rank = description["dim"], description.get("rank", 0)
+    if dim is not None and width != dim:
+        raise InputError(f"a {kind} patch of width {reprlib.repr(width)} does not fit a model of width {dim}")
+    if width > _WIDEST:
+        raise InputError(f"a {kind} patch of width {reprlib.repr(width)}: no model is wider than {_WIDEST}")
+    _check_size(width, rank, least_rank=int("rank" in known and known["rank"][1]))
+    _check_rank(rank, width)
+    if "order" in known:
+        _check_order(width, description.get("order", 0), bounded_order(width) or 0)
 
 
 def nearest_low_rank(matrix: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -356,7 +407,7 @@ def nearest_diagonal_plus_low_rank(
     if rank == 0:
         return diagonal, matrix.new_empty(d, 0), matrix.new_empty(0, d)
     generator = torch.Generator().manual_seed(0)
-    up = torch.randn(rank, d, generator=generator, dtype=torch.float64).to(matrix)
+    up = torch.randn(rank, d, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
     seen = root @ matrix
     enough = 1e-12 * float(seen.square().sum())
     before = float("inf")
@@ -407,6 +458,14 @@ def _check_size(dim: int, rank: int = 0, *, least_rank: int = 0) -> None:
         )
 
 
+def _check_order(dim: int, order: int, expected: int) -> None:
+    if order != expected:
+        raise InputError(
+            f"a patch of width {dim} that was made with a Hadamard matrix of order {order or 'unknown'} is another map"
+            f" with this version's, of order {hadamard_order(dim)}: make it again, or use the version that made it"
+        )
+
+
 def _check_square(matrix: Tensor, rank: int = 0, *, least_rank: int = 0) -> int:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.dtype.is_floating_point:
         raise InputError(f"a patch is made from a floating matrix [d, d], not {matrix.dtype} {list(matrix.shape)}")
@@ -420,10 +479,15 @@ def _check_rank(rank: int, width: int, least_rank: int = 0) -> None:
 
 
 class TopKKLLoss(nn.Module):
-    """`linearpatch_kernels.topk_kl_loss` with its options fixed."""
+    """`linearpatch_kernels.topk_kl_loss` with its options fixed.
+
+    Raises:
+        InputError: there is no such option.
+    """
 
     def __init__(self, normalization: str = "topk", temperature: float = 1.0) -> None:
         super().__init__()
+        check_options(normalization, temperature)
         self.normalization, self.temperature = normalization, temperature
 
     def forward(self, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor) -> Tensor:
@@ -440,6 +504,7 @@ class LinearTopKKLLoss(TopKKLLoss):
 
     def __init__(self, normalization: str = "topk", temperature: float = 1.0, softcap: float | None = None) -> None:
         super().__init__(normalization, temperature)
+        check_options(normalization, temperature, softcap)
         self.softcap = softcap
 
     def forward(  # type: ignore[override]  # the same options, other inputs

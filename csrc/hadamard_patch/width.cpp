@@ -53,6 +53,7 @@ struct OwnedWidth : Width {
       : Width{d, m, inner, d / (m * inner), linearpatch::has_program(m, h), nullptr, nullptr} {
     if (m == 1 || Width::has_program) return;
     const auto fill = [&](std::vector<uint32_t>& numbers, int64_t row_stride, int64_t column_stride) {
+      numbers.reserve(m * (m / 4));
       for (int64_t j = 0; j < m; ++j)
         for (int64_t g = 0; g < m / 4; ++g) {
           uint32_t number = 16 * g;

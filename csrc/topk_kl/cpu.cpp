@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <memory>
+#include <sstream>
 
 #include "../hadamard_patch/width.h"
 #include "../stable_tensors.h"
@@ -55,6 +56,13 @@ const topk_kl::IntegerTable* integer_products() {
 
 // --- what a call works on ---
 
+void check_scale(const char* name, double scale, const char* otherwise) {
+  if (scale >= 1e-30 && scale <= 1e30) return;
+  std::ostringstream words;
+  words << name << " must be positive, between 1e-30 and 1e30" << otherwise << ", not " << scale;
+  refuse(words.str());
+}
+
 // What ops/topk_kl/reference.py checks, in its words.
 void check_operands(const Tensor& scores, const Tensor& probs, const Tensor& ids, const std::string& normalization,
                     double temperature, const Tensor* weight, const Optional& bias) {
@@ -76,7 +84,7 @@ void check_operands(const Tensor& scores, const Tensor& probs, const Tensor& ids
     refuse("teacher_ids must be int32 or int64, shaped as teacher_probs, not " + described(ids));
   if (normalization != "topk" && normalization != "full" && normalization != "tail")
     refuse("normalization must be one of topk, full, tail, not '" + normalization + "'");
-  if (!(temperature > 0)) refuse("temperature must be positive, not " + std::to_string(temperature));
+  check_scale("temperature", temperature, "");
 }
 
 Tensor with_plain_rows(const Tensor& t) { return t.size(1) < 2 || t.stride(1) == 1 ? t : contiguous(t); }
@@ -122,7 +130,7 @@ struct Operands {
     call.normalization = normalization == "topk"   ? Normalization::topk
                          : normalization == "full" ? Normalization::full
                                                    : Normalization::tail;
-    call.temperature = static_cast<float>(temperature);
+    call.inverse_temperature = static_cast<float>(1 / temperature);
     const bool long_ids = ids.scalar_type() == ScalarType::Long;
     call.teacher = {ids.size(1), probs.const_data_ptr(), *kernel_dtype(probs), ids.const_data_ptr(), long_ids};
     counted = long_ids ? counted_tokens(static_cast<const int64_t*>(call.teacher.ids), tokens, ids.size(1), vocabulary)
@@ -517,7 +525,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
     Tensor hidden, Tensor weight, Tensor teacher_probs, Tensor teacher_ids, Optional bias, std::string normalization,
     double temperature, bool hidden_grad, bool weight_grad, bool bias_grad, double softcap) {
   check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
-  if (!(softcap >= 0)) refuse("softcap must be positive, or 0 for none, not " + std::to_string(softcap));
+  if (softcap == std::numeric_limits<double>::infinity()) softcap = 0;
+  if (softcap != 0) check_scale("softcap", softcap, ", or 0 for none");
   if (needs_reference(hidden, &weight, teacher_ids)) {
     const auto results =
         call<11>("linearpatch::linear_topk_kl_loss_softcapped_reference",
@@ -557,7 +566,7 @@ std::tuple<Tensor, Tensor> topk_kl_loss(Tensor logits, Tensor teacher_probs, Ten
     return {results[0], results[1]};
   }
   Operands given(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
-  const Tensor normalizers = new_empty(logits, {given.tokens, 2}, ScalarType::Float);
+  const Tensor normalizers = new_empty(logits, {given.tokens, 4}, ScalarType::Float);
   given.call.normalizers = numbers(normalizers);
   std::vector<float> running(4 * given.tokens);
   for (size_t i = 0; i < running.size(); i += 2) running[i] = -std::numeric_limits<float>::infinity();
@@ -578,7 +587,7 @@ Tensor topk_kl_loss_backward(Tensor grad, Tensor logits, Tensor teacher_probs, T
                     from(normalization), from(temperature)},
                    1)[0];
   Operands given(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
-  if (normalizers.dim() != 2 || normalizers.size(0) != given.tokens || normalizers.size(1) != 2 ||
+  if (normalizers.dim() != 2 || normalizers.size(0) != given.tokens || normalizers.size(1) != 4 ||
       normalizers.scalar_type() != ScalarType::Float || !normalizers.is_cpu())
     refuse("normalizers must be what topk_kl_loss returned, not " + described(normalizers));
   const Tensor kept = contiguous(normalizers), scale = contiguous(torch::stable::to(grad, ScalarType::Float));

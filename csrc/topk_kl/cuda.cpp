@@ -96,8 +96,8 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   check(launch_slots(call, place.stream));
 }
 
-void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, Optional rest, Tensor scale, bool tail, Tensor losses,
-                    Tensor normalizers, Optional dz, Optional factors) {
+void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, Optional rest, Tensor scale, double temperature, bool tail,
+                    Tensor losses, Tensor normalizers, Optional dz, Optional factors) {
   TokenSlots call{};
   const int64_t tokens = z.size(0), count = z.numel();
   call.tokens = narrow(tokens);
@@ -107,9 +107,10 @@ void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, Optional rest, Tensor sc
   call.ids = integers("ids", ids, count);
   call.rest = floats("rest", rest, 2 * tokens);
   call.scale = floats("scale", scale, 1);
+  call.inverse_temperature = static_cast<float>(1 / temperature);
   call.tail = tail;
   call.losses = floats("losses", losses, tokens);
-  call.normalizers = floats("normalizers", normalizers, 2 * tokens);
+  call.normalizers = floats("normalizers", normalizers, 4 * tokens);
   call.dz = floats("dz", dz, count);
   call.factors = floats("factors", factors, tokens);
   const Place place(z.get_device_index());
@@ -155,7 +156,7 @@ void topk_kl_differentiate(Tensor logits, int64_t size, Optional bias, Tensor pr
   VocabularyPart call = part_of(logits, size, bias, ids, bounds, first, temperature);
   give_out(call, "dlogits", logits, dlogits);
   call.probs = floats("probs", probs, ids.numel());
-  call.normalizers = floats("normalizers", normalizers, 2 * ids.size(0));
+  call.normalizers = floats("normalizers", normalizers, 4 * ids.size(0));
   call.scale = floats("scale", scale, 1);
   call.tail = tail;
   const Place place(logits.get_device_index());

@@ -12,8 +12,8 @@ using torch::stable::Tensor;
 void topk_kl_slots(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor probs, Tensor ids, Tensor scale,
                    double temperature, Tensor z, std::optional<Tensor> dhidden);
 
-void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, std::optional<Tensor> rest, Tensor scale, bool tail, Tensor losses,
-                    Tensor normalizers, std::optional<Tensor> dz, std::optional<Tensor> factors);
+void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, std::optional<Tensor> rest, Tensor scale, double temperature, bool tail,
+                    Tensor losses, Tensor normalizers, std::optional<Tensor> dz, std::optional<Tensor> factors);
 
 void topk_kl_combine(Tensor rows, Tensor index, Tensor factors, Tensor starts, std::optional<Tensor> old_factors,
                      std::optional<Tensor> out, std::optional<Tensor> sums);

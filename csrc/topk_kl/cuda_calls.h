@@ -1,7 +1,7 @@
 // What the losses' CUDA kernels work on. No CUDA and no torch here: the operators in cuda.cpp, the kernels, and the
 // emulator of tests/simt share it.
 //
-// The maths and its letters (p, z, Z, R, S, t) are those of linearpatch_kernels/ops/topk_kl/reference.py. All rows are
+// The maths and its letters (p, z, m, s, S, t, T) are those of linearpatch_kernels/ops/topk_kl/reference.py. All rows are
 // contiguous but for a stride, in bytes for those of a Dtype; an id of -1 is an absent slot.
 #pragma once
 
@@ -40,13 +40,14 @@ struct TokenSlots {
   const float* z;
   const float* probs;
   const int32_t* ids;  // ascending where there is a rest
-  const float* rest;   // [tokens, 2], m and s; or null: Z is over the slots
+  const float* rest;   // [tokens, 2], m' and s'; or null: m and s are over the slots
   const float* scale;
   float* losses;
-  float* normalizers;  // [tokens, 2]: Z and R
+  float* normalizers;  // [tokens, 4]: m, s, m', s'
   float* dz;           // or null
-  float* factors;      // of exp(z - m) of the rest in dhidden; or null
+  float* factors;      // of exp((z - m') / T) of the rest in dhidden; or null
   int tokens, slots;
+  float inverse_temperature;
   bool tail;
 };
 

@@ -2,7 +2,7 @@
 // own anonymous namespace: nothing here may come from a header with inline functions of its own, because another unit's
 // copy of them might be the one that is linked, compiled for instructions that the machine at hand does not have.
 //
-// The maths and its letters (p, z, Z, R, S, t) are those of linearpatch_kernels/ops/topk_kl/reference.py.
+// The maths and its letters (p, z, m, s, S, t, T) are those of linearpatch_kernels/ops/topk_kl/reference.py.
 
 #define INLINE __attribute__((always_inline))
 #define HOT static inline INLINE

@@ -21,7 +21,7 @@ struct Teacher {
 // What a call works on. Rows of scores (logits, or hidden states with a weight) are `width` numbers.
 struct Call {
   Normalization normalization;
-  float temperature;
+  float inverse_temperature;
   float softcap;  // logits are softcap * tanh(logits / softcap) before the temperature; 0 leaves them
   float gradient_scale;  // what every gradient is multiplied with in the end
   Teacher teacher;
@@ -36,15 +36,15 @@ struct Call {
 
   // Results; null where one is not wanted.
   float* losses;        // [tokens]
-  float* normalizers;   // [tokens, 2]: Z and R
+  float* normalizers;   // [tokens, 4]: (m, s) and (m', s')
   void* dhidden;        // [tokens, width] in dhidden_dtype, rows contiguous
   Dtype dhidden_dtype;
   float* slot_grads;    // [tokens, slots]: the gradient of each slot's logit, its scale in it
   void* dlogits;        // [tokens, width] in scores_dtype, rows contiguous
 
-  // Of a vocabulary that is met block by block: the largest logit m and sum of exp(z - m), of the rest and of the slots.
+  // Of a vocabulary that is met block by block: (m, s) of the rest and of the slots.
   float* running;       // [tokens, 4]
-  float* rest_sums;     // [tokens, width]: the sum of exp(z - m) * weight over the rest, for dhidden, whose memory it may be
+  float* rest_sums;     // [tokens, width]: the rest's sum of exp((z - m') / T) * weight, in dhidden's memory if it can be
   float* slot_logits;   // [tokens, slots]
   uint8_t* slot_first;  // [tokens, slots]: 1 where an id stands for the first time in its token
 };
@@ -69,7 +69,7 @@ struct KernelTable {
   // Tokens of the linear loss over the slots: loss, dhidden, slot_grads.
   void (*linear_topk)(const Call&, int64_t begin, int64_t end, float* scratch);
   // The linear loss over the vocabulary: every block once; then loss, normalizers, dhidden and slot_grads of the tokens.
-  // A block's logits, hidden @ weight.T, become exp(z - m) over the rest where there are rest_sums.
+  // A block's logits, hidden @ weight.T, become exp((z - m') / T) over the rest where there are rest_sums.
   void (*add_block)(const Call&, const Block&);
   void (*finish_tokens)(const Call&, int64_t begin, int64_t end, float* scratch);
   // After that: a block's logits once more, turned into their gradient.

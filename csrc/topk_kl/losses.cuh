@@ -12,11 +12,11 @@ DEVICE int read_int(const int32_t* p) { return static_cast<int>(__float_as_uint(
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
-// What is taken off before exp: the largest number, or 0 where that is infinite.
+// What is taken off before exp while numbers are summed up: the largest one, or 0 where that is infinite.
 DEVICE float finite(float largest) { return fabsf(largest) == infinity() ? 0.0f : largest; }
-// By what sums of exp(z - before) become sums of exp(z - after); both are largest numbers.
-DEVICE float weight_of(float before, float after) {
-  return before == -infinity() ? 0.0f : expf(finite(before) - finite(after));
+// By what sums of exp((z - before) / T) become sums relative to `after`; both are largest numbers.
+DEVICE float weight_of(float before, float after, float inverse) {
+  return before == -infinity() ? 0.0f : expf((finite(before) - finite(after)) * inverse);
 }
 
 struct Add {
@@ -50,7 +50,7 @@ DEVICE float over_block(float v, Operation operation) {
 // --- the slots of the linear loss ---
 
 // A block has one token: every slot's z, and with dhidden the gradient for "topk". A slot's row is read once: the sums of
-// exp(z - m) w and of p w are carried along, m the largest z so far, `together` slots between two barriers.
+// exp((z - m) / T) w and of p w are carried along, m the largest z so far, `together` slots between two barriers.
 template <class Weight, int vectors, int together>
 __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const SlotRows call) {
   const Weight weight(call.weight_dtype);
@@ -102,13 +102,13 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
       for (int w = 0; w < warps; ++w) z[g] += read(shared + (turn * warps + w) * together + g);
       const bool inside = ids[g] >= 0 && ids[g] < call.vocabulary;
       if (call.bias && inside) z[g] += read(call.bias + ids[g]);
-      z[g] = ids[g] < call.vocabulary ? z[g] * call.inverse_temperature : not_a_number();
+      if (ids[g] >= call.vocabulary) z[g] = not_a_number();
       if (thread == 0 && first + g < call.slots) write(call.z + place + first + g, z[g]);
       if (ids[g] < 0) z[g] = -infinity();
       now = fmaxf(now, z[g]);
     }
     if (!call.dhidden) continue;
-    const float kept = weight_of(largest, now);
+    const float kept = weight_of(largest, now, call.inverse_temperature);
     sum *= kept;
 #pragma unroll
     for (int v = 0; v < vectors; ++v)
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
 #pragma unroll
     for (int g = 0; g < together; ++g) {
       if (ids[g] < 0) continue;
-      const float p = read(call.probs + place + first + g), e_of_z = expf(z[g] - finite(now));
+      const float p = read(call.probs + place + first + g), e_of_z = expf((z[g] - finite(now)) * call.inverse_temperature);
       sum += e_of_z;
       total += p;
       counted = true;
@@ -179,34 +179,39 @@ __global__ void __launch_bounds__(kTokenThreads) token_slots(const TokenSlots ca
   largest = over_block(largest, Larger{});
   total = over_block(total, Add{});
   present = over_block(present, Larger{});
-  float sum = 0, rest_sum = 0, of_rest = -infinity();
-  each_slot([&](int, float z, float, bool first) { sum += first ? expf(z - finite(largest)) : 0.0f; });
+  const float inverse = call.inverse_temperature;
+  float sum = 0, rest_sum = 0, rest_largest = -infinity();
+  each_slot([&](int, float z, float, bool first) { sum += first ? expf((z - finite(largest)) * inverse) : 0.0f; });
   sum = over_block(sum, Add{});
   if (call.rest) {
-    const float rest_largest = read(call.rest + 2 * token), now = fmaxf(largest, rest_largest);
+    rest_largest = read(call.rest + 2 * token);
     rest_sum = read(call.rest + 2 * token + 1);
-    of_rest = logf(rest_sum) + finite(rest_largest);
-    sum = sum * weight_of(largest, now) + rest_sum * weight_of(rest_largest, now);
+    const float now = fmaxf(largest, rest_largest);
+    sum = sum * weight_of(largest, now, inverse) + rest_sum * weight_of(rest_largest, now, inverse);
     largest = now;
   }
-  const float normalizer = logf(sum) + finite(largest), scale = read(call.scale);
-  const float t = call.tail && of_rest != -infinity() ? fmaxf(1.0f - total, 0.0f) : 0.0f;
+  const float log_sum = logf(sum), scale = read(call.scale);
+  const float t = call.tail && rest_sum != 0.0f ? fmaxf(1.0f - total, 0.0f) : 0.0f, student = (total + t) / sum;
   float loss = 0;
   each_slot([&](int k, float z, float p, bool first) {
-    if (p != 0.0f) loss += p * (logf(p) - (z - normalizer));
-    if (call.dz) write(call.dz + place + k, ((first ? (total + t) * expf(z - normalizer) : 0.0f) - p) * scale);
+    z = (z - largest) * inverse;
+    if (p != 0.0f) loss += p * (logf(p) - (z - log_sum));
+    if (call.dz) write(call.dz + place + k, ((first ? student * expf(z) : 0.0f) - p) * scale);
   });
   for (int k = threadIdx.x; call.dz && k < call.slots; k += blockDim.x)
     if (read_int(call.ids + place + k) < 0) write(call.dz + place + k, 0.0f);
   loss = over_block(loss, Add{});
   if (threadIdx.x) return;
-  if (t != 0.0f) loss += t * (logf(t) - (of_rest - normalizer));
+  const float of_rest = (rest_largest - largest) * inverse;
+  if (t != 0.0f) loss += t * (logf(t) - (of_rest + (logf(rest_sum) - log_sum)));
   write(call.losses + token, present != 0.0f ? loss : 0.0f);
-  write(call.normalizers + 2 * token, normalizer);
-  write(call.normalizers + 2 * token + 1, call.tail ? of_rest : -infinity());
+  write(call.normalizers + 4 * token, largest);
+  write(call.normalizers + 4 * token + 1, sum);
+  write(call.normalizers + 4 * token + 2, call.tail ? rest_largest : -infinity());
+  write(call.normalizers + 4 * token + 3, call.tail ? rest_sum : 0.0f);
   if (!call.factors) return;
-  const float factor = (total + t) * expf(of_rest - normalizer) - t;  // of each exp(z - R)
-  write(call.factors + token, present == 0.0f || rest_sum == 0.0f ? 0.0f : factor * scale / rest_sum);
+  const float factor = student * expf(of_rest) - t / rest_sum;
+  write(call.factors + token, present == 0.0f || rest_sum == 0.0f ? 0.0f : factor * scale);
 }
 
 // --- sums of rows ---
@@ -252,12 +257,12 @@ DEVICE void load_part(const VocabularyPart& call, const float* row, int column, 
   for (int e = 0; e < 8; ++e) {
     const bool inside = column + e < call.size;
     if (inside && call.bias) z[e] += read(call.bias + call.first + column + e);
-    z[e] = inside ? z[e] * call.inverse_temperature : -infinity();
+    if (!inside) z[e] = -infinity();
   }
 }
 
-// A block has one token: its slots' z go out, the rest into (m, s); with `out` exp(z - m) of the rest goes there, and
-// dhidden is made relative to the new m. The slots' logits are overwritten.
+// A block has one token: its slots' z go out, the rest into (m', s'); with `out` exp((z - m') / T) of the rest goes there,
+// and dhidden is made relative to the new m'. The slots' logits are overwritten.
 __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const VocabularyPart call) {
   const int64_t token = blockIdx.x;
   float* const row = call.logits + token * call.stride;
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
     const int id = read_int(ids + k);
     const float z = read(row + id - call.first) + (call.bias ? read(call.bias + id) : 0.0f);
-    write(call.z + token * call.slots + k, z * call.inverse_temperature);
+    write(call.z + token * call.slots + k, z);
   }
   __syncthreads();
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
@@ -276,20 +281,21 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   }
   __syncthreads();
   const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
+  const float inverse = call.inverse_temperature;
   float largest = before, sum = 0, z[8];
   for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
     load_part(call, row, column, z);
     float now = largest;
 #pragma unroll
     for (int e = 0; e < 8; ++e) now = fmaxf(now, z[e]);
-    sum *= weight_of(largest, now);
+    sum *= weight_of(largest, now, inverse);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum += expf(z[e] - finite(now));
+    for (int e = 0; e < 8; ++e) sum += expf((z[e] - finite(now)) * inverse);
     largest = now;
   }
   const float most = over_block(largest, Larger{});
-  sum = over_block(sum * weight_of(largest, most), Add{});
-  const float kept = weight_of(before, most);
+  sum = over_block(sum * weight_of(largest, most, inverse), Add{});
+  const float kept = weight_of(before, most, inverse);
   if (!threadIdx.x) {
     write(call.rest + 2 * token, most);
     write(call.rest + 2 * token + 1, sum_before * kept + sum);
@@ -300,7 +306,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
     load_part(call, row, column, z);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) z[e] = expf(z[e] - finite(most));
+    for (int e = 0; e < 8; ++e) z[e] = expf((z[e] - finite(most)) * inverse);
     type.store(call.out + token * call.stride * bytes, column, z);
   }
   if (kept == 1.0f) return;
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   for (int i = threadIdx.x; i < call.width; i += blockDim.x) write(dhidden + i, kept * read(dhidden + i));
 }
 
-// A block has some columns of one token: the gradient of their logits from (Z, R), times scale.
+// A block has some columns of one token: the gradient of their logits from (m, s, m', s'), times scale.
 __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const VocabularyPart call) {
   const int64_t token = blockIdx.x;
   const int32_t* const ids = call.ids + token * call.slots;
@@ -322,14 +328,16 @@ __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const V
   present = over_block(present, Larger{});
   const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
   if (column >= call.size) return;
-  const float normalizer = read(call.normalizers + 2 * token), of_rest = read(call.normalizers + 2 * token + 1);
-  const float t = call.tail && of_rest != -infinity() ? fmaxf(1.0f - total, 0.0f) : 0.0f;
+  const float* const of = call.normalizers + 4 * token;
+  const float largest = read(of), sum = read(of + 1), rest_largest = read(of + 2), rest_sum = read(of + 3);
+  const float t = call.tail && rest_sum != 0.0f ? fmaxf(1.0f - total, 0.0f) : 0.0f, inverse = call.inverse_temperature;
+  const float of_whole = (total + t) / sum, of_rest = t != 0.0f ? t / rest_sum : 0.0f;
   float gradient[8], student[8];
   load_part(call, call.logits + token * call.stride, column, gradient);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    student[e] = (total + t) * expf(gradient[e] - normalizer);
-    gradient[e] = t != 0.0f ? student[e] - t * expf(gradient[e] - of_rest) : student[e];
+    student[e] = of_whole * expf((gradient[e] - largest) * inverse);
+    gradient[e] = t != 0.0f ? student[e] - of_rest * expf((gradient[e] - rest_largest) * inverse) : student[e];
   }
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock + blockIdx.y;
   const int begin = read_int(bounds), end = read_int(bounds + 1);

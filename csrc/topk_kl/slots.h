@@ -60,34 +60,46 @@ struct Slots {
   }
 };
 
-// How far the numbers are from what exp takes: their largest, or 0 where that is infinite.
+// The largest logit m, -infinity where there is none, and s, the sum of exp((z - m) / T).
+struct Normalizer {
+  float largest, sum;
+};
+
+// What is taken off before exp while numbers are summed up: their largest, or 0 where that is infinite.
 HOT float finite(float largest) { return is_infinite(largest) ? 0.0f : largest; }
 
-// Z over the slots; z is filled up with -infinity to whole registers.
-HOT float slots_normalizer(const Slots& slots, float* z) {
+// (z - m) / T, the difference first: it is exact where z and m are near, however large they are.
+HOT Reg relative(const Call& call, Reg z, float largest) { return (z - largest) * call.inverse_temperature; }
+HOT float relative(const Call& call, float z, float largest) { return (z - largest) * call.inverse_temperature; }
+
+// Over the slots; z is filled up with -infinity to whole registers.
+HOT Normalizer slots_normalizer(const Call& call, const Slots& slots, float* z) {
   for (long k = slots.count; k < padded(slots.count); ++k) z[k] = -infinity;
   Reg most = broadcast(-infinity), sums = {};
   for (long k = 0; k < slots.count; k += lanes) most = larger(load(z + k), most);
-  const float shift = finite(largest(most));
-  for (long k = 0; k < slots.count; k += lanes) sums += exp_of(load(z + k) - shift);
-  return __builtin_logf(sum(sums)) + shift;
+  const float reached = largest(most);
+  for (long k = 0; k < slots.count; k += lanes) sums += exp_of(relative(call, load(z + k), finite(reached)));
+  return {reached, sum(sums)};
 }
 
-// sum p (log p - (z - Z)).
-HOT float slots_loss(const Slots& slots, const float* z, float normalizer) {
+// sum p (log p - log q).
+HOT float slots_loss(const Call& call, const Slots& slots, const float* z, Normalizer whole) {
+  const float log_sum = __builtin_logf(whole.sum);
   Reg sums = {};
   for (long k = 0; k < slots.count; k += lanes) {
     const Reg p = load(slots.p + k);
-    const Reg term = p * (log_of(p) - (load(z + k) - normalizer));
+    const Reg term = p * (log_of(p) - (relative(call, load(z + k), whole.largest) - log_sum));
     sums += p == 0.0f ? Reg{} : term;
   }
   return sum(sums);
 }
 
-// dz = scale * (weight * exp(z - Z) - p).
-HOT void slots_gradient(const Slots& slots, const float* z, float normalizer, float weight, float scale, float* dz) {
+// dz = scale * (weight * q - p).
+HOT void slots_gradient(const Call& call, const Slots& slots, const float* z, Normalizer whole, float weight, float scale,
+                        float* dz) {
+  const float factor = weight / whole.sum;
   for (long k = 0; k < slots.count; k += lanes)
-    store(dz + k, (exp_of(load(z + k) - normalizer) * weight - load(slots.p + k)) * scale);
+    store(dz + k, (exp_of(relative(call, load(z + k), whole.largest)) * factor - load(slots.p + k)) * scale);
 }
 
 HOT void store_slot_grads(const Call& call, long token, const Slots& slots, const float* dz) {
@@ -111,18 +123,17 @@ HOT void clear_dhidden(const Call& call, long token) {
 // The soft-cap of logits that nothing else was done to, and its derivative by the logits that came of it.
 HOT Reg capped(const Call& call, Reg logits) { return tanh_of(logits / call.softcap) * call.softcap; }
 HOT Reg cap_slope(const Call& call, Reg z) {
-  const Reg u = z * (call.temperature / call.softcap);
+  const Reg u = z / call.softcap;
   return 1.0f - u * u;
 }
 void scale_by_slope(const Call& call, const float* z, float* dz, long count) {
   for (long k = 0; k < count; k += lanes) store(dz + k, load(dz + k) * cap_slope(call, load(z + k)));
 }
 
-// z = (z + bias) / temperature, with the soft-cap in between.
+// z = z + bias, soft-capped.
 HOT void finish_slot_logits(const Call& call, const Slots& slots, float* z) {
   for (long k = 0; call.bias && k < slots.count; ++k) z[k] += call.bias[slots.id[k]];
   for (long k = 0; call.softcap != 0 && k < slots.count; k += lanes) store(z + k, capped(call, load(z + k)));
-  for (long k = 0; k < slots.count; k += lanes) store(z + k, load(z + k) / call.temperature);
 }
 
 template <class W>
@@ -159,10 +170,10 @@ void linear_topk_of(const Call& call, long begin, long end, float* scratch) {
     const Next back{next->count ? next->id : now->id, next->count > call.rows_ahead ? call.rows_ahead : next->count ? next->count : 1};
     dots_of<2>(weight, now->id, now->count, h, z, there);
     finish_slot_logits(call, *now, z);
-    const float normalizer = slots_normalizer(*now, z);
-    call.losses[n] = slots_loss(*now, z, normalizer);
+    const Normalizer whole = slots_normalizer(call, *now, z);
+    call.losses[n] = slots_loss(call, *now, z, whole);
     if (!gradient) continue;
-    slots_gradient(*now, z, normalizer, now->total, call.gradient_scale, dz);
+    slots_gradient(call, *now, z, whole, now->total, call.gradient_scale, dz);
     if (call.softcap != 0) scale_by_slope(call, z, dz, now->count);
     if (call.slot_grads) store_slot_grads(call, n, *now, dz);
     if (!call.dhidden) continue;

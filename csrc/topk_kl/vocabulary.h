@@ -1,10 +1,10 @@
 // Logits of the whole vocabulary, a part at a time: the normalisers of "full" and "tail", and the gradients.
 
-// The running sums of a token: of the rest (what is no slot's id) and of the slots, each id once.
+// What a token has come to: the rest (what is no slot's id) and the slots, each id once.
 struct Running {
-  float rest_max, rest_sum, slot_max, slot_sum;
+  Normalizer rest, slots;
 };
-// What they become when the token is finished: the rest's gradient is factor * exp(z - offset), the scale in it.
+// What that becomes when the token is finished: the rest's gradient is factor * exp((z - offset) / T), the scale in it.
 struct Finished {
   float factor, offset, unused[2];
 };
@@ -63,90 +63,84 @@ HOT Reg with_slope(const Call& call, Reg z, Reg gradient) {
   return gradient == 0.0f ? gradient : gradient * cap_slope(call, z);
 }
 
-// A part of a token's logits, products without bias and temperature: their slots are noted, the rest joins the running
-// sums, and with `keep` z becomes exp(z - m) over the rest, times the soft-cap's derivative. Returns what sums of earlier parts are to be multiplied with.
+// A part of a token's logits, products without bias: their slots are noted, the rest joins the running sums, and with
+// `keep` z becomes exp((z - m') / T) over the rest, times the soft-cap's derivative. Returns what sums of earlier parts
+// are to be multiplied with.
 HOT float add_part(const Call& call, long token, long first, long size, float* z, bool keep) {
-  const float inverse = 1.0f / call.temperature;
   const long slots = call.teacher.slots;
   Running& sums = running_of(call, token);
   // Before a slot becomes -infinity, which an infinite bias or the soft-cap would undo.
   if (call.bias || call.softcap != 0) complete_row(call, first, size, z);
   if (call.slot_logits)
     slots_within(call, token, first, size, [&](long k, long i) INLINE {
-      call.slot_logits[token * slots + k] = z[i] * inverse;
+      call.slot_logits[token * slots + k] = z[i];
     });
   slots_within(call, token, first, size, [&](long k, long i) INLINE {
-    const float value = z[i] * inverse;
-    const bool unseen = z[i] != -infinity;
+    const float value = z[i];
+    const bool unseen = value != -infinity;
     if (call.slot_first) call.slot_first[token * slots + k] = unseen;
     z[i] = -infinity;
     if (!unseen) return;
-    if (value > sums.slot_max) {
-      sums.slot_sum = sums.slot_sum * __builtin_expf(sums.slot_max - value) + 1;
-      sums.slot_max = value;
+    if (value > sums.slots.largest) {
+      sums.slots.sum = sums.slots.sum * __builtin_expf(relative(call, sums.slots.largest, value)) + 1;
+      sums.slots.largest = value;
     } else {
-      sums.slot_sum += __builtin_expf(value - finite(sums.slot_max));
+      sums.slots.sum += __builtin_expf(relative(call, value, finite(sums.slots.largest)));
     }
   });
   Reg most = broadcast(-infinity);
-  for (long c = 0; c < size; c += lanes) {
-    const long n = size - c;
-    const Reg v = load_up_to(z + c, n) * inverse;
-    store_up_to(z + c, v, n);
-    if (n < lanes)
-      for (long i = 0; i < n; ++i) most[0] = v[i] > most[0] ? v[i] : most[0];
-    else
-      most = larger(v, most);
-  }
-  const float part_max = largest(most), before = sums.rest_max;
-  if (part_max > before) sums.rest_max = part_max;
-  const float shift = finite(sums.rest_max);
-  const float earlier = part_max > before ? __builtin_expf(before - shift) : 1.0f;
-  Reg total = {};
   long c = 0;
-  for (; c + lanes <= size; c += lanes) {
-    const Reg v = load(z + c), e = exp_of(v - shift);
+  for (; c + lanes <= size; c += lanes) most = larger(load(z + c), most);
+  float part_max = largest(most);
+  for (; c < size; ++c) part_max = z[c] > part_max ? z[c] : part_max;
+  const float before = sums.rest.largest;
+  if (part_max > before) sums.rest.largest = part_max;
+  const float shift = finite(sums.rest.largest);
+  const float earlier = part_max > before ? __builtin_expf(relative(call, before, shift)) : 1.0f;
+  Reg total = {};
+  for (c = 0; c + lanes <= size; c += lanes) {
+    const Reg v = load(z + c), e = exp_of(relative(call, v, shift));
     if (keep) store(z + c, with_slope(call, v, e));
     total += e;
   }
   float part_sum = sum(total);
   if (c < size) {
-    const Reg v = load_part(z + c, size - c), e = exp_of(v - shift);
+    const Reg v = load_part(z + c, size - c), e = exp_of(relative(call, v, shift));
     if (keep) store_part(z + c, with_slope(call, v, e), size - c);
     for (long i = 0; i < size - c; ++i) part_sum += e[i];
   }
-  sums.rest_sum = (sums.rest_sum == 0 ? 0 : sums.rest_sum * earlier) + part_sum;
+  sums.rest.sum = (sums.rest.sum == 0 ? 0 : sums.rest.sum * earlier) + part_sum;
   return earlier;
 }
 
-// log(exp(a) + exp(b)).
-HOT float log_sum(float a, float b) {
-  const float most = a > b ? a : b;
-  return is_infinite(most) ? most : most + __builtin_logf(__builtin_expf(a - most) + __builtin_expf(b - most));
+// A sum relative to another largest logit. What sums up nothing is nothing beside any.
+HOT float sum_beside(const Call& call, Normalizer of, float largest) {
+  return of.sum == 0 ? 0.0f : of.sum * __builtin_expf(relative(call, finite(of.largest), largest));
 }
 
-HOT void read_normalizers(const Call& call, long token, float& whole, float& rest) {
-  const Running& sums = running_of(call, token);
-  rest = __builtin_logf(sums.rest_sum) + finite(sums.rest_max);
-  const float slots = sums.slot_sum == 0 ? -infinity : __builtin_logf(sums.slot_sum) + sums.slot_max;
-  whole = log_sum(rest, slots);
-  if (call.normalization == Normalization::full) rest = -infinity;
+HOT Normalizer joined(const Call& call, Normalizer a, Normalizer b) {
+  const float most = a.largest > b.largest ? a.largest : b.largest;
+  if (most == infinity) return {most, most + a.sum + b.sum};
+  return {most, sum_beside(call, a, finite(most)) + sum_beside(call, b, finite(most))};
 }
 
-// t, what the teacher left out; 0 where the student has nothing left, or takes no account of it.
-HOT float left_out(float total, float rest) {
+// t, what the teacher left out; 0 where the student has nothing left.
+HOT float left_out(float total, Normalizer rest) {
   const float t = 1.0f - total;
-  return rest == -infinity || t < 0 ? 0.0f : t;
+  return rest.sum == 0 || t < 0 ? 0.0f : t;
 }
 
-HOT float rest_loss(float t, float whole, float rest) {
-  return t == 0 ? 0.0f : t * (__builtin_logf(t) - (rest - whole));
+HOT float rest_loss(const Call& call, float t, Normalizer whole, Normalizer rest) {
+  if (t == 0) return 0.0f;
+  const float log_r = relative(call, rest.largest, whole.largest) + (__builtin_logf(rest.sum) - __builtin_logf(whole.sum));
+  return t * (__builtin_logf(t) - log_r);
 }
 
-HOT Finished rest_gradient(float total, float t, float whole, float rest, float scale) {
-  if (rest == -infinity) return {scale * total, whole, {}};
-  if (rest == infinity) return {scale * (total + t), rest, {}};  // NaN for the infinite z, 0 for the others
-  return {scale * ((total + t) * __builtin_expf(rest - whole) - t), rest, {}};
+HOT Finished rest_gradient(const Call& call, float total, float t, Normalizer whole, Normalizer rest) {
+  if (rest.sum == 0) return {0, whole.largest, {}};
+  if (rest.largest == infinity) return {total + t, infinity, {}};  // NaN for the infinite z, 0 for the others
+  const float student = (total + t) * __builtin_expf(relative(call, rest.largest, whole.largest)) / whole.sum;
+  return {call.gradient_scale * (student - t / rest.sum), rest.largest, {}};
 }
 
 // --- the linear loss ---
@@ -187,27 +181,25 @@ void finish_tokens_of(const Call& call, long begin, long end, float* scratch) {
     }
     for (long k = 0; k < slots.count; ++k) z[k] = call.slot_logits[n * k_all + slots.position[k]];
     for (long k = slots.count; k < padded(slots.count); ++k) z[k] = -infinity;
-    float whole, rest;
-    read_normalizers(call, n, whole, rest);
-    const float t = left_out(slots.total, rest);
-    call.losses[n] = slots_loss(slots, z, whole) + rest_loss(t, whole, rest);
-    const float reached = finite(running_of(call, n).rest_max);
-    const Finished finished = rest_gradient(slots.total, t, whole, rest, call.gradient_scale);
+    const auto [rest, seen] = running_of(call, n);
+    const Normalizer whole = joined(call, rest, seen);
+    const float t = call.normalization == Normalization::tail ? left_out(slots.total, rest) : 0.0f;
+    call.losses[n] = slots_loss(call, slots, z, whole) + rest_loss(call, t, whole, rest);
+    const Finished finished = rest_gradient(call, slots.total, t, whole, rest);
     finished_of(call, n) = finished;
     if (!call.dhidden && !call.slot_grads) continue;
     fill(slope, 1.0f, slots.count);
     if (call.softcap != 0) scale_by_slope(call, z, slope, slots.count);
     for (long k = 0; k < slots.count; ++k)  // an id that stands twice has one logit
       if (!call.slot_first[n * k_all + slots.position[k]]) z[k] = -infinity;
-    slots_gradient(slots, z, whole, slots.total + t, call.gradient_scale, dz);
+    slots_gradient(call, slots, z, whole, slots.total + t, call.gradient_scale, dz);
     for (long k = 0; call.softcap != 0 && k < slots.count; ++k) dz[k] *= slope[k];
     if (call.slot_grads) store_slot_grads(call, n, slots, dz);
     if (!call.dhidden) continue;
     fill(dh, 0.0f, padded(call.width));
     add_rows_of<0>(weight, slots.id, slots.count, dz, dh, Next{});
     // An infinite logit: its product with the weight's row is in the sum, and 0 would hide it.
-    const float factor = finished.offset == infinity ? __builtin_nanf("")
-                                                     : finished.factor * __builtin_expf(reached - finished.offset);
+    const float factor = finished.offset == infinity ? __builtin_nanf("") : finished.factor;
     store_dhidden<W>(call, n, dh, factor, factor == 0.0f ? nullptr : call.rest_sums + n * call.width);
   }
 }
@@ -217,7 +209,6 @@ void finish_tokens(const Call& call, int64_t begin, int64_t end, float* scratch)
 }
 
 void block_gradient(const Call& call, const Block& block) {
-  const float inverse = 1.0f / call.temperature;
   for (long r = 0; r < block.count; ++r) {
     const long token = block.token + r, slots = call.teacher.slots;
     const auto [factor, offset, unused] = finished_of(call, token);
@@ -230,8 +221,7 @@ void block_gradient(const Call& call, const Block& block) {
         Reg v = load_up_to(z + c, n);
         if (call.bias) v += load_up_to(call.bias + block.first + c, n);
         if (call.softcap != 0) v = capped(call, v);
-        v *= inverse;
-        store_up_to(z + c, with_slope(call, v, exp_of(v - offset) * factor), n);
+        store_up_to(z + c, with_slope(call, v, exp_of(relative(call, v, offset)) * factor), n);
       }
     }
     slots_within(call, token, block.first, block.size, [&](long, long i) INLINE { z[i] = 0; });
@@ -242,12 +232,15 @@ void block_gradient(const Call& call, const Block& block) {
 
 // --- given logits ---
 
+HOT Normalizer* normalizers_of(const Call& call, long token) {
+  return reinterpret_cast<Normalizer*>(call.normalizers) + 2 * token;
+}
+
 // z of the token's slots from its row, -infinity behind them.
 template <class T>
-HOT void gather(const Call& call, const T* row, const Slots& slots, float* z) {
+HOT void gather(const T* row, const Slots& slots, float* z) {
   for (long k = 0; k < slots.count; ++k) z[k] = number(row + slots.id[k]);
   for (long k = slots.count; k < padded(slots.count); ++k) z[k] = -infinity;
-  for (long k = 0; k < slots.count; k += lanes) store(z + k, load(z + k) / call.temperature);
 }
 
 template <class T>
@@ -258,15 +251,15 @@ void given_logits_of(const Call& call, long begin, long end, float* scratch) {
   Slots slots(call, pieces);
   for (long n = begin; n < end; ++n) {
     const T* const row = static_cast<const T*>(call.scores) + n * call.scores_stride;
-    float* const normalizers = call.normalizers + 2 * n;
+    Normalizer &whole = normalizers_of(call, n)[0], &rest = normalizers_of(call, n)[1];
     slots.read(call, n);
     call.losses[n] = 0;
-    normalizers[0] = normalizers[1] = -infinity;
+    whole = rest = {-infinity, 0};
     if (!slots.count) continue;
-    gather(call, row, slots, z);
+    gather(row, slots, z);
     if (call.normalization == Normalization::topk) {
-      normalizers[0] = slots_normalizer(slots, z);
-      call.losses[n] = slots_loss(slots, z, normalizers[0]);
+      whole = slots_normalizer(call, slots, z);
+      call.losses[n] = slots_loss(call, slots, z, whole);
       continue;
     }
     for (long first = 0; first < call.width; first += vocabulary_chunk) {
@@ -274,9 +267,11 @@ void given_logits_of(const Call& call, long begin, long end, float* scratch) {
       widen_row(row + first, size, part);
       add_part(call, n, first, size, part, false);
     }
-    read_normalizers(call, n, normalizers[0], normalizers[1]);
-    const float t = left_out(slots.total, normalizers[1]);
-    call.losses[n] = slots_loss(slots, z, normalizers[0]) + rest_loss(t, normalizers[0], normalizers[1]);
+    const Running& sums = running_of(call, n);
+    whole = joined(call, sums.rest, sums.slots);
+    if (call.normalization == Normalization::tail) rest = sums.rest;
+    const float t = left_out(slots.total, rest);
+    call.losses[n] = slots_loss(call, slots, z, whole) + rest_loss(call, t, whole, rest);
   }
 }
 
@@ -325,25 +320,26 @@ void logits_gradient_of(const Call& call, long begin, long end, float* scratch) 
   for (long n = begin; n < end; ++n) {
     const T* const row = static_cast<const T*>(call.scores) + n * call.scores_stride;
     T* const out = static_cast<T*>(call.dlogits) + n * call.width;
-    const float whole = call.normalizers[2 * n], rest = call.normalizers[2 * n + 1];
+    const Normalizer whole = normalizers_of(call, n)[0], rest = normalizers_of(call, n)[1];
     slots.read(call, n);
     if (!slots.count || call.normalization == Normalization::topk) __builtin_memset(out, 0, call.width * sizeof(T));
     if (!slots.count) continue;
-    gather(call, row, slots, z);
+    gather(row, slots, z);
     if (call.normalization == Normalization::topk) {
-      slots_gradient(slots, z, whole, slots.total, call.gradient_scale, dz);
+      slots_gradient(call, slots, z, whole, slots.total, call.gradient_scale, dz);
       scatter(slots, dz, out);
       continue;
     }
     const float t = left_out(slots.total, rest);
-    const auto [factor, offset, unused] = rest_gradient(slots.total, t, whole, rest, call.gradient_scale);
-    const float inverse = 1.0f / call.temperature;
+    const bool tail = call.normalization == Normalization::tail;
+    const auto [factor, offset, unused] = rest_gradient(call, slots.total, t, whole, tail ? rest : whole);
+    const float of_slots = (slots.total + t) / whole.sum * call.gradient_scale;
     for (long k = 0; k < slots.count; k += lanes)
-      store(dz + k, exp_of(load(z + k) - whole) * ((slots.total + t) * call.gradient_scale));
+      store(dz + k, exp_of(relative(call, load(z + k), whole.largest)) * of_slots);
     for (long first = 0; first < call.width; first += vocabulary_chunk) {
       const long size = call.width - first < vocabulary_chunk ? call.width - first : vocabulary_chunk;
       widen_row(row + first, size, part);
-      for (long c = 0; c < size; c += lanes) store(part + c, exp_of(load(part + c) * inverse - offset) * factor);
+      for (long c = 0; c < size; c += lanes) store(part + c, exp_of(relative(call, load(part + c), offset)) * factor);
       for (long k = 0; k < slots.count; ++k)
         if (const long i = slots.id[k] - first; i >= 0 && i < size) part[i] = dz[k];
       for (long k = 0; k < slots.count; ++k)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import math
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from linearpatch_kernels.cli.console import print_error, problems
@@ -35,8 +37,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _Command(TyperCommand):
+    """A command that refuses numbers which no computation takes, before it starts."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest: list[str] = super().parse_args(ctx, args)
+        for option in self.params:
+            value = ctx.params.get(option.name)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise InputError(f"{option.opts[0]} {value} is larger than it can be: give a smaller one")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{option.opts[0]} {value} is not a number to compute with: give a finite one")
+        return rest
+
+
 for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -71,6 +89,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="linearpatch_kernels runs on plain PyTorch")
     try:
         status = app(arguments or ["--help"], prog_name="linearpatch", standalone_mode=False) or 0
+    except BrokenPipeError:
+        # Whoever read what was printed (`| head`) has read enough; what was to be saved is saved.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
     except Exception as error:
         if debug:
             raise
@@ -87,7 +109,8 @@ _INTERRUPTED = 130
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, TyperException):
-        return " ".join(error.format_message().split())
+        # What a parser of ours said, without the words that typer puts before it.
+        return " ".join(error.format_message().replace("Value error, ", "", 1).split())
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text

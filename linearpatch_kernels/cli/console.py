@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,24 @@ from rich.table import Table
 from rich.text import Text
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import check_file, expanded, finite, lies_in, read_json, said, write_whole
 
 if TYPE_CHECKING:
     from linearpatch_kernels.evaluation.agreement import Quality
     from linearpatch_kernels.surgery.plan import PrunePlan
 
 
+class _Aside(Console):
+    """What is said beside a result: where it cannot be written (a log on a full disk), the work goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+
 # Names of files and models are printed as they are: neither [bold] nor :x: means anything in them.
 console = Console(markup=False, emoji=False, highlight=False)
-problems = Console(stderr=True, markup=False, emoji=False, highlight=False)
+problems = _Aside(stderr=True, markup=False, emoji=False, highlight=False)
 
 _PLAIN_INTERVAL = 5.0
 
@@ -175,15 +185,63 @@ def print_seconds(run: Reporter) -> None:
     console.print(f"Time: {parts}; together {sum(run.seconds.values()):.0f} s")
 
 
-def check_json(file: Path | None) -> None:
-    """Whether figures can go to ``file``; call it first. For standard output (``-``) tables make room, on stderr."""
+def check_json(file: Path | None, *, made_from: Iterable[Path | str | None] = (), output: Path | None = None) -> None:
+    """Whether figures can go to ``file``; call it first. For standard output (``-``) tables make room, on stderr.
+
+    Args:
+        made_from: what the run reads, which figures must not take the place of.
+        output: the directory that the run replaces whole.
+    """
     console.stderr = str(file) == "-"
     if file is None or console.stderr:
         return
+    if output is not None and lies_in(file, output):
+        raise InputError(f"--json {file} is inside the output, which is replaced whole: give a file elsewhere")
+    if _is_stream(file):
+        _try_stream(file)
+        return
+    for source in made_from:
+        if source and file.exists() and expanded(source).exists() and file.samefile(expanded(source)):
+            raise InputError(f"--json {file} is what the run reads: give another file")
+    check_file(file, f"--json {file}", _holds_figures)
+
+
+# What the figures of a command have at their top, among others; those of `inspect` have nothing else.
+_FIGURES = (
+    {"quality", "seconds"},
+    {"points", "seconds"},
+    {"perplexity", "windows", "length"},
+    {"backends", "packages"},
+)
+_INSPECTED = {"model", "merges", "plan", "quality", "distillation", "sweep"}
+
+
+def _holds_figures(file: Path) -> bool:
+    """Whether a file holds what `write_json` writes. It has no mark: who reads it wants figures and nothing else."""
+    try:
+        content = read_json(file, "").keys()
+    except InputError:
+        return False
+    return any(keys <= content for keys in _FIGURES) or (bool(content) and content <= _INSPECTED)
+
+
+def _is_stream(file: Path) -> bool:
+    """A pipe, a device, a descriptor: what is written to, and never replaced."""
+    absolute = file.absolute()
     if file.is_dir():
-        raise InputError(f"--json {file} is a directory: give a file, or - for standard output")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"--json {file} cannot be written: give a file in a directory that one may write to")
+        return False
+    return absolute.is_relative_to("/dev") or absolute.is_relative_to("/proc") or (file.exists() and not file.is_file())
+
+
+def _try_stream(file: Path) -> None:
+    try:
+        # Only a device can be tried out: what goes into a pipe is read.
+        if file.is_char_device() and not console.is_terminal:
+            file.write_text("\n", encoding="utf-8")
+        elif not os.access(file, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"--json {file} cannot be written ({error.strerror}): give another file") from error
 
 
 def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
@@ -193,21 +251,15 @@ def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
     if str(file) == "-":
         sys.stdout.write(text)
         return
-    target = file.resolve()
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        if file.exists() and not file.is_file():
-            file.write_text(text, encoding="utf-8")  # a pipe, /dev/null: there is nothing to take the place of
-            return
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"--json {file} could not be written ({error.strerror}): give another file") from error
+        if _is_stream(file):
+            file.write_text(text, encoding="utf-8")
+        else:
+            write_whole(file.resolve(), text.encode())
+    except (OSError, InputError) as error:
+        raise InputError(f"--json {file} could not be written ({said(error)}): give another file") from error
 
 
 def json_text(content: Mapping[str, Any]) -> str:
     """Indented JSON, in which what is not finite is null: JSON has no word for it."""
-    from linearpatch_kernels.files import finite
-
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"

@@ -27,16 +27,17 @@ from linearpatch_kernels.cli.inputs import (
     read_texts,
     title_of,
 )
-from linearpatch_kernels.cli.options import JsonFile, Length, Samples, from_home
+from linearpatch_kernels.cli.options import JsonFile, Length, Samples, given_path
 from linearpatch_kernels.cli.prune import COMPARED, report_data, summarise, usage
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 
 def demo(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", callback=from_home
+            "--output", "-o", metavar="DIR", help="Where the two models and the report go.", parser=given_path
         ),
     ] = Path("demo-output"),
     drop: Annotated[int, typer.Option("--drop", metavar="N", min=1, help="How many of the 30 layers to remove.")] = 6,
@@ -67,7 +68,7 @@ def demo(
         "healed (structured)": output / "structured",
         "report": output / "report",
     }
-    check_json(json_file)
+    check_json(json_file, output=output)
     for place in places.values():
         check_output(place, overwrite=True)
     run, notes = Reporter(), Notes()
@@ -120,7 +121,8 @@ def demo(
         speeds = compare_speed(models, progress=run)
     with run.stage("save"):
         for name, plan in plans.items():
-            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=plan.files())
+            files = {f"{RECORDS}/{file}": content for file, content in plan.files().items()}
+            save_checkpoint(models[name], source.tokenizer, places[name], overwrite=True, extra_files=files)
     with run.stage("reload and write on"):
         reloaded = AutoModelForCausalLM.from_pretrained(places["healed (auto)"]).eval()
         again = AutoTokenizer.from_pretrained(places["healed (auto)"])
@@ -146,6 +148,8 @@ def demo(
         magnitudes = joint_magnitudes(dense, windows.evaluation[:4], pruning.plan.joints[0])
         report = prune_report(data, pruning.plan, pruning.statistics, magnitudes, title_of("demo"), noted=notes)
         save_files(places["report"], report, overwrite=True)
+    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, texts.report_source)
@@ -165,8 +169,6 @@ def demo(
     for name, place in places.items():
         console.print(f"{name}: {place}", soft_wrap=True)
     print_seconds(run)
-    summary = summarise(pruning.plan, found, run) | {"speed": {name: one.to_dict() for name, one in speeds.items()}}
-    write_json(json_file, summary)
     if not same:
         raise InputError(
             "the reloaded model differs from the one in memory: please report this with `linearpatch doctor`"

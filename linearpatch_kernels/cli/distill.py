@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +15,7 @@ import typer
 from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
-    check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -27,6 +25,7 @@ from linearpatch_kernels.cli.console import (
 from linearpatch_kernels.cli.inputs import (
     EVALUATION_WINDOWS,
     Texts,
+    check_places,
     find_model,
     on_disk,
     read_texts,
@@ -43,10 +42,18 @@ from linearpatch_kernels.cli.options import (
     Rank,
     Text,
     TrustRemoteCode,
+    given_path,
 )
-from linearpatch_kernels.cli.prune import DROPPED, usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import (
+    RECORDS,
+    check_work_directory,
+    claim_work_directory,
+    lies_in,
+    remove_work_directory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +69,10 @@ _BEFORE, _AFTER, _STRUCTURED = "before distillation", "distilled", "distilled, s
 
 def distill(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="What prune, merge or distill wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="What prune, merge or distill wrote.", show_default=False, parser=given_path
+        ),
     ],
     teacher: Annotated[
         str, typer.Option("--teacher", metavar="MODEL", help="The dense model DIR was made from.", show_default=False)
@@ -166,6 +176,7 @@ def distill(
             metavar="DIR",
             help="Where the teacher's answers are kept for other runs (default: beside the output, until it is done).",
             show_default=False,
+            parser=given_path,
         ),
     ] = None,
     store_states: Annotated[
@@ -220,7 +231,7 @@ def distill(
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.pruning import rank_for
-    from linearpatch_kernels.text import fingerprint_model, fingerprint_tokenizer
+    from linearpatch_kernels.text import fingerprint_tokenizer, model_difference
 
     settings = TrainingSettings(
         steps=steps,
@@ -241,10 +252,13 @@ def distill(
         seed=seed,
     )
     check_form(patch)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(teacher)])
-    if store is not None and store.expanduser().resolve().is_relative_to(output.resolve()):
-        raise InputError(f"--store {store} is inside the output, which is replaced whole: give another --store")
+    reads = [directory, on_disk(teacher), text, heldout_text, store]
+    check_places(output, json_file, reads)
+    work = _Work(output, store)
+    for replaced in (output, work.run):
+        if store is not None and lies_in(store, replaced):
+            raise InputError(f"--store {store} is inside {replaced}, which this run replaces: give another --store")
+    work.check()
     if loss == "topk" and top_k == 1:
         raise InputError(
             "one likeliest token alone always has all of the mass, so there is nothing to learn: give a "
@@ -268,22 +282,20 @@ def distill(
         windows = _windows(shallower, tokenizer, texts, settings, heldout, length)
     with run.stage("load the models"):
         student, dense = shallower.load(), deeper.load()
-    if source.model and source.model != fingerprint_model(dense):
-        raise InputError(
-            f"{directory} was made from another model than this teacher (or with another --dtype): give the same"
-        )
+    difference = model_difference(source.model, dense) if source.model else ""
+    if difference:
+        raise InputError(f"{directory} was made from another model than this teacher ({difference}): give the same")
     check_output(output, parameter_bytes(student), overwrite=True)
     source.check_student(student, dense)
     source.check_teacher(dense, patch)
     student = source.prepare(student, patch, rank_for(rank, shallower.hidden_size), structured)
     joint = source.begin(student)
     check_trainable(student, joint_depth(student, joint), settings.train, lora_rank=settings.lora_rank)
-    place_of_work = output.with_name(f"{output.name}.work")
-    with run.stage("ask the teacher"):
+    with work.claimed() if processes.first else contextlib.nullcontext(), run.stage("ask the teacher"):
         answers = write_teacher_store(
             dense,
             windows.all,
-            store or place_of_work / "store",
+            work.store,
             top_k=top_k,
             depths=[*source.depths(student), *([joint_depth(student, joint)] if store_states else [])],
             tokenizer=fingerprint_tokenizer(tokenizer),
@@ -304,7 +316,7 @@ def distill(
             training=windows.training,
             heldout=windows.heldout,
             settings=settings,
-            directory=place_of_work / "run",
+            directory=work.run,
             processes=processes,
             noted=notes,
         )
@@ -327,14 +339,11 @@ def distill(
         told = [*verdict, *notes.all]
         report = _report(directory, summary, found, result, windows, run, source, told, notes, bool(patches(student)))
     summary["notes"] = [*notes.all, *verdict]
-    files = {f"report/{name}": content for name, content in report.items()} | source.files()
-    files["summary.json"] = json_text(summary).encode()
+    files = recorded(source.files(), summary, report)
     with run.stage("save"):
-        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files)
-    for part in ("store", "run"):
-        shutil.rmtree(place_of_work / part, ignore_errors=True)
-    with contextlib.suppress(OSError):  # what else somebody keeps there stays
-        place_of_work.rmdir()
+        save_checkpoint(student, tokenizer, output, overwrite=True, extra_files=files, companions=shallower.companions)
+    work.remove()
+    write_json(json_file, summary)
     print_quality(found, windows.evaluation_source)
     print_table(*distillation_table(summary["distillation"]))
     if costs:
@@ -345,10 +354,59 @@ def distill(
             soft_wrap=True,
         )
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    say_where("Model, plan", output)
     for line in verdict:
         console.print(line, soft_wrap=True)
-    write_json(json_file, summary)
+
+
+class _Work:
+    """What a run keeps beside its output until it is done: ``OUT.work/run``, and ``OUT.work/store`` unless the person
+    named a store, which stays.
+
+    Attributes:
+        run, store: the two directories.
+    """
+
+    def __init__(self, output: Path, store: Path | None) -> None:
+        from linearpatch_kernels.distillation.teacher_store import STORE_FILES
+        from linearpatch_kernels.distillation.trainer import RUN_FILES
+
+        self._parent = output.with_name(f"{output.name}.work")
+        self.run, self.store = self._parent / "run", store or self._parent / "store"
+        self._ours = {self.run: RUN_FILES} | ({self.store: STORE_FILES} if store is None else {})
+
+    def check(self) -> None:
+        """InputError where something else stands there."""
+        for directory, names in self._ours.items():
+            check_work_directory(directory, names)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the directories; where the run is refused before it wrote anything there, nothing stays of them."""
+        for directory in self._ours:
+            claim_work_directory(directory)
+        try:
+            yield
+        except InputError:
+            for directory in self._ours:
+                remove_work_directory(directory, _NOTHING)
+            self._remove_parent()
+            raise
+
+    def remove(self) -> None:
+        """Remove what the runs into this output wrote; what else somebody keeps there stays."""
+        for directory, names in self._ours.items():
+            if not remove_work_directory(directory, names):
+                problems.print(f"note: {directory} was there before this run, so it stays", soft_wrap=True)
+        self._remove_parent()
+
+    def _remove_parent(self) -> None:
+        with contextlib.suppress(OSError):  # what else somebody keeps there stays
+            self._parent.rmdir()
+
+
+# The name of no file.
+_NOTHING = re.compile(r"(?!)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,15 +459,18 @@ def _windows(
 
 def _check_teacher(directory: Path, source: Shallower, student: ModelSource, teacher: ModelSource) -> Any:
     """The tokenizer of both; InputError where what is known before the weights are loaded does not fit together."""
-    from linearpatch_kernels.text import fingerprint_tokenizer
+    from linearpatch_kernels.text import tokenizer_difference
 
     if teacher.num_layers != source.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(
             f"{directory} was made from a model of {source.num_layers} layers of width {student.hidden_size} and the "
             f"teacher has {teacher.num_layers} of width {teacher.hidden_size}: give the model it was made from"
         )
-    if fingerprint_tokenizer(student.tokenizer) != fingerprint_tokenizer(teacher.tokenizer):
-        raise InputError(f"{directory} and the teacher have different tokenizers: give the model it was made from")
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
+    if difference:
+        raise InputError(
+            f"{directory} and the teacher have different tokenizers ({difference}): give the model it was made from"
+        )
     return student.tokenizer
 
 
@@ -550,9 +611,9 @@ def _report(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            **source.plan_files,
-            "summary.json": "the figures above",
-            "report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
+            **{f"{RECORDS}/{name}": what for name, what in source.plan_files.items()},
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/log.jsonl": "loss, learning rate, norm of the gradient and speed of every step",
         },
     )
     measured = [name for name in result.curve[0] if name != "step"]

@@ -35,6 +35,12 @@ def doctor(json_file: JsonFile = None) -> None:
             return str(error)
         return "yes"
 
+    def free_disk() -> str:
+        try:
+            return f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
+        except OSError as error:
+            return f"not known: {error.strerror}"
+
     check_json(json_file)
     packages = [
         "linearpatch-kernels",
@@ -54,7 +60,7 @@ def doctor(json_file: JsonFile = None) -> None:
             "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "cpu": torch.backends.cpu.get_cpu_capability() + f", {torch.get_num_threads()} threads",
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-            "free disk": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB",
+            "free disk": free_disk(),
             "cache": str(cache_dir()),
         },
         "backends": {name: "yes" if state is True else state for name, state in backends().items()},

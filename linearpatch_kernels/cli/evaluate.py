@@ -17,8 +17,17 @@ from linearpatch_kernels.cli.console import (
     share,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import find_model, num_layers_of, title_of, windows_up_to
-from linearpatch_kernels.cli.options import BatchSize, Device, Dtype, JsonFile, Length, Model, TrustRemoteCode
+from linearpatch_kernels.cli.inputs import find_model, in_words, num_layers_of, on_disk, title_of, windows_up_to
+from linearpatch_kernels.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    JsonFile,
+    Length,
+    Model,
+    TrustRemoteCode,
+    given_path,
+)
 from linearpatch_kernels.errors import InputError
 
 
@@ -31,7 +40,11 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            "--text", metavar="FILE", help="UTF-8 text (default: the demo's held-out text).", show_default=False
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text (default: the demo's held-out text).",
+            show_default=False,
+            parser=given_path,
         ),
     ] = None,
     length: Length = 512,
@@ -64,10 +77,10 @@ def evaluate(
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.text import demo_text, fingerprint_tokenizer, read_text
+    from linearpatch_kernels.text import demo_text, read_text, tokenizer_difference
 
     check_alone("evaluate")
-    check_json(json_file)
+    check_json(json_file, made_from=[text, on_disk(model), on_disk(teacher)])
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if limit is not None and tasks is None:
         raise InputError("--limit is about the questions of --tasks: name some, or leave it out")
@@ -80,8 +93,11 @@ def evaluate(
         its_teacher = None if teacher is None else find_model(teacher, dtype, device, trust_remote_code)
     with run.stage("tokenise"):
         tokenizer = source.tokenizer
-        if its_teacher is not None and fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(its_teacher.tokenizer):
-            raise InputError(f"{model} and {teacher} have different tokenizers: compare models of one family")
+        difference = "" if its_teacher is None else tokenizer_difference(tokenizer, its_teacher.tokenizer)
+        if difference:
+            raise InputError(
+                f"{model} and {teacher} have different tokenizers ({difference}): compare models of one family"
+            )
         sizes = [one.config.vocab_size for one in (source, its_teacher) if one is not None]
         if len(set(sizes)) > 1:
             raise InputError(
@@ -112,30 +128,6 @@ def evaluate(
         with run.stage("speed"), left_out("the speed", notes):
             # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
             speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=run)
-    rows = [
-        [
-            name,
-            str(num_layers_of(one)),
-            f"{model_size(one).parameters / 1e6:,.1f} M",
-            figure(found[name].perplexity),
-            share(found[name].top1_agreement),
-            "" if found[name].kl is None else f"{found[name].kl:.3f}",
-        ]
-        for name, one in models.items()
-    ]
-    columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
-    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {'LAMBADA passages' if text is None else text.name}"
-    print_table(title, columns, rows)
-    if speeds:
-        speed_rows = [
-            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
-            for name, one in speeds.items()
-        ]
-        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
-    if scores:
-        task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
-        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
-    print_seconds(run)
     size = model_size(student)
     summary = quality.to_dict() | {
         "tasks": scores,
@@ -149,5 +141,30 @@ def evaluate(
     if speeds:
         summary["speed"] = {name: one.to_dict() for name, one in speeds.items()}
     write_json(json_file, summary)
+    rows = [
+        [
+            name,
+            str(num_layers_of(one)),
+            f"{model_size(one).parameters / 1e6:,.1f} M",
+            figure(found[name].perplexity),
+            share(found[name].top1_agreement),
+            "" if found[name].kl is None else f"{found[name].kl:.3f}",
+        ]
+        for name, one in models.items()
+    ]
+    columns = ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"]
+    origin = "LAMBADA passages" if text is None else in_words(text.name)
+    title = f"{len(ids)} windows of {ids.shape[1]} tokens from {origin}"
+    print_table(title, columns, rows)
+    if speeds:
+        speed_rows = [
+            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
+            for name, one in speeds.items()
+        ]
+        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
+    if scores:
+        task_rows = [[task, str(s["n"]), *(share(s.get(k)) for k in ("acc", "acc_norm"))] for task, s in scores.items()]
+        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
+    print_seconds(run)
     if failure is not None:
         raise failure

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearpatch_kernels.cli.console import problems
+from linearpatch_kernels.cli.console import check_json, problems
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import lies_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +60,15 @@ def find_model(
     )
 
 
-def on_disk(model: str) -> str | None:
+def check_can_be_cut(model: ModelSource) -> None:
+    """InputError for a model that can only be measured; ask it before the calibration."""
+    if model.is_quantised:
+        raise InputError(
+            f"{model.name} is quantised and cannot be cut: give the full-precision model, and quantise the result"
+        )
+
+
+def on_disk(model: str | None) -> str | None:
     """MODEL as a path that may be there; 'demo' is none, whatever lies under that name."""
     return None if model == "demo" else model
 
@@ -78,12 +88,12 @@ def read_texts(text: Path | None, heldout_text: Path | None) -> Texts:
     from linearpatch_kernels.text import demo_text, read_text
 
     if text is not None:
-        texts = Texts(read_text(text), None, text.name, f"unused parts of {text.name}")
+        texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
     else:
         texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
     if heldout_text is None:
         return texts
-    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=heldout_text.name)
+    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=in_words(heldout_text.name))
 
 
 def heldout_windows(samples: int) -> int:
@@ -105,6 +115,9 @@ def make_windows(
 
     InputError where the text is too short, or where the model lacks one of its tokens or so many positions.
     """
+    import torch
+
+    from linearpatch_kernels.distillation.teacher_store import fingerprint_windows
     from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
 
@@ -134,6 +147,8 @@ def make_windows(
         "samples": samples,
         "heldout": heldout,
         "length": length,
+        # Which windows those are depends on how many the report takes of the same text.
+        "windows": fingerprint_windows(torch.cat([shares["fit"], shares["heldout"]])),
     }
     held = shares["heldout"] if heldout else None
     return Windows(
@@ -156,10 +171,36 @@ def windows_up_to(tokenizer: Any, content: str | list[str], length: int, count: 
 
 
 def title_of(model: str) -> str:
-    return "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name or model
+    return "SmolLM2-135M-Instruct" if model == "demo" else in_words(Path(model).name or model)
+
+
+def in_words(name: str) -> str:
+    """A name as it can be written in a report: what is not UTF-8 in the name of a file becomes question marks."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def num_layers_of(model: PreTrainedModel) -> int:
     from linearpatch_kernels.modeling.families import num_layers
 
     return num_layers(model)
+
+
+def check_places(output: Path, json_file: Path | None, reads: Sequence[Path | str | None]) -> None:
+    """Whether an output and its figures can go where they were sent; call it first.
+
+    Args:
+        reads: what the run reads, None for what it does not.
+    """
+    from linearpatch_kernels.modeling.saving import check_output
+    from linearpatch_kernels.text import cache_dir
+
+    check_json(json_file, made_from=reads, output=output)
+    if lies_in(output, cache_dir()):
+        raise InputError(f"{output} is in the cache, which is not yours to keep things in: give another directory")
+    check_output(output, overwrite=True, made_from=reads)
+
+
+def forget(unfinished: Path) -> None:
+    """Remove what an unfinished run would have gone on from; that it cannot be removed costs no result."""
+    with contextlib.suppress(OSError):
+        unfinished.unlink(missing_ok=True)

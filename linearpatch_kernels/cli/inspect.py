@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,10 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.distill import distillation_table
 from linearpatch_kernels.cli.merge import merges_table, written
-from linearpatch_kernels.cli.options import JsonFile
+from linearpatch_kernels.cli.options import JsonFile, given_path
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_json, record
 
 _CURE = "write the directory again"
 
@@ -34,6 +36,7 @@ def inspect(
             metavar="DIR",
             help="What prune, merge, distill or sweep wrote, or any model directory.",
             show_default=False,
+            parser=given_path,
         ),
     ],
     json_file: JsonFile = None,
@@ -62,8 +65,9 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
-    plan = PrunePlan.load(directory) if (directory / "plan.json").exists() else None
-    merges = MergePlan.load(directory / MERGE_FILE) if (directory / MERGE_FILE).exists() else None
+    plan = PrunePlan.load(directory) if record(directory, "plan.json").exists() else None
+    merge_file = record(directory, MERGE_FILE)
+    merges = MergePlan.load(merge_file) if merge_file.exists() else None
     if plan is None and sweep is None and (config is None or "model_type" not in config):
         raise InputError(
             f"{directory} holds no plan.json, no sweep.json and no model's config.json: give a directory that "
@@ -82,16 +86,17 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
         tables.append(("Model", ["what", "value"], rows))
     if merges is not None:
         summary["merges"] = merges.to_json()
-        with reading(directory / MERGE_FILE, _CURE):
+        with reading(merge_file, _CURE):
             tables.append(merges_table(merges))
     if plan is not None:
         summary["plan"] = plan.to_json()
-        with reading(directory / "plan.json", _CURE):
+        with reading(record(directory, "plan.json"), _CURE):
             tables += [_joints_table(plan), *candidates_table(plan)]
     if plan is not None or merges is not None:
-        about = _read(directory / "summary.json") or {}
+        figures = record(directory, "summary.json")
+        about = _read(figures) or {}
         summary["quality"] = about.get("quality", {})
-        with reading(directory / "summary.json", _CURE):
+        with reading(figures, _CURE):
             tables += _quality_table(summary["quality"])
             if "distillation" in about:
                 summary["distillation"] = about["distillation"]
@@ -105,13 +110,11 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    from linearpatch_kernels.files import read_json
-
     return read_json(file, _CURE) if file.exists() else None
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    weights = [file for file in directory.glob("*.safetensors") if file.name != "plan.safetensors"]
+    weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
     tree = config.get("linearpatch_merge_tree")
     about = {
         "model_type": config.get("model_type"),

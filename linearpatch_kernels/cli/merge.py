@@ -14,9 +14,7 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     TableContent,
-    check_json,
     console,
-    json_text,
     print_quality,
     print_seconds,
     print_table,
@@ -25,10 +23,14 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
+    check_places,
     find_model,
+    forget,
     heldout_windows,
     make_windows,
     num_layers_of,
+    on_disk,
     read_texts,
     title_of,
 )
@@ -46,9 +48,10 @@ from linearpatch_kernels.cli.options import (
     Text,
     TrustRemoteCode,
 )
-from linearpatch_kernels.cli.prune import DROPPED, usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
 from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,8 +167,10 @@ def merge(
 
     # Whatever the model's depth, these must make sense.
     check_settings(settings_of(variant or next(iter(VARIANTS))), layers + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True)
+    reads = [on_disk(model), text, heldout_text]
+    check_places(output, json_file, reads)
+    unfinished = _unfinished(output)
+    check_file(unfinished, f"{unfinished}, where the merges of an unfinished run are kept,", parents=True)
     run, notes = Reporter(), Notes()
     texts = read_texts(text, heldout_text)
     if samples < REFIT_WINDOWS and heal in (None, REFIT):
@@ -174,6 +179,7 @@ def merge(
             f"{REFIT_WINDOWS}, or another --heal"
         )
     source = find_model(model, dtype, device, trust_remote_code)
+    check_can_be_cut(source)
     check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
     rank = rank_for(rank, source.hidden_size)
     check_rank(rank, source.hidden_size, [heal or REFIT])
@@ -191,8 +197,6 @@ def merge(
     if heal == REFIT:
         check_refit(dense, windows.fit)
     _note_little_text(heal, dense, windows, notes)
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.merges")
     start = MergePlan(
         num_layers_of(dense),
         model=fingerprint_model(dense),
@@ -214,7 +218,7 @@ def merge(
             )
         except InputError:
             # Not killed but refused: the same merges would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
     models = {_MERGED: merged}
     if heal != "none":
@@ -235,20 +239,19 @@ def merge(
         report = _report(model, plan, found, windows, run, help_told, told, notes, patched=bool(patches(result)))
     summary = _summarise(plan, found, run) | {"notes": [*notes.all, *verdict]}
     summary |= {"heal": heal} if row != _MERGED else {}
-    files = plan.files() | {"summary.json": json_text(summary).encode()}
-    files |= {f"report/{name}": content for name, content in report.items()}
+    files = recorded(plan.files(), summary, report)
     with run.stage("save"):
-        save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files)
-    unfinished.unlink(missing_ok=True)
+        save_checkpoint(result, tokenizer, output, overwrite=True, extra_files=files, companions=source.companions)
+    forget(unfinished)
+    write_json(json_file, summary)
     print_table(*merges_table(plan))
     print_quality(found, windows.evaluation_source)
     for line in help_told:
         console.print(line, soft_wrap=True)
     print_seconds(run)
-    console.print(f"Model, plan and report: {output} (report: {output / 'report' / 'report.md'})", soft_wrap=True)
+    say_where("Model, plan", output)
     for line in verdict:
         console.print(line, soft_wrap=True)
-    write_json(json_file, summary)
 
 
 def merges_table(plan: MergePlan) -> TableContent:
@@ -401,9 +404,9 @@ def _report(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=patched),
         files={
-            "merge.json": "every merge: layers, shares, the units that were kept, what chose them",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/merge.json": "every merge: layers, shares, the units that were kept, what chose them",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
     return draw_report(data, {}, notes)
@@ -428,6 +431,12 @@ def _summarise(plan: MergePlan, found: Mapping[str, Quality], run: Reporter) -> 
         "quality": {name: quality.to_dict() for name, quality in found.items()},
         "seconds": {name: round(seconds, 2) for name, seconds in run.seconds.items()},
     }
+
+
+def _unfinished(output: Path) -> Path:
+    """Where the merges of a run are kept until it is done."""
+    target = output.resolve()
+    return target.with_name(f".{target.name}.merges")
 
 
 def _keep(file: Path, plan: MergePlan) -> None:

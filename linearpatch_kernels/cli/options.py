@@ -7,21 +7,25 @@ from typing import Annotated
 
 import typer
 
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import expanded
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or 'demo'.", show_default=False)
 ]
 
 
-def from_home(path: Path) -> Path:
-    """A shell leaves the ~ of --output=~/there as it is."""
-    return path.expanduser()
+def given_path(text: str | Path) -> Path:
+    """A path as it was given, with its ``~`` resolved: a shell leaves that of --output=~/there as it is."""
+    if not str(text).strip():
+        # To pathlib an empty name is the working directory.
+        raise InputError("a path that was given is empty: give one, or leave the option out")
+    return expanded(text)
 
 
 Output = Annotated[
     Path,
-    typer.Option(
-        "--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False, callback=from_home
-    ),
+    typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False, parser=given_path),
 ]
 Drop = Annotated[
     int | None, typer.Option("--drop", metavar="N", min=1, help="How many layers to remove.", show_default=False)
@@ -29,7 +33,11 @@ Drop = Annotated[
 Text = Annotated[
     Path | None,
     typer.Option(
-        "--text", metavar="FILE", help="UTF-8 text to calibrate on (default: the demo text).", show_default=False
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to calibrate on (default: the demo text).",
+        show_default=False,
+        parser=given_path,
     ),
 ]
 HeldoutText = Annotated[
@@ -39,6 +47,7 @@ HeldoutText = Annotated[
         metavar="FILE",
         help="Text for the report's figures (default: unused windows of --text).",
         show_default=False,
+        parser=given_path,
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Calibration windows.")]
@@ -68,7 +77,11 @@ Rank = Annotated[
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Also write the figures as JSON ('-': standard output).", show_default=False
+        "--json",
+        metavar="FILE",
+        help="Also write the figures as JSON ('-': standard output).",
+        show_default=False,
+        parser=given_path,
     ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (the checkpoint's own).")]

@@ -14,7 +14,6 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     candidates_table,
-    check_json,
     console,
     json_text,
     print_quality,
@@ -24,6 +23,8 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.inputs import (
     Windows,
+    check_can_be_cut,
+    check_places,
     find_model,
     heldout_windows,
     make_windows,
@@ -48,6 +49,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import RECORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,8 +115,8 @@ def prune(
     if wanted:
         # Whatever the model's depth, these must not touch.
         checked_spans(wanted, max(span.end for span in wanted) + 1)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)] if plan_only else [])
+    reads = [on_disk(model), text, heldout_text]
+    check_places(output, json_file, reads)
     run = Reporter()
     texts = read_texts(text, heldout_text)
     processes = launched_processes()
@@ -122,6 +124,7 @@ def prune(
     place = str(processes.device) if processes.device is not None and device is None else device
     with run.stage("load the model"):
         source = find_model(model, dtype, place, trust_remote_code)
+        check_can_be_cut(source)
     if wanted:
         checked_spans(wanted, source.num_layers)
     else:
@@ -166,23 +169,27 @@ def prune(
     verdict = _verdict(pruning.plan, found, windows, notes)
     report = _drawn(model, pruning, found, windows, run, dense, notes, verdict)
     summary = summarise(pruning.plan, found, run) | {"notes": [*notes.all, *verdict]}
-    files = {f"report/{name}": content for name, content in report.items()} | pruning.plan.files()
-    files["summary.json"] = json_text(summary).encode()
+    files = recorded(pruning.plan.files(), summary, report)
     with run.stage("save"):
         if plan_only:
             save_files(output, files, overwrite=True)
         else:
             save_checkpoint(
-                apply_plan(dense, pruning.plan), source.tokenizer, output, overwrite=True, extra_files=files
+                apply_plan(dense, pruning.plan),
+                source.tokenizer,
+                output,
+                overwrite=True,
+                extra_files=files,
+                companions=source.companions,
             )
+    write_json(json_file, summary)
     for table in candidates_table(pruning.plan):
         print_table(*table)
     print_quality(found, windows.evaluation_source)
     print_seconds(run)
-    _say_where(output, plan_only)
+    say_where("Plan" if plan_only else "Model, plan", output)
     for line in verdict:
         console.print(line, soft_wrap=True)
-    write_json(json_file, summary)
 
 
 DROPPED, PAPERS = "dropped (no patch)", "LinearPatch (the paper's)"
@@ -281,10 +288,10 @@ def report_data(
         timings=dict(run.seconds),
         usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
         files={
-            "plan.json": "spans, kind of patch, what chose them",
-            "plan.safetensors": "the patches",
-            "summary.json": "the figures above",
-            "report/report.md": "this report",
+            f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
+            f"{RECORDS}/plan.safetensors": "the patches",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
         },
     )
 
@@ -312,8 +319,16 @@ def summarise(plan: PrunePlan, found: Mapping[str, Quality], run: Reporter) -> d
     }
 
 
-def _say_where(output: Path, plan_only: bool) -> None:
-    console.print(
-        f"{'Plan' if plan_only else 'Model, plan'} and report: {output} (report: {output / 'report' / 'report.md'})",
-        soft_wrap=True,
-    )
+def recorded(
+    plan: Mapping[str, bytes], summary: Mapping[str, Any], report: Mapping[str, bytes]
+) -> dict[str, bytes | str]:
+    """What an output carries beside a model: plan, summary and report, in a directory that no engine looks into."""
+    files: dict[str, bytes | str] = {**plan, "summary.json": json_text(summary)}
+    files |= {f"report/{name}": content for name, content in report.items()}
+    return {f"{RECORDS}/{name}": content for name, content in files.items()}
+
+
+def say_where(what: str, output: Path) -> None:
+    """The last line of a command that wrote an output."""
+    report = output / RECORDS / "report" / "report.md"
+    console.print(f"{what} and report: {output} (report: {report})", soft_wrap=True)

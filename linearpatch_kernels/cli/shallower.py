@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from linearpatch_kernels.cli.console import Reporter
 from linearpatch_kernels.cli.prune import summarise
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import read_json, reading, record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,17 +97,17 @@ class Shallower(Protocol):
 def open_shallower(directory: Path, hierarchy: HierarchySettings) -> Shallower:
     """What ``directory`` holds; InputError where it is neither, and for a hierarchy without merged layers."""
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
-    from linearpatch_kernels.files import read_json, reading
     from linearpatch_kernels.surgery.consistency import check_merges, check_plan
     from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.surgery.plan import PrunePlan
 
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch prune or merge wrote")
-    merged = (directory / MERGE_FILE).exists()
+    merge_file = record(directory, MERGE_FILE)
+    merged = merge_file.exists()
     if not merged and hierarchy != HierarchySettings():
         raise InputError(f"{directory} has no merged layers: leave out --layer-weight, --layer-error and --group-steps")
-    merges = MergePlan.load(directory / MERGE_FILE) if merged else None
+    merges = MergePlan.load(merge_file) if merged else None
     plan = None if merged else PrunePlan.load(directory)
     config = read_json(directory / "config.json", "give a directory with a model that linearpatch prune or merge wrote")
     with reading(directory / "config.json", "make the directory again"):

@@ -16,7 +16,6 @@ from linearpatch_kernels.cli.console import (
     Notes,
     Reporter,
     TableContent,
-    check_json,
     console,
     figure,
     json_text,
@@ -25,7 +24,17 @@ from linearpatch_kernels.cli.console import (
     problems,
     write_json,
 )
-from linearpatch_kernels.cli.inputs import find_model, make_windows, num_layers_of, on_disk, read_texts, title_of
+from linearpatch_kernels.cli.inputs import (
+    check_can_be_cut,
+    check_places,
+    find_model,
+    forget,
+    make_windows,
+    num_layers_of,
+    on_disk,
+    read_texts,
+    title_of,
+)
 from linearpatch_kernels.cli.options import (
     BatchSize,
     Device,
@@ -42,6 +51,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import check_file
 
 if TYPE_CHECKING:
     from linearpatch_kernels.calibration import CalibrationStatistics
@@ -76,7 +86,7 @@ def sweep(
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
-    from linearpatch_kernels.modeling.saving import check_output, save_files
+    from linearpatch_kernels.modeling.saving import save_files
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
     from linearpatch_kernels.surgery.pruning import check_rank, rank_for
@@ -92,12 +102,16 @@ def sweep(
             raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
     check_score(score, SCORES)
     drops = _depths(drop)
-    check_json(json_file)
-    check_output(output, overwrite=True, made_from=[on_disk(model)])
+    reads = [on_disk(model), text, heldout_text]
+    check_places(output, json_file, reads)
+    target = output.resolve()
+    unfinished = target.with_name(f".{target.name}.statistics")
+    check_file(unfinished, f"{unfinished}, where the calibration of an unfinished run is kept,", parents=True)
     run, notes = Reporter(), Notes()
     texts = read_texts(text, heldout_text)
     with run.stage("load the model"):
         source = find_model(model, dtype, device, trust_remote_code)
+        check_can_be_cut(source)
     for count in drops:
         check_drop(count, source.num_layers)
     with run.stage("tokenise"):
@@ -118,8 +132,6 @@ def sweep(
         )
     with run.stage("load the model"):
         dense = source.load()
-    target = output.expanduser().resolve()
-    unfinished = target.with_name(f".{target.name}.statistics")
     identity = f"{fingerprint_model(dense)} {json.dumps(windows.about, sort_keys=True)}"
     earlier = _resumed(unfinished, identity)
     with run.stage("calibrate, fit and evaluate"):
@@ -140,7 +152,7 @@ def sweep(
             )
         except InputError:
             # Not killed but refused: the same sweep would be refused again.
-            unfinished.unlink(missing_ok=True)
+            forget(unfinished)
             raise
     rows = [QualityRow("dense", num_layers_of(dense), quality)] + [
         QualityRow(f"{p.fit}, {','.join(map(str, p.plan.spans))}", num_layers_of(dense) - p.drop, p.quality)
@@ -174,11 +186,11 @@ def sweep(
         files |= sweep_report(data, quality.perplexity, points, title_of(model), noted=notes)
     files["sweep.json"] = json_text(summary).encode()
     save_files(output, files, overwrite=True)
-    unfinished.unlink(missing_ok=True)
+    forget(unfinished)
+    write_json(json_file, summary)
     print_table(*sweep_table(summary))
     print_seconds(run)
     console.print(f"Table, plot and figures: {output}", soft_wrap=True)
-    write_json(json_file, summary)
 
 
 def sweep_table(summary: Mapping[str, Any]) -> TableContent:

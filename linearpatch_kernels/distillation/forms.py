@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch
 
 FORMS = ("keep", "scale", "scales", "low-rank", "dense")
@@ -19,6 +20,7 @@ def check_form(form: str) -> str:
     return form
 
 
+@own_state()
 def reformed(patch: nn.Module, form: str, rank: int) -> Patch:
     """The patch of this form nearest to a joint's map (one patch, or several one after the other), in float32.
 
@@ -63,6 +65,7 @@ def _make_trainable(patch: HadamardPatch) -> None:
         return
     # What rounding left of nothing is nothing too.
     dead = patch.down.norm(dim=0) * patch.up.norm(dim=1) <= 1e-6 * patch.scale.norm()
-    fresh = torch.randn(patch.down.shape, generator=torch.Generator().manual_seed(0)) * patch.dim**-0.5
+    generator = torch.Generator().manual_seed(0)
+    fresh = torch.randn(patch.down.shape, generator=generator, dtype=torch.float32, device="cpu") * patch.dim**-0.5
     patch.down.copy_(torch.where(dead, fresh.to(patch.down), patch.down))
     patch.up.copy_(torch.where(dead[:, None], 0, patch.up))

@@ -35,6 +35,7 @@ from linearpatch_kernels.distillation.trainer import (
 )
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, write_sealed
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
@@ -134,6 +135,7 @@ def stream_error(found: Tensor, wanted: Tensor, error: str) -> Tensor:
     return (squares.sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(_EPSILON)).mean()
 
 
+@own_state()
 def distill_merged(
     student: PreTrainedModel,
     store: TeacherStore,

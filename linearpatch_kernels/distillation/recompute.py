@@ -101,7 +101,7 @@ def _is_plain(norm: nn.Module) -> bool:
     if gain is None or eps is None or gain.dtype != torch.float32:
         return False
     with torch.no_grad():
-        probe = torch.linspace(-3, 3, 2 * gain.numel(), device=gain.device).view(2, -1)
+        probe = torch.linspace(-3, 3, 2 * gain.numel(), dtype=torch.float32, device=gain.device).view(2, -1)
         return torch.equal(norm(probe), _FrozenRMSNorm.apply(probe, probe, gain, eps))
 
 

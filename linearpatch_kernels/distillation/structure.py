@@ -13,6 +13,7 @@ from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import num_layers, partial_decoder
 from linearpatch_kernels.modeling.patched import replace_patch
 from linearpatch_kernels.nn import HadamardPatch
@@ -22,6 +23,7 @@ _RIDGE = 1e-4
 _WINDOWS = 64
 
 
+@own_state()
 def structure(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -57,7 +59,9 @@ def input_moments(
     ten-thousandth of its mean eigenvalue times the identity."""
     statistics = stream_statistics(_through(student, store, patch, joint, windows[:_WINDOWS]))
     moments = statistics.moments[Span(0, 1)].xx
-    return moments + _RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    return moments + _RIDGE * moments.diagonal().mean() * torch.eye(
+        len(moments), dtype=moments.dtype, device=moments.device
+    )
 
 
 def _through(

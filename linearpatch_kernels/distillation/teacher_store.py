@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
+    MARKER,
     Entries,
+    final_name,
     read_json,
     read_seal,
     reading,
@@ -35,7 +39,7 @@ from linearpatch_kernels.files import (
 )
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
 
 DEFAULT_TOP_K = 50
 
@@ -44,6 +48,8 @@ _VERSION = 2
 _SIZES = ("count", "length", "vocabulary", "hidden_size", "top_k", "shard_windows")
 _LARGEST_SIZE = 1 << 40
 _SHARD_BYTES = 64 << 20
+STORE_FILES = re.compile(r"request\.json|index\.json|shard-\d{5}\.safetensors")
+"""What a store is made of."""
 # Logits that exist at once while the store is written: 64 MB of float32, whatever the vocabulary.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -181,6 +187,7 @@ def store_request(
     return dataclasses.replace(request, shard_windows=shard_windows or fitting)
 
 
+@own_state()
 def write_teacher_store(
     model: PreTrainedModel,
     windows: Tensor,
@@ -221,12 +228,14 @@ def write_teacher_store(
     )
     if not processes.first:
         processes.wait()
+        request = _as_there(request, model, folder)
         _write_shards(model, windows, folder, request, batch_size, processes, None)
         processes.wait()
         processes.wait()
         return TeacherStore.open(folder)
+    request = _as_there(request, model, folder)
     repaired = [] if _check_folder(folder, request) else ["request.json"]
-    with working_alone(folder):
+    with working_alone(folder, STORE_FILES):
         if repaired or not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
@@ -246,6 +255,21 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+def _as_there(request: StoreRequest, model: PreTrainedModel, folder: Path) -> StoreRequest:
+    """The request with the fingerprints of the store in this folder, where an earlier version wrote them and they are
+    of this teacher and tokenizer all the same."""
+    if not (folder / "request.json").exists():
+        return request
+    there = StoreRequest.read(folder / "request.json")
+    same_model = not model_difference(there.model, model)
+    same = same_tokenizer(there.tokenizer, request.tokenizer)
+    return dataclasses.replace(
+        request,
+        model=there.model if same_model else request.model,
+        tokenizer=there.tokenizer if same else request.tokenizer,
+    )
+
+
 def _check_folder(folder: Path, request: StoreRequest) -> bool:
     """InputError where the store of this request cannot be written to, and is not in, this folder.
 
@@ -253,7 +277,7 @@ def _check_folder(folder: Path, request: StoreRequest) -> bool:
         Whether its request, if it is there, is sound.
     """
     sound = True
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if folder.is_dir() and not all(_may_be_begun(path.name) for path in folder.iterdir()):
         if not (folder / "request.json").exists():
             raise InputError(f"{folder} exists and is not a teacher store: give another --store")
         try:
@@ -275,6 +299,11 @@ def _check_folder(folder: Path, request: StoreRequest) -> bool:
             "or less text"
         )
     return sound
+
+
+def _may_be_begun(name: str) -> bool:
+    """Whether a directory with a file of this name may still become a store: our marker, an unfinished file of ours."""
+    return name == MARKER or (name != final_name(name) and STORE_FILES.fullmatch(final_name(name)) is not None)
 
 
 _WHOSE = {
@@ -383,7 +412,9 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
 def _likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     values, ids = logits.topk(top_k)
-    return (values - logits.logsumexp(-1, keepdim=True)).exp(), ids
+    # Relative to the largest: a sum of logarithms of thousands would have lost the digits that tell them apart.
+    largest = values[..., :1]
+    return (values - largest).exp() / (logits - largest).exp_().sum(-1, keepdim=True), ids
 
 
 class TeacherBatch(NamedTuple):
@@ -413,10 +444,10 @@ class TeacherBatch(NamedTuple):
         probs, ids = self.probs.clone(), self.ids.clone()
         before = probs[:, :-1], ids[:, :-1]
         missing = (before[1] != labels).all(-1, keepdim=True)
-        last = torch.arange(ids.shape[-1]) == before[0].argmin(-1, keepdim=True)
+        last = torch.arange(ids.shape[-1], device=ids.device) == before[0].argmin(-1, keepdim=True)
         replaced = missing & last
         before[1].copy_(torch.where(replaced, labels, before[1]))
-        before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_(weight * (before[1] == labels))
+        before[0].masked_fill_(replaced, 0).mul_(1 - weight).add_((before[1] == labels).to(probs), alpha=weight)
         return self._replace(probs=probs, ids=ids)
 
 
@@ -471,13 +502,14 @@ class TeacherStore:
                 f"the teacher store has a vocabulary of {self.request.vocabulary} tokens and the model "
                 f"{model.config.vocab_size}: they need the same"
             )
-        if tokenizer and self.request.tokenizer and tokenizer != self.request.tokenizer:
+        if tokenizer and self.request.tokenizer and not same_tokenizer(tokenizer, self.request.tokenizer):
             raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")
         if self.request.depths and hidden_size(model) != self.request.hidden_size:
             raise InputError(
                 f"the states in the store have width {self.request.hidden_size}, the model {hidden_size(model)}"
             )
 
+    @own_state()
     def batch(self, windows: Sequence[int], depths: Sequence[int] = ()) -> TeacherBatch:
         """The answers on these windows (numbers from 0), on the CPU; states only of those ``depths`` that are kept.
 

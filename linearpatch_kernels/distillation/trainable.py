@@ -33,6 +33,7 @@ class Trainable:
         parameters: float32, in the order of the model.
         dtype: what they were, and become again.
         rates: of matrices and of vectors, relative to the learning rate.
+        frozen: names of the student's parameters that the caller had frozen.
         wrapper: the PEFT model around the student, None without LoRA.
     """
 
@@ -40,6 +41,7 @@ class Trainable:
     parameters: dict[str, nn.Parameter]
     dtype: torch.dtype
     rates: Mapping[str, float]
+    frozen: frozenset[str] = frozenset()
     wrapper: Any = None
 
     @property
@@ -55,20 +57,22 @@ class Trainable:
         return [{"params": found, "rate": self.rates[kind]} for kind, found in kinds.items() if found]
 
     def release(self) -> None:
-        """Merge LoRA into the weights, give the parameters back their dtype, and freeze nothing any more."""
+        """Merge LoRA into the weights, give the parameters back their dtype, and freeze what was frozen before."""
         if self.wrapper is not None:
             self.wrapper.merge_and_unload()
         for parameter in self.parameters.values():
             parameter.data = parameter.data.to(self.dtype)
             parameter.grad = None
-        self.student.requires_grad_(True)
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
 
 
 def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int = 1) -> list[str]:
     """The names of the student's own parameters that ``train`` is about; all of them lie from depth ``begin`` on.
 
     Raises:
-        InputError: none, an unknown name, LoRA without PEFT or of a rank beyond the student's width.
+        InputError: none, an unknown name, LoRA without PEFT or of a rank beyond the student's width, or weights that
+            autograd cannot work with.
     """
     if train not in TRAIN:
         raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
@@ -91,6 +95,8 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_ra
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
         raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+    if any(parameter.is_inference() for parameter in student.parameters()):
+        raise InputError("weights made in torch.inference_mode cannot be trained: load the model outside of it")
     return names
 
 
@@ -103,6 +109,7 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
         InputError: what `check_trainable` raises.
     """
     names = check_trainable(student, begin, train, lora_rank=lora_rank)
+    frozen = frozenset(name for name, parameter in student.named_parameters() if not parameter.requires_grad)
     dtype = student.get_input_embeddings().weight.dtype
     wrapper = None
     if train == "lora":
@@ -119,7 +126,7 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
         _own(student, name, torch.float32).requires_grad_(True)
     trained = dict(student.named_parameters())
     rates = _RATES_OF_WHOLE_LAYERS if train == "suffix" else _RATES
-    return Trainable(student, {name: trained[name] for name in names}, dtype, rates, wrapper)
+    return Trainable(student, {name: trained[name] for name in names}, dtype, rates, frozen, wrapper)
 
 
 def _own(student: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -31,6 +32,7 @@ from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     append_line,
@@ -56,6 +58,8 @@ _SHARE_OF_CHECKPOINTS = 50
 
 _STATE = "state.safetensors"
 _LOG = "log.jsonl"
+RUN_FILES = re.compile(r"((together|group-\d+)/)?(state\.safetensors|log\.jsonl)|group-\d+\.safetensors")
+"""What the directory of a run holds, also that of a `hierarchical` one."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("parameter", "best", *_MOMENTS)
 
@@ -318,6 +322,7 @@ class JointObjective:
         return state, batch.probs.to(state.device), batch.ids.to(state.device)
 
 
+@own_state()
 def distill(
     student: PreTrainedModel,
     store: TeacherStore,
@@ -376,7 +381,7 @@ def distill(
         "processes": processes.count,
     }
     folder = None if directory is None else Path(directory).expanduser()
-    alone = working_alone(folder) if folder is not None and processes.first else contextlib.nullcontext()
+    alone = working_alone(folder, RUN_FILES) if folder is not None and processes.first else contextlib.nullcontext()
     with evaluation_mode(student), alone:
         processes.wait()
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
@@ -506,7 +511,7 @@ class _Run:
             # Only the last pass of a step has gradients to exchange.
             with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.loss):
                 losses = self._losses(micro, list(self.objective.weights), self.settings.label_weight)
-                weights = torch.tensor(list(self.objective.weights.values())).to(losses)
+                weights = losses.new_tensor(list(self.objective.weights.values()))
                 loss = (losses @ weights) * (len(micro) * share)
                 loss.backward()
             total += loss.detach().double().cpu()
@@ -617,7 +622,10 @@ class _Run:
                 parameter.copy_(found["parameter"])
                 self.best[name] = found["best"]
                 moments = {moment: found[moment] for moment in _MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step), dtype=torch.float32),
+                    **moments,
+                }
             return str(about.get("log", ""))
 
 

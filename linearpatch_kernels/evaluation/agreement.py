@@ -140,7 +140,8 @@ class QualityMeter:
         if not self._tokens:
             raise InputError("no window was evaluated: give at least one of at least 2 tokens")
         loss, count = self._loss / self._tokens, len(self._window_losses)
-        deviation = float(torch.tensor(self._window_losses, dtype=torch.float64).std()) if count > 1 else None
+        losses = torch.tensor(self._window_losses, dtype=torch.float64, device="cpu")
+        deviation = float(losses.std()) if count > 1 else None
         return Quality(
             perplexity=exp_loss(loss),
             loss=loss,

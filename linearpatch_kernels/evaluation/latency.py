@@ -77,7 +77,8 @@ def compare_speed(
     context = min(getattr(config, "max_position_embeddings", math.inf) for config in configs)
     if prompt_tokens + new_tokens > context:
         raise InputError(f"{prompt_tokens} + {new_tokens} tokens exceed the model's {context} positions: ask for fewer")
-    prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator, device="cpu")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with evaluation_mode(*models.values()):
         for repeat in range(repeats + 1):

@@ -63,13 +63,13 @@ def token_losses(logits: Tensor, windows: Tensor) -> Tensor:
         windows: token ids ``[B, T]``.
 
     Returns:
-        ``[B, T-1]`` in float32 (float64 for float64 logits): ``logsumexp(l) - l[target]`` with l the logits raised to
-        that dtype. Memory beside the result: at most 16 MB (or one row), whatever T and V.
+        ``[B, T-1]`` in float32 (float64 for float64 logits): ``-log_softmax(l)[target]`` with l the logits raised to
+        that dtype, as exact however far the logits are from 0. Memory beside the result: at most 16 MB (or one row), whatever T and V.
     """
     targets = windows[:, 1:].to(logits.device)
 
     def loss(rows: Tensor, index: tuple[int, slice]) -> Tensor:
-        return rows.logsumexp(-1) - rows.gather(-1, targets[index].unsqueeze(-1)).squeeze(-1)
+        return -rows.log_softmax(-1).gather(-1, targets[index].unsqueeze(-1)).squeeze(-1)
 
     return over_predictions(loss, logits)
 
@@ -158,8 +158,15 @@ def check_windows(model: Any, windows: Tensor) -> None:
 
     The model's ``config`` tells, if there is one: what has just that will do.
     """
-    if windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
+    if not isinstance(windows, Tensor):
+        raise InputError(
+            f"windows must be a tensor of token ids [count >= 1, length >= 2], not {type(windows).__name__}"
+        )
+    whole = not windows.is_floating_point() and not windows.is_complex() and windows.dtype != torch.bool
+    if windows.dim() != 2 or not whole or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
+    if int(windows.min()) < 0:
+        raise InputError(f"windows must be token ids, and {int(windows.min())} is none")
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:

@@ -8,12 +8,13 @@ part of the layer behind it).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.gemma3 import modeling_gemma3
@@ -24,14 +25,24 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from linearpatch_kernels.errors import InputError
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from linearpatch_kernels.modeling.copies import (
+    Pair,
+    Replacements,
+    bind,
+    carry_over,
+    check_same_structure,
+    shallow_copy,
+    share_tensors,
+    shared_copy,
+)
 
 PATCHED_PREFIX = "linearpatch_"
 
 # Config attributes with one entry per decoder layer. Named, not guessed from their length: a list of special token ids
 # may well have as many entries as the model has layers.
 _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "linearpatch_merge_tree")
+# A merge adds a level at most, and models have fewer layers than that.
+_DEEPEST_NODE = 300
 
 
 @dataclass(frozen=True)
@@ -222,8 +233,27 @@ def num_layers(model: nn.Module) -> int:
 
 
 def merge_tree(model: nn.Module) -> list[Any]:
-    """Per layer the layers of the model it was merged from: ``[0, 1, [2, [3, 4]], 5]``; their numbers if none was."""
-    return list(getattr(decoder(model).config, "linearpatch_merge_tree", None) or range(num_layers(model)))
+    """Per layer the layers of the model it was merged from: ``[0, 1, [2, [3, 4]], 5]``; their numbers if none was.
+
+    Raises:
+        InputError: the config has something else there.
+    """
+    count = num_layers(model)
+    tree = getattr(decoder(model).config, "linearpatch_merge_tree", None)
+    if tree is None:
+        return list(range(count))
+    if not isinstance(tree, list) or len(tree) != count or not all(_is_node(node, _DEEPEST_NODE) for node in tree):
+        raise InputError(
+            f"the config's linearpatch_merge_tree is {reprlib.repr(tree)}, not the layers that each of {count} was "
+            "merged from: restore config.json"
+        )
+    return list(tree)
+
+
+def _is_node(node: object, depth: int) -> bool:
+    if isinstance(node, list):
+        return depth > 0 and len(node) > 1 and all(_is_node(child, depth - 1) for child in node)
+    return type(node) is int and node >= 0
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -231,17 +261,39 @@ def hidden_size(model: nn.Module) -> int:
     return int(decoder(model).config.hidden_size)
 
 
-def linear_head(model: nn.Module) -> torch.Tensor | None:
-    """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that."""
-    capped = getattr(decoder(model).config, "final_logit_softcapping", None) is not None
+def linear_head(model: nn.Module) -> Tensor | None:
+    """The weight [V, d] with which the model's logits are ``hidden @ weight.T``; None where they are more than that.
+
+    The model itself is asked, on two random states: a soft-cap, a bias, a factor or a hook shows, whatever its name.
+    """
     get_head: Any = model.get_output_embeddings
-    return None if capped else get_head().weight
+    head = get_head()
+    if type(head) is not nn.Linear:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 2, hidden_size(model), generator=generator, dtype=torch.float32, device="cpu")
+    state = state.to(head.weight)
+    dtype = head.weight.dtype
+    # In training, gains are float32 beside a head of half precision.
+    mixed = torch.autocast(state.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    with torch.no_grad(), mixed:
+        view: Any = suffix_model(cast(PreTrainedModel, model), num_layers(model))
+        logits = view(inputs_embeds=state, use_cache=False).logits
+        plain = decoder(model).norm(state) @ head.weight.T
+    rounding = 8 * torch.finfo(plain.dtype).eps * plain.abs().max()
+    return head.weight if bool((logits - plain).abs().max() <= rounding) else None
 
 
 def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:
     """The RMSNorms in the layers from ``start`` on, and the final norm."""
     places = [*decoder_layers(model)[start:], decoder(model).norm]
-    return [module for place in places for module in place.modules() if type(module).__name__.endswith("RMSNorm")]
+    # By what they are: libraries put norms of other names in their place.
+    return [module for place in places for module in place.modules() if _is_rms_norm(module)]
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return own.keys() == {"weight"} and own["weight"].dim() == 1
 
 
 def norm_gains(model: nn.Module, start: int) -> dict[str, nn.Parameter]:
@@ -278,7 +330,8 @@ def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = Fal
         raise InputError(f"layers {start}:{end} are not in this model: it has layers 0:{len(layers)}")
     config = _config_for_layers(stack.config, range(start, end))
     config.use_cache = False
-    view: PreTrainedModel = _shallow_copy(stack)
+    view: PreTrainedModel = shallow_copy(stack)
+    bind(view, Replacements([(stack, view)], gone=[] if stack is model else [model]), "the decoder")
     view.config = config
     view._modules["layers"] = nn.ModuleList(layers[start:end])
     if not embed:
@@ -294,8 +347,9 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering
     layer ``start``; everything else is as in `partial_decoder`. ``start = L`` is the final norm and the head alone.
     """
-    view = _shallow_copy(model)
+    view = shallow_copy(model)
     part = partial_decoder(model, start, num_layers(model), norm=True)
+    bind(view, Replacements([(model, view), (decoder(model), part)]), "the model")
     name = next(name for name, child in model._modules.items() if child is decoder(model))
     view._modules[name] = part
     return view
@@ -331,31 +385,125 @@ def rebuild(
     """``model_class(config)`` around the modules of ``model``: layer ``i`` of the result is layer ``kept[i]`` there.
 
     Whatever a class derives from its config (layer numbers, windows, masks) is derived anew; the leaves (projections,
-    norms, embeddings, rotary tables, patches) are shallow copies that share their parameters with ``model``. A leaf
-    that ``model`` does not have stays on the meta device, for the caller to fill.
+    norms, embeddings, rotary tables, patches) are shallow copies that share their parameters with ``model``. Hooks and
+    methods that were put on its modules go along, bound to the copies. A module may be of another class than
+    ``model_class`` builds (a fused norm, say) where the model computes what it would with the built class, with which
+    a saved checkpoint is read.
 
     Raises:
-        InputError: the model is wrapped (PEFT), quantised, or dispatched over several devices.
+        InputError: the model is wrapped (PEFT), quantised, or spread over several devices; it has other parts or
+            weights than ``model_class`` builds, or computes something else; something that holds it, such as a closure
+            put in the place of a ``forward``, cannot be bound to another model.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"a {type(model).__name__} cannot be cut: merge or unload the wrapper first")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
-    if is_dispatched(model):
-        raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
-    with torch.device("meta"), no_init_weights():
-        twin = model_class(config)
-    sources = dict(model.named_modules())
-    layer_path = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
-    leaves = [path for path, module in twin.named_modules() if not module._modules]
-    for path in leaves:
-        source = sources.get(_source_path(path, layer_path, kept))
-        if source is not None:
-            _replace(twin, path, _shared_copy(source))
+    _check_weights(model)
+    twin = _built(model_class, config)
+    pairs = _paired(model, twin, kept)
+    if not all(pair.same_class for pair in pairs):
+        _check_computes_as_built(model, _built(model_class, config), kept)
+    copies = [(pair, shared_copy(pair.old) if pair.is_leaf else pair.new) for pair in pairs]
+    for pair, clone in copies:
+        if pair.is_leaf:
+            _replace(twin, pair.path, clone)
+        else:
+            carry_over(pair)
+    replacements = Replacements(
+        [(pair.old, clone) for pair, clone in copies],
+        gone=[*model.modules(), *model.parameters()],
+        configs=[(one.config, config) for one in (model, decoder(model))],
+    )
+    for pair, clone in copies:
+        replacements.prefer(pair.old, clone)
+        bind(clone, replacements, pair.name)
     twin.train(model.training)
     if getattr(model, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(model.generation_config)
     return twin
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """InputError unless all weights are plain floating tensors in one place."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
+    if is_dispatched(model):
+        raise InputError("a model dispatched by accelerate cannot be cut: load it on one device, without offloading")
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise InputError(
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, quantised or sharded: cut the model in "
+                "full precision and on one device"
+            )
+
+
+def _built(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)
+
+
+def _paired(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) -> list[Pair]:
+    """Every module of the twin with the one of ``model`` that it stands for, parents first; InputError where they have
+    other parts or weights."""
+    # With all the names of a module that stands in several places.
+    sources = dict(model.named_modules(remove_duplicate=False))
+    layers = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
+    pairs = []
+    for path, module in twin.named_modules(remove_duplicate=False):
+        name = _source_path(path, layers, kept)
+        in_layer = name.startswith(layers + ".")
+        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, in_layer=in_layer)
+        check_same_structure(pair)
+        pairs.append(pair)
+    return pairs
+
+
+@torch.no_grad()
+def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> None:
+    """InputError unless ``model``, with modules of other classes in it, computes what ``built`` does with its weights.
+
+    On a few random rows, part by part: the embedding and the final norm, each layer, the head.
+    """
+    pairs = _paired(model, built, kept)
+    other = next(pair for pair in pairs if not pair.same_class)
+    refused = InputError(
+        f"{other.name} is a {type(other.old).__name__} in the place of a {type(other.new).__name__} and computes "
+        "something else, or cannot be compared: undo what changed the model first"
+    )
+    for pair in pairs:
+        if pair.old._buffers.keys() != pair.new._buffers.keys():
+            raise refused
+        share_tensors(pair)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        outputs = zip(_part_outputs(model.eval(), kept), _part_outputs(built.eval(), range(len(kept))), strict=True)
+        alike = all(_alike(*pair) for pair in outputs)
+    except Exception as error:
+        # A class that was not made for this place fails in its own way.
+        raise refused from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not alike:
+        raise refused
+
+
+def _part_outputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[Tensor]:
+    weight = decoder(model).embed_tokens.weight
+    generator, count = torch.Generator().manual_seed(0), num_layers(model)
+    # Small beside what a layer adds to it, so that this is what is compared.
+    rows = 0.02 * torch.randn(1, 8, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    yield partial_decoder(model, count, count, embed=True, norm=True)(input_ids=ids, use_cache=False).last_hidden_state
+    for layer in layers:
+        yield partial_decoder(model, layer, layer + 1)(inputs_embeds=rows, use_cache=False).last_hidden_state
+    head: Any = model.get_output_embeddings()
+    if head is not None:
+        yield head(rows)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    tolerance = 8 * torch.finfo(other.dtype).eps + 1e-5
+    return float((one - other).double().norm()) <= tolerance * float(other.double().norm())
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
@@ -374,29 +522,6 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[name] = module
 
 
-def _shallow_copy(module: ModuleT) -> ModuleT:
-    """A copy with containers of its own (children, parameters, buffers, hooks) that hold the same things."""
-    clone = copy.copy(module)
-    for name, value in vars(module).items():
-        if name.startswith("_") and isinstance(value, (dict, set)):
-            vars(clone)[name] = copy.copy(value)
-    # What accelerate puts around a module's forward is bound to that module, and would run it instead of the copy.
-    # Weights that it keeps elsewhere stay with the modules that hold them, whose own hooks bring them.
-    if "_hf_hook" in vars(clone) and clone._modules:
-        for name in ("_hf_hook", "forward", "_old_forward"):
-            vars(clone).pop(name, None)
-    return clone
-
-
-def _shared_copy(module: ModuleT) -> ModuleT:
-    """A copy of the module and all its children that shares their parameters but not their buffers or their mode."""
-    clone = _shallow_copy(module)
-    # A rotary table is updated in place by some scalings: two models must not write to the same one.
-    clone._buffers.update({name: None if b is None else b.clone() for name, b in clone._buffers.items()})
-    clone._modules.update({name: None if m is None else _shared_copy(m) for name, m in clone._modules.items()})
-    return clone
-
-
 def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
     """A copy of the config for a model of the layers ``kept`` of this one."""
     count = config.num_hidden_layers
@@ -405,8 +530,11 @@ def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrai
         return sliced
     for name in _PER_LAYER_LISTS:
         entries = getattr(config, name, None)
-        if entries is not None:
-            setattr(sliced, name, [entries[i] for i in kept])
+        if entries is None:
+            continue
+        if not isinstance(entries, list | tuple) or len(entries) != count:
+            raise InputError(f"the config's {name} does not have an entry for each of {count} layers: restore it")
+        setattr(sliced, name, [entries[i] for i in kept])
     if getattr(config, "max_window_layers", None) is not None:
         # Qwen: the first `max_window_layers` layers attend to everything.
         sliced.max_window_layers = sum(i < config.max_window_layers for i in kept)

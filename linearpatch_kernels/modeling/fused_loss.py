@@ -85,7 +85,7 @@ def _logits_options(model: PreTrainedModel, head: nn.Linear) -> tuple[float, flo
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, args, output: seen.extend((args[0], output)))
-    ids = torch.tensor([[0, config.vocab_size - 1]], device=head.weight.device)
+    ids = torch.tensor([[0, config.vocab_size - 1]], dtype=torch.int64, device=head.weight.device)
     mode = model.training
     try:
         with torch.no_grad():

@@ -4,35 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import functools
-import hashlib
 import importlib.util
-import io
-import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import family_of, num_layers, rebuild
-from linearpatch_kernels.modeling.saving import check_output, is_ours, no_progress_bar, save_checkpoint
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import reading, said
+from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.gguf import GGUFFile
+from linearpatch_kernels.modeling.saving import no_progress_bar
+from linearpatch_kernels.modeling.weights import (
+    MERGE_ADAPTER,
+    Shapes,
+    check_directory,
+    check_weights,
+    refuse_dropped,
+    refuse_missing,
+)
 from linearpatch_kernels.text import cache_dir
 
-# Architecture names inside GGUF files (mistral is written as llama).
-_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
-_GGUF_MAGIC = b"GGUF"
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """How accelerate shares a model out: what fits best; the same to every device; one device after the other."""
 
-_FINGERPRINT_BYTES = 1 << 20
+# What belongs to every model made of one, in its directory or repository: terms, and what other tools read its
+# tokenizer, its templates and its settings from.
+_COMPANIONS = (
+    "*licen?e*",
+    "*notice*",
+    "*copying*",
+    "*copyright*",
+    "*use_policy*",
+    "*.model",
+    "*.model.v?*",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+_COMPANION_BYTES = 64 << 20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 class ModelSource:
@@ -46,9 +74,12 @@ class ModelSource:
             ``"disk"`` (the weights then stay in the checkpoint's files, and are read for every call).
         trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
 
+    A quantised checkpoint loads where its library is installed; it answers and measures, but cannot be cut or trained.
+
     Raises:
-        InputError: not a model, an unsupported family, damaged or incomplete files, no such device. What is read later
-            raises later: a hub that cannot be reached, a tokenizer that is missing or belongs to another model.
+        InputError: not a model, an unsupported family, damaged or incomplete files, an adapter, sizes or weights that
+            do not go together, no such device. What is read later raises later: a hub that cannot be reached, a
+            tokenizer that is missing or belongs to another model.
     """
 
     def __init__(
@@ -64,15 +95,19 @@ class ModelSource:
         self._dtype, self._trust = dtype, trust_remote_code
         self._device = _device(device) if device_map is None else None
         self._spread = {} if device_map is None else _spread(device_map)
-        path = Path(source).expanduser()
-        self._gguf = _GGUF(path) if path.is_file() else None
-        # An empty name is that of the working directory to pathlib, and of nothing to a person.
-        local = path.is_dir() and self.name != ""
-        if local:
-            _check_directory(path)
-        elif self._gguf is None:
-            _check_hub_id(self.name)
-        self._found = str(path) if local else self.name
+        self._directory: Path | None = None
+        self._gguf: GGUFFile | None = None
+        self._shapes: Shapes = {}
+        with reading(self.name, "give a model directory, a .gguf file, or a hub id (owner/name)"):
+            path = Path(source).expanduser()
+            if path.is_file():
+                self._gguf = GGUFFile(path)
+            # An empty name is that of the working directory to pathlib, and of nothing to a person.
+            elif path.is_dir() and self.name != "":
+                self._directory = path
+                self._shapes = check_directory(path)
+            else:
+                _check_hub_id(self.name)
 
     @property
     def num_layers(self) -> int:
@@ -85,36 +120,89 @@ class ModelSource:
         """The width d of the residual stream."""
         return int(self.config.hidden_size)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights are kept quantised: such a model can be measured, and neither cut nor trained.
+
+        Those of a GGUF file are not: they are converted.
+        """
+        return self._gguf is None and getattr(self.config, "quantization_config", None) is not None
+
     @functools.cached_property
     def config(self) -> PretrainedConfig:
         """The model's; a GGUF file is converted for it, and a hub asked."""
-        with _told_of(self.name):
+        with _told_of(self._title):
+            if self._gguf is not None:
+                self._shapes = check_directory(self._gguf.converted)
+            elif self._directory is None and find_adapter_config_file(self.name) is not None:
+                raise InputError(f"{self.name} holds an adapter: {MERGE_ADAPTER}")
             config = AutoConfig.from_pretrained(self._place, trust_remote_code=self._trust)
-        family_of(config)
+            family_of(config)
+            check_weights(self._title, config, self._shapes)
         return config
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         rows = self.config.vocab_size
-        tokenizer = _load_tokenizer(self.name, self._place, trust_remote_code=self._trust)
-        # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
-        if tokenizer.vocab_size > rows:
+        with _told_of(self._title, "has no tokenizer that can be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(self._place, trust_remote_code=self._trust)
+            # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
+            tokens = int(tokenizer.vocab_size)
+        if tokens > rows:
             raise InputError(
-                f"the tokenizer of {self.name} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: it "
-                "belongs to another model"
+                f"the tokenizer of {self.name} has {tokens} tokens and the model {rows} embeddings: it belongs to "
+                "another model"
             )
         return tokenizer
 
+    @own_state()
     def load(self) -> PreTrainedModel:
         """The model, in evaluation mode."""
-        options = {"trust_remote_code": self._trust, "use_safetensors": True}
-        model = _load_weights(self.name, self._place, self.config, self._dtype, self._spread, **options)
-        return (model if self._device is None else model.to(self._device)).eval()
+        with _told_of(self._title), no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self._place,
+                config=copy.deepcopy(self.config),
+                dtype=self._dtype or "auto",
+                trust_remote_code=self._trust,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self._spread,
+            )
+            # Of a hub's files nothing was known before.
+            refuse_dropped(self._title, info["unexpected_keys"], self.config.num_hidden_layers)
+            refuse_missing(self._title, info["missing_keys"])
+            return (model if self._device is None else model.to(self._device)).eval()
+
+    @functools.cached_property
+    def companions(self) -> dict[str, bytes]:
+        """Relative path -> content of the files that belong to every model made of this one and that saving a model
+        does not write: its licence and notices, the files that other tools read its tokenizer from (`tokenizer.model`),
+        chat templates, generation settings. With ``trust_remote_code`` also the code that it brings.
+
+        At most 64 MB a file; no weights. None for a GGUF file. Those of a hub's model are fetched if they can be; a hub
+        that cannot be reached, or a file that cannot be read, is no error.
+        """
+        if self._gguf is not None:
+            return {}
+        folder = self._directory or _snapshot(self.name)
+        if folder is None:
+            return {}
+        found: dict[str, bytes] = {}
+        for file in _companions_in(folder, code=self._trust):
+            with contextlib.suppress(OSError):
+                if file.is_file() and file.stat().st_size <= _COMPANION_BYTES:
+                    found[file.relative_to(folder).as_posix()] = file.read_bytes()
+        return found
 
     @property
     def _place(self) -> str:
-        return self._found if self._gguf is None else str(self._gguf.converted())
+        return str(self._gguf.converted if self._gguf is not None else self._directory or self.name)
+
+    @property
+    def _title(self) -> str:
+        """What a message is about: of a GGUF file its conversion, which may be what is wrong."""
+        return self.name if self._gguf is None else f"{self._gguf.converted} (converted from {self.name})"
 
 
 def load_model(
@@ -161,7 +249,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         # torch.device takes every name that could be one; a tensor shows whether the device is there.
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, dtype=torch.float32, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no device {device!r} here: give cpu, cuda, cuda:1, ...") from error
     return torch.device(device)
@@ -172,159 +260,39 @@ def _check_hub_id(source: str) -> None:
         raise InputError(f"{source!r} does not exist: give a model directory, a .gguf file, or a hub id (owner/name)")
 
 
-def _check_directory(path: Path) -> None:
-    """Whether a directory holds a model of a supported family with sound weights."""
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is not a model: it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}/config.json cannot be read ({error}): copy the model again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{path}/config.json is not a model's: it names no model_type")
-    family_of(str(config["model_type"]))
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except FileNotFoundError as error:
-            raise InputError(f"{path} is incomplete: {file.name} is missing") from error
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is damaged or cut short ({error}): copy the model again") from error
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if not index.exists():
-        raise InputError(f"{path} has no safetensors weights (model.safetensors, or shards with an index)")
-    try:
-        return [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index} cannot be read ({error}): copy the model again") from error
-
-
 @contextlib.contextmanager
-def _told_of(source: str) -> Iterator[None]:
-    """What Transformers has to say of a model, as one line."""
+def _told_of(source: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """What Transformers has to say of a model, as one line: it fails in as many ways as there are models."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise InputError(f"{source} cannot be loaded: {_first_line(error)}") from error
-
-
-def _load_weights(
-    source: str,
-    place: str,
-    config: PretrainedConfig,
-    dtype: torch.dtype | None,
-    spread: Mapping[str, Any],
-    **options: Any,
-) -> PreTrainedModel:
-    with _told_of(source), no_progress_bar():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, config=copy.deepcopy(config), dtype=dtype or "auto", output_loading_info=True, **spread, **options
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(f"{source} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
-    layers = num_layers(model)
-    beyond = [
-        key for key in info["unexpected_keys"] if any(int(n) >= layers for n in re.findall(r"layers\.(\d+)\.", key))
-    ]
-    if beyond:
-        raise InputError(
-            f"{source} has weights of more layers than the {layers} of its config: restore its config.json"
-        )
-    return model
-
-
-def _load_tokenizer(source: str, place: str, **options: Any) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
-        # Tokenizer files fail in as many ways as there are formats; whatever it was, this is not a tokenizer.
-        raise InputError(f"{source} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise InputError(f"{source} {what}: {said(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _snapshot(name: str) -> Path | None:
+    """The directory of a hub's model on this disk, with what accompanies a model, if the hub can be reached for it."""
+    for local in (False, True):
+        with contextlib.suppress(Exception):
+            return Path(snapshot_download(name, allow_patterns=_patterns(), local_files_only=local))
+    return None
 
 
-# --- GGUF ------------------------------------------------------------------------------------------------------------
+def _companions_in(folder: Path, *, code: bool) -> list[Path]:
+    files: list[Path] = []
+    with contextlib.suppress(OSError):
+        files += [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    patterns = _patterns() + ["*.py"] * code
+    without = _WEIGHTS if code else (*_WEIGHTS, ".py")
+    return [
+        file
+        for file in sorted(files)
+        if file.suffix.lower() not in without
+        and any(fnmatch.fnmatchcase(file.relative_to(folder).as_posix(), pattern) for pattern in patterns)
+    ]
 
 
-class _GGUF:
-    """A GGUF file, and the checkpoint that it was or will be converted to.
-
-    Attributes:
-        layers: how many the header names; None where the file has been converted, and the checkpoint's config tells.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        stat = path.stat()
-        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        with path.open("rb") as file:
-            head = file.read(_FINGERPRINT_BYTES)
-            digest.update(head)
-            file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-        if head[:4] != _GGUF_MAGIC:
-            raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
-        self._checkpoint = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
-        self.layers: int | None = None
-        if not is_ours(self._checkpoint):
-            self.layers, self._size = _checked_gguf(path)
-
-    def converted(self) -> Path:
-        """The checkpoint."""
-        if not is_ours(self._checkpoint):
-            try:
-                check_output(self._checkpoint, self._size, overwrite=True)
-            except InputError as error:
-                raise InputError(f"{error} (LINEARPATCH_CACHE names the place for converted models)") from error
-            _convert_gguf(self.path, self._checkpoint)
-        return self._checkpoint
-
-
-def _checked_gguf(path: Path) -> tuple[int, int]:
-    """The number of layers, and the bytes of the file's tensors in float32; raises `InputError` unless the file is
-    whole and can be converted."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged or cut short: download it again") from error
-    if architecture not in _GGUF_ARCHITECTURES:
-        raise InputError(
-            f"{path} holds a model of architecture {architecture!r}, which is not supported: use one of "
-            + ", ".join(_GGUF_ARCHITECTURES)
-        )
-    layers = reader.fields.get(f"{architecture}.block_count")
-    if layers is None:
-        raise InputError(f"{path} does not say how many layers it has: download it again")
-    return int(layers.contents()), sum(4 * int(tensor.n_elements) for tensor in reader.tensors)
-
-
-def _convert_gguf(path: Path, converted: Path) -> None:
-    # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    source, place, gguf_file = str(path), str(path.parent), {"gguf_file": path.name}
-    with quiet:
-        with _told_of(source):
-            config = AutoConfig.from_pretrained(place, **gguf_file)
-        family_of(config)
-        model = _load_weights(source, place, config, torch.float32, {}, **gguf_file)
-    tokenizer = _load_tokenizer(source, place, **gguf_file)
-    # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    plain = rebuild(model, type(model), model.config, range(num_layers(model)))
-    save_checkpoint(plain, tokenizer, converted, overwrite=True)
+def _patterns() -> list[str]:
+    """`_COMPANIONS` for names in letters of any case."""
+    return ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern) for pattern in _COMPANIONS]

@@ -20,13 +20,33 @@ _PACKAGE = "linearpatch_kernels"
 _OPERATOR = ("linearpatch_kernels.ops.hadamard_patch", "hadamard_patch")
 _REFERENCE = ("linearpatch_kernels.ops.hadamard_patch.reference", "hadamard_patch_reference")
 
-_HEAD = '''"""{stock} with patched joints. Apache-2.0.
+# The oldest with which the modeling file was tried: tests/field/test_older_transformers.py.
+_OLDEST = {"python": (3, 11), "transformers": (4, 57)}
+
+_HEAD = r'''"""{stock} with patched joints. Apache-2.0.
 
 Generated from the sources of linearpatch-kernels when the checkpoint was saved; needs torch and transformers only, and
 uses the package's faster operator where that is installed.
 """
 
 from __future__ import annotations
+
+import platform
+import re
+
+import transformers
+
+
+def _version(text):
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+# Before these, the classes that are derived from below are others, or read the config otherwise.
+if _version(platform.python_version()) < {python} or _version(transformers.__version__) < {transformers}:
+    raise ImportError(
+        "this model needs Python >= {python_name} and transformers >= {transformers_name}, not "
+        f"{{platform.python_version()}} and {{transformers.__version__}}: pip install -U transformers"
+    )
 
 '''
 
@@ -133,7 +153,9 @@ def modeling_source(family: Family) -> str:
     assert len(names) == len(set(names)), f"two modules define the same name: {sorted(names)}"
     stock = [family.config_class, family.layer_class, family.decoder_class, family.causal_lm_class]
     imports |= {("pathlib", "Path"), *((cls.__module__, cls.__name__) for cls in stock)}
-    text = _HEAD.format(stock=family.causal_lm_class.__name__) + _import_lines(imports)
+    oldest: dict[str, object] = {**_OLDEST}
+    oldest |= {f"{name}_name": ".".join(map(str, version)) for name, version in _OLDEST.items()}
+    text = _HEAD.format(stock=family.causal_lm_class.__name__, **oldest) + _import_lines(imports)
     for place in sorted(found, key=lambda place: _height(place, found)):
         text += f"\n\n\n# --- {place} ---"
         for statement in sorted(found[place].values(), key=lambda one: one.lineno):

@@ -7,6 +7,7 @@ is ``model.layers.<L-1>.output_patch``. The config names the joints, in this mod
     config.linearpatch == {"joints": {"13": {"kind": "hadamard", ...}}, "provenance": [...]}
 
 A joint that was cut twice holds a list of descriptions, applied in order (``patch`` is then an ``nn.Sequential``).
+The config file may have come a long way, so `checked_record` looks at it before anything is built.
 
 `patched_classes` makes the three classes of a family. With what it needs, it also travels inside the modeling file of
 a checkpoint (`modeling_file`).
@@ -15,7 +16,9 @@ a checkpoint (`modeling_file`).
 from __future__ import annotations
 
 import copy
+import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.config_forms import both_forms, one_form
 from linearpatch_kernels.modeling.families import (
     STOCK_FAMILIES,
     Family,
@@ -36,19 +40,63 @@ from linearpatch_kernels.modeling.families import (
     rebuild,
 )
 from linearpatch_kernels.modeling.modeling_file import modeling_source
-from linearpatch_kernels.nn import Patch, build_patch
+from linearpatch_kernels.nn import Patch, build_patch, check_description
+
+# A joint has a patch for every time that it was cut.
+_MOST_LINKS = 256
+_FORMATS = (1, 2)
 
 
-def build_joint(description: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> nn.Module | None:
-    """The module of a joint: one patch, the patches of a list one after the other, or nothing.
+def checked_record(record: Any, depth: int, dim: int) -> dict[str, Any]:
+    """The entry ``linearpatch`` of a config, ``{"joints": {"13": ...}, ...}``, after a look at all that is built from.
+
+    Args:
+        record: as the config has it; None stands for no joints.
+        depth, dim: how many layers the model has, and how wide they are.
+
+    Raises:
+        InputError: another type or format, a joint that the model does not have, a description that does not fit it.
+    """
+    if record is None:
+        return {"joints": {}}
+    joints = record.get("joints") if isinstance(record, Mapping) else None
+    provenance = record.get("provenance", []) if isinstance(record, Mapping) else None
+    if not isinstance(joints, Mapping) or not isinstance(provenance, list):
+        raise InputError(
+            f"the config's linearpatch is {reprlib.repr(record)}, no record of joints: restore config.json"
+        )
+    if record.get("format", 1) not in _FORMATS:
+        raise InputError(
+            f"the config's linearpatch is of format {reprlib.repr(record['format'])}: update linearpatch-kernels"
+        )
+    for joint, description in joints.items():
+        # As it is looked up, so no "02"; and not all that there could be, which a depth of 10**9 would make many.
+        if not isinstance(joint, str) or not re.fullmatch("0|[1-9][0-9]{0,8}", joint) or int(joint) > depth:
+            named = ", ".join(sorted(map(str, joints)))
+            raise InputError(f"the config patches joints [{named:.200}] of a model with {depth} layers")
+        chain = description if isinstance(description, list) else [description]
+        if len(chain) > _MOST_LINKS:
+            raise InputError(f"the config has {len(chain)} patches at joint {joint}: restore config.json")
+        for link in chain:
+            try:
+                check_description(link, dim)
+            except InputError as error:
+                raise InputError(f"joint {joint} of the config: {error}") from None
+    return dict(record)
+
+
+def build_joint(description: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, dim: int) -> nn.Module | None:
+    """The module of a joint of a model of width ``dim``: one patch, those of a list one after the other, or nothing.
 
     In the default dtype, which `from_pretrained` sets to that of the model while it builds one.
     """
-    if description is None:
-        return None
     chain = [description] if isinstance(description, Mapping) else description
-    links = [build_patch(link) for link in chain]
-    return (links[0] if len(links) == 1 else nn.Sequential(*links)).to(torch.get_default_dtype())
+    links = [build_patch(link, dim=dim) for link in chain or ()]
+    return _joined(links).to(torch.get_default_dtype()) if links else None
+
+
+def _joined(links: Sequence[nn.Module]) -> nn.Module:
+    return links[0] if len(links) == 1 else nn.Sequential(*links)
 
 
 class PatchedPreTrained:
@@ -58,14 +106,19 @@ class PatchedPreTrained:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in Transformers, but a checkpoint whose patch weights are not those its config names raises."""
+        """As in Transformers, but a checkpoint whose weights are not those of its config raises: it warns, and goes on
+        without the patches or the biases, or with random ones."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]  # a mixin
-        keys = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        wrong = sorted(key for key in keys if re.search(r"layers\.\d+\.(output_)?patch\.", key))
+        # A decoder alone leaves the head of its checkpoint where it is.
+        apart = () if hasattr(model, "lm_head") else ("lm_head.",)
+        unexpected = {key for key in info["unexpected_keys"] if not key.startswith(apart)}
+        wrong = sorted({*info["missing_keys"], *unexpected, *(key for key, *_ in info["mismatched_keys"])})
+        # The patches are what is most likely to be lost: named first.
+        wrong.sort(key=lambda key: re.search(r"layers\.\d+\.(output_)?patch\.", key) is None)
         if wrong:
-            raise InputError(
-                f"the patch weights do not fit the config ({', '.join(wrong)}): the checkpoint is incomplete or mixed"
-            )
+            what = "patch weights" if "patch." in wrong[0] else "weights"
+            some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise InputError(f"the {what} do not fit the config ({some}): the checkpoint is incomplete or mixed")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +135,7 @@ def patched_classes(
     Args:
         own_code: returns the text of the modeling file that `save_pretrained` writes beside the weights.
     """
-    activation = "hidden_activation" if hasattr(stock_config, "hidden_activation") else "hidden_act"
+    activation = "hidden_activation" if hasattr(stock_config(), "hidden_activation") else "hidden_act"
     # On disk the activation is masked: a stock class does not know one of this name and says so, instead of loading
     # the layers without their patches.
     mask = " (some layers are patched: `import linearpatch_kernels.modeling`, or pass trust_remote_code=True)"
@@ -99,29 +152,46 @@ def patched_classes(
         }
         linearpatch: dict[str, Any] | None = None
 
-        def __post_init__(self, **kwargs: Any) -> None:
-            kwargs.pop("auto_map", None)
-            setattr(self, activation, getattr(self, activation).removesuffix(mask))
-            self.linearpatch = {"joints": {}} if self.linearpatch is None else self.linearpatch
-            super().__post_init__(**kwargs)
+        def __init__(self, **entries: Any) -> None:
+            record, kind = entries.pop("linearpatch", None), entries.get("model_type")
+            if kind not in (None, self.model_type, stock_config.model_type):
+                raise InputError(
+                    f"a model of type {reprlib.repr(kind)} is no {self.model_type}: load it with AutoModelForCausalLM, "
+                    "which chooses the class by the type"
+                )
+            entries["model_type"] = self.model_type
+            if isinstance(entries.get(activation), str):
+                entries[activation] = entries[activation].removesuffix(mask)
+            # What the names of Transformers 5 say, its classes have; those of 4 know the old names only.
+            entries = one_form(entries, new=hasattr(stock_config, "rope_parameters"))
+            # These two belong to the class.
+            super().__init__(**{name: entries[name] for name in entries if name not in ("auto_map", "model_type")})
+            self.linearpatch = checked_record(record, self.num_hidden_layers, self.hidden_size)
 
         def to_dict(self) -> dict[str, Any]:
             entries = super().to_dict()
             return {**entries, activation: entries[activation] + mask, "auto_map": dict(self.auto_map)}
 
+        def to_json_string(self, use_diff: bool = True) -> str:
+            entries = both_forms(json.loads(super().to_json_string(use_diff)))
+            return json.dumps(entries, indent=2, sort_keys=True) + "\n"
+
     class Layer(stock_layer):
         def __init__(self, config: Any, layer_idx: int) -> None:
             super().__init__(config, layer_idx)
-            joints = config.linearpatch["joints"]
-            last = layer_idx == config.num_hidden_layers - 1
-            self.register_module("patch", build_joint(joints.get(str(layer_idx))))
-            self.register_module("output_patch", build_joint(joints.get(str(layer_idx + 1)) if last else None))
+            joints, dim = config.linearpatch["joints"], config.hidden_size
+            behind = str(layer_idx + 1) if layer_idx == config.num_hidden_layers - 1 else None
+            self.register_module("patch", build_joint(joints.get(str(layer_idx)), dim))
+            self.register_module("output_patch", build_joint(joints.get(behind), dim))
 
         def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if self.patch is not None:
                 hidden_states = self.patch(hidden_states)
-            hidden_states = super().forward(hidden_states, *args, **kwargs)
-            return hidden_states if self.output_patch is None else self.output_patch(hidden_states)
+            output = super().forward(hidden_states, *args, **kwargs)
+            if self.output_patch is None:
+                return output
+            # Before Transformers 5, Gemma's layers return a tuple.
+            return (self.output_patch(output[0]), *output[1:]) if type(output) is tuple else self.output_patch(output)
 
     class Decoder(PatchedPreTrained, stock_decoder):
         config_class = Config
@@ -130,10 +200,9 @@ def patched_classes(
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             depth = len(self.layers)
-            joints = {int(joint) for joint in config.linearpatch["joints"]}
-            if not joints <= {*range(depth + 1)}:
-                raise InputError(f"the config patches joints {sorted(joints)} of a model with {depth} layers")
-            for layer in {min(joint, depth - 1) for joint in joints}:
+            # Checked when the config was made, which may have been changed since.
+            joints = checked_record(config.linearpatch, depth, config.hidden_size)["joints"]
+            for layer in {min(int(joint), depth - 1) for joint in joints}:
                 self.layers[layer] = Layer(config, layer)
             self.post_init()
 
@@ -149,9 +218,17 @@ def patched_classes(
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-    stock = {Config: stock_config, Layer: stock_layer, Decoder: stock_decoder, CausalLM: stock_causal_lm}
+    stock: dict[Any, Any] = {
+        Config: stock_config,
+        Layer: stock_layer,
+        Decoder: stock_decoder,
+        CausalLM: stock_causal_lm,
+    }
     for patched, base in stock.items():
         patched.__name__ = patched.__qualname__ = "LinearPatch" + base.__name__
+        patched.stock_class = base
+        # A pickle names classes by their place in a module.
+        globals()[patched.__name__] = patched
     for patched in (Decoder, CausalLM):
         patched.own_code = staticmethod(own_code)
     return Config, Decoder, CausalLM
@@ -214,27 +291,42 @@ def patched_model(
         raise InputError(f"only a {family.causal_lm_class.__name__} can be patched, not a {type(model).__name__}")
     depth = num_layers(model)
     config = config_class()
-    vars(config).update(copy.deepcopy({k: v for k, v in vars(model.config).items() if k != "auto_map"}))
+    own = ("auto_map", "model_type")
+    vars(config).update(copy.deepcopy({name: value for name, value in vars(model.config).items() if name not in own}))
     config.linearpatch = dict(config.linearpatch)
     if provenance is not None:
         config.linearpatch["provenance"] = [*config.linearpatch.get("provenance", []), dict(provenance)]
+    there = patches(model)
     chains: dict[int, list[Any]] = {}
     for joint, patch in sorted(joints.items()):
         if not 0 <= joint <= depth:
             raise InputError(f"there is no joint {joint} in a model with {depth} layers")
-        chains[joint] = _links(patch) + _links(patches(model).get(joint))
+        chains[joint] = _links(patch) + _links(there.get(joint))
         for link in chains[joint]:
-            if link.dim != config.hidden_size:
-                raise InputError(f"the patch of joint {joint} is {link.dim} wide, the model {config.hidden_size}")
-        descriptions = [link.description() for link in chains[joint]]
-        config.linearpatch["joints"][str(joint)] = descriptions if len(descriptions) > 1 else descriptions[0]
+            width = getattr(link, "dim", None)
+            if width != config.hidden_size:
+                kind = type(link).__name__
+                raise InputError(f"the patch of joint {joint} ({kind}) is {width} wide, the model {config.hidden_size}")
+        if not chains[joint]:
+            raise InputError(f"there is no patch to put at joint {joint}: leave the joint out")
+        # A place for what is new; what is there comes with the model's modules.
+        config.linearpatch["joints"].setdefault(str(joint), [])
     twin = rebuild(model, causal_lm_class, config, range(depth))
     weight = decoder(model).embed_tokens.weight
     for joint, chain in chains.items():
         copies = [copy.deepcopy(link).to(device=weight.device, dtype=weight.dtype) for link in chain]
-        layer = decoder_layers(twin)[min(joint, depth - 1)]
-        setattr(layer, "patch" if joint < depth else "output_patch", _joined(copies))
+        _put(twin, joint, _joined(copies))
     return twin
+
+
+def _put(model: PreTrainedModel, joint: int, patch: nn.Module) -> None:
+    """Set what stands at a joint, in the model and in its config."""
+    layers = decoder_layers(model)
+    layer = layers[min(joint, len(layers) - 1)]
+    layer.register_module("patch" if joint < len(layers) else "output_patch", patch)
+    descriptions = [link.description() for link in _links(patch)]
+    for config in (model.config, decoder(model).config):
+        config.linearpatch["joints"][str(joint)] = descriptions if len(descriptions) > 1 else descriptions[0]
 
 
 def replace_patch(model: PreTrainedModel, joint: int, patch: Patch) -> None:
@@ -242,24 +334,15 @@ def replace_patch(model: PreTrainedModel, joint: int, patch: Patch) -> None:
 
     Unlike `patched_model` it changes ``model`` itself, and keeps the patch's own dtype.
     """
-    depth = num_layers(model)
     if joint not in patches(model):
         raise InputError(f"the model has no patch at joint {joint}: it has some at {sorted(patches(model))}")
-    weight = decoder(model).embed_tokens.weight
-    setattr(decoder_layers(model)[min(joint, depth - 1)], "patch" if joint < depth else "output_patch", patch)
-    patch.to(weight.device)
-    for config in (model.config, decoder(model).config):
-        config.linearpatch["joints"][str(joint)] = patch.description()
+    _put(model, joint, patch.to(decoder(model).embed_tokens.weight.device))
 
 
 def _links(patch: nn.Module | None) -> list[Any]:
     if patch is None:
         return []
     return list(patch) if isinstance(patch, nn.Sequential) else [patch]
-
-
-def _joined(links: list[Any]) -> nn.Module:
-    return links[0] if len(links) == 1 else nn.Sequential(*links)
 
 
 def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, nn.Module]:

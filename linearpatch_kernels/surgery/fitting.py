@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
 
@@ -99,7 +100,8 @@ def shrunk(patch: DensePatch | LowRankPatch, kept: float = SHRINKAGE) -> DensePa
     """
     if isinstance(patch, LowRankPatch):
         return _filled(copy.deepcopy(patch), up=kept * patch.up)
-    return _filled(copy.deepcopy(patch), weight=torch.lerp(torch.eye(patch.dim), patch.weight, kept))
+    identity = torch.eye(patch.dim, dtype=patch.weight.dtype, device=patch.weight.device)
+    return _filled(copy.deepcopy(patch), weight=torch.lerp(identity, patch.weight, kept))
 
 
 Fit = Callable[[CalibrationStatistics, Span, int], "Patch | None"]
@@ -151,6 +153,7 @@ def too_little_text(
     )
 
 
+@own_state()
 def fit_patch(statistics: CalibrationStatistics, span: Span, fit: str, *, rank: int = DEFAULT_RANK) -> Patch | None:
     """The patch of one joint (None for ``none``), its parameters float32.
 

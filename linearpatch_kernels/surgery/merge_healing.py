@@ -14,6 +14,7 @@ from linearpatch_kernels.calibration import Span, residual_stream, stream_statis
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Sublayer,
     decoder_layers,
@@ -38,6 +39,7 @@ _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _EPSILON = 1e-12
 
 
+@own_state()
 def heal_merges(
     dense: PreTrainedModel,
     merged: PreTrainedModel,
@@ -92,6 +94,7 @@ class _Stream:
         self._depth = depth
 
 
+@own_state()
 def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
     """The merged model with new down projections W in its merged layers, by least squares; the same architecture.
 

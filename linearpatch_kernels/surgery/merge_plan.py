@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     finite,
@@ -141,6 +142,7 @@ class MergePlan:
             return plan
 
 
+@own_state()
 def apply_merges(model: PreTrainedModel, plan: MergePlan) -> PreTrainedModel:
     """The model after all merges of the plan; ``model`` is not changed.
 

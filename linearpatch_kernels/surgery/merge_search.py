@@ -22,6 +22,7 @@ from linearpatch_kernels.evaluation.perplexity import (
     evaluation_mode,
     token_losses,
 )
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
@@ -124,6 +125,7 @@ def check_settings(settings: MergeSettings, layers: int) -> None:
         raise InputError("give a grid of at least 1, a least share from 0 to 0.5, and a floor from 0 to 1")
 
 
+@own_state()
 def plan_merging(
     model: PreTrainedModel,
     fit_windows: Tensor,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
@@ -119,6 +120,7 @@ def check_mergeable(model: nn.Module, span: Span) -> None:
         raise InputError(f"there is a patch at joint {patched[0]} inside the layers {span}: merge first, patch then")
 
 
+@own_state()
 @torch.no_grad()
 def merge_layers(model: PreTrainedModel, merge: Merge) -> PreTrainedModel:
     """The model with the layers of ``merge.span`` made one: of the same class, with fewer layers.

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import Entries, finite, read_json, reading, said, write_whole
+from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -121,13 +122,21 @@ class PrunePlan:
         return {"plan.json": text.encode(), "plan.safetensors": save(self.tensors(), metadata={"format": "pt"})}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last."""
+        """Write the two files into a directory (made if missing); each appears whole or not at all, the JSON last.
+
+        Raises:
+            InputError: a file of one of these names is there that is no plan of ours; the disk is full or fails.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        description = folder / "plan.json"
+        check_file(description, str(description))
+        check_file(folder / "plan.safetensors", str(folder / "plan.safetensors"), lambda _: description.exists())
         for name, content in sorted(self.files().items(), reverse=True):
             write_whole(folder / name, content)
 
     @classmethod
+    @own_state()
     def load(cls, directory: str | os.PathLike[str]) -> PrunePlan:
         """Read what :meth:`save` wrote.
 
@@ -135,25 +144,26 @@ class PrunePlan:
             InputError: no plan there, a foreign or broken file, or tensors that do not fit the description.
         """
         folder = Path(directory)
-        for name in ("plan.json", "plan.safetensors"):
-            if not (folder / name).exists():
+        description, patches = record(folder, "plan.json"), record(folder, "plan.safetensors")
+        for file in (description, patches):
+            if not file.exists():
                 raise InputError(
-                    f"{folder} holds no plan ({name} is missing): give a directory that linearpatch prune wrote"
+                    f"{folder} holds no plan ({file.name} is missing): give a directory that linearpatch prune wrote"
                 )
-        about = read_json(folder / "plan.json", _CURE)
+        about = read_json(description, _CURE)
         if about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
-            raise InputError(f"{folder}/plan.json is not a plan of version {PLAN_VERSION} of this package: prune again")
-        with reading(folder / "plan.safetensors", _CURE), safe_open(folder / "plan.safetensors", "pt") as file:
+            raise InputError(f"{description} is not a plan of version {PLAN_VERSION} of this package: prune again")
+        with reading(patches, _CURE), safe_open(patches, "pt") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        with reading(folder / "plan.json", _CURE):
+        with reading(description, _CURE):
             joints = _told_joints(Entries(about))
             told = {name: shape for joint in joints for name, shape in joint.shapes.items()}
         # Before anything of the told sizes is made.
         if told != there:
             raise InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again")
-        with reading(folder / "plan.safetensors", _CURE):
-            tensors = load_file(folder / "plan.safetensors")
-        with reading(folder / "plan.json", _CURE):
+        with reading(patches, _CURE):
+            tensors = load_file(patches)
+        with reading(description, _CURE):
             return cls._from(Entries(about), tuple(joint.built(tensors) for joint in joints))
 
     @classmethod

@@ -14,6 +14,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.surgery.fitting import (
     DEFAULT_RANK,
@@ -49,6 +50,7 @@ class Pruning:
     choice: FitChoice | None = None
 
 
+@own_state()
 def plan_pruning(
     model: PreTrainedModel,
     fit_windows: Tensor,

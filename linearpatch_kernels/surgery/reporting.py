@@ -23,6 +23,7 @@ from linearpatch_kernels.evaluation.report import (
     plot_joint_magnitudes,
     plot_sweep,
 )
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.pruning import SweepPoint
 from linearpatch_kernels.surgery.scoring import PAIR_SCORES
@@ -62,6 +63,7 @@ def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
     ]
 
 
+@own_state()
 @torch.no_grad()
 def joint_magnitudes(model: PreTrainedModel, windows: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """Mean |x| per channel [d] over ``windows`` [W, T]: before the patch, after it, and what the layer behind expects.

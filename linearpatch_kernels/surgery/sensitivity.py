@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, partial_decoder, sublayers
 
 # Tokens raised to float32 at once: bounds the working memory, whatever the window.
@@ -38,6 +39,7 @@ class LayerScores:
     span_influence: dict[Span, float]
 
 
+@own_state()
 @torch.no_grad()
 def score_layers(
     model: nn.Module, windows: Tensor, *, width: int = 2, batch_size: int = 1, progress: Progress | None = None

@@ -16,9 +16,10 @@ from modeling.tiny import FAMILY_NAMES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearpatch_kernels import text
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation import teacher_store
-from linearpatch_kernels.distillation.teacher_store import TeacherStore, store_request, write_teacher_store
+from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherStore, store_request, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import working_alone
 
@@ -183,7 +184,7 @@ def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor,
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert "is not a teacher store" in refused(lambda: write_teacher_store(dense, windows, tmp_path / "mine", top_k=10))
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
-    with working_alone(copy):
+    with working_alone(copy, STORE_FILES):
         assert "another process works" in write()
 
 
@@ -267,3 +268,24 @@ def test_the_next_tokens_mixed_in(store: TeacherStore, weight: float) -> None:
     assert 0 < outside < 57
     assert torch.equal(batch.probs, store.batch([0, 4, 7]).probs)  # what was read is as it was
     assert batch.with_labels(0) is batch
+
+
+def test_a_store_of_version_0_1_is_gone_on_with(
+    dense: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprints were other ones; they are compared with what that version would have written today."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(teacher_store, "fingerprint_model", text._fingerprint_0_1)
+        old = write_teacher_store(dense, windows, tmp_path, top_k=10, shard_windows=5, tokenizer="0123456789abcdef")
+    before = contents(tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    (tmp_path / "index.json").unlink()
+    today = "01234567-0123456789abcdef"
+    store = write_teacher_store(dense, windows, tmp_path, top_k=10, shard_windows=5, tokenizer=today)
+    assert store.request == old.request
+    assert contents(tmp_path) == before
+    store.check(dense, tokenizer=today)
+    arguments = {"top_k": 10, "shard_windows": 5, "tokenizer": today}
+    changed = tiny_model("llama", seed=1)
+    assert "another teacher" in refused(lambda: write_teacher_store(changed, windows, tmp_path, **arguments))
+    assert "other text" in refused(lambda: write_teacher_store(dense, windows.flip(0), tmp_path, **arguments))

@@ -120,6 +120,10 @@ def test_logits_that_are_not_finite_are_named(windows: Tensor, bad: float) -> No
         (torch.zeros(0, 5, dtype=torch.long), "count >= 1"),
         (torch.zeros(5, dtype=torch.long), "must be token ids"),
         (torch.zeros(2, 5), "must be token ids"),
+        (torch.zeros(2, 5, dtype=torch.bool), "must be token ids"),
+        (torch.zeros(2, 5, dtype=torch.complex64), "must be token ids"),
+        (torch.tensor([[3, -1, 4]]), "-1 is none"),
+        ([[1, 2, 3]], "must be a tensor of token ids"),
     ],
     ids=str,
 )
@@ -129,5 +133,5 @@ def test_windows_that_do_not_fit_are_refused(student: LlamaForCausalLM, ids: Ten
 
 
 def test_an_empty_batch_is_refused(student: LlamaForCausalLM, windows: Tensor) -> None:
-    with pytest.raises(InputError, match="batch size must be at least 1"):
+    with pytest.raises(InputError, match="batch size must be a number from 1"):
         perplexity(student, windows, batch_size=0)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearpatch_kernels.cli import app
+from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.nn import Patch
 
 VOCABULARY = 97
 IDS = torch.arange(3, 40)[None]
@@ -90,6 +94,17 @@ def save_model(model: PreTrainedModel, directory: Path, tokenizer: Any = None) -
     model.save_pretrained(directory)
     (tokenizer or word_tokenizer(model.config.vocab_size)).save_pretrained(directory)
     return directory
+
+
+def cut(dense: PreTrainedModel, joints: Mapping[int, Patch]) -> PreTrainedModel:
+    """Without its layers 2 and 3 (of six), patched at these depths of what is left."""
+    return patched_model(keep_layers(dense, [0, 1, 4, 5]), dict(joints))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
 
 
 def linearpatch(*arguments: object) -> Exception | None:

@@ -10,14 +10,18 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import directories
+from linearpatch_kernels.files.owned import DRAFT, mark
 from linearpatch_kernels.modeling import saving
 from linearpatch_kernels.modeling.saving import check_output, is_ours, save_checkpoint, save_files
 
@@ -108,7 +112,7 @@ def test_an_earlier_output_is_replaced_only_when_asked(llama: PreTrainedModel, t
 def test_an_earlier_output_is_replaced_where_directories_cannot_be_exchanged(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(directories, "_exchanged", lambda *_: False)
     save_checkpoint(llama, None, tmp_path / "out", extra_files={"old.txt": "old"})
     save_checkpoint(llama, None, tmp_path / "out", overwrite=True)
     assert is_ours(tmp_path / "out")
@@ -192,6 +196,8 @@ def test_a_disk_that_is_really_full(llama: PreTrainedModel, tmp_path: Path, monk
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from linearpatch_kernels.files import directories
+from linearpatch_kernels.files import directories
 from linearpatch_kernels.modeling import saving
 from tests.modeling.tiny import tiny_model
 
@@ -199,7 +205,7 @@ def die(draft, *rest):
     assert (Path(draft) / "model.safetensors").exists()
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(saving, sys.argv[2], die)
+setattr(directories, sys.argv[2], die)
 saving.save_checkpoint(tiny_model("llama", layers=2), None, sys.argv[1], overwrite=True)
 """
 
@@ -225,10 +231,11 @@ def test_a_kill_leaves_nothing_that_looks_like_a_checkpoint(llama: PreTrainedMod
 
 
 def test_the_draft_of_a_save_that_is_still_running_is_left_alone(llama: PreTrainedModel, tmp_path: Path) -> None:
-    running = tmp_path / ".out.linearpatch-running"
-    other = tmp_path / ".other.linearpatch-killed"
-    other.mkdir()
-    running.mkdir()
+    running = tmp_path / f".out.linearpatch-{'0' * 32}"
+    other = tmp_path / f".other.linearpatch-{'1' * 32}"
+    for draft in (running, other):
+        draft.mkdir()
+        mark(draft, DRAFT)
     lock = os.open(running, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     save_checkpoint(llama, None, tmp_path / "out")
@@ -246,10 +253,12 @@ def test_what_appears_at_the_place_in_the_meantime_is_kept(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").touch()
 
-    monkeypatch.setattr(saving, "_flush", flush)
-    with pytest.raises(InputError, match="in the meantime"):
+    monkeypatch.setattr(directories, "_flush", flush)
+    with pytest.raises(InputError, match=r"in the meantime.*, and what was finished is kept in .*out\.unfinished"):
         save_checkpoint(llama, None, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out.unfinished")) is type(llama)
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.unfinished"]
 
 
 def test_a_relative_path_and_a_link(
@@ -262,3 +271,89 @@ def test_a_relative_path_and_a_link(
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "out" / "new").exists()
     assert capsys.readouterr().err == ""
+
+
+def written_otherwise(model: PreTrainedModel, change: Callable[[Path], object]) -> None:
+    """Let `save_pretrained` of this model go wrong silently."""
+    save = model.save_pretrained
+
+    def save_pretrained(directory: Path) -> None:
+        save(directory)
+        change(Path(directory))
+
+    model.save_pretrained = save_pretrained  # type: ignore[assignment]  # as code of others does
+
+
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | changes))
+
+    return write
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+WRITTEN_OTHERWISE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a weight is missing": (with_tensors(lambda t: t.pop(DOWN)), f"{DOWN} was not written"),
+    "a weight too many": (with_tensors(lambda t: t.update(x=torch.ones(2))), "x was written otherwise"),
+    "another name": (with_tensors(lambda t: t.update({"base." + DOWN: t.pop(DOWN)})), f"{DOWN} was written otherwise"),
+    "another shape": (with_tensors(lambda t: t.update({DOWN: t[DOWN][:-1].clone()})), f"{DOWN} was written otherwise"),
+    "another dtype": (with_tensors(lambda t: t.update({DOWN: t[DOWN].bfloat16()})), f"{DOWN} was written otherwise"),
+    "one bit": (with_tensors(lambda t: t[DOWN].view(torch.int32)[3, 4].bitwise_xor_(1)), f"{DOWN} was written"),
+    "a config of other numbers": (with_config(rms_norm_eps=0.5), "its logits are off"),
+    "a config of another depth": (with_config(num_hidden_layers=1), "unexpected keys|logits"),
+    "a config of another family": (with_config(model_type="mistral", architectures=["X"]), "loads as a Mistral|logits"),
+}
+
+
+# Without room for a second model, numbers of the config that change no shape are not computed with.
+CASES = [(case, room) for case in WRITTEN_OTHERWISE for room in (True, False) if room or "of other numbers" not in case]
+
+
+@pytest.mark.parametrize(("case", "room"), CASES)
+def test_what_was_written_is_read_back(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, room: bool
+) -> None:
+    change, says = WRITTEN_OTHERWISE[case]
+    if not room:
+        monkeypatch.setattr(saving, "_free_memory", lambda _: 0)
+        if "of other numbers" in case:
+            pytest.skip(
+                "without room for a second model, numbers of the config that change no shape are not computed with"
+            )
+        says = says.replace("|logits", "|describes another")
+    written_otherwise(llama, change)
+    with pytest.raises(InputError, match=f"what was written is not the model in memory: .*({says})"):
+        save_checkpoint(llama, None, tmp_path / "out", extra_files={"plan.json": "{}"})
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.unfinished" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_family_is_read_back(family: str, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tied and untied heads, per-layer lists, patches: none is taken for a fault; with NaN weights neither."""
+    save_checkpoint(tiny_model(family).to(dtype), None, tmp_path / "stock")
+    patched = tiny_patched_model(family).to(dtype)
+    save_checkpoint(patched, None, tmp_path / "patched")
+    with torch.no_grad():
+        patched.get_decoder().norm.weight[3] = torch.nan
+    save_checkpoint(patched, None, tmp_path / "nan")
+
+
+def test_companions_stand_beside_the_model_and_replace_nothing(llama: PreTrainedModel, tmp_path: Path) -> None:
+    companions = {"LICENSE": b"terms", "config.json": b"{}", "tokenizer.json": b"{}", "notes/NOTICE": b"n"}
+    save_checkpoint(llama, tiny_tokenizer(), tmp_path / "out", companions=companions)
+    files = contents(tmp_path / "out")
+    assert files["LICENSE"] == b"terms"
+    assert files["notes/NOTICE"] == b"n"
+    assert json.loads(files["config.json"])["model_type"] == "llama"
+    assert len(files["tokenizer.json"]) > 100

@@ -44,6 +44,45 @@ def test_interpreted_against_float64_at_every_listed_width(seed: int) -> None:
     cases(seed, len(LISTED) + 20)
 
 
+ALIASES = """
+import json, torch
+from linearpatch_kernels.hadamard import hadamard_matrix
+from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+from linearpatch_kernels.ops.hadamard_patch import triton as kernels
+launches, launch = [], kernels._launch
+kernels._launch = lambda *arguments: (launches.append(1), launch(*arguments))
+h = hadamard_matrix(64, dtype=torch.float32)
+said = []
+out = torch.randn(5, 64)
+for aliased in (out[2], out.view(torch.float16)[1, 64:], out[2, 3:4].expand(64)):
+    for name in ("scale", "pre_scale"):
+        others = {"scale": torch.randn(64), name: aliased}
+        try:
+            hadamard_patch(torch.randn(5, 64), out=out, **others)
+        except ValueError as error:
+            said.append(str(error) == f"out must share no memory with {name}: give a tensor of its own, or x")
+try:
+    hadamard_patch(torch.randn(5, 64), torch.randn(64), out=out[:1].expand(5, 64))
+except ValueError as error:
+    said.append(str(error) == "out must have a place of its own for every element")
+said.append(not launches)
+for shift in (0, 3, 64):
+    memory, scale = torch.randn(5 * 64 + shift), torch.randn(64)
+    x, out = memory[: 5 * 64].view(5, 64), memory[shift:].view(5, 64)
+    true = ((x @ h) * scale) @ h.T
+    hadamard_patch(x, scale, out=out)
+    said.append((out - true).abs().max().item() < 1e-4)
+said.append(len(launches) == 3)
+print(json.dumps(said))
+"""
+
+
+def test_out_shares_memory_with_x_alone() -> None:
+    result = run("-c", ALIASES, **INTERPRETED)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [True] * 12
+
+
 NON_FINITE = """
 import json, torch
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.nn import LinearTopKKLLoss, TopKKLLoss
+from linearpatch_kernels.ops.registration import DerivativeError
 from linearpatch_kernels.ops.topk_kl import gpu, linear_topk_kl_loss, operator, reference, topk_kl_loss
+from tests.ops.topk_kl_cases import definition, wrong_in_extremes
 
 OPS = torch.ops.linearpatch
 HALVES = [torch.float16, torch.bfloat16]
@@ -26,6 +33,10 @@ class Problem(NamedTuple):
     bias: Tensor
     probs: Tensor
     ids: Tensor
+
+
+# No temperatures and no soft-caps: what float32 has no reciprocal of, and what are no numbers.
+NO_SCALES = (1e-45, 1e-60, 1e-31, 1e31, 1e300, 10**400, -1e-60, "1", 1j, [1.0], torch.ones(2))
 
 
 def problem(
@@ -44,23 +55,6 @@ def problem(
     probs = probs / whole.where(whole > 0, 1) * (1 if normalization == "topk" else 0.8)
     random = [torch.randn(shape, dtype=torch.float64) for shape in ((n, d), (v, d), (v,))]
     return Problem(*random, probs, ids)
-
-
-def definition(logits: Tensor, probs: Tensor, ids: Tensor, normalization: str, temperature: float) -> Tensor:
-    losses = []
-    for z, p, i in zip(logits / temperature, probs.to(logits.dtype), ids, strict=True):
-        p, i = p[i >= 0], i[i >= 0]
-        if not len(i):
-            continue
-        student = z[i].log_softmax(0) if normalization == "topk" else z.log_softmax(0)[i]
-        loss = torch.nn.functional.kl_div(student, p, reduction="sum")
-        if normalization == "tail":
-            others = torch.ones(len(z), dtype=torch.bool)
-            others[i] = False
-            rest = z.softmax(0)[others].sum()
-            loss = loss + torch.xlogy(1 - p.sum(), (1 - p.sum()) / rest)
-        losses.append(loss)
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
 @with_normalization
@@ -208,6 +202,66 @@ def test_small_gradients_survive_half_precision_and_a_loss_scale(normalization: 
     wide = hidden.detach().double().requires_grad_()
     (linear_topk_kl_loss(wide, weight.double(), p.probs, p.ids, normalization=normalization) * 65536).backward()
     assert (hidden.grad.double() - wide.grad).norm() < 0.01 * wide.grad.norm()
+
+
+def test_logits_far_from_zero_and_nothing_beside_the_slots() -> None:
+    """With whatever kernels are there; the reference alone in float32 too."""
+    assert not wrong_in_extremes()
+    assert not wrong_in_extremes(OPS.linear_topk_kl_loss_reference)
+
+
+@with_normalization
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("temperature", [1.0, 1.7, 0.3])
+@pytest.mark.parametrize("shift", [0.0, 100.0, -1000.0, 1e4, 1e5])
+def test_given_logits_are_as_exact_as_log_softmax_wherever_they_lie(
+    normalization: str, dtype: torch.dtype, temperature: float, shift: float
+) -> None:
+    shift = min(shift, 3e4) if dtype == torch.float16 else shift
+    p = problem(n=64, v=200, k=20, normalization=normalization)
+    logits = (torch.randn(64, 200) * 3 + shift).to(dtype)
+
+    def differentiated(logits: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        logits = logits.clone().requires_grad_()
+        loss = loss_of(logits) * 64  # so that rounding to a half is what it is of one token's gradient
+        return loss / 64, torch.autograd.grad(loss, logits)[0].double()
+
+    options = p.ids, normalization, temperature
+    exact = differentiated(logits.double(), lambda z: definition(z, p.probs, *options))
+    plain = differentiated(logits, lambda z: definition(z.float(), p.probs, *options))
+    ours = differentiated(
+        logits, lambda z: topk_kl_loss(z, p.probs, p.ids, normalization=normalization, temperature=temperature)
+    )
+    for one, other, true, stated in zip(ours, plain, exact, (2e-7, 1e-6), strict=True):
+        largest = max(1.0, true.abs().max().item())
+        assert (one - true).abs().max() <= 2 * (other - true).abs().max() + stated * largest
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@with_normalization
+def test_the_default_dtype_changes_nothing(normalization: str, default: torch.dtype) -> None:
+    p = Problem(*(tensor.float() for tensor in problem(normalization=normalization)[:4]), problem().ids)
+    logits = (p.hidden @ p.weight.T).requires_grad_()
+    hidden = p.hidden.requires_grad_()
+
+    def run() -> list[Tensor]:
+        given = topk_kl_loss(logits, p.probs, p.ids, normalization=normalization)
+        linear = linear_topk_kl_loss(hidden, p.weight, p.probs, p.ids, bias=p.bias, normalization=normalization)
+        alone = reference.linear_topk_kl_loss_reference(
+            *(hidden.detach(), p.weight, p.probs, p.ids, p.bias, normalization, 1.3, True, True, True)
+        )
+        return [given, linear, *torch.autograd.grad(given + linear, (logits, hidden)), *alone]
+
+    before = torch.get_default_dtype()
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.equal(other)
 
 
 # --- tokens, slots and the vocabulary --------------------------------------------------------------------------------
@@ -461,6 +515,92 @@ def test_autocast_changes_nothing(normalization: str) -> None:
         assert linear_topk_kl_loss(p.hidden, p.weight, p.probs, p.ids, normalization=normalization).equal(loss)
 
 
+def losses_of(p: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every way to the losses, as functions of the hidden states."""
+    linear = [partial(linear_topk_kl_loss, bias=p.bias, normalization=name) for name in ("topk", "full", "tail")]
+    linear += [partial(linear_topk_kl_loss, softcap=3.0), LinearTopKKLLoss(), LinearTopKKLLoss("full", softcap=3.0)]
+    functions = {f"linear {i}": lambda h, loss=loss: loss(h, p.weight, p.probs, p.ids) for i, loss in enumerate(linear)}
+    for i, loss in enumerate((topk_kl_loss, partial(topk_kl_loss, normalization="tail"), TopKKLLoss("full"))):
+        functions[f"given {i}"] = lambda h, loss=loss: loss(h @ p.weight.T, p.probs, p.ids)
+    return functions
+
+
+with_loss = pytest.mark.parametrize("name", losses_of(problem()))
+
+
+@with_loss
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """What is computed with the loss would count as a constant: a penalty on it would have no effect, or a wrong one.
+
+    Nor may the path to what is asked for be cut: by ``autograd.grad`` a node of no input of ours is not visited.
+    """
+    p = problem()
+    loss_of = losses_of(p)[name]
+    for leaf in (p.hidden.requires_grad_(), p.weight.requires_grad_()):
+        for make in (lambda loss: loss, lambda loss: loss**2, lambda loss: 3 * loss):
+            loss = make(loss_of(p.hidden * 1))  # not a leaf
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            for penalised in (gradient.square().sum(), loss + gradient.norm()):
+                with pytest.raises(DerivativeError, match="topk_kl_loss is differentiable once"):
+                    torch.autograd.grad(penalised, leaf, retain_graph=True)
+                with pytest.raises(DerivativeError, match="topk_kl_loss is differentiable once"):
+                    penalised.backward(retain_graph=True)
+    for functional in (torch.autograd.functional.hessian, torch.autograd.functional.hvp):
+        with pytest.raises(DerivativeError, match="topk_kl_loss is differentiable once"):
+            functional(loss_of, p.hidden.detach(), *([p.hidden.detach()] if "hvp" in functional.__name__ else []))
+
+
+@pytest.mark.parametrize("normalization", ["topk", "full"])
+def test_a_gradient_is_differentiable_by_what_the_loss_is_multiplied_with(normalization: str) -> None:
+    p = problem(normalization=normalization)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    hidden = p.hidden.requires_grad_()
+    loss = linear_topk_kl_loss(hidden, p.weight, p.probs, p.ids, normalization=normalization)
+    (gradient,) = torch.autograd.grad(factor * loss, hidden, create_graph=True)
+    (by_factor,) = torch.autograd.grad(gradient.norm(), factor)  # as GradNorm balances several losses
+    torch.testing.assert_close(by_factor, gradient.norm().detach() / 2)
+
+
+def test_what_a_second_derivative_would_need_keeps_no_memory() -> None:
+    p = problem()
+    hidden = p.hidden.requires_grad_() * 1
+    alive = weakref.ref(hidden)
+    loss = linear_topk_kl_loss(hidden, p.weight, p.probs, p.ids)
+    del hidden
+    assert alive() is None
+    loss.backward()
+
+
+@with_loss
+def test_forward_mode_is_refused(name: str) -> None:
+    p = problem()
+    loss_of = losses_of(p)[name]
+    for transform in (torch.func.jacfwd, torch.func.grad, torch.func.hessian, torch.func.jacrev):
+        with pytest.raises(DerivativeError):
+            transform(loss_of)(p.hidden)
+    for transform in (torch.func.jvp, torch.func.linearize):
+        with pytest.raises(DerivativeError):
+            transform(loss_of, *(((p.hidden,), (p.hidden,)) if transform is torch.func.jvp else (p.hidden,)))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(DerivativeError):
+        loss_of(forward_ad.make_dual(p.hidden, p.hidden))
+    number = torch.tensor(1.0, requires_grad=True)
+    for learned in ("temperature", "softcap"):
+        with pytest.raises(DerivativeError, match=f"{learned} is a number"):
+            linear_topk_kl_loss(p.hidden, p.weight, p.probs, p.ids, **{learned: number})
+
+
+def test_vmap_and_batched_gradients_are_right() -> None:
+    p = problem()
+    hidden = torch.stack((p.hidden, 2 * p.hidden))
+    for loss_of in losses_of(p).values():
+        each = torch.stack([loss_of(h) for h in hidden])
+        torch.testing.assert_close(torch.func.vmap(loss_of)(hidden), each)
+        one, other = (
+            torch.autograd.functional.jacobian(loss_of, p.hidden, vectorize=vectorize) for vectorize in (False, True)
+        )
+        torch.testing.assert_close(one, other)
+
+
 def test_gradient_that_was_not_computed_is_refused() -> None:
     p = problem()
     arguments = p.hidden.requires_grad_(), p.weight, p.probs, p.ids, None, "topk", 1.0
@@ -520,6 +660,22 @@ def test_id_outside_the_vocabulary(wrong: int) -> None:
         ({"temperature": float("nan")}, "temperature must be positive"),
         ({"softcap": -1.0}, "softcap must be positive"),
         ({"softcap": float("nan")}, "softcap must be positive"),
+        *(({name: value}, f"{name} must be positive") for name in ("temperature", "softcap") for value in NO_SCALES),
+        ({"temperature": float("inf")}, "temperature must be positive, between 1e-30 and 1e30, not inf"),
+        ({"temperature": None}, "temperature must be positive, between 1e-30 and 1e30, not None"),
+        ({"normalization": "to\npk"}, r"one of topk, full, tail, not 'to\\npk'"),
+        ({"bias": torch.zeros(23, dtype=torch.int64)}, r"bias must be floating \[23\]"),
+        ({"bias": torch.zeros(23, dtype=torch.float8_e4m3fn)}, r"bias must be floating \[23\]"),
+        ({"hidden": torch.zeros(7, 5, dtype=torch.float8_e5m2)}, "hidden must be floating"),
+        ({"weight": torch.zeros(23, 5, dtype=torch.complex64)}, "weight must be floating"),
+        ({"teacher_probs": torch.zeros(7, 4, dtype=torch.float8_e4m3fn)}, "teacher_probs must be floating"),
+        ({"weight": torch.randn(23, 5).to_sparse()}, "weight must be a dense tensor"),
+        ({"teacher_ids": torch.zeros(7, 4, dtype=torch.int64).to_sparse()}, "teacher_ids must be a dense tensor"),
+        ({"teacher_ids": [[1] * 4] * 7}, "teacher_ids must be a tensor, not list"),
+        ({"hidden": None}, "hidden must be a tensor, not NoneType"),
+        ({"weight": None}, "weight must be a tensor, not NoneType"),
+        ({"teacher_probs": None}, "teacher_probs must be a tensor, not NoneType"),
+        ({"teacher_ids": None}, "teacher_ids must be a tensor, not NoneType"),
     ],
 )
 def test_bad_operands(change: dict[str, object], message: str) -> None:
@@ -531,6 +687,60 @@ def test_bad_operands(change: dict[str, object], message: str) -> None:
         every = {"logits": p.hidden @ p.weight.T, "teacher_probs": p.probs, "teacher_ids": p.ids}
         with pytest.raises(InputError, match=message):
             topk_kl_loss(**(every | change))
+
+
+@with_normalization
+@pytest.mark.parametrize("softcap", [0, 0.0, float("inf")])
+def test_no_soft_cap_and_an_infinite_one(normalization: str, softcap: float) -> None:
+    p = problem(normalization=normalization)
+    arguments = p.hidden.requires_grad_(), p.weight, p.probs, p.ids
+    one, other = (linear_topk_kl_loss(*arguments, normalization=normalization, softcap=cap) for cap in (softcap, None))
+    assert one.equal(other)
+    assert torch.autograd.grad(one, p.hidden)[0].equal(torch.autograd.grad(other, p.hidden)[0])
+
+
+@with_normalization
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_extreme_temperatures_and_soft_caps(normalization: str, dtype: torch.dtype, scale: float) -> None:
+    p = problem(normalization=normalization, holes=False)
+    hidden, weight = p.hidden.to(dtype).requires_grad_(), p.weight.to(dtype)
+    logits = p.hidden.detach() @ p.weight.T
+    for options, z in (
+        ({"temperature": scale}, logits / scale),
+        ({"softcap": scale}, scale * (logits / scale).tanh()),
+    ):
+        loss = linear_topk_kl_loss(hidden, weight, p.probs, p.ids, normalization=normalization, **options)
+        exact = definition(z, p.probs, p.ids, normalization, 1.0)
+        torch.testing.assert_close(loss, exact.to(dtype), rtol=1e-4, atol=1e-5)
+        assert not torch.autograd.grad(loss, hidden)[0].isnan().any()
+
+
+@with_normalization
+def test_probabilities_that_are_none_are_as_the_definition_has_them(normalization: str) -> None:
+    for value in (float("nan"), float("inf"), -0.1):
+        p = problem(normalization=normalization, holes=False)
+        p.probs[2, 1] = value
+        logits = (p.hidden @ p.weight.T).float()
+        loss = topk_kl_loss(logits, p.probs.float(), p.ids, normalization=normalization)
+        exact = definition(logits.double(), p.probs, p.ids, normalization, 1.0)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+        linear = linear_topk_kl_loss(
+            p.hidden.float(), p.weight.float(), p.probs.float(), p.ids, normalization=normalization
+        )
+        torch.testing.assert_close(linear, loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@with_normalization
+def test_more_slots_than_a_kernel_takes(normalization: str) -> None:
+    probs, ids = torch.rand(1, 70000) / 40000, torch.randint(0, 23, (1, 70000))
+    p = problem(n=1)
+    logits = (p.hidden @ p.weight.T).float().requires_grad_()
+    loss = topk_kl_loss(logits, probs, ids, normalization=normalization)
+    exact = definition(logits.double(), probs.double(), ids, "full" if normalization == "tail" else normalization, 1.0)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    one, other = (torch.autograd.grad(value, logits)[0] for value in (loss, exact))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("logits", [torch.randn(7), torch.randn(2, 7, 23), torch.ones(7, 23, dtype=torch.int64)])

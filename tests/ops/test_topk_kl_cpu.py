@@ -149,7 +149,7 @@ def test_rows_of_every_kind_in_half_precision(normalization: str, rows: str) -> 
 @built
 @pytest.mark.skipif(not INTEGERS, reason="no VNNI here, or another instruction set is forced")
 def test_rows_that_do_not_fit_integers_are_multiplied_in_float32() -> None:
-    hidden, weight, probs, ids = operands(130, 72, 2100, 9, torch.bfloat16)
+    hidden, weight, probs, ids = operands(256, 72, 2100, 9, torch.bfloat16)
     options = probs, ids, None, "full", 1.0, True, False, False
 
     def in_float32(hidden: Tensor, weight: Tensor) -> list[bool]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import linear_topk_kl_loss_reference
+from tests.ops.topk_kl_cases import check, definition, double, extreme_calls
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +49,20 @@ def test_loss_and_gradient_of_hidden(dtype: torch.dtype, biased: bool, n: int, k
         return
     for ours, true, other in zip((loss, dhidden), exact[:2], plain(), strict=True):
         assert (ours.double() - true).abs().max() <= 2 * (other.double() - true).abs().max() + 1e-6
+
+
+def test_logits_far_from_zero() -> None:
+    for told, call, _ in extreme_calls():
+        if call[5] != "topk":
+            continue
+
+        def plain(call: Any) -> list[Tensor]:
+            hidden = call[0].clone().requires_grad_()
+            loss = definition(hidden @ call[1].T + call[4], *call[2:4], "topk", 1.0)
+            return [loss, *torch.autograd.grad(loss, hidden)]
+
+        ours = linear_topk_kl_loss_embedding_bag(*call, True, False, False)[:2]
+        assert not check(told, ours, plain(call), plain(double(*call)), 1e-6)
 
 
 def test_it_is_what_runs_without_the_extension(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from linearpatch_kernels.ops.topk_kl import gpu
 from linearpatch_kernels.ops.topk_kl import triton as kernels
-from tests.ops.topk_kl_cases import OPS, Sizes, one_case
+from tests.ops.topk_kl_cases import OPS, Sizes, one_case, wrong_in_extremes
 
 # Every program of the interpreter costs about a millisecond, and dweight is one program an id.
 SIZES = Sizes(
@@ -123,7 +123,7 @@ def main(seed: int, count: int) -> int:
         gpu._LOGITS_AT_ONCE = chance.choice([1, 4000, 2**24])
         wrong += one_case(chance, SIZES)
     kernels.BLOCK, gpu._LOGITS_AT_ONCE = 128, 2**24
-    wrong += properties()
+    wrong += [*properties(), *wrong_in_extremes()]
     print(*wrong, f"{count} cases, {dict(launches)}, {len(wrong)} wrong", sep="\n")
     return 1 if wrong or set(launches) != NAMES else 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.gpu_build import FLAGS, nvcc, tool
 from benchmarks.gpu_sass import sass_programs
 from linearpatch_kernels.ops.topk_kl import cuda, gpu
-from tests.ops.topk_kl_cases import DTYPES, OPS, check, double, teacher
+from tests.ops.topk_kl_cases import DTYPES, OPS, check, double, teacher, wrong_in_extremes
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 NORMALIZATIONS = ["topk", "full", "tail"]
@@ -66,6 +66,11 @@ def test_against_float64(emulator: Emulator, normalization: str, schedule: str, 
         emulator.configure(schedule, seed=i)
         assert not held_to_float64(emulator, normalization, chance.choice(DTYPES), chance)
         assert emulator.launches() >= 2
+
+
+def test_logits_far_from_zero_and_nothing_beside_the_slots(emulator: Emulator) -> None:
+    assert not wrong_in_extremes(lambda *call: gpu.linear_topk_kl_loss(*call, kernels=emulator.kernels))
+    assert not emulator.faults()
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,8 +139,8 @@ MUTATIONS = {
         "out of bounds",
     ),
     "slots overwritten before they are read": (
-        "z * call.inverse_temperature);\n  }\n  __syncthreads();",
-        "z * call.inverse_temperature);\n  }",
+        "slots + k, z);\n  }\n  __syncthreads();",
+        "slots + k, z);\n  }",
         "race: logits",
     ),
     "a gradient left out": (

@@ -60,12 +60,12 @@ const char* launch_tokens(const TokenSlots& call, void*) {
   simt::watch("rest", call.rest, 2 * call.tokens * kBytes);
   simt::watch("scale", call.scale, kBytes);
   simt::watch("losses", call.losses, call.tokens * kBytes, true, false);
-  simt::watch("normalizers", call.normalizers, 2 * call.tokens * kBytes, true, false);
+  simt::watch("normalizers", call.normalizers, 4 * call.tokens * kBytes, true, false);
   simt::watch("dz", call.dz, count * kBytes, true, false);
   simt::watch("factors", call.factors, call.tokens * kBytes, true, false);
   simt::machine.after = [&] {
     written_after(call.losses, call.tokens, 1);
-    written_after(call.normalizers, call.tokens, 2);
+    written_after(call.normalizers, call.tokens, 4);
     written_after(call.dz, call.tokens, call.slots);
     written_after(call.factors, call.tokens, 1);
   };
@@ -123,7 +123,7 @@ const char* launch_carry(const VocabularyPart& call, void*) {
 const char* launch_differentiate(const VocabularyPart& call, void*) {
   watch_part(call, false);
   simt::watch("probs", call.probs, int64_t{call.tokens} * call.slots * kBytes);
-  simt::watch("normalizers", call.normalizers, 2 * call.tokens * kBytes);
+  simt::watch("normalizers", call.normalizers, 4 * call.tokens * kBytes);
   simt::watch("scale", call.scale, kBytes);
   simt::machine.after = [&] { check_out(call); };
   run(differentiate_part, call, plan_differentiate(call));

@@ -6,18 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.hadamard_patch.reference import (
     _arithmetic_dtype,
+    _check_out,
+    _check_out_is_apart,
     _check_patch_operands,
     add_patch_rms_norm_reference,
     hadamard_patch_backward_reference,
     hadamard_patch_reference,
 )
-from linearpatch_kernels.ops.registration import batch_by_rows, define_operator
+from linearpatch_kernels.ops.overlap import share_memory
+from linearpatch_kernels.ops.registration import (
+    DerivativeError,
+    batch_by_rows,
+    define_operator,
+    refuse_forward_mode,
+)
 
 _OPTIONAL = "Tensor? pre_scale, Tensor? post_scale, Tensor? down, Tensor? up"
 _OMISSIBLE = _OPTIONAL.replace(",", "=None,") + "=None"  # where nothing that is required follows
@@ -46,14 +55,10 @@ def _fake_backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return dx, *(x.new_empty((0,) if p is None else p.shape, dtype=dtype) for p in wanted[1:])
 
 
-def _check_out(x: Tensor, out: Tensor) -> None:
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise InputError(f"out must be {x.dtype} {list(x.shape)} as x is, not {out.dtype} {list(out.shape)}")
-
-
 def _forward_out(x: Tensor, scale: Tensor, *others: Any) -> None:
     *optional, out = others
     _check_out(x, out)
+    _check_out_is_apart(out, scale, *optional)
     out.copy_(_forward(x, scale, *optional))
 
 
@@ -69,6 +74,12 @@ def _fake_add_patch_rms_norm(x: Tensor, residual: Tensor, scale: Tensor, *others
     return _contiguous_like(x), _contiguous_like(x)
 
 
+def _no_derivative(*_: Any) -> Any:
+    raise DerivativeError(
+        "add_patch_rms_norm is not differentiable: use hadamard_patch and torch.nn.functional.rms_norm instead"
+    )
+
+
 _TRITON = "linearpatch_kernels.ops.hadamard_patch.triton"
 
 _patch = define_operator(
@@ -77,6 +88,7 @@ _patch = define_operator(
     _forward,
     _fake_forward,
     triton=_TRITON,
+    otherwise=_forward,
 )
 _patch_backward = define_operator(
     "hadamard_patch_backward",
@@ -85,6 +97,7 @@ _patch_backward = define_operator(
     hadamard_patch_backward_reference,
     _fake_backward,
     triton=_TRITON,
+    otherwise=hadamard_patch_backward_reference,
 )
 _patch_out = define_operator(
     "hadamard_patch_out",
@@ -100,6 +113,7 @@ _add_patch_rms_norm = define_operator(
     add_patch_rms_norm_reference,
     _fake_add_patch_rms_norm,
     triton=_TRITON,
+    otherwise=_no_derivative,
 )
 
 
@@ -118,12 +132,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-# The compiled kernels ask for the matrix H_m of a width when they first meet it.
-_matrices = torch.library.Library("linearpatch", "FRAGMENT")
-_matrices.define("paley_matrix(int d) -> Tensor")
-_matrices.impl("paley_matrix", lambda d: paley_factor(d)[0], "CompositeExplicitAutograd")
+def _forward_into_bits(x: Tensor, scale: Tensor, *others: Any) -> None:
+    """`_forward_out` where an operand is a view that torch negates, or conjugates, when it is read or written."""
+    *optional, out = others
+    _check_out(x, out)
+    _check_out_is_apart(out, scale, *optional)
+    out.copy_(_call(x, scale, *optional))
+
+
+# What the compiled kernels ask Python: the matrix H_m of a width when they first meet it, and whether tensors whose
+# address ranges meet share memory.
+_asked = torch.library.Library("linearpatch", "FRAGMENT")
+_asked.define("paley_matrix(int d) -> Tensor")
+_asked.impl("paley_matrix", lambda d: paley_factor(d)[0], "CompositeExplicitAutograd")
+_asked.define("share_memory(Tensor a, Tensor? b) -> bool")
+_asked.impl("share_memory", share_memory, "CompositeExplicitAutograd")
+# torch's own fallback for such views takes every operator that writes for one that returns what it wrote.
+for _bit in ("Negative", "Conjugate"):
+    for _variant in ("hadamard_patch_out", "hadamard_patch_out_reference"):
+        _asked.impl(_variant, _forward_into_bits, _bit)
 
 _patch.register_autograd(_backward, setup_context=_save)
+_add_patch_rms_norm.register_autograd(_no_derivative)
 batch_by_rows(_patch, rows=(0,))
 batch_by_rows(_patch_backward, rows=())
 batch_by_rows(_add_patch_rms_norm, rows=(0, 1))
@@ -141,10 +171,26 @@ def _run(operator: Any, *operands: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*operands)
     call = operator._op  # what an OpOverload calls when it is called
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return call(*operands)
-    with torch._C._AutoDispatchBelowAutograd():
-        return call(*operands)
+    try:
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
+            return call(*operands)
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*operands)
+    except RuntimeError:
+        _check_tensors(operator, operands)
+        raise
+
+
+def _check_tensors(operator: Any, operands: tuple[Any, ...]) -> None:
+    """Say in the function's words what torch's dispatcher says in its own; asked when it has raised."""
+    for argument, operand in zip(operator._schema.arguments, operands, strict=True):
+        wanted = str(argument.type)
+        if "Tensor" not in wanted or (operand is None and wanted.startswith("Optional")):
+            continue
+        if not isinstance(operand, Tensor):
+            raise InputError(f"{argument.name} must be a tensor, not {type(operand).__name__}") from None
+        if operand.is_nested:
+            raise InputError(f"{argument.name} must be a dense tensor, not a nested one: give its values") from None
 
 
 def hadamard_patch(
@@ -163,8 +209,9 @@ def hadamard_patch(
 
         (h(h(x.float() * pre) * scale, inverse=True) * post + (x.float() @ down) @ up).to(x.dtype)
 
-    float64 input is computed in float64, all other in float32; the result is rounded once. Differentiable
-    once in x and all parameters; works under torch.compile, torch.export and vmap.
+    float64 input is computed in float64, all other in float32; the result is rounded once. Differentiable in x and all
+    parameters; works under torch.compile, torch.export and vmap. The kernels have a first derivative in reverse mode;
+    for higher ones, forward mode and torch.func's transforms the expression above computes, in plain PyTorch.
 
     NaN or infinity in x stays in its row. What H mixes with it (the channels of its block; with ``down`` and ``up`` the
     whole row) is not finite then, NaN or infinite as the order of the sums has it, which is not the expression's.
@@ -176,15 +223,16 @@ def hadamard_patch(
         post_scale: [d] or None, all ones.
         down: [d, r], with ``up`` the low-rank term, or None.
         up: [r, d] or None.
-        out: written to and returned instead of a new tensor: x's shape and dtype, any strides, may be x itself. Nothing
-            is differentiable then.
+        out: written to and returned instead of a new tensor: x's shape and dtype, any strides with a place of its own
+            for every element. It may be x itself or share memory with it, not with another operand. Nothing is
+            differentiable then.
 
     Returns:
         [..., d] in x's dtype, contiguous.
 
     Raises:
-        InputError: shapes or dtypes that do not fit each other, by the reference (a kernel raises RuntimeError).
-        RuntimeError: ``out`` is given where gradients are being recorded for one of the operands.
+        InputError: operands that do not fit each other, by the reference (a kernel raises RuntimeError).
+        RuntimeError: ``out`` is given where gradients are being recorded for one of the operands, or in forward mode.
     """
     if backend.FORCED is not None:
         backend.check_forced_serves("hadamard_patch", x)
@@ -192,16 +240,23 @@ def hadamard_patch(
         y: Tensor = _run(_call, x, scale, pre_scale, post_scale, down, up)
         return y
     operands = (x, scale, pre_scale, post_scale, down, up, out)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
+    if not isinstance(out, Tensor):
+        raise InputError(f"out must be a tensor, not {type(out).__name__}")
+    refuse_forward_mode("hadamard_patch with out=", operands)
+    if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in operands):
         raise RuntimeError("hadamard_patch with out= is not differentiable: call it under torch.no_grad()")
     if torch.compiler.is_compiling():
         _call_out(*operands)
         return out
     # What torch.library does around an operator that writes to an operand, without its 15 microseconds.
+    try:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            _call_out._op(*operands)
+    except RuntimeError:
+        _check_tensors(_call_out, operands)
+        raise
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        _call_out._op(*operands)
     return out
 
 

@@ -20,8 +20,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearpatch_kernels.backend import has_memory
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_transform, without_autocast
+from linearpatch_kernels.ops.overlap import share_memory
+
+
+def _check_dense(**operands: Tensor | None) -> None:
+    for name, operand in operands.items():
+        if operand is not None and operand.layout != torch.strided:
+            raise InputError(f"{name} must be a dense tensor, not {operand.layout}: give {name}.to_dense()")
 
 
 def _check_patch_operands(
@@ -32,9 +40,12 @@ def _check_patch_operands(
     down: Tensor | None,
     up: Tensor | None,
 ) -> None:
+    _check_dense(x=x, scale=scale, pre_scale=pre_scale, post_scale=post_scale, down=down, up=up)
     if x.dim() == 0 or not x.dtype.is_floating_point:
         raise InputError(f"hadamard_patch needs a floating x [..., d], not {x.dtype} {list(x.shape)}")
     d = x.shape[-1]
+    if d < 1:
+        raise InputError(f"a Hadamard matrix needs a width of at least 1, not {d}")
     for name, vector in (("scale", scale), ("pre_scale", pre_scale), ("post_scale", post_scale)):
         if vector is not None and (vector.dim() != 1 or vector.shape[0] != d or not vector.dtype.is_floating_point):
             raise InputError(
@@ -50,6 +61,7 @@ def _check_patch_operands(
 
 
 def _check_norm_operands(x: Tensor, residual: Tensor, norm_weight: Tensor) -> None:
+    _check_dense(residual=residual, norm_weight=norm_weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise InputError(
             f"residual must be {x.dtype} {list(x.shape)} as x is, not {residual.dtype} {list(residual.shape)}"
@@ -58,6 +70,31 @@ def _check_norm_operands(x: Tensor, residual: Tensor, norm_weight: Tensor) -> No
         raise InputError(
             f"norm_weight must be floating [{x.shape[-1]}], not {norm_weight.dtype} {list(norm_weight.shape)}"
         )
+
+
+def _check_out(x: Tensor, out: Tensor) -> None:
+    _check_dense(out=out)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise InputError(f"out must be {x.dtype} {list(x.shape)} as x is, not {out.dtype} {list(out.shape)}")
+
+
+def _check_out_is_apart(
+    out: Tensor,
+    scale: Tensor,
+    pre_scale: Tensor | None,
+    post_scale: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> None:
+    """What is written while the others are read: of all operands, out may share memory with x alone."""
+    if not has_memory(out):
+        return
+    if share_memory(out):
+        raise InputError("out must have a place of its own for every element")
+    others = {"scale": scale, "pre_scale": pre_scale, "post_scale": post_scale, "down": down, "up": up}
+    for name, other in others.items():
+        if other is not None and share_memory(out, other):
+            raise InputError(f"out must share no memory with {name}: give a tensor of its own, or x")
 
 
 def _arithmetic_dtype(x: Tensor) -> torch.dtype:

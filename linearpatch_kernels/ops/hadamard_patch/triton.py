@@ -32,15 +32,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_order, paley_factor
+from linearpatch_kernels.hadamard import factor_order, paley_factor
 from linearpatch_kernels.ops.hadamard_patch.reference import (
     _check_norm_operands,
+    _check_out,
+    _check_out_is_apart,
     _check_patch_operands,
     add_patch_rms_norm_reference,
     hadamard_patch_backward_reference,
     hadamard_patch_reference,
 )
+from linearpatch_kernels.ops.overlap import apart, same_elements
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -352,11 +354,9 @@ def _power_of_two(most: int) -> int:
 @cache
 def layout_of(d: int, lanes: int = 32, rows: int | None = None, warps: int | None = None) -> Layout | None:
     """The layout for width d, or None where plain PyTorch has to do it."""
-    order = hadamard_order(d) if d else 0
-    if not SMALLEST_ORDER <= order <= LARGEST_ORDER:
+    m, k = factor_order(d) if d else (0, 0)
+    if not SMALLEST_ORDER <= m << k <= LARGEST_ORDER:
         return None
-    factor, k = paley_factor(d)
-    m = len(factor)
     fitting = [tile for tile in (64, 32, 16) if tile * MOST_TILES >= m]
     if m > 1 and not fitting:
         return None
@@ -485,12 +485,12 @@ def hadamard_patch(x: Tensor, scale: Tensor, *optional: Tensor | None) -> Tensor
 def hadamard_patch_out(x: Tensor, scale: Tensor, *others: Any) -> None:
     """The operator ``linearpatch::hadamard_patch_out``; a row is read whole before it is written."""
     *optional, out = others
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise InputError(f"out must be {x.dtype} {list(x.shape)} as x is, not {out.dtype} {list(out.shape)}")
+    _check_out(x, out)
     _check_patch_operands(x, scale, *optional)
+    _check_out_is_apart(out, scale, *optional)
     layout, pre, post, down, _ = _layout(x), *optional
-    same = out is x or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-    if layout is not None and down is None and same and _kernel_rounds(x) and out.is_contiguous():
+    safe = same_elements(x, out) or apart(x, out)
+    if layout is not None and down is None and safe and _kernel_rounds(x) and out.is_contiguous():
         _patch(layout, x, scale, (pre, post), out)
     else:
         out.copy_(hadamard_patch(x, scale, *optional))

@@ -16,8 +16,8 @@ _PART = "int size, Tensor? bias"
 _SCHEMAS = {
     "slots": f"(Tensor hidden, Tensor weight, Tensor? bias, {_SLOTS}, Tensor scale, float temperature, Tensor(a!) z,"
     " Tensor(b!)? dhidden) -> ()",
-    "tokens": f"(Tensor z, {_SLOTS}, Tensor? rest, Tensor scale, bool tail, Tensor(a!) losses, Tensor(b!) normalizers,"
-    " Tensor(c!)? dz, Tensor(d!)? factors) -> ()",
+    "tokens": f"(Tensor z, {_SLOTS}, Tensor? rest, Tensor scale, float temperature, bool tail, Tensor(a!) losses,"
+    " Tensor(b!) normalizers, Tensor(c!)? dz, Tensor(d!)? factors) -> ()",
     "combine": "(Tensor rows, Tensor index, Tensor factors, Tensor starts, Tensor? old_factors, Tensor(a!)? out,"
     " Tensor(b!)? sums) -> ()",
     "carry": f"(Tensor(a!) logits, {_PART}, Tensor ids, Tensor bounds, int first, float temperature, Tensor(b!) z,"

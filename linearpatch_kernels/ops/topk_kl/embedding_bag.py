@@ -65,14 +65,14 @@ def linear_topk_kl_loss_embedding_bag(
         hidden[kept], weight.detach(), flat, offsets, bags, 0
     )
     z = products.to(dtype).view(tokens, slots)
-    z = (z if bias is None else z + bias[index].to(dtype)) / temperature
-    normalizers = _normalizers(z, index, present, "topk")
+    z = z if bias is None else z + bias[index].to(dtype)
+    normalizers = _normalizers(z, index, present, "topk", temperature)
     count = max(1, tokens)
-    loss = _token_losses(z, p, normalizers).sum() / count
+    loss = _token_losses(z, p, normalizers, temperature).sum() / count
     nothing = loss.new_zeros(0)
     if not hidden_grad:
         return loss, nothing.to(gradient_dtype(hidden, weight), copy=True), nothing, nothing.clone()
-    factors = _slot_gradient(z, p, present, normalizers).to(weight.dtype)
+    factors = _slot_gradient(z, p, present, normalizers, temperature).to(weight.dtype)
     sums = torch.nn.functional.embedding_bag(flat, weight, offsets, mode="sum", per_sample_weights=factors.flatten())
     sums = sums.to(dtype).div_(count * temperature).to(gradient_dtype(hidden, weight))
     dhidden = sums.new_zeros(hidden.shape).index_copy_(0, kept, sums)

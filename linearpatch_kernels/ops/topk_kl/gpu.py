@@ -3,7 +3,7 @@
 Over the slots ("topk"), a kernel makes their z and dhidden in one pass over the rows that the ids name.
 
 Over a whole vocabulary ("full", "tail") the logits of some thousand ids at a time are torch's matrix product, in
-float32. A kernel takes the slots' logits out, carries the log-sum-exp of the rest along, and leaves ``exp(z - m)`` of
+float32. A kernel takes the slots' logits out, carries (m', s') of the rest along, and leaves ``exp((z - m') / T)`` of
 the rest behind for the product that adds up dhidden: nothing is computed twice for it, and nothing [N, V] is ever
 there. dweight and dbias need the final normalisers, so that the products are made again for them alone.
 
@@ -71,7 +71,7 @@ class _Teacher:
         ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
         probs = probs.float().contiguous()
         count = (ids >= 0).any(1).sum().clamp(min=1)
-        scale = (1 / (count * temperature)).float().reshape(1)
+        scale = (count.float() * temperature).reciprocal().reshape(1)
         bounds = ids
         if block is not None:
             ids, order = ids.sort(dim=1)
@@ -82,21 +82,21 @@ class _Teacher:
         return cls(probs, ids, count, scale, bounds)
 
     def finished(
-        self, kernels: Any, z: Tensor, rest: Tensor | None, normalization: str, gradient: bool
+        self, kernels: Any, z: Tensor, rest: Tensor | None, normalization: str, temperature: float, gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """``(loss, normalizers, dz, factors of the rest)``."""
-        losses, normalizers = z.new_empty(len(z)), z.new_empty(len(z), 2)
+        losses, normalizers = z.new_empty(len(z)), z.new_empty(len(z), 4)
         dz = torch.empty_like(z) if gradient else None
         factors = torch.empty_like(losses) if gradient and rest is not None else None
         tail = normalization == "tail"
-        kernels.tokens(z, self.probs, self.ids, rest, self.scale, tail, losses, normalizers, dz, factors)
+        kernels.tokens(z, self.probs, self.ids, rest, self.scale, temperature, tail, losses, normalizers, dz, factors)
         return losses.sum() / self.count, normalizers, dz, factors
 
 
 def _start(teacher: _Teacher) -> tuple[Tensor, Tensor]:
-    """``(z, rest)``: NaN for a slot that no part of the vocabulary has, and (m, s) of nothing."""
-    z = torch.full(teacher.ids.shape, torch.nan, device=teacher.ids.device)
-    rest = torch.zeros(len(teacher.ids), 2, device=teacher.ids.device)
+    """``(z, rest)``: NaN for a slot that no part of the vocabulary has, and (m', s') of nothing."""
+    z = torch.full_like(teacher.probs, torch.nan)
+    rest = teacher.probs.new_zeros(len(teacher.ids), 2)
     rest.select(1, 0).fill_(-torch.inf)
     return z, rest
 
@@ -109,7 +109,8 @@ def _over_slots(
     dhidden, dweight, dbias = grads
     z = torch.empty_like(teacher.probs)
     kernels.slots(hidden, weight, bias, teacher.probs, teacher.ids, teacher.scale, temperature, z, dhidden)
-    loss, _, dz, _ = teacher.finished(kernels, z, None, "topk", dweight is not None or dbias is not None)
+    further = dweight is not None or dbias is not None
+    loss, _, dz, _ = teacher.finished(kernels, z, None, "topk", temperature, further)
     if dz is not None:
         ids, order = teacher.ids.flatten().sort(stable=True)
         rows = torch.arange(len(weight) + 1, device=ids.device, dtype=ids.dtype)
@@ -155,7 +156,7 @@ class _Vocabulary:
             yield first, rows
 
     def carried(self, teacher: _Teacher, temperature: float, dhidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The slots' z, and (m, s) of the rest; dhidden is then the sum of ``exp(z - m) * weight`` over the rest."""
+        """The slots' z, and (m', s'); dhidden is then the sum of ``exp((z - m') / T) * weight`` over the rest."""
         z, rest = _start(teacher)
         exp = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
         for first, rows in self.parts():
@@ -197,7 +198,7 @@ def _over_vocabulary(
     dhidden, dweight, dbias = grads
     vocabulary = _Vocabulary.of(kernels, hidden, weight, bias)
     z, rest = vocabulary.carried(teacher, temperature, None if dhidden is None else dhidden.zero_())
-    loss, normalizers, dz, factors = teacher.finished(kernels, z, rest, normalization, dhidden is not None)
+    loss, normalizers, dz, factors = teacher.finished(kernels, z, rest, normalization, temperature, dhidden is not None)
     if dhidden is not None and dz is not None:
         slots = teacher.ids.shape[1]
         starts = torch.arange(0, dz.numel() + 1, slots, device=dz.device, dtype=torch.int32)
@@ -258,12 +259,12 @@ def topk_kl_loss(
     teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
     if normalization == "topk":
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
-        z = logits.gather(1, index).float().div_(temperature).masked_fill_(teacher.ids >= vocabulary, torch.nan)
+        z = logits.gather(1, index).float().masked_fill_(teacher.ids >= vocabulary, torch.nan)
     else:
         z, rest = _start(teacher)
         rows = kernels.readable(logits)
         kernels.carry(rows, vocabulary, None, teacher.ids, teacher.bounds, 0, temperature, z, rest, None, None)
-    return teacher.finished(kernels, z, rest, normalization, False)[:2]
+    return teacher.finished(kernels, z, rest, normalization, temperature, False)[:2]
 
 
 def topk_kl_loss_backward(

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearpatch_kernels import backend
-from linearpatch_kernels.ops.registration import define_operator
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.ops.registration import (
+    DerivativeError,
+    define_operator,
+    refuse_second_derivative,
+    second_derivative_error,
+)
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import (
     arithmetic_dtype,
     check_ids,
     check_operands,
+    check_tensors,
     gradient_dtype,
+    leaves_logits,
     linear_topk_kl_loss_reference,
     topk_kl_loss_backward_reference,
     topk_kl_loss_reference,
@@ -26,7 +36,7 @@ def _fake_loss(
 ) -> tuple[Tensor, Tensor]:
     check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
     dtype = arithmetic_dtype(logits)
-    return logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0], 2), dtype=dtype)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0], 4), dtype=dtype)
 
 
 def _fake_loss_backward(grad: Tensor, logits: Tensor, *others: Any) -> Tensor:
@@ -110,8 +120,31 @@ def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return call(grad, *ctx.saved_tensors, ctx.normalization, ctx.temperature), None, None, None, None
 
 
+class _DifferentiatedOnce(torch.autograd.Function):
+    """A gradient that was computed with the loss, tied to what it is a function of: to differentiate it raises.
+
+    Without the tie it counts as a constant. A derivative by what the loss is multiplied with goes past it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *anchors: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise second_derivative_error("linear_topk_kl_loss")
+
+
+def _anchors(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Empty functions of the tensors that require a gradient, which do not keep the memory of those."""
+    recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), recorded:  # torch.library saves what a backward needs below autograd
+        return [tensor[:0].clone() for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, _, _, bias, _, _, *others = inputs
+    ctx.anchors = _anchors((hidden, weight, bias))
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -125,20 +158,42 @@ def _backward_linear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     if any(need and not computed for need, computed in zip(needed, ctx.computed, strict=True)):
         raise RuntimeError("linear_topk_kl_loss was called without the gradient that is asked for now: set its flag")
+    gradients = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph
+        gradients = [_DifferentiatedOnce.apply(gradient, *ctx.anchors) for gradient in gradients]
     dhidden, dweight, dbias = (
         (gradient * grad).to(dtype) if need else None
-        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
     )
     return dhidden, dweight, None, None, dbias, *[None] * ctx.options
 
 
 _loss.register_autograd(_backward_loss, setup_context=_save_loss)
+refuse_second_derivative(_loss_backward, "topk_kl_loss")
 for _operator in (_linear, _softcapped):
     _operator.register_autograd(_backward_linear, setup_context=_save_linear)
 
 _call = torch.ops.linearpatch.topk_kl_loss.default
 _call_linear = torch.ops.linearpatch.linear_topk_kl_loss.default
 _call_softcapped = torch.ops.linearpatch.linear_topk_kl_loss_softcapped.default
+
+
+def _refuse_learned(name: str, value: Any) -> None:
+    """Raise where a number is a tensor that wants a gradient: torch would take the number out of it without a word."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise DerivativeError(f"{name} is a number, by which the loss is not differentiated: give {name}.item()")
+
+
+def _loss_of(call: Callable[..., tuple[Tensor, ...]], operands: tuple[Any, ...], check: Callable[[], None]) -> Tensor:
+    """The first result of an operator; where it raises, what does not fit is told by the checks of the reference."""
+    try:
+        return call(*operands)[0]
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError):  # of a kernel, or of torch's conversion to the schema
+        with suppress(RuntimeError):  # numbers that cannot be looked at, as those of a batch under vmap
+            check()
+        raise
 
 
 def topk_kl_loss(
@@ -166,23 +221,28 @@ def topk_kl_loss(
         teacher_ids: [N, K], int32 or int64, in [0, V). -1 is an absent slot (its probability counts as 0); a token
             whose ids are all -1 is ignored. An id that stands twice is two slots.
         normalization: ``"topk"``, ``"full"`` or ``"tail"``.
-        temperature: of the student's softmax, > 0.
+        temperature: of the student's softmax, > 0 (from 1e-30 to 1e30).
 
     Returns:
-        A scalar, float32 (float64 for float64 logits); 0 if all tokens are ignored. Differentiable once in the logits.
+        A scalar, float32 (float64 for float64 logits); 0 if all tokens are ignored. Differentiable once in the logits,
+        in reverse mode; the teacher's probabilities count as constants. As exact as float32's ``log_softmax``, however
+        large the logits are.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU. On a GPU such
             an id makes the loss NaN, unless ``LINEARPATCH_CHECK_IDS=1`` was set at import: it costs a synchronisation.
+        DerivativeError: it is differentiated twice, in forward mode, or by torch.func.
     """
+    operands = logits, teacher_probs, teacher_ids, normalization, temperature
+    _refuse_learned("temperature", temperature)
+
+    def check() -> None:
+        check_operands(*operands)
+        check_ids(teacher_ids, logits.shape[1])
+
     if backend.FORCED is not None:
         backend.check_forced_serves("topk_kl_loss", logits)
-    try:
-        return _call(logits, teacher_probs, teacher_ids, normalization, temperature)[0]
-    except RuntimeError:  # all that a kernel can raise: what does not fit is told by the checks of the reference
-        check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
-        check_ids(teacher_ids, logits.shape[1])
-        raise
+    return _loss_of(_call, operands, check)
 
 
 def linear_topk_kl_loss(
@@ -211,23 +271,28 @@ def linear_topk_kl_loss(
         weight: [V, d], floating: the head.
         teacher_probs, teacher_ids, normalization, temperature: as `topk_kl_loss`.
         bias: [V] or None.
-        softcap: c > 0, for ``logits = c * tanh((hidden @ weight.T + bias) / c)`` (Gemma 2), before the temperature.
-            On GPUs this is served by plain PyTorch.
+        softcap: c > 0 (from 1e-30 to 1e30), for ``logits = c * tanh((hidden @ weight.T + bias) / c)`` (Gemma 2), before
+            the temperature; None, 0 and infinity are none. On GPUs this is served by plain PyTorch.
 
     Returns:
-        A scalar, float32 (float64 where hidden or weight is). Differentiable once in hidden, weight and bias.
+        A scalar, float32 (float64 where hidden or weight is). Differentiable once in hidden, weight and bias, in
+        reverse mode; the teacher's probabilities count as constants.
 
     Raises:
-        InputError: as `topk_kl_loss`.
+        InputError, DerivativeError: as `topk_kl_loss`.
     """
     recording = torch.is_grad_enabled()
-    flags = [recording and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    flags = [recording and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, weight, bias)]
     operands = hidden, weight, teacher_probs, teacher_ids, bias, normalization, temperature, *flags
+    _refuse_learned("temperature", temperature)
+    _refuse_learned("softcap", softcap)
+    cap = () if leaves_logits(softcap) else (softcap,)
+
+    def check() -> None:
+        check_tensors({"weight": weight})
+        check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, *cap)
+        check_ids(teacher_ids, len(weight))
+
     if backend.FORCED is not None:
         backend.check_forced_serves("linear_topk_kl_loss", hidden)
-    try:
-        return (_call_linear(*operands) if softcap is None else _call_softcapped(*operands, softcap))[0]
-    except RuntimeError:  # as in `topk_kl_loss`
-        check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, softcap or 0.0)
-        check_ids(teacher_ids, len(weight))
-        raise
+    return _loss_of(_call_softcapped if cap else _call_linear, (*operands, *cap), check)

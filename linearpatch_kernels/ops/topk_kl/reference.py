@@ -1,21 +1,25 @@
 """The maths of the Top-K distillation losses in plain PyTorch: what every kernel is held to.
 
-One token has K slots (p_k, id_k), kept from the teacher, and student logits z_v over the vocabulary, already divided by
-the temperature T. A slot with id -1 is absent, a token without a slot is ignored. With S = sum p_k over the slots:
+One token has K slots (p_k, id_k), kept from the teacher, and student logits z_v over the vocabulary, which a
+temperature T divides. A slot with id -1 is absent, a token without a slot is ignored. With S = sum p_k over the slots:
 
-    loss = sum_k p_k (log p_k - (z_{id_k} - Z))  [+ t (log t - (R - Z))  for "tail"]        where 0 log 0 = 0
-    Z = logsumexp of z over the slots ("topk", as in LinearPatch, arXiv 2505.24680, section 3.3), or over the vocabulary
-        ("full", "tail")
-    R = logsumexp of z over the vocabulary without the slots' ids
+    loss = sum_k p_k (log p_k - log q_{id_k})  [+ t (log t - log r)  for "tail"]                    where 0 log 0 = 0
+    log q_v = (z_v - m) / T - log s, with m the largest z and s = sum exp((z - m) / T), over the slots ("topk", as in
+        LinearPatch, arXiv 2505.24680, section 3.3), or over the vocabulary ("full", "tail")
+    log r = (m' - m) / T + log s' - log s, with (m', s') the same over the vocabulary without the slots' ids
     t = max(0, 1 - S), what the teacher left out; 0 where the ids are the whole vocabulary
 
-    dloss/dz_v = S exp(z_v - Z) - p_v                                    "topk" over the slots, "full"
-    dloss/dz_v = (S + t) exp(z_v - Z) - p_v - t exp(z_v - R) [v is no slot's id]                "tail"
+    T dloss/dz_v = S q_v - p_v                                                           "topk" over the slots, "full"
+    T dloss/dz_v = (S + t) q_v - p_v - t exp((z_v - m') / T) / s' [v is no slot's id]                           "tail"
 
-With a soft-cap c (Gemma 2) z is c tanh(logits / c) / T, and the logits' gradient has the factor 1 - tanh(logits / c)^2.
+m and s are kept apart, because one float32 of ``m / T + log s`` holds the less of log s the larger the logits are; a
+difference of logits is exact to float32 wherever they lie, and is divided by T as that difference. Of no logit at all
+m is -inf and s is 0: what stands for nothing is s, and no other number may be put in m's place outside of the sum.
+
+With a soft-cap c (Gemma 2) z is c tanh(logits / c), and the logits' gradient has the factor 1 - tanh(logits / c)^2.
 
 Slots are taken as they come: an id that stands twice is two slots. The loss of a batch is the mean over its tokens that
-are not ignored, 0 if there are none. The gradient of the logits is that of z divided by T and by their number.
+are not ignored, 0 if there are none. The gradients are divided by T, and by the number of those tokens.
 
 Arithmetic is in float64 for float64 input, else in float32; only the linear loss over a whole vocabulary multiplies
 ``hidden @ weight.T`` in the dtype of the two, because a float32 copy of a half-precision head would not be small.
@@ -23,10 +27,10 @@ Arithmetic is in float64 for float64 input, else in float32; only the linear los
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +38,7 @@ from torch import Tensor
 from linearpatch_kernels.errors import InputError
 
 NORMALIZATIONS = ("topk", "full", "tail")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHECKED_EVERYWHERE = os.environ.get("LINEARPATCH_CHECK_IDS", "0") not in ("", "0")
 
 # Numbers in one temporary: 32 MiB of float32 logits, 8 MiB of gathered rows. Less costs calls, more costs the cache.
@@ -49,27 +54,63 @@ def check_operands(
     temperature: float,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
 ) -> None:
     """Shapes, dtypes and options of both losses; ``scores`` are the logits, or the hidden states with a weight."""
     name = "logits" if weight is None else "hidden"
-    if scores.dim() != 2 or not scores.dtype.is_floating_point:
+    optional = {key: tensor for key, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+    check_tensors({name: scores, "teacher_probs": teacher_probs, "teacher_ids": teacher_ids, **optional})
+    if scores.dim() != 2 or scores.dtype not in FLOATING:
         raise InputError(f"{name} must be floating [N, {'V' if weight is None else 'd'}], not {_told(scores)}")
     if weight is not None:
-        if weight.dim() != 2 or weight.shape[1] != scores.shape[1] or not weight.dtype.is_floating_point:
+        if weight.dim() != 2 or weight.shape[1] != scores.shape[1] or weight.dtype not in FLOATING:
             raise InputError(f"weight must be floating [V, {scores.shape[1]}] as hidden's width, not {_told(weight)}")
-        if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-            raise InputError(f"bias must be [{weight.shape[0]}] as weight's rows, not {_told(bias)}")
-    if teacher_probs.dim() != 2 or teacher_probs.shape[0] != scores.shape[0] or not teacher_probs.is_floating_point():
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype not in FLOATING):
+            raise InputError(f"bias must be floating [{weight.shape[0]}] as weight's rows, not {_told(bias)}")
+    if teacher_probs.dim() != 2 or teacher_probs.shape[0] != scores.shape[0] or teacher_probs.dtype not in FLOATING:
         raise InputError(f"teacher_probs must be floating [{scores.shape[0]}, K], not {_told(teacher_probs)}")
     if teacher_ids.shape != teacher_probs.shape or teacher_ids.dtype not in (torch.int32, torch.int64):
         raise InputError(f"teacher_ids must be int32 or int64, shaped as teacher_probs, not {_told(teacher_ids)}")
+    check_options(normalization, temperature, softcap)
+
+
+def check_options(normalization: str, temperature: float, softcap: float | None = None) -> None:
+    """What both losses take beside tensors."""
     if normalization not in NORMALIZATIONS:
         raise InputError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, not {normalization!r}")
-    if not temperature > 0:
-        raise InputError(f"temperature must be positive, not {temperature}")
-    if not softcap >= 0:
-        raise InputError(f"softcap must be positive, or 0 for none, not {softcap}")
+    _check_scale("temperature", temperature)
+    if not leaves_logits(softcap):
+        _check_scale("softcap", softcap, ", or 0 for none")
+
+
+def leaves_logits(softcap: float | None) -> bool:
+    """Whether it is no soft-cap: None, 0, or infinity, to whose ``c * tanh(z / c)`` z is the limit."""
+    return softcap is None or (isinstance(softcap, Real) and softcap in (0, torch.inf))
+
+
+def check_tensors(tensors: dict[str, Any]) -> None:
+    """Dense tensors, on one device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise InputError(f"{name} must be a dense tensor, not a nested or sparse one ({tensor.layout})")
+    devices = sorted({str(tensor.device) for tensor in tensors.values()})
+    if len(devices) > 1:
+        raise InputError(f"{', '.join(tensors)} must be on one device, not on {' and '.join(devices)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | torch.SymFloat | torch.SymInt)
+
+
+def _check_scale(name: str, value: Any, otherwise: str = "") -> None:
+    """What logits are divided by: so that it, its reciprocal and their products with counts are float32 numbers."""
+    if isinstance(value, Tensor) and value.numel() == 1:  # which torch takes for a number
+        value = value.item()
+    if not (_is_number(value) and 1e-30 <= value <= 1e30):
+        shown = " ".join(repr(value).split())[:40]
+        raise InputError(f"{name} must be positive, between 1e-30 and 1e30{otherwise}, not {shown}")
 
 
 def _told(tensor: Tensor) -> str:
@@ -107,46 +148,60 @@ def _slots(probs: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return torch.where(present, probs.to(dtype), 0), index, present
 
 
-def _normalizers(z: Tensor, index: Tensor, present: Tensor, normalization: str) -> Tensor:
-    """``(Z, R)`` [N, 2]; R only for "tail", else -inf. z is [N, K] for "topk" and [N, V] otherwise."""
-    whole = (torch.where(present, z, -torch.inf) if normalization == "topk" else z).logsumexp(1)
-    rest = z.scatter(1, index, -torch.inf).logsumexp(1) if normalization == "tail" else whole.new_full((), -torch.inf)
-    return torch.stack((whole, rest.expand_as(whole)), dim=1)
+def _normalizer(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``(m, s)`` [N] of logits [N, any]."""
+    if not z.shape[1]:
+        return z.new_full((len(z),), -torch.inf), z.new_zeros(len(z))
+    largest = z.amax(1)
+    shift = torch.where(largest.isinf(), 0, largest)
+    return largest, ((z - shift[:, None]) / temperature).exp().sum(1)
 
 
-def _left_out(p: Tensor, rest: Tensor) -> Tensor:
-    """t [N]: what the teacher's slots leave out, where the student has anything left (R is not -inf)."""
-    return torch.where(rest == -torch.inf, 0, (1 - p.sum(1)).clamp(min=0))
+def _normalizers(z: Tensor, index: Tensor, present: Tensor, normalization: str, temperature: float) -> Tensor:
+    """``(m, s, m', s')`` [N, 4], the last two of nothing but for "tail"; z is [N, K] for "topk", [N, V] otherwise."""
+    whole = _normalizer(torch.where(present, z, -torch.inf) if normalization == "topk" else z, temperature)
+    rest = _normalizer(z.scatter(1, index, -torch.inf) if normalization == "tail" else z[:, :0], temperature)
+    return torch.stack((*whole, *rest), dim=1)
 
 
-def _token_losses(slot_z: Tensor, p: Tensor, normalizers: Tensor) -> Tensor:
+def _left_out(p: Tensor, rest_sum: Tensor) -> Tensor:
+    """t [N]: what the teacher's slots leave out, where the student has anything left (s' is not 0)."""
+    return torch.where(rest_sum == 0, 0, (1 - p.sum(1)).clamp(min=0))
+
+
+def _token_losses(slot_z: Tensor, p: Tensor, normalizers: Tensor, temperature: float) -> Tensor:
     """The loss of each token [N], from its slots' z [N, K]."""
-    whole, rest = normalizers.unbind(1)
-    slots = torch.where(p == 0, 0, p * (p.log() - (slot_z - whole[:, None]))).sum(1)
-    t = _left_out(p, rest)
-    return slots + torch.where(t == 0, 0, t * (t.log() - (rest - whole)))
+    largest, total, rest_largest, rest_total = normalizers.unbind(1)
+    log_q = (slot_z - largest[:, None]) / temperature - total.log()[:, None]
+    slots = torch.where(p == 0, 0, p * (p.log() - log_q)).sum(1)
+    t = _left_out(p, rest_total)
+    log_r = (rest_largest - largest) / temperature + (rest_total.log() - total.log())
+    return slots + torch.where(t == 0, 0, t * (t.log() - log_r))
 
 
-def _slot_gradient(slot_z: Tensor, p: Tensor, present: Tensor, normalizers: Tensor) -> Tensor:
-    """dloss/dz over the slots [N, K] of "topk"."""
-    student = (slot_z - normalizers[:, :1]).exp()
-    return torch.where(present, p.sum(1, keepdim=True) * student - p, 0)
+def _slot_gradient(slot_z: Tensor, p: Tensor, present: Tensor, normalizers: Tensor, temperature: float) -> Tensor:
+    """T dloss/dz over the slots [N, K] of "topk"."""
+    largest, total = normalizers[:, :1], normalizers[:, 1:2]
+    student = ((slot_z - largest) / temperature).exp()
+    return torch.where(present, p.sum(1, keepdim=True) / total * student - p, 0)
 
 
-def _vocabulary_gradient(z: Tensor, p: Tensor, index: Tensor, normalizers: Tensor, normalization: str) -> Tensor:
-    """dloss/dz over the vocabulary [N, V] of "full" and "tail"."""
-    whole, rest = normalizers.unbind(1)
-    t = _left_out(p, rest)
-    gradient = (p.sum(1) + t)[:, None] * (z - whole[:, None]).exp()
+def _vocabulary_gradient(
+    z: Tensor, p: Tensor, index: Tensor, normalizers: Tensor, normalization: str, temperature: float
+) -> Tensor:
+    """T dloss/dz over the vocabulary [N, V] of "full" and "tail"."""
+    largest, total, rest_largest, rest_total = normalizers.unbind(1)
+    t = _left_out(p, rest_total)
+    gradient = ((p.sum(1) + t) / total)[:, None] * ((z - largest[:, None]) / temperature).exp()
     if normalization == "tail":
-        outside = (z - rest[:, None]).exp().scatter(1, index, 0)
-        gradient -= torch.where((t == 0)[:, None], 0, t[:, None] * outside)
+        outside = ((z - rest_largest[:, None]) / temperature).exp().scatter(1, index, 0)
+        gradient -= torch.where((t == 0)[:, None], 0, (t / rest_total)[:, None] * outside)
     return gradient.scatter_add_(1, index, -p)
 
 
 def _softcapped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """``(c tanh(logits / c), its derivative)``; a cap of 0 is none."""
-    if not softcap:
+    """``(c tanh(logits / c), its derivative)``."""
+    if leaves_logits(softcap):
         return logits, 1.0
     bounded = (logits / softcap).tanh()
     return bounded * softcap, 1 - bounded.square()
@@ -163,20 +218,22 @@ def topk_kl_loss_reference(
     """The loss of given logits, in the arithmetic's dtype.
 
     Returns:
-        ``(loss, normalizers)``: a scalar, and (Z, R) of each token [N, 2], which the backward would else compute again.
+        ``(loss, normalizers)``: a scalar, and (m, s, m', s') of each token [N, 4], which the backward would else
+        compute again.
     """
     check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, logits.shape[1])
     dtype = arithmetic_dtype(logits)
-    normalizers = logits.new_full((len(logits), 2), -math.inf, dtype=dtype)
+    normalizers = logits.new_zeros((len(logits), 4), dtype=dtype)
     counted = (teacher_ids >= 0).any(1)
     total = normalizers.new_zeros(())
     for tokens in _chunks(len(logits), logits.shape[1], _LOGITS_AT_ONCE):
         p, index, present = _slots(teacher_probs[tokens], teacher_ids[tokens], dtype)
-        slot_z = logits[tokens].gather(1, index).to(dtype) / temperature
-        z = slot_z if normalization == "topk" else logits[tokens].to(dtype) / temperature
-        normalizers[tokens] = _normalizers(z, index, present, normalization)
-        total += torch.where(counted[tokens], _token_losses(slot_z, p, normalizers[tokens]), 0).sum()
+        slot_z = logits[tokens].gather(1, index).to(dtype)
+        z = slot_z if normalization == "topk" else logits[tokens].to(dtype)
+        normalizers[tokens] = _normalizers(z, index, present, normalization, temperature)
+        losses = _token_losses(slot_z, p, normalizers[tokens], temperature)
+        total += torch.where(counted[tokens], losses, 0).sum()
     return total / counted.sum().clamp(min=1), normalizers
 
 
@@ -197,13 +254,12 @@ def topk_kl_loss_backward_reference(
     for tokens in _chunks(len(logits), logits.shape[1], _LOGITS_AT_ONCE):
         p, index, present = _slots(teacher_probs[tokens], teacher_ids[tokens], dtype)
         if normalization == "topk":
-            slot_z = logits[tokens].gather(1, index).to(dtype) / temperature
+            slot_z = logits[tokens].gather(1, index).to(dtype)
             dz = torch.zeros(logits[tokens].shape, dtype=dtype, device=logits.device)
-            dz.scatter_add_(1, index, _slot_gradient(slot_z, p, present, normalizers[tokens]))
+            dz.scatter_add_(1, index, _slot_gradient(slot_z, p, present, normalizers[tokens], temperature))
         else:
-            dz = _vocabulary_gradient(
-                logits[tokens].to(dtype) / temperature, p, index, normalizers[tokens], normalization
-            )
+            z = logits[tokens].to(dtype)
+            dz = _vocabulary_gradient(z, p, index, normalizers[tokens], normalization, temperature)
         gradient[tokens] = torch.where(counted[tokens, None], dz * factor, 0)
     return gradient
 
@@ -232,10 +288,9 @@ def _add_gathered(
     h, rows = hidden[tokens].to(p.dtype), weight[index].to(p.dtype)
     z = (rows @ h[:, :, None]).squeeze(2)
     z, slope = _softcapped(z if bias is None else z + bias[index].to(p.dtype), softcap)
-    z = z / temperature
-    normalizers = _normalizers(z, index, present, "topk")
-    sums.loss.add_(_token_losses(z, p, normalizers).sum())
-    dz = _slot_gradient(z, p, present, normalizers) * slope
+    normalizers = _normalizers(z, index, present, "topk", temperature)
+    sums.loss.add_(_token_losses(z, p, normalizers, temperature).sum())
+    dz = _slot_gradient(z, p, present, normalizers, temperature) * slope
     if sums.hidden is not None:
         sums.hidden[tokens] = (dz[:, None] @ rows).squeeze(1)
     if sums.weight is not None:
@@ -260,12 +315,11 @@ def _add_whole(
     h = hidden[tokens]
     z = (h @ weight.mT).to(p.dtype)
     z, slope = _softcapped(z if bias is None else z + bias.to(p.dtype), softcap)
-    z = z / temperature
-    normalizers = _normalizers(z, index, present, normalization)
-    sums.loss.add_(_token_losses(z.gather(1, index), p, normalizers).sum())
+    normalizers = _normalizers(z, index, present, normalization, temperature)
+    sums.loss.add_(_token_losses(z.gather(1, index), p, normalizers, temperature).sum())
     if sums.hidden is None and sums.weight is None and sums.bias is None:
         return
-    dz = _vocabulary_gradient(z, p, index, normalizers, normalization) * slope
+    dz = _vocabulary_gradient(z, p, index, normalizers, normalization, temperature) * slope
     if sums.bias is not None:
         sums.bias.add_(dz.sum(0))
     dz = dz.to(h.dtype)

@@ -1,8 +1,8 @@
 """The kernels of the losses in Triton, for NVIDIA and AMD GPUs; `gpu` makes the losses of them.
 
 The linear loss over the slots is one program a token, which reads the rows of its slots once: dhidden is
-``sum_k (S exp(z_k - Z) - p_k) w_k``, and both of its sums are carried along, the first one relative to the largest z so
-far, as an online softmax does. Rows wider than 16384 are left to plain PyTorch.
+``sum_k (S q_k - p_k) w_k``, and both of its sums are carried along, the first one relative to the largest z so far, as
+an online softmax does. Rows wider than 16384 are left to plain PyTorch.
 """
 
 # Triton's functions have types of their own, and no unpacking of tuples.
@@ -27,20 +27,20 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _finite(largest):
-    """What is taken off before exp: the largest number, or 0 where that is infinite."""
+    """What is taken off before exp while numbers are summed up: the largest one, or 0 where that is infinite."""
     return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
 
 
 @triton.jit
-def _weight_of(before, after):
-    """By what sums of ``exp(z - before)`` become sums of ``exp(z - after)``; both are largest numbers."""
-    return tl.where(before == float("-inf"), 0.0, tl.exp(_finite(before) - _finite(after)))
+def _weight_of(before, after, inverse):
+    """By what sums of ``exp((z - before) / T)`` become sums relative to ``after``; both are largest numbers."""
+    return tl.where(before == float("-inf"), 0.0, tl.exp((_finite(before) - _finite(after)) * inverse))
 
 
 @triton.jit
 def slots_kernel(
     hidden_ptr, weight_ptr, bias_ptr, probs_ptr, ids_ptr, scale_ptr, z_ptr, dhidden_ptr,
-    slots, width, vocabulary, hidden_stride, weight_stride, temperature,
+    slots, width, vocabulary, hidden_stride, weight_stride, inverse,
     SLOTS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The slots' z of a token, and with ``dhidden`` its gradient for "topk"; grid (tokens,)."""
@@ -72,13 +72,13 @@ def slots_kernel(
             z += tl.sum(row * hidden[i][None, :], axis=1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + ids, mask=readable, other=0.0).to(tl.float32)
-        z = tl.where(ids < vocabulary, z / temperature, float("nan"))
+        z = tl.where(ids < vocabulary, z, float("nan"))
         tl.store(z_ptr + token * slots + slot, z, mask=inside)
         if dhidden_ptr is not None:
             p = tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32)
             z = tl.where(ids >= 0, z, float("-inf"))
             now = tl.maximum(largest, z)
-            kept, e = _weight_of(largest, now), tl.exp(z - _finite(now))
+            kept, e = _weight_of(largest, now, inverse), tl.exp((z - _finite(now)) * inverse)
             sums = sums * kept + e
             totals += p
             present |= (ids >= 0).to(tl.int32)
@@ -89,7 +89,7 @@ def slots_kernel(
                 taught = taught + (teacher[i] + rows[i] * p[:, None],)
             student, teacher = carried, taught
     if dhidden_ptr is not None:
-        kept = _weight_of(largest, tl.max(largest, axis=0))
+        kept = _weight_of(largest, tl.max(largest, axis=0), inverse)
         factor = kept * (tl.sum(totals, axis=0) / tl.sum(sums * kept, axis=0))
         scale = tl.load(scale_ptr)
         counted = tl.max(present, axis=0) > 0
@@ -101,12 +101,12 @@ def slots_kernel(
 
 @triton.jit
 def token_kernel(
-    z_ptr, probs_ptr, ids_ptr, rest_ptr, scale_ptr, loss_ptr, normalizers_ptr, dz_ptr, factor_ptr, slots,
+    z_ptr, probs_ptr, ids_ptr, rest_ptr, scale_ptr, loss_ptr, normalizers_ptr, dz_ptr, factor_ptr, slots, inverse,
     WHOLE: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Loss, (Z, R), gradient of the slots' logits, and of the rest's ``exp(z - m)``, from z and (m, s); grid (tokens,).
+    """Loss, (m, s, m', s'), dz of the slots, factor of the rest's ``exp((z - m') / T)``; grid (tokens,).
 
-    WHOLE: Z is over the vocabulary, and a token's ids are in ascending order.
+    WHOLE: (m', s') of the rest is given, (m, s) are over the vocabulary, and a token's ids are in ascending order.
     """
     token = tl.program_id(0).to(tl.int64)
     largest = tl.full([], float("-inf"), tl.float32)
@@ -121,43 +121,43 @@ def token_kernel(
             previous = tl.load(ids_ptr + token * slots + slot - 1, mask=(slot > 0) & (slot < slots), other=-1)
             z = tl.where(ids == previous, float("-inf"), z)
         now = tl.maximum(largest, tl.max(z, axis=0))
-        sums = sums * _weight_of(largest, now) + tl.sum(tl.exp(z - _finite(now)), axis=0)
+        sums = sums * _weight_of(largest, now, inverse) + tl.sum(tl.exp((z - _finite(now)) * inverse), axis=0)
         largest = now
-    rest_sum = 0.0
-    of_rest = tl.full([], float("-inf"), tl.float32)
+    rest_largest, rest_sum = tl.full([], float("-inf"), tl.float32), 0.0
     if WHOLE:
         rest_largest, rest_sum = tl.load(rest_ptr + 2 * token), tl.load(rest_ptr + 2 * token + 1)
-        of_rest = tl.log(rest_sum) + _finite(rest_largest)
         now = tl.maximum(largest, rest_largest)
-        sums = sums * _weight_of(largest, now) + rest_sum * _weight_of(rest_largest, now)
+        sums = sums * _weight_of(largest, now, inverse) + rest_sum * _weight_of(rest_largest, now, inverse)
         largest = now
-    normalizer = tl.log(sums) + _finite(largest)
-    scale = tl.load(scale_ptr)
+    scale, log_sum = tl.load(scale_ptr), tl.log(sums)
     t, loss = 0.0, 0.0
     if TAIL:
-        t = tl.where(of_rest == float("-inf"), 0.0, tl.maximum(1.0 - total, 0.0))
-        loss = tl.where(t == 0.0, 0.0, t * (tl.log(t) - (of_rest - normalizer)))
+        t = tl.where(rest_sum == 0.0, 0.0, tl.maximum(1.0 - total, 0.0))
+        log_r = (rest_largest - largest) * inverse + (tl.log(rest_sum) - log_sum)
+        loss = tl.where(t == 0.0, 0.0, t * (tl.log(t) - log_r))
     for first in range(0, slots, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         ids = tl.load(ids_ptr + token * slots + slot, mask=slot < slots, other=-1)
         z = tl.load(z_ptr + token * slots + slot, mask=ids >= 0, other=float("-inf"))
         p = tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32)
-        loss += tl.sum(tl.where(p == 0.0, 0.0, p * (tl.log(p) - (z - normalizer))), axis=0)
+        z = (z - largest) * inverse
+        loss += tl.sum(tl.where(p == 0.0, 0.0, p * (tl.log(p) - (z - log_sum))), axis=0)
         if dz_ptr is not None:
-            student = (total + t) * tl.exp(z - normalizer)
+            student = (total + t) / sums * tl.exp(z)
             if WHOLE:
                 previous = tl.load(ids_ptr + token * slots + slot - 1, mask=(slot > 0) & (slot < slots), other=-1)
                 student = tl.where(ids == previous, 0.0, student)
             dz = tl.where(ids >= 0, (student - p) * scale, 0.0)
             tl.store(dz_ptr + token * slots + slot, dz, mask=slot < slots)
     tl.store(loss_ptr + token, tl.where(present > 0, loss, 0.0))
-    tl.store(normalizers_ptr + 2 * token, normalizer)
-    tl.store(normalizers_ptr + 2 * token + 1, of_rest if TAIL else float("-inf"))
+    tl.store(normalizers_ptr + 4 * token, largest)
+    tl.store(normalizers_ptr + 4 * token + 1, sums)
+    tl.store(normalizers_ptr + 4 * token + 2, rest_largest if TAIL else float("-inf"))
+    tl.store(normalizers_ptr + 4 * token + 3, rest_sum if TAIL else 0.0)
     if factor_ptr is not None:
-        # Of each exp(z - R), then of each exp(z - m).
-        factor = (total + t) * tl.exp(of_rest - normalizer) - t
+        factor = (total + t) / sums * tl.exp((rest_largest - largest) * inverse) - t / rest_sum
         nothing = (present == 0) | (rest_sum == 0.0)
-        tl.store(factor_ptr + token, tl.where(nothing, 0.0, factor * scale / rest_sum))
+        tl.store(factor_ptr + token, tl.where(nothing, 0.0, factor * scale))
 
 
 @triton.jit
@@ -197,24 +197,24 @@ def combine_rows_kernel(
 
 
 @triton.jit
-def _block(logits_ptr, bias_ptr, offset, columns, size, first, temperature):
+def _block(logits_ptr, bias_ptr, offset, columns, size, first):
     """z of a row's columns, -inf beyond the last."""
     z = tl.load(logits_ptr + offset + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + first + columns, mask=columns < size, other=0.0).to(tl.float32)
-    return z / temperature
+    return z
 
 
 @triton.jit
 def vocabulary_kernel(
     logits_ptr, bias_ptr, ids_ptr, bounds_ptr, z_ptr, rest_ptr, exp_ptr, dhidden_ptr,
-    slots, width, first, size, stride, blocks, temperature,
+    slots, width, first, size, stride, blocks, inverse,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Logits [tokens, size] of the ids ``first ..``: their slots' z, and the rest into (m, s); grid (tokens,).
+    """Logits [tokens, size] of the ids ``first ..``: their slots' z, and the rest into (m', s'); grid (tokens,).
 
-    With ``exp``, the logits are overwritten and exp is ``exp(z - m)`` of the rest, and what dhidden has so far is made
-    relative to the new m. bounds[token, b] is how many of a token's ascending ids are below ``b * BLOCK``.
+    With ``exp``, the logits are overwritten and exp is ``exp((z - m') / T)`` of the rest, and what dhidden has so far
+    is made relative to the new m'. bounds[token, b] is how many of a token's ascending ids are below ``b * BLOCK``.
     """
     token = tl.program_id(0).to(tl.int64)
     offset = token * stride
@@ -223,22 +223,22 @@ def vocabulary_kernel(
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _block(logits_ptr, bias_ptr, offset, columns, size, first, temperature)
+        z = _block(logits_ptr, bias_ptr, offset, columns, size, first)
         bound = bounds_ptr + token * (blocks + 1) + (first + start) // BLOCK
         for k in range(tl.load(bound), tl.load(bound + 1)):
             column = tl.load(ids_ptr + token * slots + k).to(tl.int32) - first
             one = tl.load(logits_ptr + offset + column).to(tl.float32)
             if bias_ptr is not None:
                 one += tl.load(bias_ptr + first + column).to(tl.float32)
-            tl.store(z_ptr + token * slots + k, one / temperature)
             z = tl.where(columns == column, float("-inf"), z)
+            tl.store(z_ptr + token * slots + k, one)
         if exp_ptr is not None:
             tl.debug_barrier()  # the slots' logits have been read
             tl.store(logits_ptr + offset + columns, z, mask=columns < size)
         now = tl.maximum(largest, tl.max(z, axis=0))
-        sums = sums * _weight_of(largest, now) + tl.exp(z - _finite(now))
+        sums = sums * _weight_of(largest, now, inverse) + tl.exp((z - _finite(now)) * inverse)
         largest = now
-    kept = _weight_of(before, largest)
+    kept = _weight_of(before, largest, inverse)
     tl.store(rest_ptr + 2 * token, largest)
     tl.store(rest_ptr + 2 * token + 1, sum_before * kept + tl.sum(sums, axis=0))
     if exp_ptr is not None:
@@ -246,7 +246,7 @@ def vocabulary_kernel(
         for start in range(0, size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + offset + columns, mask=columns < size, other=float("-inf"))
-            e = tl.exp(z - _finite(largest))
+            e = tl.exp((z - _finite(largest)) * inverse)
             tl.store(exp_ptr + offset + columns, e.to(exp_ptr.dtype.element_ty), mask=columns < size)
         if kept != 1.0:
             for start in range(0, width, CHUNK):
@@ -258,10 +258,10 @@ def vocabulary_kernel(
 @triton.jit
 def vocabulary_gradient_kernel(
     logits_ptr, bias_ptr, probs_ptr, ids_ptr, bounds_ptr, normalizers_ptr, scale_ptr, dlogits_ptr,
-    slots, first, size, stride, out_stride, blocks, temperature,
+    slots, first, size, stride, out_stride, blocks, inverse,
     WHOLE: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of logits [tokens, size] of the ids ``first ..`` from (Z, R), times scale; grid (tokens, blocks)."""
+    """From (m, s, m', s'), the gradient of logits [tokens, size] of the ids ``first ..``; grid (tokens, blocks)."""
     token = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
@@ -271,18 +271,19 @@ def vocabulary_gradient_kernel(
         ids = tl.load(ids_ptr + token * slots + slot, mask=slot < slots, other=-1)
         total += tl.sum(tl.load(probs_ptr + token * slots + slot, mask=ids >= 0, other=0.0).to(tl.float32), axis=0)
         present = tl.maximum(present, tl.max((ids >= 0).to(tl.int32), axis=0))
-    normalizer, of_rest = tl.load(normalizers_ptr + 2 * token), tl.load(normalizers_ptr + 2 * token + 1)
+    largest, sums = tl.load(normalizers_ptr + 4 * token), tl.load(normalizers_ptr + 4 * token + 1)
+    rest_largest, rest_sum = tl.load(normalizers_ptr + 4 * token + 2), tl.load(normalizers_ptr + 4 * token + 3)
     t = 0.0
     if TAIL:
-        t = tl.where(of_rest == float("-inf"), 0.0, tl.maximum(1.0 - total, 0.0))
+        t = tl.where(rest_sum == 0.0, 0.0, tl.maximum(1.0 - total, 0.0))
     student = tl.zeros([BLOCK], tl.float32)
     gradient = tl.zeros([BLOCK], tl.float32)
     if WHOLE:
-        z = _block(logits_ptr, bias_ptr, token * stride, columns, size, first, temperature)
-        student = (total + t) * tl.exp(z - normalizer)
+        z = _block(logits_ptr, bias_ptr, token * stride, columns, size, first)
+        student = (total + t) / sums * tl.exp((z - largest) * inverse)
         gradient = student
         if TAIL:
-            gradient -= tl.where(t == 0.0, 0.0, t * tl.exp(z - of_rest))
+            gradient -= tl.where(t == 0.0, 0.0, t / rest_sum * tl.exp((z - rest_largest) * inverse))
     bound = bounds_ptr + token * (blocks + 1) + (first + start) // BLOCK
     begin, end = tl.load(bound), tl.load(bound + 1)
     if TAIL:
@@ -293,8 +294,8 @@ def vocabulary_gradient_kernel(
         column = tl.load(ids_ptr + token * slots + k).to(tl.int32) - first
         change = -tl.load(probs_ptr + token * slots + k).to(tl.float32)
         if not WHOLE:
-            z = tl.load(logits_ptr + token * stride + column).to(tl.float32) / temperature
-            change += total * tl.exp(z - normalizer)
+            z = tl.load(logits_ptr + token * stride + column).to(tl.float32)
+            change += total / sums * tl.exp((z - largest) * inverse)
         gradient += tl.where(columns == column, change, 0.0)
     gradient = tl.where(present > 0, gradient * tl.load(scale_ptr), 0.0)
     tl.store(dlogits_ptr + token * out_stride + columns, gradient.to(dlogits_ptr.dtype.element_ty), mask=columns < size)
@@ -391,22 +392,23 @@ def slots(
     assert layout is not None
     _launch(
         slots_kernel, (len(hidden),), hidden, weight, bias, probs, ids, scale, z, dhidden, ids.shape[1],
-        hidden.shape[1], len(weight), hidden.stride(0), weight.stride(0), temperature, **layout.constants,
+        hidden.shape[1], len(weight), hidden.stride(0), weight.stride(0), 1 / temperature, **layout.constants,
         warps=layout.warps,
     )  # fmt: skip
 
 
 def tokens(
-    z: Tensor, probs: Tensor, ids: Tensor, rest: Tensor | None, scale: Tensor, tail: bool, losses: Tensor,
-    normalizers: Tensor, dz: Tensor | None, factors: Tensor | None,
+    z: Tensor, probs: Tensor, ids: Tensor, rest: Tensor | None, scale: Tensor, temperature: float, tail: bool,
+    losses: Tensor, normalizers: Tensor, dz: Tensor | None, factors: Tensor | None,
 ) -> None:  # fmt: skip
-    """A token's loss, (Z, R), and gradients, from its slots' z, and from (m, s) of the rest of the vocabulary.
+    """A token's loss, (m, s, m', s'), and gradients, from its slots' z, and (m', s') of the rest of the vocabulary.
 
     With a rest, the ids of a token ascend. factors [N] are what to multiply a rest of dhidden with.
     """
     _launch(
         token_kernel, (len(z),), z, probs, ids, rest, scale, losses, normalizers, dz, factors, z.shape[1],
-        WHOLE=rest is not None, TAIL=tail, SLOTS=slots_at_once(z.shape[1]), warps=token_warps(z.shape[1]),
+        1 / temperature, WHOLE=rest is not None, TAIL=tail, SLOTS=slots_at_once(z.shape[1]),
+        warps=token_warps(z.shape[1]),
     )  # fmt: skip
 
 
@@ -431,15 +433,15 @@ def carry(
     logits: Tensor, size: int, bias: Tensor | None, ids: Tensor, bounds: Tensor, first: int, temperature: float,
     z: Tensor, rest: Tensor, exp: Tensor | None, dhidden: Tensor | None,
 ) -> None:  # fmt: skip
-    """Logits [N, size], the vocabulary's from ``first`` on: their slots' z, and the rest into (m, s).
+    """Logits [N, size], the vocabulary's from ``first`` on: their slots' z, and the rest into (m', s').
 
-    With exp and dhidden, the logits are overwritten, exp is ``exp(z - m)`` of the rest, and what dhidden has so far is
-    made relative to the new m. ids ascend, and bounds [N, b] are how many are below ``b * BLOCK``.
+    With exp and dhidden, the logits are overwritten, exp is ``exp((z - m') / T)`` of the rest, and what dhidden has so
+    far is made relative to the new m'. ids ascend, and bounds [N, b] are how many are below ``b * BLOCK``.
     """
     width = 0 if dhidden is None else dhidden.shape[1]
     _launch(
         vocabulary_kernel, (len(ids),), logits, bias, ids, bounds, z, rest, exp, dhidden, ids.shape[1], width, first,
-        size, logits.stride(0), bounds.shape[1] - 1, temperature, BLOCK=BLOCK, CHUNK=CHUNK, warps=WARPS,
+        size, logits.stride(0), bounds.shape[1] - 1, 1 / temperature, BLOCK=BLOCK, CHUNK=CHUNK, warps=WARPS,
     )  # fmt: skip
 
 
@@ -447,9 +449,9 @@ def differentiate(
     logits: Tensor, size: int, bias: Tensor | None, probs: Tensor, ids: Tensor, bounds: Tensor, first: int,
     temperature: float, normalizers: Tensor, scale: Tensor, tail: bool, dlogits: Tensor, whole: bool = True,
 ) -> None:  # fmt: skip
-    """The gradient of the logits [N, size] from (Z, R), times scale; ``whole`` as for "full" and "tail"."""
+    """The gradient of the logits [N, size] from (m, s, m', s'), times scale; ``whole`` as for "full" and "tail"."""
     _launch(
         vocabulary_gradient_kernel, (len(ids), -(-size // BLOCK)), logits, bias, probs, ids, bounds, normalizers, scale,
-        dlogits, ids.shape[1], first, size, logits.stride(0), dlogits.stride(0), bounds.shape[1] - 1, temperature,
+        dlogits, ids.shape[1], first, size, logits.stride(0), dlogits.stride(0), bounds.shape[1] - 1, 1 / temperature,
         WHOLE=whole, TAIL=tail, BLOCK=BLOCK, SLOTS=slots_at_once(ids.shape[1]), warps=WARPS,
     )  # fmt: skip

@@ -1,0 +1,58 @@
+"""Files: what is ours to replace, how a file or a directory appears whole or not at all, seals, and suspicious reading.
+
+The rule, decided in `owned` and nowhere else: we remove or replace only files that our own marker lists and that are
+still as we wrote them. Anything else at a place where a run would write, and any input of the run there, is refused
+before work. Niceties of a file system (locks, modes, flushing a directory, an atomic exchange) never decide: where they
+are missing, the work is done without them.
+"""
+
+from linearpatch_kernels.files.directories import check_output, save_files, written_whole
+from linearpatch_kernels.files.entries import Entries
+from linearpatch_kernels.files.owned import (
+    MARKER,
+    RECORDS,
+    check_file,
+    check_work_directory,
+    claim_work_directory,
+    expanded,
+    foreign_files,
+    is_ours,
+    left_by_us,
+    lies_in,
+    record,
+    remove_work_directory,
+)
+from linearpatch_kernels.files.reading import finite, read_json, reading, said
+from linearpatch_kernels.files.sealed import KEY, is_sealed, read_seal, write_sealed
+from linearpatch_kernels.files.whole import append_line, final_name, working_alone, write_whole
+
+__all__ = [
+    "KEY",
+    "MARKER",
+    "RECORDS",
+    "Entries",
+    "append_line",
+    "check_file",
+    "check_output",
+    "check_work_directory",
+    "claim_work_directory",
+    "expanded",
+    "final_name",
+    "finite",
+    "foreign_files",
+    "is_ours",
+    "is_sealed",
+    "left_by_us",
+    "lies_in",
+    "read_json",
+    "read_seal",
+    "reading",
+    "record",
+    "remove_work_directory",
+    "said",
+    "save_files",
+    "working_alone",
+    "write_sealed",
+    "write_whole",
+    "written_whole",
+]
