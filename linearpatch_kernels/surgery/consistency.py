@@ -43,11 +43,12 @@ def check_plan(plan: PrunePlan, config: Mapping[str, Any], directory: Path) -> N
         chain = there.get(str(at), [])
         # The plan's own patch leads up to those of earlier cuts.
         first = chain if isinstance(chain, Mapping) else next(iter(chain), None)
-        if first != joint.patch.description():
+        # A version may tell more of a patch than an earlier one.
+        ours = joint.patch.description()
+        if first is None or any(ours.get(name) != value for name, value in first.items()):
             _refuse(
                 directory,
-                f"plan.json has the patch {joint.patch.description()} at layer {at} and config.json "
-                f"{'none' if first is None else first}",
+                f"plan.json has the patch {ours} at layer {at} and config.json {'none' if first is None else first}",
             )
     # The last cut is the plan's.
     record = next(reversed(told.get("provenance", [])), None)

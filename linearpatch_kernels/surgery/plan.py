@@ -22,7 +22,7 @@ from torch import Tensor
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, write_whole
+from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
 
 PLAN_FORMAT = "linearpatch-plan"
@@ -202,8 +202,11 @@ class _ToldJoint:
         """Name in the file of tensors -> shape."""
         if self.patch is None:
             return {}
-        with torch.device("meta"):
-            state = build_patch(self.patch).state_dict()
+        try:
+            with torch.device("meta"):
+                state = build_patch(self.patch).state_dict()
+        except InputError as error:
+            raise ValueError(said(error)) from error
         return {f"{self._prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
     def built(self, tensors: Mapping[str, Tensor]) -> Joint:

@@ -290,8 +290,7 @@ def test_a_merge_is_refitted_unasked_only_where_that_helps(
 ) -> None:
     def harmful(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
         healed = keep_layers(merged, range(len(merged.get_decoder().layers)))
-        for layer in healed.get_decoder().layers:
-            layer.mlp.down_proj.weight = torch.nn.Parameter(100 * layer.mlp.down_proj.weight)
+        healed.lm_head.weight = torch.nn.Parameter(20 * healed.lm_head.weight)  # sure of what is wrong
         return healed
 
     monkeypatch.setattr(merge_healing, "refit_merges", harmful)
