@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from field.support import failing
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import (
@@ -275,29 +276,15 @@ def test_records_lie_in_a_directory_of_their_own_and_are_found_where_0_1_0_put_t
 # --- what a file system may lack -------------------------------------------------------------------------------------
 
 
-def fails(code: int, on: Callable[..., bool] = lambda *_: True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A system call that fails with this error where ``on`` says so."""
-
-    def make(call: Callable[..., Any]) -> Callable[..., Any]:
-        def failing(*args: Any, **kwargs: Any) -> Any:
-            if on(*args):
-                raise OSError(code, os.strerror(code))
-            return call(*args, **kwargs)
-
-        return failing
-
-    return make
-
-
 def is_directory(descriptor: int) -> bool:
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 LACKING: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    **{f"locks ({errno.errorcode[code]})": (fcntl, "flock", fails(code)) for code in (38, 37, 95, 22, 13)},
-    "modes": (os, "chmod", fails(errno.EPERM)),
-    "modes of paths": (Path, "chmod", fails(errno.EPERM)),
-    "flushing directories": (os, "fsync", fails(errno.EINVAL, is_directory)),
+    **{f"locks ({errno.errorcode[code]})": (fcntl, "flock", failing(code)) for code in (38, 37, 95, 22, 13)},
+    "modes": (os, "chmod", failing(errno.EPERM)),
+    "modes of paths": (Path, "chmod", failing(errno.EPERM)),
+    "flushing directories": (os, "fsync", failing(errno.EINVAL, is_directory)),
     "an exchange": (directories, "_exchanged", lambda _: lambda *_: False),
     "a size": (shutil, "disk_usage", lambda _: lambda _: shutil._ntuple_diskusage(0, 0, 0)),
 }
@@ -322,7 +309,7 @@ def test_niceties_do_not_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("call", ["mkdir", "rename"])
 def test_what_is_needed_is_tried_up_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """A mount on which directories cannot be renamed, or not made, is told of before the work."""
-    monkeypatch.setattr(Path, call, fails(errno.ENOSYS)(getattr(Path, call)))
+    monkeypatch.setattr(Path, call, failing(errno.ENOSYS)(getattr(Path, call)))
     with pytest.raises(InputError, match=r"cannot be written \(Function not implemented\): give"):
         check_output(tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -44,7 +44,7 @@ from linearpatch_kernels.cli.options import (
     TrustRemoteCode,
     given_path,
 )
-from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage, verdict_on
 from linearpatch_kernels.cli.shallower import Pruned, Shallower, open_shallower
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import (
@@ -332,7 +332,13 @@ def distill(
         costs = {"rank": structured, "heldout_before": before, "heldout_after": after}
         found |= _quality_after(dense, student, windows.evaluation, _STRUCTURED, run, notes)
     source.keep(student, patch, structured)
-    verdict = _verdict(found, _STRUCTURED if costs else _AFTER, windows, notes)
+    verdict = verdict_on(
+        found,
+        _STRUCTURED if costs else _AFTER,
+        {DROPPED: "plain removal", _BEFORE: "before distillation"},
+        windows,
+        notes,
+    )
     summary = source.summary(found, run) | {"distillation": _about(result, settings, answers, windows, costs)}
     report: dict[str, bytes] = {}
     with run.stage("draw the report"), left_out("the report", notes):
@@ -510,20 +516,6 @@ def _quality_after(
     with run.stage("evaluate"), left_out(f"the comparison of the model, {name},", notes):
         found = compare_quality({name: student}, windows, dense, noted=notes, progress=run)
     return found
-
-
-def _verdict(found: Mapping[str, Quality], row: str, windows: _Windows, notes: Notes) -> list[str]:
-    """That the result is worse than plain removal, or than before, if it is, and on which windows."""
-    from linearpatch_kernels.evaluation.agreement import told_if_worse
-
-    if windows.evaluation is None:
-        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
-        return []
-    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
-    return [
-        *told_if_worse(found, row, DROPPED, judged),
-        *told_if_worse(found, row, _BEFORE, judged, than="before distillation"),
-    ]
 
 
 def _shown(run: Reporter, settings: TrainingSettings, length: int) -> Any:

@@ -48,7 +48,7 @@ from linearpatch_kernels.cli.options import (
     Text,
     TrustRemoteCode,
 )
-from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage
+from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage, verdict_on
 from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import RECORDS, check_file
@@ -232,7 +232,7 @@ def merge(
     with left_out("the comparison on held-out text", notes):
         found = _compare(dense, models, settings, windows, run, notes)
     help_told = _told_help(found, heal)
-    verdict = _verdict(found, row, windows, notes)
+    verdict = verdict_on(found, row, {DROPPED: "plain removal", _MERGED: "without healing"}, windows, notes)
     report: dict[str, bytes] = {}
     with left_out("the report", notes):
         told = [*verdict, *notes.all]
@@ -320,20 +320,6 @@ def _helps(models: Mapping[str, PreTrainedModel], healed: str, windows: Windows,
         return True
     notes(f"healing does not lower the loss on {len(chosen_on)} held-out windows: the merged layers stay as they are")
     return False
-
-
-def _verdict(found: Mapping[str, Quality], row: str, windows: Windows, notes: Notes) -> list[str]:
-    """That the result is worse than plain removal, or healing worse than none, if it is, and on which windows."""
-    from linearpatch_kernels.evaluation.agreement import told_if_worse
-
-    if windows.evaluation is None:
-        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
-        return []
-    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
-    return [
-        *told_if_worse(found, row, DROPPED, judged),
-        *told_if_worse(found, row, _MERGED, judged, than="without healing"),
-    ]
 
 
 def _told_help(found: Mapping[str, Quality], fit: str) -> list[str]:

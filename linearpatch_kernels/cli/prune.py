@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -52,6 +52,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import RECORDS
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearpatch_kernels.evaluation.agreement import Quality
@@ -221,17 +222,38 @@ def _compare(
 
 def _verdict(plan: PrunePlan, found: Mapping[str, Quality], windows: Windows, notes: Notes) -> list[str]:
     """That the result is worse than plain removal, if it is; on which windows; and what to do."""
-    from linearpatch_kernels.evaluation.agreement import told_if_worse
-
-    fit = plan.joints[0].fit
-    if windows.evaluation is None:
-        if windows.heldout is None and fit != "none":
-            notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+    if windows.evaluation is None and (windows.heldout is not None or plan.joints[0].fit == "none"):
         return []
-    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
-    told = told_if_worse(found, _row(plan), DROPPED, judged)
+    told = verdict_on(found, _row(plan), {DROPPED: "plain removal"}, windows, notes)
     instead = ", or --fit auto, which chooses on held-out text" if not plan.candidates else ""
     return [f"{line} Give more text (--samples){instead}." for line in told]
+
+
+class Judged(Protocol):
+    """The windows of a report, and whose they are."""
+
+    @property
+    def evaluation(self) -> Tensor | None: ...
+
+    @property
+    def evaluation_source(self) -> str: ...
+
+
+def verdict_on(
+    found: Mapping[str, Quality], row: str, against: Mapping[str, str], windows: Judged, notes: Notes
+) -> list[str]:
+    """That the result in ``row`` is worse than another row, if it is, and on which windows.
+
+    Args:
+        against: the other rows -> what they are called in a sentence.
+    """
+    from linearpatch_kernels.evaluation.agreement import told_if_worse
+
+    if windows.evaluation is None:
+        notes("no text is left to compare the result with plain removal on: give more text, or --heldout-text")
+        return []
+    judged = f"{len(windows.evaluation)} windows of {windows.evaluation_source}"
+    return [line for other, than in against.items() for line in told_if_worse(found, row, other, judged, than=than)]
 
 
 def _drawn(

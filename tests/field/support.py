@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,20 @@ def linearpatch(*arguments: object) -> Exception | None:
 
 def same(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+def failing(code: int, on: Callable[..., bool] = lambda *_: True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A system call that fails with this error where ``on`` says so."""
+
+    def make(call: Callable[..., Any]) -> Callable[..., Any]:
+        def fails(*args: Any, **kwargs: Any) -> Any:
+            if on(*args):
+                raise OSError(code, os.strerror(code))
+            return call(*args, **kwargs)
+
+        return fails
+
+    return make
 
 
 _ISOLATED = """

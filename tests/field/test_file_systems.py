@@ -26,7 +26,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import directories
 from linearpatch_kernels.surgery import pruning
 
-from .support import SMALL, linearpatch, save_model, text_file, tiny
+from .support import SMALL, failing, linearpatch, save_model, text_file, tiny
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +54,6 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def prune(home: Path, out: object, *more: object) -> Exception | None:
     arguments = ["--drop", "2", "--fit", "linearpatch", "--text", home / "numbers.txt", *SMALL]
     return linearpatch("prune", home / "dense", "-o", out, *arguments, *more)
-
-
-def failing(code: int, on: Callable[..., bool] = lambda *_: True) -> Callable[[Any], Any]:
-    def make(call: Any) -> Any:
-        def fails(*args: Any, **kwargs: Any) -> Any:
-            if on(*args):
-                raise OSError(code, os.strerror(code))
-            return call(*args, **kwargs)
-
-        return fails
-
-    return make
 
 
 NICETIES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
