@@ -668,11 +668,14 @@ def _log_line(line: Mapping[str, float]) -> bytes:
     return (json.dumps(line) + "\n").encode()
 
 
+_BEGINS = '{"step": '
+
+
 def _log_lines(file: Path, steps: int) -> list[dict[str, float]]:
     """The lines of the first steps. InputError for a file that is no log."""
     if not file.exists():
         return []
-    lines, others = [], 0
+    lines, foreign = [], False
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             told = Entries(json.loads(text))
@@ -680,10 +683,11 @@ def _log_lines(file: Path, steps: int) -> list[dict[str, float]]:
             step = told.whole("step", 1)
             told.real("loss")
         except (ValueError, RecursionError):
-            others += 1
+            # The line at which a kill cut the log off begins as every one does.
+            foreign = foreign or not text.startswith(_BEGINS[: len(text)])
         else:
             # As it was written: a step is a whole number.
             lines.append({**line, "step": step})
-    if others > 1 and not lines:
+    if foreign and not lines:
         raise InputError(f"{file} is no log of a training and in its way: move it, or give another directory")
     return [line for line in lines if line["step"] <= steps]

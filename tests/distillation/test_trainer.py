@@ -431,3 +431,22 @@ def test_prepare_and_release_lora(dense: PreTrainedModel) -> None:
     trainable.release()
     assert list(student.state_dict()) == names
     assert changed(before, state_of(student)) == set()
+
+
+@pytest.mark.parametrize("content", ["a diary\n", '{"day": 1}\n{"day": 2}\n', "[1]"])
+def test_a_log_of_somebody_is_not_written_over(
+    dense: PreTrainedModel, store: TeacherStore, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"log\.jsonl is no log of a training and in its way"):
+        train(student_of(dense), store, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == content
+
+
+def test_a_log_that_was_cut_off_in_its_first_line_is_ours(
+    dense: PreTrainedModel, store: TeacherStore, tmp_path: Path
+) -> None:
+    for content in ("", '{"st', '{"step": 1, "loss'):
+        (tmp_path / "log.jsonl").write_text(content)
+        train(student_of(dense), store, tmp_path)
+        (tmp_path / "state.safetensors").unlink()
