@@ -791,7 +791,7 @@ def test_several_processes_of_a_command_for_one_are_refused(
     output = ["-o", empty / "out"]
     flags = {"merge": ["--layers", 2, *output], "sweep": ["--drop", 2, *output], "evaluate": []}[command]
     line = refusal(run(command, NO_MODEL, *flags))
-    assert f"{command} runs in one process and 2 were started: start it without torchrun" in line
+    assert f"{command} runs in one process and WORLD_SIZE=2 says that 2 were started: start it without torchrun" in line
 
 
 @pytest.mark.parametrize(("command", "flags"), [("prune", ["--plan-only"]), ("sweep", [])])

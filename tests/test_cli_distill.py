@@ -326,7 +326,7 @@ def test_what_is_still_needed_is_not_replaced(world: World, run: Run, tmp_path: 
     said = refusal(run("distill", world.pruned, "--teacher", teacher, "-o", teacher, *flags))
     assert "teacher, which is still needed: give another directory" in said
     inside = refusal(run(*arguments(world, tmp_path / "out", "--store", tmp_path / "out" / "store")))
-    assert "is inside the output, which is replaced whole: give another --store" in inside
+    assert "which this run replaces: give another --store" in inside
     assert tree(tmp_path) == before
 
 

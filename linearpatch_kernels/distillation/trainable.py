@@ -33,7 +33,7 @@ class Trainable:
         parameters: float32, in the order of the model.
         dtype: what they were, and become again.
         rates: of matrices and of vectors, relative to the learning rate.
-        frozen: names of the student's parameters that the caller had frozen.
+        before: the student's parameters as the caller gave them, by name, and whether each was to be trained.
         wrapper: the PEFT model around the student, None without LoRA.
     """
 
@@ -41,7 +41,7 @@ class Trainable:
     parameters: dict[str, nn.Parameter]
     dtype: torch.dtype
     rates: Mapping[str, float]
-    frozen: frozenset[str] = frozenset()
+    before: Mapping[str, tuple[nn.Parameter, bool]] = dataclasses.field(default_factory=dict)
     wrapper: Any = None
 
     @property
@@ -63,8 +63,11 @@ class Trainable:
         for parameter in self.parameters.values():
             parameter.data = parameter.data.to(self.dtype)
             parameter.grad = None
+        # Also those whose place was taken: another model may hold them.
+        for parameter, trained in self.before.values():
+            parameter.requires_grad_(trained)
         for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(name not in self.frozen)
+            parameter.requires_grad_(name not in self.before or self.before[name][1])
 
 
 def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int = 1) -> list[str]:
@@ -109,7 +112,7 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
         InputError: what `check_trainable` raises.
     """
     names = check_trainable(student, begin, train, lora_rank=lora_rank)
-    frozen = frozenset(name for name, parameter in student.named_parameters() if not parameter.requires_grad)
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in student.named_parameters()}
     dtype = student.get_input_embeddings().weight.dtype
     wrapper = None
     if train == "lora":
@@ -126,7 +129,7 @@ def prepare(student: PreTrainedModel, begin: int, train: str, *, lora_rank: int,
         _own(student, name, torch.float32).requires_grad_(True)
     trained = dict(student.named_parameters())
     rates = _RATES_OF_WHOLE_LAYERS if train == "suffix" else _RATES
-    return Trainable(student, {name: trained[name] for name in names}, dtype, rates, frozen, wrapper)
+    return Trainable(student, {name: trained[name] for name in names}, dtype, rates, before, wrapper)
 
 
 def _own(student: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -64,7 +64,8 @@ def token_losses(logits: Tensor, windows: Tensor) -> Tensor:
 
     Returns:
         ``[B, T-1]`` in float32 (float64 for float64 logits): ``-log_softmax(l)[target]`` with l the logits raised to
-        that dtype, as exact however far the logits are from 0. Memory beside the result: at most 16 MB (or one row), whatever T and V.
+        that dtype, as exact however far the logits are from 0. Memory beside the result: at most 16 MB (or one row),
+        whatever T and V.
     """
     targets = windows[:, 1:].to(logits.device)
 

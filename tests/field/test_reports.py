@@ -31,6 +31,7 @@ from linearpatch_kernels.evaluation.report import (
     plot_training,
     write_report,
 )
+from linearpatch_kernels.files import record
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.surgery import reporting
 
@@ -259,7 +260,7 @@ def test_dollar_signs_in_the_names_of_a_run(place: Path, tmp_path: Path, command
     found = " ".join(words(parsed(report_of(tmp_path / "out"))))
     assert "run $a^$ v1" in found
     assert "price $5^$ | list.txt" in found
-    assert (tmp_path / "out" / "report").exists() == (command != "sweep")
+    assert record(tmp_path / "out", "report").exists() == (command != "sweep")
 
 
 @pytest.mark.parametrize(
