@@ -107,7 +107,9 @@ def plan_pruning(
     for windows in (fit_windows, heldout_windows):
         if windows is not None:
             check_windows(model, windows)
-    _note_little_text([fit], hidden_size(model), fit_windows, noted)
+    little = too_little_text([fit], hidden_size(model), fit_windows, instead="--fit auto, which chooses on other text")
+    if little is not None:
+        noted(little)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
@@ -190,11 +192,6 @@ def _best_healed(
     return candidates[min(usable, key=lambda name: found[name].loss)][0].span
 
 
-def _note_little_text(fits: Sequence[str], width: int, windows: Tensor, noted: Noted) -> None:
-    for note in filter(None, (too_little_text(fit, width, windows) for fit in fits)):
-        noted(note)
-
-
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
     """One depth and one fit: the plan and its quality."""
@@ -251,7 +248,9 @@ def sweep(
     check_batch_size(batch_size)
     for windows in (fit_windows, evaluation_windows):
         check_windows(model, windows)
-    _note_little_text(fits, hidden_size(model), fit_windows, noted)
+    little = too_little_text(fits, hidden_size(model), fit_windows)
+    if little is not None:
+        noted(little)
     if statistics is None:
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)
