@@ -293,7 +293,9 @@ def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, notes
     if heal == REFIT:
         told = too_little_to_refit(dense, windows.fit)
     else:
-        told = too_little_text(heal, hidden_size(dense), windows.fit, instead="no --heal, which chooses on such text")
+        told = too_little_text(
+            [heal], hidden_size(dense), windows.fit, instead="no --heal, which chooses on other text"
+        )
     if told is not None:
         notes(told)
 

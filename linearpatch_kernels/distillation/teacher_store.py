@@ -260,7 +260,10 @@ def _as_there(request: StoreRequest, model: PreTrainedModel, folder: Path) -> St
     of this teacher and tokenizer all the same."""
     if not (folder / "request.json").exists():
         return request
-    there = StoreRequest.read(folder / "request.json")
+    try:
+        there = StoreRequest.read(folder / "request.json")
+    except InputError:  # `_check_folder` decides about it
+        return request
     same_model = not model_difference(there.model, model)
     same = same_tokenizer(there.tokenizer, request.tokenizer)
     return dataclasses.replace(

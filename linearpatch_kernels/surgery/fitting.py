@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -133,10 +133,8 @@ class UnusableFit(InputError):
     """A fit that the calibration text does not allow, where another one may be fine."""
 
 
-def too_little_text(
-    fit: str, width: int, windows: Tensor, *, instead: str = "--fit auto, which compares on held-out text"
-) -> str | None:
-    """A sentence about a fit that has too many unknowns for the tokens of ``windows`` [W, T], or None.
+def too_little_text(fits: Sequence[str], width: int, windows: Tensor, *, instead: str = "") -> str | None:
+    """A sentence about those of ``fits`` that have too many unknowns for the tokens of ``windows`` [W, T], or None.
 
     Such a fit can be made, since it is held to the identity, but may do worse than plain removal on any other text.
 
@@ -144,12 +142,13 @@ def too_little_text(
         instead: what else would do, for the sentence.
     """
     count, length = windows.shape
-    if fit not in NEEDS_MOMENTS or count * length >= _TOKENS_PER_UNKNOWN * width:
+    hungry = [fit for fit in fits if fit in NEEDS_MOMENTS]
+    if not hungry or count * length >= _TOKENS_PER_UNKNOWN * width:
         return None
     return (
-        f"{count} windows of {length} tokens are little text for the fit {fit} and its {width} unknowns per channel: "
-        f"on other text it may do worse than plain removal; {math.ceil(_TOKENS_PER_UNKNOWN * width / length)} windows "
-        f"would do (--samples), or {instead}"
+        f"{count} windows of {length} tokens are little text for {', '.join(hungry)} and {width} unknowns per channel: "
+        f"on other text that may do worse than plain removal; {math.ceil(_TOKENS_PER_UNKNOWN * width / length)} "
+        f"windows would do (--samples){f', or {instead}' if instead else ''}"
     )
 
 

@@ -103,11 +103,8 @@ def plan_pruning(
     else:
         check_drop(drop, layers)
     check_rank(rank, hidden_size(model), [fit], score)
-    check_batch_size(batch_size)
-    for windows in (fit_windows, heldout_windows):
-        if windows is not None:
-            check_windows(model, windows)
-    _note_little_text([fit], hidden_size(model), fit_windows, noted)
+    _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
+    _note_little_text([fit], model, fit_windows, noted, instead="--fit auto, which chooses on other text")
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
@@ -138,6 +135,20 @@ def plan_pruning(
         return Pruning(plan, statistics, choice)
     joints = fitted_joints(statistics, chosen, fit, rank=rank)
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+def _check_text(model: PreTrainedModel, texts: Sequence[Tensor], batch_size: int) -> None:
+    check_batch_size(batch_size)
+    for windows in texts:
+        check_windows(model, windows)
+
+
+def _note_little_text(
+    fits: Sequence[str], model: PreTrainedModel, windows: Tensor, noted: Noted, *, instead: str = ""
+) -> None:
+    little = too_little_text(fits, hidden_size(model), windows, instead=instead)
+    if little is not None:
+        noted(little)
 
 
 def rank_for(rank: int | None, width: int) -> int:
@@ -188,11 +199,6 @@ def _best_healed(
             "it in bfloat16 or float32, or give another text"
         )
     return candidates[min(usable, key=lambda name: found[name].loss)][0].span
-
-
-def _note_little_text(fits: Sequence[str], width: int, windows: Tensor, noted: Noted) -> None:
-    for note in filter(None, (too_little_text(fit, width, windows) for fit in fits)):
-        noted(note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +254,8 @@ def sweep(
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     check_rank(rank, hidden_size(model), fits)
-    check_batch_size(batch_size)
-    for windows in (fit_windows, evaluation_windows):
-        check_windows(model, windows)
-    _note_little_text(fits, hidden_size(model), fit_windows, noted)
+    _check_text(model, [fit_windows, evaluation_windows], batch_size)
+    _note_little_text(fits, model, fit_windows, noted)
     if statistics is None:
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)

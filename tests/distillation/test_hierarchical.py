@@ -275,3 +275,36 @@ def test_authors_merges_learn_too(dense: PreTrainedModel, windows: Tensor, state
     student, _ = plan_merging(dense, windows[:2], None, MergeSettings(layers=4, rule="authors"))
     run = train(student, states).together
     assert run.heldout(run.best_step) < run.heldout(0)
+
+
+@pytest.mark.parametrize("harm", [0.0, 5.0])
+def test_groups_that_do_harm_together_are_not_kept(
+    dense: PreTrainedModel, windows: Tensor, states: TeacherStore, monkeypatch: pytest.MonkeyPatch, harm: float
+) -> None:
+    """Each group is best by its own layer's error; together they may be worse than what they began with."""
+    student = merged_of(dense, windows)
+    before, learn = state_of(student), hierarchical._Groups.train
+
+    def harmful(self: Any, *arguments: Any) -> Any:
+        found = learn(self, *arguments)
+        if harm:
+            for layer in found:
+                weight = student.model.layers[layer].mlp.down_proj.weight
+                student.model.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(harm * weight)
+        return found
+
+    monkeypatch.setattr(hierarchical._Groups, "train", harmful)
+    told: list[str] = []
+    run = distill_merged(
+        student,
+        states,
+        training=TRAINING,
+        heldout=HELDOUT,
+        settings=TrainingSettings(steps=2, learning_rate=3e-4, train="merged"),
+        hierarchy=HierarchySettings(group_steps=3),
+        noted=told.append,
+    )
+    assert set(run.alone) == {1, 2}
+    assert (changed(before, state_of(student)) == set()) == bool(harm)
+    assert bool(told) == bool(harm)
+    assert not harm or "the layers stay as they were" in told[0]

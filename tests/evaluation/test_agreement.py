@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,7 @@ from linearpatch_kernels.evaluation import (
     healed_share,
     perplexity,
 )
-from linearpatch_kernels.evaluation.agreement import token_agreement, token_kl
+from linearpatch_kernels.evaluation.agreement import QualityMeters, token_agreement, token_kl
 
 
 @torch.no_grad()
@@ -152,6 +153,26 @@ def test_what_cannot_be_measured_is_refused(windows: Tensor) -> None:
         meter.update(logits, windows)
 
 
+def test_meters_of_several_processes_agree_on_who_is_left_out(windows: Tensor) -> None:
+    """Each sees its own windows; a model that is not finite on those of one is left out by all."""
+    logits = torch.randn(7, 19, 89)
+    spoilt = logits.clone()
+    spoilt[5, 2, 3] = math.inf
+    halves = [QualityMeters(("a", "b"), lenient=True) for _ in range(2)]
+    for meters, part in zip(halves, (slice(0, 4), slice(4, 7)), strict=True):
+        meters.update("a", logits[part], windows[part], logits[part])
+        meters.update("b", spoilt[part], windows[part], logits[part])
+    assert [meters.names for meters in halves] == [["a", "b"], ["a"]]
+    for both in (halves[0] + halves[1], pickle.loads(pickle.dumps(halves[1])) + halves[0]):
+        told: list[str] = []
+        assert list(both.results(told.append)) == ["a"]
+        assert told == [told[0]]
+        assert "b gives logits that are not finite (window 1, position 2)" in told[0]
+    strict = QualityMeters(("a", "b"))
+    with pytest.raises(InputError, match="b gives logits that are not finite"):
+        strict.update("b", spoilt, windows)
+
+
 def test_an_overflowing_perplexity_is_infinite() -> None:
     logits = torch.tensor([[[1e4, 0.0], [0.0, 0.0]]])
     meter = QualityMeter()
@@ -165,3 +186,4 @@ def test_healed_share() -> None:
     assert healed_share(dense, dropped, patched) == 0.75
     assert healed_share(dense, dropped, dropped) == 0
     assert math.isnan(healed_share(dense, dense, patched))
+    assert math.isnan(healed_share(dropped, dense, patched)), "plain removal that is better costs nothing"

@@ -346,7 +346,7 @@ def test_distillation_says_whether_the_result_is_worse(
     [("low-rank", 12, 12), ("low-rank", 11, 12), ("shrunk-least-squares", 4, 12), ("linearpatch", 1, 0)],
 )
 def test_how_much_text_would_do(fit: str, windows: int, enough: int) -> None:
-    told = too_little_text(fit, 48, token_windows(windows, 16))
+    told = too_little_text(["none", fit], 48, token_windows(windows, 16))
     assert (told is None) == (windows >= enough)
     assert told is None or f"{enough} windows would do" in told
 
