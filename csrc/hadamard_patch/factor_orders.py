@@ -106,7 +106,8 @@ def difference(p: int, a: int, b: int) -> int:
 
 def paley_core(program: Program, x: Sequence[int], m: int, transposed: bool, chance: random.Random) -> list[Signed]:
     """``C @ x``, or with a skew C (the first construction) ``(I + C) @ x``; C the conference matrix of order q + 1."""
-    p, q, skew, chi = _field(m)
+    p, n, skew, chi = _field(m)
+    q = p**n
     minus = negatives(q, p)
     turn = -1 if skew and transposed else 1  # a skew C is the negative of its transpose
     half = [a for a in range(1, q) if a < minus[a]]
