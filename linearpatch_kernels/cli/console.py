@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,22 @@ if TYPE_CHECKING:
     from linearpatch_kernels.surgery.plan import PrunePlan
 
 
-class _Aside(Console):
+# What would move the cursor, clear the screen or colour what follows.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class _Letters(Console):
+    """Names of files and models are printed as they are: neither [bold] nor :x: nor an escape sequence means anything
+    in them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), **options)
+
+
+class _Aside(_Letters):
     """What is said beside a result: where it cannot be written (a log on a full disk), the work goes on."""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -34,15 +50,14 @@ class _Aside(Console):
             super().print(*objects, **options)
 
 
-# Names of files and models are printed as they are: neither [bold] nor :x: means anything in them.
-console = Console(markup=False, emoji=False, highlight=False)
-problems = _Aside(stderr=True, markup=False, emoji=False, highlight=False)
+console = _Letters()
+problems = _Aside(stderr=True)
 
 _PLAIN_INTERVAL = 5.0
 
 
 def print_error(message: str) -> None:
-    problems.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    problems.print(Text.assemble(("error:", "bold red"), " ", problems.render_str(message)), soft_wrap=True)
 
 
 class Notes:
@@ -142,17 +157,22 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
     if not found:
         return
 
-    def healed(part: float) -> str:
+    # Either may have been left out of the comparison.
+    dense, dropped = found.get("dense"), found.get("dropped (no patch)")
+
+    def healed(quality: Quality) -> str:
+        if dense is None or dropped is None or quality in (dense, dropped):
+            return ""
+        part = healed_share(dense, dropped, quality)
         return f"{100 * part:.0f} %" if math.isfinite(part) else ""
 
-    dense, dropped = found["dense"], found.get("dropped (no patch)")
     rows = [
         [
             name,
             figure(quality.perplexity),
             share(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
-            "" if dropped is None or quality in (dense, dropped) else healed(healed_share(dense, dropped, quality)),
+            healed(quality),
         ]
         for name, quality in found.items()
     ]

@@ -338,6 +338,50 @@ def test_distillation_says_whether_the_result_is_worse(
             assert (f"worse than {words}" in last) == (quality[row]["loss"] > quality[other]["loss"])
 
 
+@pytest.mark.parametrize("name", ["_quality_before", "_quality_after"])
+def test_a_comparison_that_fails_costs_no_training(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Whatever fails in it, with the trained model in memory."""
+    from linearpatch_kernels.evaluation import agreement
+
+    real = agreement.compare_quality
+
+    def failing(models: Any, *arguments: Any, **options: Any) -> Any:
+        if ("dense" in models) == (name == "_quality_before"):
+            raise RuntimeError("no memory for it")
+        return real(models, *arguments, **options)
+
+    assert prune(place, "dense", tmp_path / "pruned", "--fit", "linearpatch") is None
+    monkeypatch.setattr(agreement, "compare_quality", failing)
+    more = ["--teacher", place / "dense", "--text", place / "numbers.txt", "--steps", 2, "--length", 16, "--heldout", 2]
+    capsys.readouterr()
+    assert linearpatch("distill", tmp_path / "pruned", *more, "--device", "cpu", "-o", tmp_path / "out") is None
+    assert "is left out: RuntimeError, no memory for it" in " ".join(capsys.readouterr().err.split())
+    model, _ = load_model(tmp_path / "out", device="cpu")
+    assert patches(model)
+    assert "no memory for it" in next((tmp_path / "out").rglob("report.md")).read_text()
+
+
+@pytest.mark.parametrize("command", ["prune", "merge"])
+def test_a_comparison_that_fails_costs_no_cut(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from linearpatch_kernels.evaluation import agreement
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory for it")
+
+    monkeypatch.setattr(selection, "compare_candidates", failing)
+    monkeypatch.setattr(agreement, "compare_quality", failing)
+    what = ["--drop", 2, "--fit", "scalar", *SMALL] if command == "prune" else ["--layers", 4, "--heal", "scalar"]
+    small = [] if command == "prune" else ["--samples", 4, "--length", 16, "--device", "cpu"]
+    output = ["-o", tmp_path / "out", "--text", place / "numbers.txt"]
+    assert linearpatch(command, place / "dense", *what, *small, *output) is None
+    load_model(tmp_path / "out", device="cpu")
+    assert "no memory for it" in next((tmp_path / "out").rglob("report.md")).read_text()
+
+
 # --- too little text -------------------------------------------------------------------------------------------------
 
 

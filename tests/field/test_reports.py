@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from matplotlib.figure import Figure
 
+from linearpatch_kernels.cli import console
 from linearpatch_kernels.evaluation import Quality, report
 from linearpatch_kernels.evaluation.report import (
     CandidateRow,
@@ -206,6 +207,19 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "c.png").exists()
+
+
+def test_words_on_a_terminal_are_letters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a directory that somebody else made, for example, which `inspect` shows."""
+    console.print_table("[bold]t[/] \x1b[2Jt", ["[red]c :x:"], [["[i]r\x1b]0;r\x07"]])
+    console.print_error("[bold]e \x1b[31m")
+    console.Notes()("n\x1b[1A")
+    console.problems.print("p\x9b1m")
+    out, err = capsys.readouterr()
+    assert out.split()[:2] == ["[bold]t[/]", "\ufffd[2Jt"]
+    assert "[red]c :x:" in out
+    assert "[i]r\ufffd]0;r\ufffd" in out
+    assert err == "error: [bold]e \ufffd[31m\nnote: n\ufffd[1A\np\ufffd1m\n"
 
 
 # --- a report costs no result ----------------------------------------------------------------------------------------
