@@ -298,8 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("torch finds no GPU here: run it on a machine that has one, or with --dry", file=sys.stderr)
         return 2
     page = options.json.with_suffix(".md")
-    for file in (options.json, page):
-        if options.json == page or (file.exists() and "linearpatch" not in file.read_text(errors="replace")[:4096]):
+    for file, begins in ((options.json, '{\n "machine": '), (page, "# linearpatch-kernels on a GPU\n")):
+        if options.json == page or (file.exists() and not file.read_text(errors="replace").startswith(begins)):
             print(f"{file} is not a report of this benchmark: give another --json, FILE.json", file=sys.stderr)
             return 2
     there = ("triton",) if options.dry else BACKENDS

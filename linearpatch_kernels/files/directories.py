@@ -28,7 +28,7 @@ from linearpatch_kernels.files.owned import (
     shown,
 )
 from linearpatch_kernels.files.reading import said
-from linearpatch_kernels.files.whole import flush_directory, try_lock
+from linearpatch_kernels.files.whole import flush, flush_directory, try_lock
 
 # What a name may have in bytes on the file systems in use; the draft's is longer than the output's.
 _LONGEST_NAME = 255
@@ -269,12 +269,8 @@ def _flush(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         if path.is_dir():
             flush_directory(path)
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        else:
+            flush(path)
 
 
 def _put_in_place(draft: Path, target: Path) -> None:

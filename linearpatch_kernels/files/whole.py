@@ -49,11 +49,16 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 def flush_directory(directory: Path) -> None:
     """Make the names in a directory outlast a power cut, where the file system can flush directories."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(directory)
+
+
+def flush(path: Path) -> None:
+    """Write what the system still holds of a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_line(path: Path, line: str) -> None:

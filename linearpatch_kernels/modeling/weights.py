@@ -138,7 +138,7 @@ def _stored_shapes(path: Path, files: list[Path]) -> Shapes:
             raise InputError(f"{file} may not be read by you: ask its owner for chmod +r")
         try:
             with safe_open(file, framework="pt") as weights:
-                found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+                found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (no mapping)
         except Exception as error:
             raise InputError(f"{file} is damaged or cut short ({error}): {AGAIN}") from error
         twice = found.keys() & shapes.keys()

@@ -153,9 +153,9 @@ def test_auto_chooses_among_what_is_finite(monkeypatch: pytest.MonkeyPatch) -> N
     model, windows = tiny(), token_windows(4, 16)
     statistics = calibrate(model, [windows], moments=[Span(1, 3)])
     for name in FITS:
-        monkeypatch.setitem(FITS, name, lambda *_: broken())  # type: ignore[arg-type]
+        monkeypatch.setitem(FITS, name, lambda *_: broken())  # type: ignore[arg-type]  # a fit that only fails
     told: list[str] = []
-    monkeypatch.setitem(FITS, "none", lambda *_: None)  # type: ignore[arg-type]
+    monkeypatch.setitem(FITS, "none", lambda *_: None)  # type: ignore[arg-type]  # takes any arguments
     with pytest.raises(UnusableFit):
         fit_patch(statistics, Span(1, 3), "scalar")
     choice = choose_fit(model, windows, statistics, [Span(1, 3)], rank=4, noted=told.append)
@@ -194,7 +194,7 @@ def test_the_score_loss_passes_over_spans_that_cannot_be_healed(monkeypatch: pyt
             raise UnusableFit(f"silent at {span}")
         return real(statistics, span, rank)
 
-    monkeypatch.setitem(FITS, "linearpatch", unusable)  # type: ignore[arg-type]
+    monkeypatch.setitem(FITS, "linearpatch", unusable)  # type: ignore[arg-type]  # a fit that only fails
     told: list[str] = []
     made = plan_pruning(model, windows, windows[:2], drop=2, score="loss", fit="linearpatch", rank=4, noted=told.append)
     assert made.plan.spans != [best]

@@ -240,7 +240,7 @@ def test_a_picture_that_fails_is_left_out_with_a_note() -> None:
 
 def test_a_section_that_fails_is_left_out_with_a_note(tmp_path: Path) -> None:
     told: list[str] = []
-    broken: Any = [QualityRow("dense", 2, None)]  # type: ignore[arg-type]
+    broken: Any = [QualityRow("dense", 2, None)]  # type: ignore[arg-type]  # what must not break the page
     text = write_report(tmp_path, ReportData("t", quality=broken, usage="load()"), told.append).read_text()
     assert "## Quality" not in text
     assert "load()" in text
