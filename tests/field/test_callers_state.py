@@ -245,15 +245,20 @@ def same(one: Any, other: Any) -> bool:
     return one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("flow", FLOWS)
+# Under autocast, evaluating measures the model as the caller runs it, and the flow of operators has matrix products of
+# its own, which are narrowed: neither is a result of ours.
+CASES = [
+    (flow, state)
+    for flow in FLOWS
+    for state in STATES
+    if (flow, state) not in (("evaluating", "autocast"), ("operators", "autocast"))
+]
+
+
+@pytest.mark.parametrize(("flow", "state"), CASES)
 def test_no_result_depends_on_it(
     flow: str, state: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    if (flow, state) == ("evaluating", "autocast"):
-        pytest.skip("what is measured is the model as the caller runs it")
-    if (flow, state) == ("operators", "autocast"):
-        pytest.skip("the matrix products of this test itself are narrowed")
     if flow not in FOLDERS:
         FOLDERS[flow] = tmp_path_factory.mktemp(flow)
     expected = wanted(flow, FOLDERS[flow])
