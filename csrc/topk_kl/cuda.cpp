@@ -17,15 +17,22 @@ void require(bool fits, const char* name, const Tensor& t) {
   if (!fits) refuse(std::string(name) + " is not in the form that the kernel takes: " + described(t));
 }
 
-// The numbers of a contiguous tensor.
+// The numbers of a contiguous tensor, to be read: what is asked for to be written loses its share of a lazy clone.
 template <class T>
-T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count) {
+const T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count) {
   require(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count, name, t);
-  return static_cast<T*>(t.mutable_data_ptr());
+  return static_cast<const T*>(t.const_data_ptr());
 }
-float* floats(const char* name, const Tensor& t, int64_t count) { return numbers<float>(name, t, ScalarType::Float, count); }
-float* floats(const char* name, const Optional& t, int64_t count) { return t ? floats(name, *t, count) : nullptr; }
-int32_t* integers(const char* name, const Tensor& t, int64_t count) { return numbers<int32_t>(name, t, ScalarType::Int, count); }
+const float* floats(const char* name, const Tensor& t, int64_t count) { return numbers<float>(name, t, ScalarType::Float, count); }
+const float* floats(const char* name, const Optional& t, int64_t count) { return t ? floats(name, *t, count) : nullptr; }
+const int32_t* integers(const char* name, const Tensor& t, int64_t count) { return numbers<int32_t>(name, t, ScalarType::Int, count); }
+
+// Those that a kernel writes.
+float* results(const char* name, const Tensor& t, int64_t count) {
+  floats(name, t, count);
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+float* results(const char* name, const Optional& t, int64_t count) { return t ? results(name, *t, count) : nullptr; }
 
 // Rows of 16-byte vectors; bytes from row to row.
 int64_t row_stride(const char* name, const Tensor& t) {
@@ -45,7 +52,7 @@ VocabularyPart part_of(const Tensor& logits, int64_t size, const Optional& bias,
   VocabularyPart call{};
   row_stride("logits", logits);
   require(logits.scalar_type() == ScalarType::Float && size <= logits.size(1), "logits", logits);
-  call.logits = static_cast<float*>(logits.mutable_data_ptr());
+  call.logits = static_cast<const float*>(logits.const_data_ptr());
   call.stride = logits.stride(0);
   call.tokens = narrow(ids.size(0));
   call.slots = narrow(ids.size(1));
@@ -89,8 +96,8 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   call.ids = integers("ids", ids, count);
   call.scale = floats("scale", scale, 1);
   call.inverse_temperature = static_cast<float>(1 / temperature);
-  call.z = floats("z", z, count);
-  call.dhidden = floats("dhidden", dhidden, hidden.numel());
+  call.z = results("z", z, count);
+  call.dhidden = results("dhidden", dhidden, hidden.numel());
   require(weight.size(1) == hidden.size(1) && plan_slots(call).possible, "hidden", hidden);
   const Place place(hidden.get_device_index());
   check(launch_slots(call, place.stream));
@@ -109,10 +116,10 @@ void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, Optional rest, Tensor sc
   call.scale = floats("scale", scale, 1);
   call.inverse_temperature = static_cast<float>(1 / temperature);
   call.tail = tail;
-  call.losses = floats("losses", losses, tokens);
-  call.normalizers = floats("normalizers", normalizers, 4 * tokens);
-  call.dz = floats("dz", dz, count);
-  call.factors = floats("factors", factors, tokens);
+  call.losses = results("losses", losses, tokens);
+  call.normalizers = results("normalizers", normalizers, 4 * tokens);
+  call.dz = results("dz", dz, count);
+  call.factors = results("factors", factors, tokens);
   const Place place(z.get_device_index());
   check(launch_tokens(call, place.stream));
 }
@@ -120,8 +127,8 @@ void topk_kl_tokens(Tensor z, Tensor probs, Tensor ids, Optional rest, Tensor sc
 void topk_kl_combine(Tensor rows, Tensor index, Tensor factors, Tensor starts, Optional old_factors, Optional out,
                      Optional sums) {
   RowSums call{};
-  const int64_t results = starts.numel() - 1;
-  call.results = narrow(results);
+  const int64_t sums_made = starts.numel() - 1;
+  call.results = narrow(sums_made);
   call.count = narrow(rows.size(0));
   call.width = narrow(rows.size(1));
   call.stride = row_stride("rows", rows);
@@ -129,10 +136,10 @@ void topk_kl_combine(Tensor rows, Tensor index, Tensor factors, Tensor starts, O
   call.dtype = *kernel_dtype(rows);
   call.index = integers("index", index, factors.numel());
   call.factors = floats("factors", factors, factors.numel());
-  call.starts = integers("starts", starts, results + 1);
-  call.old_factors = floats("old_factors", old_factors, results);
-  call.out = floats("out", out, results * rows.size(1));
-  call.sums = floats("sums", sums, results);
+  call.starts = integers("starts", starts, sums_made + 1);
+  call.old_factors = floats("old_factors", old_factors, sums_made);
+  call.out = results("out", out, sums_made * rows.size(1));
+  call.sums = results("sums", sums, sums_made);
   const Place place(rows.get_device_index());
   check(launch_sums(call, place.stream));
 }
@@ -140,12 +147,14 @@ void topk_kl_combine(Tensor rows, Tensor index, Tensor factors, Tensor starts, O
 void topk_kl_carry(Tensor logits, int64_t size, Optional bias, Tensor ids, Tensor bounds, int64_t first, double temperature,
                    Tensor z, Tensor rest, Optional exp, Optional dhidden) {
   VocabularyPart call = part_of(logits, size, bias, ids, bounds, first, temperature);
-  call.z = floats("z", z, ids.numel());
-  call.rest = floats("rest", rest, 2 * ids.size(0));
+  call.overwritten = static_cast<float*>(logits.mutable_data_ptr());
+  call.logits = call.overwritten;
+  call.z = results("z", z, ids.numel());
+  call.rest = results("rest", rest, 2 * ids.size(0));
   if (exp && dhidden) {
     give_out(call, "exp", logits, *exp);
     call.width = narrow(dhidden->size(1));
-    call.dhidden = floats("dhidden", dhidden, ids.size(0) * dhidden->size(1));
+    call.dhidden = results("dhidden", dhidden, ids.size(0) * dhidden->size(1));
   }
   const Place place(logits.get_device_index());
   check(launch_carry(call, place.stream));

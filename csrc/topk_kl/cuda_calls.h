@@ -65,7 +65,7 @@ struct RowSums {
 };
 
 struct VocabularyPart {
-  float* logits;  // [tokens, size], a part of the vocabulary from `first` on
+  const float* logits;  // [tokens, size], a part of the vocabulary from `first` on
   const float* bias;
   const int32_t* ids;
   const int32_t* bounds;  // [tokens, blocks + 1]
@@ -75,6 +75,7 @@ struct VocabularyPart {
   char* out;  // exp or dlogits; or null
   Dtype out_dtype;
   // to carry
+  float* overwritten;  // the logits
   float* z;
   float* rest;
   float* dhidden;

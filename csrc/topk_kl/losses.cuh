@@ -265,7 +265,7 @@ DEVICE void load_part(const VocabularyPart& call, const float* row, int column, 
 // and dhidden is made relative to the new m'. The slots' logits are overwritten.
 __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const VocabularyPart call) {
   const int64_t token = blockIdx.x;
-  float* const row = call.logits + token * call.stride;
+  float* const row = call.overwritten + token * call.stride;
   const int32_t* const ids = call.ids + token * call.slots;
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock;
   const int begin = read_int(bounds), end = read_int(bounds + (call.size + kVocabularyBlock - 1) / kVocabularyBlock);

@@ -120,6 +120,15 @@ def test_what_does_not_count_is_not_read(
     assert not emulator.faults()
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_lazy_clone_that_is_only_read_is_not_copied(emulator: Emulator, normalization: str) -> None:
+    given = [torch._lazy_clone(tensor) for tensor in (*operands(), torch.randn(60))]
+    results = gpu.linear_topk_kl_loss(*given, normalization, 1.0, True, True, True, emulator.kernels)
+    assert all(torch._C._is_cow_tensor(tensor) for tensor in given)
+    again = gpu.linear_topk_kl_loss(*given, normalization, 1.0, True, True, True, emulator.kernels)
+    assert all(one.equal(two) for one, two in zip(results, again, strict=True))
+
+
 @pytest.mark.parametrize("width", [1, 12, 8200])
 def test_other_widths_are_not_served(width: int) -> None:
     assert not cuda.COMPILED.serves(width)

@@ -52,7 +52,8 @@ class Kernels:
     @staticmethod
     def readable(rows: Tensor) -> Tensor:
         """The same rows, in 16-byte vectors."""
-        aligned = rows.data_ptr() % 16 == 0 and (len(rows) < 2 or rows.stride(0) * rows.element_size() % 16 == 0)
+        address = torch._C._data_address(rows)  # data_ptr() would copy what is a lazy clone
+        aligned = address % 16 == 0 and (len(rows) < 2 or rows.stride(0) * rows.element_size() % 16 == 0)
         if rows.stride(1) == 1 and aligned:
             return rows
         return rows.clone(memory_format=torch.contiguous_format)
