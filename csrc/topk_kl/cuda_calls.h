@@ -95,7 +95,8 @@ inline int vectors_of(const SlotRows& call) { return call.width > 2048 ? 2 : 1; 
 
 inline Launch plan_slots(const SlotRows& call) {
   const int threads = 32 * warps_of((call.width / kVectorOfRow + vectors_of(call) - 1) / vectors_of(call));
-  return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
+  const bool near = call.vocabulary < 2 || call.weight_stride <= INT32_MAX;  // multiplied in 32 bits
+  return {near && call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
           2 * threads / 32 * kSlotsTogether * 4};
 }
 

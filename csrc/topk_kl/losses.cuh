@@ -19,6 +19,58 @@ DEVICE float weight_of(float before, float after, float inverse) {
   return before == -infinity() ? 0.0f : expf((finite(before) - finite(after)) * inverse);
 }
 
+// Eight numbers as they lie in memory. A load that is unpacked where it is asked for is waited for before the next one is
+// sent; those that are fetched first travel together.
+template <int pieces>
+struct Fetched {
+  uint4 bits[pieces];
+};
+template <class Type>
+constexpr int kPieces = Type::bytes / 2;
+template <>
+constexpr int kPieces<Any> = 2;
+
+template <class T>
+DEVICE Fetched<kPieces<Known<T>>> fetched(const Known<T>&, const char* row, int i, bool there) {
+  Fetched<kPieces<Known<T>>> eight{};
+#pragma unroll
+  for (int piece = 0; piece < kPieces<Known<T>>; ++piece)
+    if (there) eight.bits[piece] = load16(row + i * Known<T>::bytes + 16 * piece);
+  return eight;
+}
+DEVICE Fetched<2> fetched(const Any& type, const char* row, int i, bool there) {
+  Fetched<2> eight{};
+  const bool single = type.dtype == Dtype::float32;
+  row += i * (single ? 4 : 2);
+  if (there) eight.bits[0] = load16(row);
+  if (there && single) eight.bits[1] = load16(row + 16);
+  return eight;
+}
+
+DEVICE void unpacked(float, const uint4* bits, float* v) {
+#pragma unroll
+  for (int piece = 0; piece < 2; ++piece) {
+    v[4 * piece] = __uint_as_float(bits[piece].x), v[4 * piece + 1] = __uint_as_float(bits[piece].y);
+    v[4 * piece + 2] = __uint_as_float(bits[piece].z), v[4 * piece + 3] = __uint_as_float(bits[piece].w);
+  }
+}
+template <class T>
+DEVICE void unpacked(T type, const uint4* bits, float* v) {
+  const uint32_t words[] = {bits->x, bits->y, bits->z, bits->w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = unpack(type, words[i]);
+    v[2 * i] = two.x, v[2 * i + 1] = two.y;
+  }
+}
+template <class T>
+DEVICE void unpacked(const Known<T>&, const Fetched<kPieces<Known<T>>>& eight, float* v) { unpacked(T{}, eight.bits, v); }
+DEVICE void unpacked(const Any& type, const Fetched<2>& eight, float* v) {
+  if (type.dtype == Dtype::float32) return unpacked(float{}, eight.bits, v);
+  if (type.dtype == Dtype::float16) return unpacked(Half{}, eight.bits, v);
+  unpacked(BFloat16{}, eight.bits, v);
+}
+
 struct Add {
   DEVICE float operator()(float a, float b) const { return a + b; }
 };
@@ -26,11 +78,34 @@ struct Larger {
   DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-template <class Operation>
+// Of a lane, for all of its warp.
+DEVICE float of_lane(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+DEVICE int of_lane(int v, int lane) { return static_cast<int>(__float_as_uint(of_lane(__uint_as_float(v), lane))); }
+
+// Of every `lanes` lanes that lie together.
+template <int lanes_ = 32, class Operation>
 DEVICE float over_warp(float v, Operation operation) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) v = operation(v, __shfl_xor_sync(0xffffffffu, v, lanes));
+  for (int lanes = lanes_ / 2; lanes; lanes /= 2) v = operation(v, __shfl_xor_sync(0xffffffffu, v, lanes));
   return v;
+}
+
+// The sums of n numbers a lane: lane l has that of v[l / (32 / n)]. Lanes halve what they add up as long as it is several
+// numbers, which takes n + 3 shuffles or fewer, where each number by itself takes five.
+template <int n>
+DEVICE float sums_over_warp(float (&v)[n]) {
+  int lanes = 16;
+#pragma unroll
+  for (int half = n / 2; half; half /= 2, lanes /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool upper = threadIdx.x & lanes;
+      const float kept = upper ? v[i + half] : v[i], given = upper ? v[i] : v[i + half];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, given, lanes);
+    }
+#pragma unroll
+  for (; lanes; lanes /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], lanes);
+  return v[0];
 }
 
 // Of all threads' v, for all of them. Shared memory has a float for every warp.
@@ -50,88 +125,104 @@ DEVICE float over_block(float v, Operation operation) {
 // --- the slots of the linear loss ---
 
 // A block has one token: every slot's z, and with dhidden the gradient for "topk". A slot's row is read once: the sums of
-// exp((z - m) / T) w and of p w are carried along, m the largest z so far, `together` slots between two barriers.
+// exp((z - m) / T) w and of p w are carried along, m the largest z so far, `together` slots between two barriers. Their
+// rows travel together, and so do the next slots' ids, without which no row can be asked for. What there is of a slot, but
+// its row, has one of `together` lanes.
 template <class Weight, int vectors, int together>
 __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const SlotRows call) {
   const Weight weight(call.weight_dtype);
   const Any hidden(call.hidden_dtype);
   float* const shared = shared_memory();
   const int thread = threadIdx.x, warps = blockDim.x / 32, count = call.width / kVectorOfRow;
-  const int64_t token = blockIdx.x, place = token * call.slots;
+  const int slot = thread % together, weight_stride = static_cast<int>(call.weight_stride);
+  const int64_t token = blockIdx.x, place = token * call.slots + slot;
   const auto vector = [&](int v) { return thread + v * static_cast<int>(blockDim.x); };
+  const auto inside = [&](int id) { return static_cast<unsigned>(id) < static_cast<unsigned>(call.vocabulary); };
+  int next = -1;
+  float next_p = 0;
+  const auto ask = [&](int first) {
+    next = -1;
+    if (first + slot >= call.slots) return;
+    next = read_int(call.ids + place + first);
+    if (call.dhidden) next_p = read(call.probs + place + first);
+  };
+  ask(0);
   float h[vectors][8], student[vectors][8], teacher[vectors][8];
+  Fetched<2> of_hidden[vectors];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v)
+    of_hidden[v] = fetched(hidden, call.hidden + token * call.hidden_stride, 8 * vector(v), vector(v) < count);
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
+    unpacked(hidden, of_hidden[v], h[v]);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) h[v][e] = student[v][e] = teacher[v][e] = 0;
-    if (vector(v) < count) hidden.load(call.hidden + token * call.hidden_stride, 8 * vector(v), h[v]);
+    for (int e = 0; e < 8; ++e) student[v][e] = teacher[v][e] = 0;
   }
-  float largest = -infinity(), sum = 0, total = 0;
-  bool counted = false;
+  float largest = -infinity(), sum = 0, total = 0, present = 0;
   int turn = 0;
   for (int first = 0; first < call.slots; first += together, turn ^= 1) {
-    float rows[together][vectors][8], z[together];
-    int ids[together];
+    const int id = next;
+    const float p = id >= 0 ? next_p : 0.0f;
+    Fetched<kPieces<Weight>> rows[together][vectors];
 #pragma unroll
     for (int g = 0; g < together; ++g) {
-      const int id = first + g < call.slots ? read_int(call.ids + place + first + g) : -1;
-      ids[g] = id;
+      const int row = of_lane(id, g);
+      const char* const start = call.weight + static_cast<int64_t>(row) * weight_stride;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) rows[g][v] = fetched(weight, start, 8 * vector(v), inside(row) && vector(v) < count);
+    }
+    float z = call.bias && inside(id) ? read(call.bias + id) : 0.0f, dots[together];
+    ask(first + together);
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      dots[g] = 0;
 #pragma unroll
       for (int v = 0; v < vectors; ++v) {
+        float row[8];
+        unpacked(weight, rows[g][v], row);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) rows[g][v][e] = 0;
-        if (id >= 0 && id < call.vocabulary && vector(v) < count)
-          weight.load(call.weight + id * call.weight_stride, 8 * vector(v), rows[g][v]);
+        for (int e = 0; e < 8; ++e) dots[g] += row[e] * h[v][e];
       }
     }
-#pragma unroll
-    for (int g = 0; g < together; ++g) {
-      float dot = 0;
-#pragma unroll
-      for (int v = 0; v < vectors; ++v)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) dot += rows[g][v][e] * h[v][e];
-      dot = over_warp(dot, Add{});
-      if (thread % 32 == 0) write(shared + (turn * warps + thread / 32) * together + g, dot);
-    }
+    const float of_warp = sums_over_warp(dots);
+    if (thread % (32 / together) == 0) write(shared + turn * warps * together + thread / (32 / together), of_warp);
     __syncthreads();  // the other turn's dots are read before the next one: one barrier is enough
-    float now = largest;
-#pragma unroll
-    for (int g = 0; g < together; ++g) {
-      z[g] = 0;
-      for (int w = 0; w < warps; ++w) z[g] += read(shared + (turn * warps + w) * together + g);
-      const bool inside = ids[g] >= 0 && ids[g] < call.vocabulary;
-      if (call.bias && inside) z[g] += read(call.bias + ids[g]);
-      if (ids[g] >= call.vocabulary) z[g] = not_a_number();
-      if (thread == 0 && first + g < call.slots) write(call.z + place + first + g, z[g]);
-      if (ids[g] < 0) z[g] = -infinity();
-      now = fmaxf(now, z[g]);
-    }
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) z += read(shared + (turn * warps + w) * together + slot);
+    if (id >= call.vocabulary) z = not_a_number();
+    if (id < 0) z = -infinity();  // so that an absent slot adds nothing to any sum
+    if (thread < together && first + slot < call.slots) write(call.z + place + first, z);
     if (!call.dhidden) continue;
+    const float now = fmaxf(largest, over_warp<together>(z, Larger{}));
     const float kept = weight_of(largest, now, call.inverse_temperature);
-    sum *= kept;
+    const float e_of_z = expf((z - finite(now)) * call.inverse_temperature);
+    sum = sum * kept + e_of_z;
+    total += p;
+    present = id >= 0 ? 1.0f : present;
+    largest = now;
 #pragma unroll
     for (int v = 0; v < vectors; ++v)
 #pragma unroll
       for (int e = 0; e < 8; ++e) student[v][e] *= kept;
 #pragma unroll
     for (int g = 0; g < together; ++g) {
-      if (ids[g] < 0) continue;
-      const float p = read(call.probs + place + first + g), e_of_z = expf((z[g] - finite(now)) * call.inverse_temperature);
-      sum += e_of_z;
-      total += p;
-      counted = true;
+      const float of_student = of_lane(e_of_z, g), of_teacher = of_lane(p, g);
 #pragma unroll
-      for (int v = 0; v < vectors; ++v)
+      for (int v = 0; v < vectors; ++v) {
+        float row[8];
+        unpacked(weight, rows[g][v], row);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          student[v][e] += e_of_z * rows[g][v][e];
-          teacher[v][e] += p * rows[g][v][e];
+          student[v][e] += of_student * row[e];
+          teacher[v][e] += of_teacher * row[e];
         }
+      }
     }
-    largest = now;
   }
   if (!call.dhidden) return;
+  sum = over_warp<together>(sum, Add{});
+  total = over_warp<together>(total, Add{});
+  const bool counted = over_warp<together>(present, Larger{}) != 0.0f;
   const float scale = counted ? read(call.scale) : 0.0f, factor = counted ? total / sum : 0.0f;
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {

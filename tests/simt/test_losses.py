@@ -143,8 +143,8 @@ MUTATIONS = {
         "race: logits",
     ),
     "no check of an id": (
-        "if (id >= 0 && id < call.vocabulary && vector(v)",
-        "if (id >= 0 && vector(v)",
+        "inside(row) && vector(v) < count",
+        "row >= 0 && vector(v) < count",
         "out of bounds",
     ),
     "slots overwritten before they are read": (

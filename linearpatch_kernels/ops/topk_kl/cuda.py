@@ -53,7 +53,8 @@ class Kernels:
     def readable(rows: Tensor) -> Tensor:
         """The same rows, in 16-byte vectors."""
         address = torch._C._data_address(rows)  # data_ptr() would copy what is a lazy clone
-        aligned = address % 16 == 0 and (len(rows) < 2 or rows.stride(0) * rows.element_size() % 16 == 0)
+        step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
+        aligned = address % 16 == step % 16 == 0 and step < 2**31
         if rows.stride(1) == 1 and aligned:
             return rows
         return rows.clone(memory_format=torch.contiguous_format)
