@@ -85,7 +85,7 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   call.width = narrow(hidden.size(1));
   call.vocabulary = narrow(weight.size(0));
   call.hidden_stride = row_stride("hidden", hidden);
-  call.weight_stride = row_stride("weight", weight);
+  call.weight_stride = static_cast<uint32_t>(narrow(weight.size(0) < 2 ? 0 : row_stride("weight", weight)));
   call.hidden = static_cast<const char*>(hidden.const_data_ptr());
   call.weight = static_cast<const char*>(weight.const_data_ptr());
   call.hidden_dtype = *kernel_dtype(hidden);
@@ -156,6 +156,7 @@ void topk_kl_carry(Tensor logits, int64_t size, Optional bias, Tensor ids, Tenso
     call.width = narrow(dhidden->size(1));
     call.dhidden = results("dhidden", dhidden, ids.size(0) * dhidden->size(1));
   }
+  require(plan_carry(call).possible, "logits", logits);
   const Place place(logits.get_device_index());
   check(launch_carry(call, place.stream));
 }

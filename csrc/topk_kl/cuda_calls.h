@@ -15,16 +15,19 @@ namespace linearpatch::cuda {
 
 constexpr int kVectorOfRow = 8;       // numbers that a thread reads together
 constexpr int kWidestRow = 8192;      // of slot_rows: a thread holds two vectors of a row, of 512 threads
-constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2;
+constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2, kRowsTogether = 4;
 constexpr int kTokenThreads = 128;
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 128, kCombineBlocks = 8;  // with registers for rows that travel together
 constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
+constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
+constexpr int kMostThreadsOfPart = 1024;
 
 struct SlotRows {
   const char* hidden;
   const char* weight;
-  int64_t hidden_stride, weight_stride;
+  int64_t hidden_stride;
+  uint32_t weight_stride;  // so that a row's place is one instruction
   Dtype hidden_dtype, weight_dtype;
   const float* bias;  // or null
   const float* probs;
@@ -95,8 +98,7 @@ inline int vectors_of(const SlotRows& call) { return call.width > 2048 ? 2 : 1; 
 
 inline Launch plan_slots(const SlotRows& call) {
   const int threads = 32 * warps_of((call.width / kVectorOfRow + vectors_of(call) - 1) / vectors_of(call));
-  const bool near = call.vocabulary < 2 || call.weight_stride <= INT32_MAX;  // multiplied in 32 bits
-  return {near && call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
+  return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
           2 * threads / 32 * kSlotsTogether * 4};
 }
 
@@ -110,7 +112,8 @@ inline Launch plan_sums(const RowSums& call) {
 }
 
 inline Launch plan_carry(const VocabularyPart& call) {
-  return {true, false, call.tokens, 1, kVocabularyThreads, kVocabularyThreads / 32 * 4};
+  const int held = kVectorsOfPart * kVectorOfRow, threads = 32 * warps_of((call.size + held - 1) / held);
+  return {threads <= kMostThreadsOfPart, false, call.tokens, 1, threads, threads / 32 * 4};
 }
 
 inline Launch plan_differentiate(const VocabularyPart& call) {

@@ -3,6 +3,8 @@
 // What is added up is added up in one order, each number by one block, without atomics: the same call, the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "../hadamard_patch/stages.cuh"
 #include "cuda_calls.h"
 
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
   const Any hidden(call.hidden_dtype);
   float* const shared = shared_memory();
   const int thread = threadIdx.x, warps = blockDim.x / 32, count = call.width / kVectorOfRow;
-  const int slot = thread % together, weight_stride = static_cast<int>(call.weight_stride);
+  const int slot = thread % together;
   const int64_t token = blockIdx.x, place = token * call.slots + slot;
   const auto vector = [&](int v) { return thread + v * static_cast<int>(blockDim.x); };
   const auto inside = [&](int id) { return static_cast<unsigned>(id) < static_cast<unsigned>(call.vocabulary); };
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
 #pragma unroll
     for (int g = 0; g < together; ++g) {
       const int row = of_lane(id, g);
-      const char* const start = call.weight + static_cast<int64_t>(row) * weight_stride;
+      const char* const start = call.weight + uint64_t{static_cast<uint32_t>(row)} * call.weight_stride;
 #pragma unroll
       for (int v = 0; v < vectors; ++v) rows[g][v] = fetched(weight, start, 8 * vector(v), inside(row) && vector(v) < count);
     }
@@ -234,19 +236,23 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
   }
 }
 
-template <class Weight, class Run>
-void with_vectors(const SlotRows& call, Run run) {
-  if (vectors_of(call) == 1) return run(slot_rows<Weight, 1, kSlotsTogether>);
-  run(slot_rows<Weight, 2, kSlotsTogetherOfTwo>);
+// run(the type of a tensor's elements, as the kernels take it).
+template <class Run>
+void with_type(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::float32: return run(std::type_identity<Known<float>>{});
+    case Dtype::float16: return run(std::type_identity<Known<Half>>{});
+    case Dtype::bfloat16: return run(std::type_identity<Known<BFloat16>>{});
+  }
 }
 
 template <class Run>
 void with_slots_kernel(const SlotRows& call, Run run) {
-  switch (call.weight_dtype) {
-    case Dtype::float32: return with_vectors<Known<float>>(call, run);
-    case Dtype::float16: return with_vectors<Known<Half>>(call, run);
-    case Dtype::bfloat16: return with_vectors<Known<BFloat16>>(call, run);
-  }
+  with_type(call.weight_dtype, [&](auto type) {
+    using Weight = typename decltype(type)::type;
+    if (vectors_of(call) == 1) return run(slot_rows<Weight, 1, kSlotsTogether>);
+    run(slot_rows<Weight, 2, kSlotsTogetherOfTwo>);
+  });
 }
 
 // --- a token's loss ---
@@ -307,9 +313,11 @@ __global__ void __launch_bounds__(kTokenThreads) token_slots(const TokenSlots ca
 
 // --- sums of rows ---
 
-// out[r] = the sum of factors[i] * rows[index[i]] over starts[r] <= i < starts[r + 1], plus old_factors[r] * out[r].
-__global__ void __launch_bounds__(kCombineThreads) combine_rows(const RowSums call) {
-  const Any type(call.dtype);
+// out[r] = the sum of factors[i] * rows[index[i]] over starts[r] <= i < starts[r + 1], plus old_factors[r] * out[r]. Some
+// rows travel together; they are added one by one.
+template <class Rows>
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks) combine_rows(const RowSums call) {
+  const Rows type(call.dtype);
   const int64_t result = blockIdx.x;
   const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
   const int end = read_int(call.starts + result + 1);
@@ -324,42 +332,68 @@ __global__ void __launch_bounds__(kCombineThreads) combine_rows(const RowSums ca
       for (int e = 0; e < 8; ++e) total[e] *= old;
     }
   }
-  for (int i = read_int(call.starts + result); i < end; ++i) {
-    const float factor = read(call.factors + i);
-    sum += factor;
-    if (!mine) continue;
-    const int index = read_int(call.index + i);
-    if (index < 0 || index >= call.count) continue;
-    float row[8];
-    type.load(call.rows + index * call.stride, column, row);
+  for (int first = read_int(call.starts + result); first < end; first += kRowsTogether) {
+    float factors[kRowsTogether];
+    int index[kRowsTogether];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) total[e] += factor * row[e];
+    for (int g = 0; g < kRowsTogether; ++g) {
+      const bool there = first + g < end;
+      factors[g] = there ? read(call.factors + first + g) : 0.0f;
+      index[g] = there && mine ? read_int(call.index + first + g) : -1;
+    }
+    Fetched<kPieces<Rows>> rows[kRowsTogether];
+#pragma unroll
+    for (int g = 0; g < kRowsTogether; ++g) {
+      const bool there = index[g] >= 0 && index[g] < call.count;
+      rows[g] = fetched(type, call.rows + index[g] * call.stride, column, there);
+      sum += factors[g];
+      if (!there) factors[g] = 0;
+    }
+#pragma unroll
+    for (int g = 0; g < kRowsTogether; ++g) {
+      float row[8];
+      unpacked(type, rows[g], row);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) total[e] += factors[g] * row[e];
+    }
   }
   if (mine) store8(float{}, reinterpret_cast<char*>(out), total);
   if (call.sums && !threadIdx.x && !blockIdx.y) write(call.sums + result, sum);
 }
 
+template <class Run>
+void with_sums_kernel(const RowSums& call, Run run) {
+  with_type(call.dtype, [&](auto type) { run(combine_rows<typename decltype(type)::type>); });
+}
+
 // --- a part of the vocabulary ---
 
-// z of eight columns, -infinity beyond the last; the row is padded to whole vectors.
-DEVICE void load_part(const VocabularyPart& call, const float* row, int column, float* z) {
-  load8(float{}, reinterpret_cast<const char*>(row + column), z);
+// Eight logits of each column, in a row that is padded to whole vectors, become z: with the bias, -infinity beyond the last.
+template <int vectors, class Column>
+DEVICE void finish_logits(const VocabularyPart& call, Column column, float (&z)[vectors][8]) {
+  if (call.bias)
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const bool inside = column + e < call.size;
-    if (inside && call.bias) z[e] += read(call.bias + call.first + column + e);
-    if (!inside) z[e] = -infinity();
-  }
+    for (int v = 0; v < vectors; ++v)
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (column(v) + e < call.size) z[v][e] += read(call.bias + call.first + column(v) + e);
+#pragma unroll
+  for (int v = 0; v < vectors; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (column(v) + e >= call.size) z[v][e] = -infinity();
 }
 
 // A block has one token: its slots' z go out, the rest into (m', s'); with `out` exp((z - m') / T) of the rest goes there,
-// and dhidden is made relative to the new m'. The slots' logits are overwritten.
-__global__ void __launch_bounds__(kVocabularyThreads) carry_part(const VocabularyPart call) {
+// and dhidden is made relative to the new m'. The slots' logits are overwritten. A thread holds all of its logits, so that
+// they are read once, and exp is taken once.
+__global__ void __launch_bounds__(kMostThreadsOfPart) carry_part(const VocabularyPart call) {
   const int64_t token = blockIdx.x;
   float* const row = call.overwritten + token * call.stride;
   const int32_t* const ids = call.ids + token * call.slots;
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock;
   const int begin = read_int(bounds), end = read_int(bounds + (call.size + kVocabularyBlock - 1) / kVocabularyBlock);
+  const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
     const int id = read_int(ids + k);
     const float z = read(row + id - call.first) + (call.bias ? read(call.bias + id) : 0.0f);
@@ -371,21 +405,30 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
     if (k == begin || read_int(ids + k - 1) != id) write(row + id - call.first, -infinity());
   }
   __syncthreads();
-  const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
+  const Known<float> single(Dtype::float32);
+  const auto column = [&](int v) { return 8 * static_cast<int>(threadIdx.x + v * blockDim.x); };
+  Fetched<2> logits[kVectorsOfPart];
+#pragma unroll
+  for (int v = 0; v < kVectorsOfPart; ++v)
+    logits[v] = fetched(single, reinterpret_cast<const char*>(row), column(v), column(v) < call.size);
   const float inverse = call.inverse_temperature;
-  float largest = before, sum = 0, z[8];
-  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
-    load_part(call, row, column, z);
-    float now = largest;
+  float largest = before, sum = 0, z[kVectorsOfPart][8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) now = fmaxf(now, z[e]);
-    sum *= weight_of(largest, now, inverse);
+  for (int v = 0; v < kVectorsOfPart; ++v) unpacked(single, logits[v], z[v]);
+  finish_logits(call, column, z);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum += expf((z[e] - finite(now)) * inverse);
-    largest = now;
-  }
+  for (int v = 0; v < kVectorsOfPart; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) largest = fmaxf(largest, z[v][e]);
   const float most = over_block(largest, Larger{});
-  sum = over_block(sum * weight_of(largest, most, inverse), Add{});
+#pragma unroll
+  for (int v = 0; v < kVectorsOfPart; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      z[v][e] = expf((z[v][e] - finite(most)) * inverse);
+      sum += z[v][e];
+    }
+  sum = over_block(sum, Add{});
   const float kept = weight_of(before, most, inverse);
   if (!threadIdx.x) {
     write(call.rest + 2 * token, most);
@@ -394,15 +437,15 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   if (!call.out) return;
   const Any type(call.out_dtype);
   const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
-  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
-    load_part(call, row, column, z);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) z[e] = expf((z[e] - finite(most)) * inverse);
-    type.store(call.out + token * call.stride * bytes, column, z);
-  }
-  if (kept == 1.0f) return;
+  for (int v = 0; v < kVectorsOfPart; ++v)
+    if (column(v) < call.size) type.store(call.out + token * call.stride * bytes, column(v), z[v]);
+  if (kept == 1.0f || before == -infinity()) return;  // of nothing dhidden is nothing yet
   float* const dhidden = call.dhidden + token * call.width;
-  for (int i = threadIdx.x; i < call.width; i += blockDim.x) write(dhidden + i, kept * read(dhidden + i));
+  for (int i = 4 * threadIdx.x; i < call.width; i += 4 * blockDim.x) {
+    const float4 four = read4(dhidden + i);
+    write4(dhidden + i, make_float4(kept * four.x, kept * four.y, kept * four.z, kept * four.w));
+  }
 }
 
 // A block has some columns of one token: the gradient of their logits from (m, s, m', s'), times scale.
@@ -423,12 +466,13 @@ __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const V
   const float largest = read(of), sum = read(of + 1), rest_largest = read(of + 2), rest_sum = read(of + 3);
   const float t = call.tail && rest_sum != 0.0f ? fmaxf(1.0f - total, 0.0f) : 0.0f, inverse = call.inverse_temperature;
   const float of_whole = (total + t) / sum, of_rest = t != 0.0f ? t / rest_sum : 0.0f;
-  float gradient[8], student[8];
-  load_part(call, call.logits + token * call.stride, column, gradient);
+  float z[1][8], gradient[8], student[8];
+  load8(float{}, reinterpret_cast<const char*>(call.logits + token * call.stride + column), z[0]);
+  finish_logits(call, [&](int) { return column; }, z);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    student[e] = of_whole * expf((gradient[e] - largest) * inverse);
-    gradient[e] = t != 0.0f ? student[e] - of_rest * expf((gradient[e] - rest_largest) * inverse) : student[e];
+    student[e] = of_whole * expf((z[0][e] - largest) * inverse);
+    gradient[e] = t != 0.0f ? student[e] - of_rest * expf((z[0][e] - rest_largest) * inverse) : student[e];
   }
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock + blockIdx.y;
   const int begin = read_int(bounds), end = read_int(bounds + 1);

@@ -86,7 +86,7 @@ const char* launch_sums(const RowSums& call, void*) {
     written_after(call.out, call.results, call.width);
     written_after(call.sums, call.results, 1);
   };
-  run(combine_rows, call, plan_sums(call));
+  with_sums_kernel(call, [&](auto* kernel) { run(kernel, call, plan_sums(call)); });
   return nullptr;
 }
 
