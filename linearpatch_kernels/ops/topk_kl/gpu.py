@@ -36,6 +36,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
 )
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+_IDS_AT_ONCE = 2**15  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda_calls.h
 _MOST = 2**31 - 1  # the kernels count in 32 bits
 
 
@@ -124,8 +125,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``out (+)= a @ b`` in float32; on the CPU the kernels are run for tests alone."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
-    elif add:  # not by addmm: not every torch lets a float32 be added to a product of halves
-        out.add_(torch.mm(a, b, out_dtype=torch.float32))
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
@@ -143,7 +144,7 @@ class _Vocabulary:
     @classmethod
     def of(cls, kernels: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Vocabulary:
         dtype = kernels.writable(torch.promote_types(hidden.dtype, weight.dtype))
-        at_once = max(1, _LOGITS_AT_ONCE // len(hidden) // kernels.BLOCK) * kernels.BLOCK
+        at_once = max(1, min(_IDS_AT_ONCE, _LOGITS_AT_ONCE // len(hidden)) // kernels.BLOCK) * kernels.BLOCK
         size = min(at_once, -(-len(weight) // 16) * 16)
         return cls(kernels, hidden.to(dtype), weight, bias, hidden.new_empty((len(hidden), size), dtype=torch.float32))
 
@@ -156,7 +157,10 @@ class _Vocabulary:
             yield first, rows
 
     def carried(self, teacher: _Teacher, temperature: float, dhidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The slots' z, and (m', s'); dhidden is then the sum of ``exp((z - m') / T) * weight`` over the rest."""
+        """The slots' z, and (m', s'); dhidden is then the sum of ``exp((z - m') / T) * weight`` over the rest.
+
+        What dhidden held before counts nothing.
+        """
         z, rest = _start(teacher)
         exp = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
         for first, rows in self.parts():
@@ -165,7 +169,7 @@ class _Vocabulary:
                 dhidden,
             )  # fmt: skip
             if dhidden is not None and exp is not None:
-                _product(exp[:, : len(rows)], rows, dhidden, add=True)
+                _product(exp[:, : len(rows)], rows, dhidden, add=first > 0)
         return z, rest
 
     def gradients(
@@ -197,7 +201,7 @@ def _over_vocabulary(
     """The linear loss for "full" and "tail"; the gradients that are there are filled."""
     dhidden, dweight, dbias = grads
     vocabulary = _Vocabulary.of(kernels, hidden, weight, bias)
-    z, rest = vocabulary.carried(teacher, temperature, None if dhidden is None else dhidden.zero_())
+    z, rest = vocabulary.carried(teacher, temperature, dhidden)
     loss, normalizers, dz, factors = teacher.finished(kernels, z, rest, normalization, temperature, dhidden is not None)
     if dhidden is not None and dz is not None:
         slots = teacher.ids.shape[1]
