@@ -63,6 +63,7 @@ phase ncu 60 ncu.txt bash -c counters
 phase decode 40 times.txt bash -c 'day decode'
 phase others 75 times.txt bash -c 'day others'
 phase losses 80 times.txt bash -c 'day losses'
+phase host 30 host.txt bash -c 'day host'
 phase memcheck 60 sanitizer.txt bash -c 'sanitizer memcheck cuda linearpatch'
 phase racecheck 60 sanitizer.txt bash -c 'sanitizer racecheck cuda linearpatch'
 phase model 120 model.txt bash -c 'day model'
