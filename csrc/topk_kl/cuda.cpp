@@ -1,4 +1,4 @@
-// Each operator is one launch; linearpatch_kernels/ops/topk_kl/gpu.py makes the losses of them, and brings every operand
+// Each operator is one launch, or two; linearpatch_kernels/ops/topk_kl/gpu.py makes the losses of them, and brings every operand
 // into the form that is asked for here.
 #include "cuda.h"
 
@@ -77,6 +77,37 @@ void give_out(VocabularyPart& call, const char* name, const Tensor& logits, cons
 
 }  // namespace
 
+void topk_kl_teacher(Tensor teacher_ids, double temperature, Tensor ids, Tensor present, Tensor count_and_scale) {
+  TeacherIds call{};
+  const int64_t tokens = ids.size(0), count = ids.numel();
+  call.tokens = narrow(tokens);
+  call.slots = narrow(ids.size(1));
+  call.wide = teacher_ids.scalar_type() == ScalarType::Long;
+  call.given = call.wide ? reinterpret_cast<const int32_t*>(numbers<int64_t>("teacher_ids", teacher_ids, ScalarType::Long, count))
+                         : integers("teacher_ids", teacher_ids, count);
+  integers("ids", ids, count);
+  call.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  call.present = results("present", present, tokens);
+  TokenSum sum{};
+  sum.values = call.present;
+  sum.out = results("count_and_scale", count_and_scale, 2);
+  sum.tokens = call.tokens;
+  sum.inverse_temperature = static_cast<float>(1 / temperature);
+  const Place place(ids.get_device_index());
+  check(launch_teacher(call, place.stream));
+  check(launch_sum_of_tokens(sum, place.stream));
+}
+
+void topk_kl_mean(Tensor losses, Tensor count, Tensor loss) {
+  TokenSum call{};
+  call.tokens = narrow(losses.numel());
+  call.values = floats("losses", losses, losses.numel());
+  call.count = floats("count", count, 1);
+  call.out = results("loss", loss, 1);
+  const Place place(losses.get_device_index());
+  check(launch_sum_of_tokens(call, place.stream));
+}
+
 void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Tensor ids, Tensor scale, double temperature,
                    Tensor z, Optional dhidden) {
   SlotRows call{};
@@ -97,7 +128,12 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   call.scale = floats("scale", scale, 1);
   call.inverse_temperature = static_cast<float>(1 / temperature);
   call.z = results("z", z, count);
-  call.dhidden = results("dhidden", dhidden, hidden.numel());
+  if (dhidden) {
+    row_stride("dhidden", *dhidden);
+    require(dhidden->is_contiguous() && dhidden->numel() == hidden.numel(), "dhidden", *dhidden);
+    call.dhidden = static_cast<char*>(dhidden->mutable_data_ptr());
+    call.dhidden_dtype = *kernel_dtype(*dhidden);
+  }
   require(weight.size(1) == hidden.size(1) && plan_slots(call).possible, "hidden", hidden);
   const Place place(hidden.get_device_index());
   check(launch_slots(call, place.stream));

@@ -16,12 +16,30 @@ namespace linearpatch::cuda {
 constexpr int kVectorOfRow = 8;       // numbers that a thread reads together
 constexpr int kWidestRow = 8192;      // of slot_rows: a thread holds two vectors of a row, of 512 threads
 constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2, kRowsTogether = 4;
-constexpr int kTokenThreads = 128;
+constexpr int kTokenThreads = 128, kSumThreads = 1024;
 constexpr int kCombineThreads = 128, kCombineBlocks = 8;  // with registers for rows that travel together
 constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
 constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
 constexpr int kMostThreadsOfPart = 1024;
+
+struct TeacherIds {
+  const int32_t* given;  // of 64 bits two words, the lower one first
+  int32_t* ids;          // [tokens, slots]; what neither stands for a token nor for an absent slot is the largest number
+  float* present;        // [tokens]: 1 where a token has a slot, else 0
+  int tokens, slots;
+  bool wide;
+};
+
+// Without a count, out is the sum of the values, at least 1, and what every gradient is multiplied with if that is the
+// count; with one, it is the sum divided by it.
+struct TokenSum {
+  const float* values;  // [tokens]
+  const float* count;   // or null
+  float* out;
+  int tokens;
+  float inverse_temperature;
+};
 
 struct SlotRows {
   const char* hidden;
@@ -34,7 +52,8 @@ struct SlotRows {
   const int32_t* ids;
   const float* scale;  // of the gradient: one number
   float* z;
-  float* dhidden;  // or null
+  char* dhidden;  // or null
+  Dtype dhidden_dtype;
   int tokens, slots, width, vocabulary;
   float inverse_temperature;
 };
@@ -101,6 +120,12 @@ inline Launch plan_slots(const SlotRows& call) {
   return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
           2 * threads / 32 * kSlotsTogether * 4};
 }
+
+inline Launch plan_teacher(const TeacherIds& call) {
+  return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};
+}
+
+inline Launch plan_sum_of_tokens(const TokenSum&) { return {true, false, 1, 1, kSumThreads, kSumThreads / 32 * 4}; }
 
 inline Launch plan_tokens(const TokenSlots& call) {
   return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};

@@ -7,6 +7,12 @@
 
 namespace linearpatch::cuda {
 
+const char* launch_teacher(const TeacherIds& call, void* stream) { return start(teacher_ids, call, plan_teacher(call), stream); }
+
+const char* launch_sum_of_tokens(const TokenSum& call, void* stream) {
+  return start(sum_tokens, call, plan_sum_of_tokens(call), stream);
+}
+
 const char* launch_slots(const SlotRows& call, void* stream) {
   const char* error = nullptr;
   with_slots_kernel(call, [&](auto* kernel) { error = start(kernel, call, plan_slots(call), stream); });

@@ -11,6 +11,7 @@
 namespace linearpatch::cuda {
 
 DEVICE int read_int(const int32_t* p) { return static_cast<int>(__float_as_uint(read(reinterpret_cast<const float*>(p)))); }
+DEVICE void write_int(int32_t* p, int v) { write(reinterpret_cast<float*>(p), __uint_as_float(static_cast<uint32_t>(v))); }
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -124,6 +125,36 @@ DEVICE float over_block(float v, Operation operation) {
   return v;
 }
 
+// --- the teacher's slots ---
+
+// A block has one token.
+__global__ void __launch_bounds__(kTokenThreads) teacher_ids(const TeacherIds call) {
+  const int64_t token = blockIdx.x, place = token * call.slots;
+  float present = 0;
+  for (int k = threadIdx.x; k < call.slots; k += blockDim.x) {
+    const int32_t* const given = call.given + (place + k) * (call.wide ? 2 : 1);
+    int id = read_int(given);
+    const int above = call.wide ? read_int(given + 1) : id >> 31;
+    if (above != id >> 31 || id < -1) id = INT32_MAX;
+    if (id >= 0) present = 1;
+    write_int(call.ids + place + k, id);
+  }
+  present = over_block(present, Larger{});
+  if (!threadIdx.x) write(call.present + token, present);
+}
+
+// One block.
+__global__ void __launch_bounds__(kSumThreads) sum_tokens(const TokenSum call) {
+  float sum = 0;
+  for (int token = threadIdx.x; token < call.tokens; token += blockDim.x) sum += read(call.values + token);
+  sum = over_block(sum, Add{});
+  if (threadIdx.x) return;
+  if (call.count) return write(call.out, sum / read(call.count));
+  sum = fmaxf(sum, 1.0f);
+  write(call.out, sum);
+  write(call.out + 1, call.inverse_temperature / sum);
+}
+
 // --- the slots of the linear loss ---
 
 // A block has one token: every slot's z, and with dhidden the gradient for "topk". A slot's row is read once: the sums of
@@ -226,13 +257,15 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
   total = over_warp<together>(total, Add{});
   const bool counted = over_warp<together>(present, Larger{}) != 0.0f;
   const float scale = counted ? read(call.scale) : 0.0f, factor = counted ? total / sum : 0.0f;
+  const Any type(call.dhidden_dtype);
+  const int64_t bytes = call.dhidden_dtype == Dtype::float32 ? 4 : 2;
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     if (vector(v) >= count) continue;
     float gradient[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) gradient[e] = (factor * student[v][e] - teacher[v][e]) * scale;
-    store8(float{}, reinterpret_cast<char*>(call.dhidden + token * call.width + 8 * vector(v)), gradient);
+    type.store(call.dhidden + token * call.width * bytes, 8 * vector(v), gradient);
   }
 }
 

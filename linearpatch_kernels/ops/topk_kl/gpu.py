@@ -52,6 +52,18 @@ def kernels_for(hidden: Tensor) -> Any:
     return kernels if kernels and kernels.serves(hidden.shape[1]) else None
 
 
+def _counted(kernels: Any, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(ids in 32 bits, how many tokens have any, what every gradient is multiplied with)``, the last two [1]."""
+    if isinstance(kernels, cuda.Kernels):
+        narrow, both = torch.empty(ids.shape, dtype=torch.int32, device=ids.device), ids.new_empty(2, dtype=torch.float32)
+        kernels.teacher(ids.contiguous(), temperature, narrow, both.new_empty(len(ids)), both)
+        return narrow, *both.split(1)
+    # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
+    ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
+    count = (ids >= 0).any(1).sum().clamp(min=1).float().reshape(1)
+    return ids, count, (count * temperature).reciprocal()
+
+
 @dataclass(frozen=True)
 class _Teacher:
     """The slots, how many tokens have any, and what every gradient is multiplied with.
@@ -67,12 +79,11 @@ class _Teacher:
     bounds: Tensor
 
     @classmethod
-    def of(cls, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int, block: int | None) -> _Teacher:
-        # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
-        ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
+    def of(
+        cls, kernels: Any, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int, block: int | None
+    ) -> _Teacher:
         probs = probs.float().contiguous()
-        count = (ids >= 0).any(1).sum().clamp(min=1)
-        scale = (count.float() * temperature).reciprocal().reshape(1)
+        ids, count, scale = _counted(kernels, ids, temperature)
         bounds = ids
         if block is not None:
             ids, order = ids.sort(dim=1)
@@ -91,7 +102,12 @@ class _Teacher:
         factors = torch.empty_like(losses) if gradient and rest is not None else None
         tail = normalization == "tail"
         kernels.tokens(z, self.probs, self.ids, rest, self.scale, temperature, tail, losses, normalizers, dz, factors)
-        return losses.sum() / self.count, normalizers, dz, factors
+        if isinstance(kernels, cuda.Kernels):
+            loss = losses.new_empty(())
+            kernels.mean(losses, self.count, loss)
+        else:
+            loss = losses.sum() / self.count.squeeze()
+        return loss, normalizers, dz, factors
 
 
 def _start(teacher: _Teacher) -> tuple[Tensor, Tensor]:
@@ -231,15 +247,17 @@ def linear_topk_kl_loss(
         )
     check_ids(teacher_ids, len(weight))
     narrow = gradient_dtype(hidden)
+    # What is made in one go is rounded where it is made; what is added up is so in float32.
+    dtypes = (kernels.writable(narrow) if normalization == "topk" else torch.float32, torch.float32, torch.float32)
     grads = [
-        hidden.new_empty(shape, dtype=torch.float32) if wanted else None
-        for shape, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), flags, strict=True)
+        hidden.new_empty(shape, dtype=dtype) if wanted else None
+        for shape, dtype, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), dtypes, flags, strict=True)
     ]
     if teacher_ids.numel() and len(weight):
         hidden, weight = kernels.readable(hidden), kernels.readable(weight)
         bias = None if bias is None else bias.float().contiguous()
         block = None if normalization == "topk" else kernels.BLOCK
-        teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, len(weight), block)
+        teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, len(weight), block)
         if block is None:
             loss = _over_slots(kernels, hidden, weight, bias, teacher, temperature, grads)
         else:
@@ -260,7 +278,7 @@ def topk_kl_loss(
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, vocabulary)
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
     if normalization == "topk":
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
         z = logits.gather(1, index).float().masked_fill_(teacher.ids >= vocabulary, torch.nan)
@@ -281,7 +299,7 @@ def topk_kl_loss_backward(
         return topk_kl_loss_backward_reference(
             grad, logits, teacher_probs, teacher_ids, normalizers, normalization, temperature
         )
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
     dlogits = logits.new_empty(logits.shape, dtype=kernels.writable(logits.dtype))
     kernels.differentiate(
         kernels.readable(logits), vocabulary, None, teacher.probs, teacher.ids, teacher.bounds, 0, temperature,
