@@ -31,8 +31,8 @@ CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("cuda*.c*") if pa
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
 BINDINGS = str(Path("csrc/bindings.cpp"))
 
-# libtorch's stable ABI as of 2.13: one file for every later torch and every Python from 3.11 on.
-DEFINITIONS = [("TORCH_TARGET_VERSION", "0x020d000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+# libtorch's stable ABI as of 2.11: one file for every later torch and every Python from 3.11 on.
+DEFINITIONS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")]
 COMPILE = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
 CUDA_COMPILE = [
     "-std=c++20",
@@ -76,7 +76,7 @@ def find_torch() -> Path:
     for place in places:
         if (place / "include" / "torch" / "csrc" / "stable").is_dir():
             return place
-    raise FileNotFoundError("torch 2.13 or newer is not installed: pip install torch, then install this again")
+    raise FileNotFoundError("torch 2.11 or newer is not installed: pip install torch, then install this again")
 
 
 class BuildKernels(build_ext):

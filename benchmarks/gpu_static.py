@@ -431,17 +431,20 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
+    """What ``cuobjdump -res-usage`` says of each function: REG, STACK, SHARED, LOCAL."""
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        for name, line in re.findall(r"Function (\S+?):\s*\n\s*(.*)", _tool("cuobjdump", "-res-usage", str(cubin)))
+    }
+
+
 def disassemble(cubin: bytes) -> tuple[dict[str, Program], dict[str, dict[str, int]]]:
-    """The functions of a cubin, and what ``cuobjdump -res-usage`` says of each."""
+    """The functions of a cubin, and their `resource_usage`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code, usage = _tool("nvdisasm", file.name), _tool("cuobjdump", "-res-usage", file.name)
-    resources = {
-        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        for name, line in re.findall(r"Function (\S+?):\s*\n\s*(.*)", usage)
-    }
-    return sass_programs(code), resources
+        return sass_programs(_tool("nvdisasm", file.name)), resource_usage(Path(file.name))
 
 
 def triton_row(

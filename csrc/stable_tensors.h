@@ -24,6 +24,15 @@ using Optional = std::optional<Tensor>;
 
 [[noreturn]] inline void refuse(const std::string& message) { throw std::runtime_error(message); }
 
+// What torch says of the call that failed last: of 2.13, null in an older one.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+inline void require(AOTITorchError code, const char* call) {
+  if (code == TORCH_SUCCESS) return;
+  refuse(torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
+                                                    : std::string(call) + " failed; torch has written why to standard error");
+}
+
 inline std::string shape_of(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
@@ -49,7 +58,7 @@ inline bool floating(const Tensor& t) { return kernel_dtype(t) || t.scalar_type(
 template <size_t arguments>
 std::vector<Tensor> call(const char* name, std::array<StableIValue, arguments> stack, size_t results = 1,
                          const char* overload = "") {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  require(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), name);
   std::vector<Tensor> tensors;
   for (size_t i = 0; i < results; ++i) tensors.push_back(torch::stable::detail::to<Tensor>(stack[i]));
   return tensors;

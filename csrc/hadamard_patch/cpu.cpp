@@ -37,9 +37,9 @@ Tensor empty_contiguous(const Tensor& like) {
   check_memory(like.numel() * static_cast<int64_t>(like.element_size()));
   int32_t dtype;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  require(aoti_torch_get_dtype(like.get(), &dtype), "aoti_torch_get_dtype");
+  require(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle),
+          "aoti_torch_empty_strided");
   return Tensor(handle);
 }
 

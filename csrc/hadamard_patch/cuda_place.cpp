@@ -1,15 +1,32 @@
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "../stable_tensors.h"
 #include "cuda_start.h"
 
 namespace linearpatch::cuda {
 
 using torch::stable::accelerator::DeviceGuard;
 
-Place::Place(int index)
-    : device(device_limits(index)),
-      stream(torch::stable::accelerator::getCurrentStream(index).nativeHandle()),
-      guard(new DeviceGuard(index)) {}
+namespace {
+
+// PyTorch's current stream. libtorch_cuda has the function that every torch from 2.11 on serves; this file is not linked to
+// that library, so that it loads where torch is built without CUDA. (Stream::nativeHandle, of libtorch_cpu, is new in 2.13.)
+void* current_stream(int index) {
+  const char* const name = "aoti_torch_get_current_cuda_stream";
+  static const auto get = [&] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<AOTITorchError (*)(int32_t, void**)>(library ? dlsym(library, name) : nullptr);
+  }();
+  if (!get) refuse(std::string("this torch has no ") + name + ": its CUDA build, 2.11 or newer, is needed");
+  void* stream = nullptr;
+  require(get(index, &stream), name);
+  return stream;
+}
+
+}  // namespace
+
+Place::Place(int index) : device(device_limits(index)), stream(current_stream(index)), guard(new DeviceGuard(index)) {}
 
 Place::~Place() { delete static_cast<DeviceGuard*>(guard); }
 

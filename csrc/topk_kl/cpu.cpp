@@ -226,17 +226,17 @@ Tensor blob(const float* data, int64_t rows, int64_t columns, bool transposed = 
   const std::array<int64_t, 2> sizes = transposed ? std::array{columns, rows} : std::array{rows, columns};
   const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, columns} : std::array<int64_t, 2>{columns, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes.data(), strides.data(),
-                                                                   0, aoti_torch_dtype_float32(),
-                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  require(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes.data(), strides.data(), 0,
+                                             aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle),
+          "aoti_torch_create_tensor_from_blob");
   return Tensor(handle);
 }
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  require(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), "aoti_torch_cpu_mm_out");
 }
 void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  require(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1), "aoti_torch_cpu_addmm_out");
 }
 
 // Rows of a matrix in float32: where they lie if they are that already.

@@ -148,7 +148,7 @@ def _load_vector(
 ):  # fmt: skip
     """``vector * factor``, the same for every row, where `_load_rows` has the rows; None for None."""
     if pointer is None:
-        return None
+        return  # not `return None`, which Triton 3.6 would make a tensor of
     else:
         tiles = _load_rows(pointer, 0, 0, ROWS, block, M, K, ROWS, TILE, TILES)
         done = ()
@@ -216,7 +216,8 @@ def _store_sum(pointer, sums, factor, part, width, block, M: tl.constexpr, K: tl
     _store_rows(pointer, done, part, width, part + 1, block, M, K)
 
 
-@triton.jit
+# Else 1, multiples of 16 and other numbers of rows would each be compiled, in the middle of serving or of a capture.
+@triton.jit(do_not_specialize=["rows"])
 def hadamard_patch_kernel(
     x_ptr, residual_ptr, scale_ptr, pre_ptr, post_ptr, weight_ptr, h_ptr, y_ptr, normed_ptr,
     rows, x_stride, residual_stride, y_stride, eps,
@@ -251,7 +252,7 @@ def hadamard_patch_kernel(
             _store_rows(normed_ptr, normed, first, y_stride, rows, block, M, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def hadamard_patch_backward_kernel(
     grad_ptr, x_ptr, scale_ptr, pre_ptr, post_ptr, h_ptr, dx_ptr, dscale_ptr, dpre_ptr, dpost_ptr,
     rows, grad_stride, x_stride, width,

@@ -21,6 +21,10 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+# Numbers of rows and slots are not specialised: each class of them (1, a multiple of 16, any other) would be compiled
+# anew, in the middle of training. ``size`` and ``first`` are: they follow the vocabulary alone, and a row whose end is
+# not known to be a multiple of 16 is read number by number.
+
 
 # --- device code -----------------------------------------------------------------------------------------------------
 
@@ -37,7 +41,7 @@ def _weight_of(before, after, inverse):
     return tl.where(before == float("-inf"), 0.0, tl.exp((_finite(before) - _finite(after)) * inverse))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "vocabulary"])
 def slots_kernel(
     hidden_ptr, weight_ptr, bias_ptr, probs_ptr, ids_ptr, scale_ptr, z_ptr, dhidden_ptr,
     slots, width, vocabulary, hidden_stride, weight_stride, inverse,
@@ -99,7 +103,7 @@ def slots_kernel(
             tl.store(dhidden_ptr + token * width + column, tl.where(counted, gradient, 0.0), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def token_kernel(
     z_ptr, probs_ptr, ids_ptr, rest_ptr, scale_ptr, loss_ptr, normalizers_ptr, dz_ptr, factor_ptr, slots, inverse,
     WHOLE: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr,
@@ -160,7 +164,7 @@ def token_kernel(
         tl.store(factor_ptr + token, tl.where(nothing, 0.0, factor * scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_rows_kernel(
     rows_ptr, index_ptr, factors_ptr, starts_ptr, old_factors_ptr, out_ptr, sums_ptr, rows, width, stride,
     SLOTS: tl.constexpr, CHUNK: tl.constexpr,
@@ -205,7 +209,7 @@ def _block(logits_ptr, bias_ptr, offset, columns, size, first):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks"])
 def vocabulary_kernel(
     logits_ptr, bias_ptr, ids_ptr, bounds_ptr, z_ptr, rest_ptr, exp_ptr, dhidden_ptr,
     slots, width, first, size, stride, blocks, inverse,
@@ -255,7 +259,7 @@ def vocabulary_kernel(
                 tl.store(place, kept * tl.load(place, mask=column < width, other=0.0), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks"])
 def vocabulary_gradient_kernel(
     logits_ptr, bias_ptr, probs_ptr, ids_ptr, bounds_ptr, normalizers_ptr, scale_ptr, dlogits_ptr,
     slots, first, size, stride, out_stride, blocks, inverse,
@@ -308,7 +312,7 @@ BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
 # One stage: what is loaded is met in registers.
-OPTIONS = {"num_stages": 1}
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
