@@ -151,16 +151,71 @@ def test_what_memory_held_before_counts_nothing(
     assert not emulator.faults()
 
 
-class _Calls(TorchDispatchMode):
-    """Which operators are called, with what they were given; none is run."""
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_that_name_nothing_are_told_from_absent_slots(
+    emulator: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "check_ids", lambda *_: None)  # as on a GPU
+    wrong = [-2, 60, -(2**31), 2**31 - 1]
+    if dtype == torch.int64:
+        wrong += [2**32 + 5, 2**32 - 1, -(2**32), 2**31, 2**63 - 1, -(2**63), -(2**32) + 5]
+    hidden, weight, probs, ids = operands()
+    for id_ in (*wrong, -1, 5):
+        ids[2, 3] = id_
+        loss, _, _, _ = gpu.linear_topk_kl_loss(
+            hidden, weight, probs, ids.to(dtype), None, "topk", 1.0, True, False, False, emulator.kernels
+        )
+        assert loss.isnan() == (id_ in wrong), id_
+    assert not emulator.faults()
 
-    def __init__(self) -> None:
+
+@pytest.mark.parametrize("tokens", [1, 31, 1025, 2100])
+def test_how_many_tokens_count(emulator: Emulator, tokens: int) -> None:
+    ids = torch.randint(-1, 2, (tokens, 2))
+    narrow, count, scale = gpu._counted(emulator.kernels, ids, 0.7)
+    expected = max(1, int((ids >= 0).any(1).sum()))
+    assert narrow.equal(ids.int())
+    assert count.item() == expected
+    assert scale.item() == pytest.approx(1 / (0.7 * expected), rel=1e-6)
+    assert not emulator.faults()
+
+
+def test_a_gradient_in_bfloat16_is_float32s_rounded(emulator: Emulator) -> None:
+    hidden, weight, probs, ids = operands()
+    hidden = hidden.bfloat16()
+    flags = (True, False, False)
+    _, narrow, _, _ = gpu.linear_topk_kl_loss(hidden, weight, probs, ids, None, "topk", 1.0, *flags, emulator.kernels)
+    _, wide, _, _ = gpu.linear_topk_kl_loss(
+        hidden.float(), weight, probs, ids, None, "topk", 1.0, *flags, emulator.kernels
+    )
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.equal(wide.bfloat16())
+
+
+def test_few_kernels_are_launched(emulator: Emulator) -> None:
+    """Of ours, five for "topk", and none of torch's in between: on a GPU each costs the host more than its work."""
+    given = operands()
+    with _Calls(run=True) as seen:
+        gpu.linear_topk_kl_loss(*given, None, "topk", 1.0, True, False, False, emulator.kernels)
+    assert emulator.launches() == 5
+    others = {str(function) for function, _ in seen.calls if function.namespace != "linearpatch_simt"}
+    # Neither memory nor a view of it is a kernel; the least and the largest id are asked for on a CPU alone.
+    memory = {"empty.memory_format", "empty_like.default", "new_empty.default", "split.Tensor"}
+    checks = {"min.default", "max.default", "_local_scalar_dense.default"}
+    assert others <= {f"aten.{name}" for name in memory | checks}
+
+
+class _Calls(TorchDispatchMode):
+    """Which operators are called, with what they were given; unless they are run, the result is ``out``."""
+
+    def __init__(self, *, run: bool = False) -> None:
         super().__init__()
+        self.run = run
         self.calls: list[tuple[Any, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         self.calls.append((function, keywords or {}))
-        return keywords["out"]
+        return function(*arguments, **(keywords or {})) if self.run else keywords["out"]
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -55,7 +55,10 @@ def kernels_for(hidden: Tensor) -> Any:
 def _counted(kernels: Any, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(ids in 32 bits, how many tokens have any, what every gradient is multiplied with)``, the last two [1]."""
     if isinstance(kernels, cuda.Kernels):
-        narrow, both = torch.empty(ids.shape, dtype=torch.int32, device=ids.device), ids.new_empty(2, dtype=torch.float32)
+        narrow, both = (
+            torch.empty(ids.shape, dtype=torch.int32, device=ids.device),
+            ids.new_empty(2, dtype=torch.float32),
+        )
         kernels.teacher(ids.contiguous(), temperature, narrow, both.new_empty(len(ids)), both)
         return narrow, *both.split(1)
     # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
@@ -247,8 +250,8 @@ def linear_topk_kl_loss(
         )
     check_ids(teacher_ids, len(weight))
     narrow = gradient_dtype(hidden)
-    # What is made in one go is rounded where it is made; what is added up is so in float32.
-    dtypes = (kernels.writable(narrow) if normalization == "topk" else torch.float32, torch.float32, torch.float32)
+    rounds = normalization == "topk" and isinstance(kernels, cuda.Kernels)  # where it makes dhidden, in one go
+    dtypes = (narrow if rounds else torch.float32, torch.float32, torch.float32)
     grads = [
         hidden.new_empty(shape, dtype=dtype) if wanted else None
         for shape, dtype, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), dtypes, flags, strict=True)
