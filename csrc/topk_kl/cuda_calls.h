@@ -21,7 +21,7 @@ constexpr int kCombineThreads = 128, kCombineBlocks = 8;  // with registers for 
 constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
 constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
-constexpr int kMostThreadsOfPart = 1024;
+constexpr int kMostThreadsOfPart = 768;  // at 1024 a thread has 64 registers, and sm_120 spills
 
 struct TeacherIds {
   const int32_t* given;  // of 64 bits two words, the lower one first
