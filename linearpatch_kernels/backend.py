@@ -45,15 +45,17 @@ def _load_extension() -> str | None:
     return None
 
 
-@cache
-def _registered(key: str) -> frozenset[str]:
-    """Our operators that have a kernel under a dispatch key; asked for once, because torch lists all that it has."""
-    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    return frozenset(name for name in names if name.startswith("linearpatch::"))
+def _registered(operator: str, key: str) -> bool:
+    """Whether an operator of ours has a kernel of its own under a dispatch key.
+
+    Looked up and not listed: it is asked in every call of a loss, and to list what CUDA has takes torch a millisecond.
+    """
+    name = f"linearpatch::{operator}"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def _compiled_for(key: str) -> bool:
-    return "linearpatch::hadamard_patch" in _registered(key)
+    return _registered("hadamard_patch", key)
 
 
 def _cpu() -> bool | str:
@@ -95,7 +97,7 @@ def triton_serves(device_type: str) -> bool:
 
 def compiled_for_gpus(device_type: str, operator: str) -> bool:
     """Whether the extension has this operator for GPUs, and may be used on tensors of such a device."""
-    return device_type == "cuda" and FORCED in (None, "cuda") and f"linearpatch::{operator}" in _registered("CUDA")
+    return device_type == "cuda" and FORCED in (None, "cuda") and _registered(operator, "CUDA")
 
 
 def backends() -> dict[str, bool | str]:
