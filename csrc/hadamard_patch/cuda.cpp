@@ -178,25 +178,24 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   const Place place(x.get_device_index());
   const Width& width = width_of(x);
   PatchRows call{};
-  call.x = static_cast<const char*>(x.const_data_ptr());
-  call.y = static_cast<char*>(y.mutable_data_ptr());
   call.rows = row_count(x);
-  call.x_stride = *row_stride(x);
-  call.y_stride = *row_stride(y);
   call.in = *kernel_dtype(x);
   call.out = *kernel_dtype(y);
-  if (residual) {
+  call.fused = bool(normed);
+  const Launch launch = plan_patch(call, width, place.device);
+  if (!launch.possible) return false;
+  if (call.rows == 0) return true;
+  call.x = static_cast<const char*>(x.const_data_ptr());
+  call.y = static_cast<char*>(y.mutable_data_ptr());
+  call.x_stride = *row_stride(x);  // there is one where a row is possible: it is made of vectors then
+  call.y_stride = *row_stride(y);
+  if (call.fused) {
     call.residual = static_cast<const char*>(residual->const_data_ptr());
     call.residual_stride = *row_stride(*residual);
-  }
-  if (normed) {
     call.normed = static_cast<char*>(normed->mutable_data_ptr());
     call.normed_stride = *row_stride(*normed);
     call.eps = static_cast<float>(eps);
   }
-  const Launch launch = plan_patch(call, width, place.device);
-  if (!launch.possible) return false;
-  if (call.rows == 0) return true;
   give_signs(call, signs_on(width, x));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post), gain = vector(weight);
   call.scale = floats(scale);

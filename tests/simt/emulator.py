@@ -48,7 +48,7 @@ class Seen:
 def compiled(folder: Path, sources: Sequence[Path], optimize: str) -> list[Path]:
     """Their object files, in a folder."""
     include = [argument for path in include_paths() for argument in ("-isystem", path)]
-    flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-D_GLIBCXX_ASSERTIONS"]
 
     def one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"

@@ -138,11 +138,23 @@ def test_three_leading_dimensions_and_none(emulator: Emulator) -> None:
     assert not emulator.faults()
 
 
-@pytest.mark.parametrize("d", [1, 7, 48, 64, 1000, 65536])
-def test_widths_without_a_kernel_go_to_the_reference(emulator: Emulator, d: int) -> None:
-    x, scale = torch.randn(2, d), torch.randn(d)
-    y = SIMT.hadamard_patch(x, scale, None, None, None, None)
-    assert y.equal(REFERENCE.hadamard_patch_reference(x, scale, None, None, None, None))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 7, 12, 36, 48, 64, 100, 1000, 65536])
+def test_widths_without_a_kernel_go_to_the_reference(emulator: Emulator, d: int, dtype: torch.dtype) -> None:
+    """Among them rows that are no whole vectors of 16 bytes, which have no stride that a kernel could take."""
+    x, scale = torch.randn(2, d).to(dtype), torch.randn(d)
+    operands = (scale, None, None, None, None)
+    expected = REFERENCE.hadamard_patch_reference(x, *operands)
+    assert SIMT.hadamard_patch(x, *operands).equal(expected)
+    y = torch.empty_like(x)
+    SIMT.hadamard_patch_out(x, *operands, y)
+    assert y.equal(expected)
+    norm = (x, x, scale, scale, 1e-3, None, None, None, None)
+    pairs = zip(SIMT.add_patch_rms_norm(*norm), REFERENCE.add_patch_rms_norm_reference(*norm), strict=True)
+    assert all(one.equal(other) for one, other in pairs)
+    gradients = SIMT.hadamard_patch_backward(x, x, *operands, 0b11)
+    reference = REFERENCE.hadamard_patch_backward_reference(x, x, *operands, 0b11)
+    assert all(one.equal(other) for one, other in zip(gradients, reference, strict=True))
     assert emulator.seen().launches == 0
 
 
