@@ -63,18 +63,22 @@ const Width& width_of(const Tensor& x) {
   return add_width(d, m, inner, static_cast<const int8_t*>(h.const_data_ptr()));
 }
 
-// The signs of an H_m without a program, on a device: made at their first use, kept as long as the process.
+// The signs of an H_m without a program, on a device: made at their first use, kept as long as the process. Not while a
+// graph is captured: their copy waits for the host, and their memory would be the graph's.
 struct Signs {
   Tensor there, back;
 };
 
-const Signs* signs_on(const Width& width, const Tensor& x) {
+const Signs* signs_on(const Width& width, const Tensor& x, const Place& place) {
   if (!width.codes) return nullptr;
   static std::mutex guard;
   static auto* const all = new std::map<std::pair<int64_t, int32_t>, Signs>;
   const std::pair key(width.d, x.get_device_index());
   const std::lock_guard lock(guard);
   if (const auto found = all->find(key); found != all->end()) return &found->second;
+  if (captures(place.stream))
+    refuse("hadamard_patch at width " + std::to_string(width.d) + " needs a table that is not on this GPU yet: " +
+           "call it once, on any rows, before a CUDA graph is captured");
   const auto there = [&](bool transposed) {
     const std::vector<uint32_t> words = packed_signs(width, transposed);
     const Tensor host = torch::stable::empty({static_cast<int64_t>(words.size())}, ScalarType::Int, std::nullopt,
@@ -196,7 +200,7 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
     call.normed_stride = *row_stride(*normed);
     call.eps = static_cast<float>(eps);
   }
-  give_signs(call, signs_on(width, x));
+  give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post), gain = vector(weight);
   call.scale = floats(scale);
   call.pre = floats(pre);
@@ -243,7 +247,7 @@ bool gradients_into(std::array<Tensor, 4>& results, const Tensor& grad, const Te
     call.dx_stride = *row_stride(results[0]);
     call.out = *kernel_dtype(results[0]);
   }
-  give_signs(call, signs_on(width, x));
+  give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post);
   call.scale = floats(scale);
   call.pre = floats(pre);

@@ -171,6 +171,33 @@ def test_what_does_not_fit_the_device_goes_to_the_reference(emulator: Emulator) 
         assert emulator.seen().shared_bytes <= 99 * KIB
 
 
+def test_a_table_is_not_made_while_a_graph_is_captured(emulator: Emulator) -> None:
+    """H of order 180 has no program; that of 36 has one, and nothing to be copied. No other test has the first width."""
+    for d, has_table in ((1440, True), (576, False)):
+        x, operands = torch.randn(2, d), (torch.randn(d), None, None, None, None)
+        emulator.configure(capturing=True)
+        if has_table:
+            with pytest.raises(RuntimeError, match="call it once, on any rows, before a CUDA graph is captured"):
+                SIMT.hadamard_patch(x, *operands)
+            assert emulator.seen().launches == 0
+            emulator.configure()
+        y = SIMT.hadamard_patch(x, *operands)
+        emulator.configure(capturing=True)
+        assert SIMT.hadamard_patch(x, *operands).equal(y)
+        assert emulator.seen().launches == 1
+
+
+def test_operands_that_are_only_read_stay_lazy_clones(emulator: Emulator) -> None:
+    x, scale = torch.randn(3, 256).bfloat16(), torch.randn(256)
+    x, residual, scale, pre, post, weight = (torch._lazy_clone(t) for t in (x, x, scale, scale, scale, scale))
+    SIMT.hadamard_patch(x, scale, pre, post, None, None)
+    SIMT.hadamard_patch_out(x, scale, pre, post, None, None, torch.empty_like(x))
+    SIMT.hadamard_patch_backward(residual, x, scale, pre, post, None, None, 0b1111)
+    SIMT.add_patch_rms_norm(x, residual, scale, weight, 1e-3, pre, post, None, None)
+    assert all(torch._C._is_cow_tensor(t) for t in (x, residual, scale, pre, post, weight))
+    assert emulator.seen().launches >= 5
+
+
 def test_bad_operands_are_the_references_to_refuse(emulator: Emulator) -> None:
     x = torch.randn(2, 256)
     with pytest.raises(Exception, match="scale must be floating \\[256\\]"):
