@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.interleaved import forget_compiled
 from tools.gpu_day.surroundings import BACKEND, DEVICE, DRY, clocks, failure, relative_error, say, synchronize
 
 Contestant = Callable[[int], Any]
@@ -150,6 +151,7 @@ def contest(
         moved: bytes that the operator must read and write in a call.
         same_as_ours: whose results must be ours but for ``tolerance`` (relative, in the norm), or they are not timed.
     """
+    forget_compiled()
     entries: dict[str, Entry] = {}
     missing: dict[str, str] = {}
     ours = next(iter(contestants))
