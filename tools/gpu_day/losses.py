@@ -57,7 +57,6 @@ def _compare(size: tuple[int, int, int], normalization: str) -> None:
 
         def contestant(build: Any) -> Any:
             def make() -> Contestant:
-                torch._dynamo.reset()
                 run = build(o)
                 return lambda _: run()
 
