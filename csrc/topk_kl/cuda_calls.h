@@ -23,6 +23,8 @@ constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the
 constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
 constexpr int kMostThreadsOfPart = 768;  // at 1024 a thread has 64 registers, and sm_120 spills
 
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 struct TeacherIds {
   const int32_t* given;  // of 64 bits two words, the lower one first
   int32_t* ids;          // [tokens, slots]; what neither stands for a token nor for an absent slot is the largest number
