@@ -281,8 +281,9 @@ def topk_kl_loss(
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, vocabulary)
-    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
-    if normalization == "topk":
+    block = None if normalization == "topk" else kernels.BLOCK
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, block)
+    if block is None:
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
         z = logits.gather(1, index).float().masked_fill_(teacher.ids >= vocabulary, torch.nan)
     else:
