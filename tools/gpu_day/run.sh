@@ -42,7 +42,7 @@ counters() {
   for stall in barrier long_scoreboard short_scoreboard mio_throttle math_pipe_throttle not_selected wait lg_throttle no_instruction; do
     metrics+=,smsp__average_warps_issue_stalled_${stall}_per_issue_active.ratio
   done
-  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_rows|patch_gradients|slot_rows|add_parts' \
+  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_|slot_rows|add_parts|warp_rows|carry_part' \
     --launch-count 14 --metrics $metrics "$PYTHON" -m tools.gpu_day few
 }
 about() {
