@@ -71,13 +71,13 @@ class Corner:
 # The first has the oldest torch: the kernels are compiled there.
 CORNERS = (
     Corner(
-        "oldest torch",
+        "oldest-torch",
         "GPU machines; Triton 3.6 interprets with numpy up to 2.3",
         "3.12",
         ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "numpy==2.3.5"),
     ),
     Corner(
-        "oldest transformers",
+        "oldest-transformers",
         "the Triton that torch 2.13 pins",
         "3.11",
         ("torch==2.13.0", "triton==3.7.1", "transformers==5.16.0", "numpy==2.3.5"),
@@ -203,15 +203,16 @@ def kernels(names: Sequence[str]) -> Path:
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 
-def parts() -> list[tuple[str, list[str]]]:
+def parts() -> dict[str, list[str]]:
     """The tests in parts that are run, and kept, one by one: the folders, and what lies beside them."""
     tests = ROOT / "tests"
     folders = sorted({file.relative_to(tests).parts[0] for file in tests.glob("*/**/test_*.py")})
     beside = sorted(f"tests/{file.name}" for file in tests.glob("test_*.py"))
-    return [(name, [f"tests/{name}"]) for name in folders] + [("beside", beside)]
+    return {name: [f"tests/{name}"] for name in folders} | {"beside": beside}
 
 
-def test(corner: Corner, names: Sequence[str], workers: int, again: bool) -> dict[str, Any]:
+def test(corner: Corner, names: Sequence[str], chosen: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What the chosen parts come to on the corner's versions."""
     prepare(corner)
     one_file = kernels(names)
     checkout = corner.place / "checkout"
@@ -220,11 +221,11 @@ def test(corner: Corner, names: Sequence[str], workers: int, again: bool) -> dic
     place = corner.place / "parts" / digest(name for name in names if not name.startswith(CHANGES_NOTHING))
     place.mkdir(parents=True, exist_ok=True)
     reports = []
-    for name, paths in parts():
+    for name in chosen:
         report = place / f"{name}.xml"
-        if again or not report.is_file():
+        if options.again or not report.is_file():
             say(corner, name)
-            run_part(corner, checkout, paths, report, workers)
+            run_part(corner, checkout, parts()[name], report, options.workers)
         reports.append(Xml.parse(report).getroot())
     return {"name": corner.name, "why": corner.why, "versions": versions(corner)} | counted(reports)
 
@@ -330,6 +331,7 @@ def main() -> int:
     parser.add_argument("corner", nargs="*", help=f"of {', '.join(repr(corner.name) for corner in CORNERS)}; all")
     parser.add_argument("--again", action="store_true", help="run the parts whose outcome is known, too")
     parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
+    parser.add_argument("--part", action="append", choices=parts(), help="run these tests alone, and keep no result")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that run tests")
     options = parser.parse_args()
     if options.table:
@@ -343,10 +345,13 @@ def main() -> int:
     failed = 0
     for corner in CORNERS:
         if not options.corner or corner.name in options.corner:
-            result = test(corner, names, options.workers, options.again)
-            keep({**result, "commit": commit})
+            result = test(corner, names, options.part or [*parts()], options)
+            if not options.part:
+                keep({**result, "commit": commit})
             failed += result["failed"]
             say(corner, f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
+            for name in result["failures"]:
+                print("    failed:", name, flush=True)
     print(table())
     return 1 if failed else 0
 
