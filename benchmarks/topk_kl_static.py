@@ -17,12 +17,12 @@ KERNELS = (
 )
 # Of the rest the kernels' names for their pointers say what they are: numbers of the model are in its dtype.
 _FLOAT32 = {"z_ptr", "rest_ptr", "scale_ptr", "loss_ptr", "normalizers_ptr", "dz_ptr", "factor_ptr", "factors_ptr",
-            "sums_ptr", "old_factors_ptr", "out_ptr", "dhidden_ptr", "bias_ptr", "probs_ptr"}  # fmt: skip
+            "sums_ptr", "old_factors_ptr", "out_ptr", "bias_ptr", "probs_ptr"}  # fmt: skip
 _INTEGERS = {"ids_ptr", "index_ptr", "starts_ptr", "bounds_ptr"}
 
 
 def _what(kernel: str, d: int, slots: int, lanes: int) -> tuple[Any, dict[str, Any], int, set[str], set[str]]:
-    """The function, its constants, its warps, pointers that are None, and those of the logits in float32."""
+    """The function, its constants, its warps, pointers that are None, and those that are in float32 here alone."""
     from linearpatch_kernels.ops.topk_kl import triton as kernels
 
     if kernel.startswith("linear_topk_kl"):
@@ -42,7 +42,7 @@ def _what(kernel: str, d: int, slots: int, lanes: int) -> tuple[Any, dict[str, A
         return kernels.vocabulary_gradient_kernel, constants, kernels.WARPS, {"bias_ptr"}, {"logits_ptr"}
     missing = set() if kernel.endswith("exp") else {"exp_ptr", "dhidden_ptr"}
     constants = {"BLOCK": kernels.BLOCK, "CHUNK": kernels.CHUNK}
-    return kernels.vocabulary_kernel, constants, kernels.WARPS, missing | {"bias_ptr"}, {"logits_ptr"}
+    return kernels.vocabulary_kernel, constants, kernels.WARPS, missing | {"bias_ptr"}, {"logits_ptr", "dhidden_ptr"}
 
 
 def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tuple[Any, dict[str, Any], int]:
@@ -50,6 +50,8 @@ def compile_triton(kernel: str, arch: str, dtype: str, d: int, slots: int) -> tu
     from linearpatch_kernels.ops.topk_kl.triton import OPTIONS
 
     function, constants, warps, missing, float32 = _what(kernel, d, slots, lanes_of(arch))
+    if dtype == "float16":
+        float32 = float32 | {"dhidden_ptr"}  # which a loss scale is there to save
 
     def kind(name: str) -> str:
         if name in constants or name in missing:

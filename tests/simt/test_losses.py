@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from emulator import COMPILER, HERE, SCHEDULES, mutated_sources
 from topk_kl_emulator import Emulator, build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_build import FLAGS, nvcc, tool
 from benchmarks.gpu_sass import sass_programs
@@ -120,6 +122,58 @@ def test_what_does_not_count_is_not_read(
     assert not emulator.faults()
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_lazy_clone_that_is_only_read_is_not_copied(emulator: Emulator, normalization: str) -> None:
+    given = [torch._lazy_clone(tensor) for tensor in (*operands(), torch.randn(60))]
+    results = gpu.linear_topk_kl_loss(*given, normalization, 1.0, True, True, True, emulator.kernels)
+    assert all(torch._C._is_cow_tensor(tensor) for tensor in given)
+    again = gpu.linear_topk_kl_loss(*given, normalization, 1.0, True, True, True, emulator.kernels)
+    assert all(one.equal(two) for one, two in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_what_memory_held_before_counts_nothing(
+    emulator: Emulator, normalization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several parts of the vocabulary, and over none that has a logit."""
+    monkeypatch.setattr(gpu, "_IDS_AT_ONCE", 2048)
+    given = torch.randn(3, 16), torch.randn(4200, 16), torch.rand(3, 4) / 4, torch.randint(2048, 4200, (3, 4))
+    bias = torch.zeros(4200)
+    bias[:2048] = -torch.inf
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        results = gpu.linear_topk_kl_loss(*given, bias, normalization, 1.0, True, True, True, emulator.kernels)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = OPS.linear_topk_kl_loss_reference(*double(*given, bias), normalization, 1.0, True, True, True)
+    single = OPS.linear_topk_kl_loss_reference(*given, bias, normalization, 1.0, True, True, True)
+    assert not check("", results, single, exact)
+    assert not emulator.faults()
+
+
+class _Calls(TorchDispatchMode):
+    """Which operators are called, with what they were given; none is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.calls.append((function, keywords or {}))
+        return keywords["out"]
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_product_of_halves_is_added_up_in_one_call(add: bool) -> None:
+    a, b, out = (torch.empty(*shape, dtype=dtype, device="meta") for shape, dtype in (
+        ((3, 4), torch.bfloat16), ((4, 5), torch.bfloat16), ((3, 5), torch.float32)))  # fmt: skip
+    with _Calls() as seen:
+        gpu._product(a, b, out, add=add)
+    ((function, keywords),) = seen.calls
+    assert function is (torch.ops.aten.addmm.dtype_out if add else torch.ops.aten.mm.dtype_out)
+    assert keywords["out"] is out
+
+
 @pytest.mark.parametrize("width", [1, 12, 8200])
 def test_other_widths_are_not_served(width: int) -> None:
     assert not cuda.COMPILED.serves(width)
@@ -134,8 +188,8 @@ MUTATIONS = {
         "race: logits",
     ),
     "no check of an id": (
-        "if (id >= 0 && id < call.vocabulary && vector(v)",
-        "if (id >= 0 && vector(v)",
+        "inside(row) && vector(v) < count",
+        "row >= 0 && vector(v) < count",
         "out of bounds",
     ),
     "slots overwritten before they are read": (

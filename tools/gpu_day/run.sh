@@ -14,6 +14,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${CARRIED:-$PROJECT/.gpu-day}/triton
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 cd "$PROJECT" || exit 2
 
+# Eight files at most: more do not come back from the machine.
 # phase NAME SECONDS FILE COMMAND...: for no longer than SECONDS, nor than is left. Its output goes into FILE, its end into
 # phases.jsonl. ONLY names the phases to run, between spaces, where not all are wanted.
 phase() {
@@ -63,13 +64,14 @@ phase ncu 60 ncu.txt bash -c counters
 phase decode 40 times.txt bash -c 'day decode'
 phase others 75 times.txt bash -c 'day others'
 phase losses 80 times.txt bash -c 'day losses'
+phase host 30 ncu.txt bash -c 'day host'
 phase memcheck 60 sanitizer.txt bash -c 'sanitizer memcheck cuda linearpatch'
 phase racecheck 60 sanitizer.txt bash -c 'sanitizer racecheck cuda linearpatch'
 phase model 120 model.txt bash -c 'day model'
 phase triton-check 75 checks.txt bash -c triton_parts
 phase triton-times 60 times.txt bash -c 'BACKEND=triton day triton'
 phase triton-memcheck 45 sanitizer.txt bash -c 'sanitizer memcheck triton _kernel'
-phase tests 100 tests.txt "$PYTHON" -m pytest -q --maxfail 20 -m 'not slow' -p no:cacheprovider -n 8 tests/ops tests/test_backend.py
+phase tests 100 build.txt "$PYTHON" -m pytest -q --maxfail 20 -m 'not slow' -p no:cacheprovider -n 8 tests/ops tests/test_backend.py
 phase more 60 times.txt bash -c 'day more'
 echo '--- wrong'; grep -h '"step": "wrong"' "$OUT/checks.txt" 2>/dev/null | cut -c1-500 | head -12
 grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitizer.txt" 2>/dev/null

@@ -243,7 +243,8 @@ def hadamard_patch_kernel(
         if weight_ptr is not None:
             squares = tl.zeros([ROWS], tl.float32)
             for i in tl.static_range(TILES):
-                squares += tl.sum(tl.reshape(y[i] * y[i], [ROWS, TILE << K]), axis=1)
+                # Not of a reshaped tile: there Triton before 3.9 gives a whole row to one thread, and LLVM no end.
+                squares += tl.sum(tl.sum(y[i] * y[i], axis=2), axis=1)
             inverse = tl.rsqrt(squares / (M << K) + eps)
             weight = _load_vector(weight_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
             normed = ()
