@@ -171,8 +171,9 @@ def files() -> list[str]:
     return sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file())
 
 
-def digest(names: Iterable[str]) -> str:
-    state = hashlib.sha256()
+def digest(names: Iterable[str], *more: str) -> str:
+    """Of what the files hold, and of more texts."""
+    state = hashlib.sha256("\0".join(more).encode())
     for name in names:
         state.update(f"{name}\0".encode() + hashlib.sha256((ROOT / name).read_bytes()).digest())
     return state.hexdigest()[:16]
@@ -189,7 +190,8 @@ def kernels(names: Sequence[str]) -> Path:
     """The one file, compiled with the first corner's torch from the sources as they are now."""
     sources = [name for name in names if name.startswith("csrc/") or name == "setup.py"]
     oldest = CORNERS[0]
-    built = cache() / "kernels" / digest(sources) / KERNELS
+    asked = (os.environ.get(name, "") for name in ("LINEARPATCH_NO_CUDA", "TORCH_CUDA_ARCH_LIST"))
+    built = cache() / "kernels" / digest(sources, *asked) / KERNELS
     if not built.is_file():
         prepare(oldest)
         say(oldest, "compile the kernels")
@@ -227,7 +229,13 @@ def test(corner: Corner, names: Sequence[str], chosen: Sequence[str], options: a
             say(corner, name)
             run_part(corner, checkout, parts()[name], report, options.workers)
         reports.append(Xml.parse(report).getroot())
-    return {"name": corner.name, "why": corner.why, "versions": versions(corner)} | counted(reports)
+    about = {
+        "name": corner.name,
+        "why": corner.why,
+        "versions": versions(corner),
+        "kernels": f"{'CPU and CUDA' if b'.nv_fatbin' in one_file.read_bytes() else 'CPU'}, {CORNERS[0].pins[0]}",
+    }
+    return about | counted(reports)
 
 
 def environment(corner: Corner, checkout: Path) -> dict[str, str]:
