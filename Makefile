@@ -82,14 +82,14 @@ gpu: $(READY)
 	-$(PIP) --no-build-isolation --no-deps \
 		'fast-hadamard-transform @ git+https://github.com/Dao-AILab/fast-hadamard-transform@v1.1.0.post2'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical --dist loadfile
-	$(BIN)/python benchmarks/gpu.py
+	PYTHONPATH=$(CURDIR) PYTHON=$(CURDIR)/$(BIN)/python tools/gpu_day/run.sh
 
 # The same with the torch, pytest and pytest-timeout that PYTHON has: nothing is installed, and no network is needed.
 gpu-here: export PYTHONPATH := $(CURDIR)
 gpu-here:
 	$(PYTHON) setup.py build_ext --inplace
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow"
-	$(PYTHON) benchmarks/gpu.py
+	PYTHON=$(PYTHON) tools/gpu_day/run.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache linearpatch_kernels/*.so
