@@ -21,7 +21,9 @@ constexpr int kCombineThreads = 128, kCombineBlocks = 8;  // with registers for 
 constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
 constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
-constexpr int kMostThreadsOfPart = 1024;
+constexpr int kMostThreadsOfPart = 768;  // at 1024 a thread has 64 registers, and sm_120 spills
+
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 struct TeacherIds {
   const int32_t* given;  // of 64 bits two words, the lower one first
@@ -117,33 +119,39 @@ inline int vectors_of(const SlotRows& call) { return call.width > 2048 ? 2 : 1; 
 
 inline Launch plan_slots(const SlotRows& call) {
   const int threads = 32 * warps_of((call.width / kVectorOfRow + vectors_of(call) - 1) / vectors_of(call));
-  return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
-          2 * threads / 32 * kSlotsTogether * 4};
+  return {.possible = call.width % kVectorOfRow == 0 && call.width <= kWidestRow, .blocks = call.tokens, .diagonal_blocks = 1,
+          .threads = threads, .shared_bytes = 2 * threads / 32 * kSlotsTogether * 4};
 }
 
-inline Launch plan_teacher(const TeacherIds& call) {
-  return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};
+// A block for every token, and a float for each of its warps.
+inline Launch plan_of_tokens(int tokens) {
+  return {.possible = true, .blocks = tokens, .diagonal_blocks = 1, .threads = kTokenThreads,
+          .shared_bytes = kTokenThreads / 32 * 4};
 }
 
-inline Launch plan_sum_of_tokens(const TokenSum&) { return {true, false, 1, 1, kSumThreads, kSumThreads / 32 * 4}; }
+inline Launch plan_teacher(const TeacherIds& call) { return plan_of_tokens(call.tokens); }
 
-inline Launch plan_tokens(const TokenSlots& call) {
-  return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};
+inline Launch plan_sum_of_tokens(const TokenSum&) {
+  return {.possible = true, .blocks = 1, .diagonal_blocks = 1, .threads = kSumThreads, .shared_bytes = kSumThreads / 32 * 4};
 }
+
+inline Launch plan_tokens(const TokenSlots& call) { return plan_of_tokens(call.tokens); }
 
 inline Launch plan_sums(const RowSums& call) {
   const int wide = kCombineThreads * kVectorOfRow;
-  return {true, false, call.results, call.out ? (call.width + wide - 1) / wide : 1, kCombineThreads, 0};
+  return {.possible = true, .blocks = call.results, .diagonal_blocks = call.out ? (call.width + wide - 1) / wide : 1,
+          .threads = kCombineThreads};
 }
 
 inline Launch plan_carry(const VocabularyPart& call) {
   const int held = kVectorsOfPart * kVectorOfRow, threads = 32 * warps_of((call.size + held - 1) / held);
-  return {threads <= kMostThreadsOfPart, false, call.tokens, 1, threads, threads / 32 * 4};
+  return {.possible = threads <= kMostThreadsOfPart, .blocks = call.tokens, .diagonal_blocks = 1, .threads = threads,
+          .shared_bytes = threads / 32 * 4};
 }
 
 inline Launch plan_differentiate(const VocabularyPart& call) {
-  return {true, false, call.tokens, (call.size + kVocabularyBlock - 1) / kVocabularyBlock, kVocabularyThreads,
-          kVocabularyThreads / 32 * 4};
+  return {.possible = true, .blocks = call.tokens, .diagonal_blocks = (call.size + kVocabularyBlock - 1) / kVocabularyBlock,
+          .threads = kVocabularyThreads, .shared_bytes = kVocabularyThreads / 32 * 4};
 }
 
 }  // namespace linearpatch::cuda

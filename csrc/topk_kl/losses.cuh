@@ -44,7 +44,7 @@ DEVICE Fetched<kPieces<Known<T>>> fetched(const Known<T>&, const char* row, int 
 DEVICE Fetched<2> fetched(const Any& type, const char* row, int i, bool there) {
   Fetched<2> eight{};
   const bool single = type.dtype == Dtype::float32;
-  row += i * (single ? 4 : 2);
+  row += i * bytes_of(type.dtype);
   if (there) eight.bits[0] = load16(row);
   if (there && single) eight.bits[1] = load16(row + 16);
   return eight;
@@ -258,14 +258,13 @@ __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const Slot
   const bool counted = over_warp<together>(present, Larger{}) != 0.0f;
   const float scale = counted ? read(call.scale) : 0.0f, factor = counted ? total / sum : 0.0f;
   const Any type(call.dhidden_dtype);
-  const int64_t bytes = call.dhidden_dtype == Dtype::float32 ? 4 : 2;
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     if (vector(v) >= count) continue;
     float gradient[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) gradient[e] = (factor * student[v][e] - teacher[v][e]) * scale;
-    type.store(call.dhidden + token * call.width * bytes, 8 * vector(v), gradient);
+    type.store(call.dhidden + token * call.width * bytes_of(call.dhidden_dtype), 8 * vector(v), gradient);
   }
 }
 
@@ -469,10 +468,9 @@ __global__ void __launch_bounds__(kMostThreadsOfPart) carry_part(const Vocabular
   }
   if (!call.out) return;
   const Any type(call.out_dtype);
-  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
 #pragma unroll
   for (int v = 0; v < kVectorsOfPart; ++v)
-    if (column(v) < call.size) type.store(call.out + token * call.stride * bytes, column(v), z[v]);
+    if (column(v) < call.size) type.store(call.out + token * call.stride * bytes_of(call.out_dtype), column(v), z[v]);
   if (kept == 1.0f || before == -infinity()) return;  // of nothing dhidden is nothing yet
   float* const dhidden = call.dhidden + token * call.width;
   for (int i = 4 * threadIdx.x; i < call.width; i += 4 * blockDim.x) {
@@ -521,8 +519,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const V
   const float scale = read(call.scale);
 #pragma unroll
   for (int e = 0; e < 8; ++e) gradient[e] = present != 0.0f ? gradient[e] * scale : 0.0f;
-  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
-  Any(call.out_dtype).store(call.out + token * call.stride * bytes, column, gradient);
+  Any(call.out_dtype).store(call.out + token * call.stride * bytes_of(call.out_dtype), column, gradient);
 }
 
 }  // namespace linearpatch::cuda

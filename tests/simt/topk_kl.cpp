@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kBytes = 4;
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 void watch_rows(const char* name, const char* rows, int64_t count, int64_t stride, int64_t width, Dtype dtype) {
   simt::watch(name, rows, count ? (count - 1) * stride + width * bytes_of(dtype) : 0);
 }

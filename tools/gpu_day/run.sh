@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU day in one call of less than nine minutes; README.md says what it does and in which order.
 #   bash run.sh [--dry] [PROJECT]
-# Writes to $OUT as it goes; no step begins without time left of $BUDGET seconds. --dry goes through every step on a CPU.
+# Writes to $OUT as it goes; no step begins without time left of $BUDGET seconds. --dry goes through every step on a CPU;
+# SLOWER=4 gives every step four times its time there.
 set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 DRY=; [ "${1:-}" = --dry ] && { DRY=1; shift; }
@@ -18,7 +19,7 @@ cd "$PROJECT" || exit 2
 # phase NAME SECONDS FILE COMMAND...: for no longer than SECONDS, nor than is left. Its output goes into FILE, its end into
 # phases.jsonl. ONLY names the phases to run, between spaces, where not all are wanted.
 phase() {
-  local name=$1 most=$2 file=$3 begin=$SECONDS rc; shift 3
+  local name=$1 most=$(($2 * ${SLOWER:-1})) file=$3 begin=$SECONDS rc; shift 3
   if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return 1; fi
   local left=$((BUDGET - SECONDS)); [ "$most" -gt "$left" ] && most=$left
   if [ "$most" -lt 8 ]; then echo "{\"phase\": \"$name\", \"left_out\": \"$left s left\"}" | tee -a "$OUT/phases.jsonl"; return 1; fi
@@ -41,7 +42,7 @@ counters() {
   for stall in barrier long_scoreboard short_scoreboard mio_throttle math_pipe_throttle not_selected wait lg_throttle no_instruction; do
     metrics+=,smsp__average_warps_issue_stalled_${stall}_per_issue_active.ratio
   done
-  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_rows|patch_gradients|slot_rows|add_parts' \
+  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_|slot_rows|add_parts|warp_rows|carry_part' \
     --launch-count 14 --metrics $metrics "$PYTHON" -m tools.gpu_day few
 }
 about() {

@@ -56,7 +56,8 @@ class Kernels:
     @staticmethod
     def readable(rows: Tensor) -> Tensor:
         """The same rows, in 16-byte vectors."""
-        address = torch._C._data_address(rows)  # data_ptr() would copy what is a lazy clone
+        # data_ptr() would copy what is a lazy clone; torch's stubs leave this one out.
+        address = torch._C._data_address(rows)  # type: ignore[attr-defined]
         step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
         aligned = address % 16 == step % 16 == 0 and step < 2**31
         if rows.stride(1) == 1 and aligned:

@@ -36,7 +36,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
 )
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
-_IDS_AT_ONCE = 2**15  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda_calls.h
+_IDS_AT_ONCE = 3 * 2**13  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda_calls.h
 _MOST = 2**31 - 1  # the kernels count in 32 bits
 
 
@@ -55,7 +55,10 @@ def kernels_for(hidden: Tensor) -> Any:
 def _counted(kernels: Any, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(ids in 32 bits, how many tokens have any, what every gradient is multiplied with)``, the last two [1]."""
     if isinstance(kernels, cuda.Kernels):
-        narrow, both = torch.empty(ids.shape, dtype=torch.int32, device=ids.device), ids.new_empty(2, dtype=torch.float32)
+        narrow, both = (
+            torch.empty(ids.shape, dtype=torch.int32, device=ids.device),
+            ids.new_empty(2, dtype=torch.float32),
+        )
         kernels.teacher(ids.contiguous(), temperature, narrow, both.new_empty(len(ids)), both)
         return narrow, *both.split(1)
     # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
@@ -247,8 +250,8 @@ def linear_topk_kl_loss(
         )
     check_ids(teacher_ids, len(weight))
     narrow = gradient_dtype(hidden)
-    # What is made in one go is rounded where it is made; what is added up is so in float32.
-    dtypes = (kernels.writable(narrow) if normalization == "topk" else torch.float32, torch.float32, torch.float32)
+    rounds = normalization == "topk" and isinstance(kernels, cuda.Kernels)  # where it makes dhidden, in one go
+    dtypes = (narrow if rounds else torch.float32, torch.float32, torch.float32)
     grads = [
         hidden.new_empty(shape, dtype=dtype) if wanted else None
         for shape, dtype, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), dtypes, flags, strict=True)
@@ -278,8 +281,9 @@ def topk_kl_loss(
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, vocabulary)
-    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
-    if normalization == "topk":
+    block = None if normalization == "topk" else kernels.BLOCK
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, block)
+    if block is None:
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
         z = logits.gather(1, index).float().masked_fill_(teacher.ids >= vocabulary, torch.nan)
     else:
