@@ -1,7 +1,7 @@
 """The fast tests on the versions that pyproject claims, each corner in an environment of its own.
 
-``make matrix``, or ``python tools/matrix.py [CORNER ...]``, writes benchmarks/results/matrix.json and the README's table.
-For the hand, before a release: it takes an hour or more, and gigabytes of torch.
+``make matrix``, or ``python tools/matrix.py [CORNER ...]``, writes the results, and the README's table of them. For the
+hand, before a release: it takes an hour or more, and gigabytes of torch.
 
 The kernels are compiled once, with the oldest torch, and every corner loads that one file: that is what the package
 claims of it. All else lies under ~/.cache/linearpatch/matrix (or $LINEARPATCH_MATRIX): the environments, a copy of the
