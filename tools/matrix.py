@@ -1,7 +1,7 @@
 """The fast tests on the versions that pyproject claims, each corner in an environment of its own.
 
-``make matrix``, or ``python tools/matrix.py [CORNER ...]``; ``--table`` prints the README's table from the results. For
-the hand, before a release: it takes an hour or more, and gigabytes of torch.
+``make matrix``, or ``python tools/matrix.py [CORNER ...]``, writes the results, and the README's table of them. For the
+hand, before a release: it takes an hour or more, and gigabytes of torch.
 
 The kernels are compiled once, with the oldest torch, and every corner loads that one file: that is what the package
 claims of it. All else lies under ~/.cache/linearpatch/matrix (or $LINEARPATCH_MATRIX): the environments, a copy of the
@@ -35,6 +35,8 @@ from torch_without_cuda import write_stubs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
+README = ROOT / "README.md"
+MARKS = ("<!-- made by tools/matrix.py -->", "<!-- to here -->")
 KERNELS = "linearpatch_kernels/_C.abi3.so"
 EXTRAS = ("test", "eval", "train")
 # As in the Makefile: the demo's model and texts, without what they would bring along.
@@ -292,11 +294,12 @@ def counted(reports: Iterable[Xml.Element]) -> dict[str, Any]:
 
 
 def keep(result: Mapping[str, Any]) -> None:
-    """Put a corner's result into the file of all, in the order of the corners."""
+    """Put a corner's result into the file of all, in the order of the corners, and into the README."""
     found = {one["name"]: one for one in read()} | {result["name"]: result}
     ordered = [found[corner.name] for corner in CORNERS if corner.name in found]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps({"corners": ordered}, indent=1) + "\n")
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def read() -> list[dict[str, Any]]:
@@ -316,6 +319,15 @@ def table() -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def with_table(text: str) -> str:
+    """The text with the table of the results between its marks."""
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"the README has no place for the table, between {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{begin}\n{table()}\n{end}{after}"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -338,13 +350,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corner", nargs="*", help=f"of {', '.join(repr(corner.name) for corner in CORNERS)}; all")
     parser.add_argument("--again", action="store_true", help="run the parts whose outcome is known, too")
-    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
     parser.add_argument("--part", action="append", choices=parts(), help="run these tests alone, and keep no result")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that run tests")
     options = parser.parse_args()
-    if options.table:
-        print(table())
-        return 0
     unknown = {*options.corner} - {corner.name for corner in CORNERS}
     if unknown:
         parser.error(f"there is no corner {', '.join(sorted(unknown))}")
