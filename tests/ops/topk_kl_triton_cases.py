@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from linearpatch_kernels.ops.topk_kl import gpu
 from linearpatch_kernels.ops.topk_kl import triton as kernels
-from tests.ops.topk_kl_cases import OPS, Sizes, one_case, wrong_in_extremes
+from tests.ops.topk_kl_cases import OPS, STATED, Sizes, check, double, one_case, wrong_in_extremes
 
 # Every program of the interpreter costs about a millisecond, and dweight is one program an id.
 SIZES = Sizes(
@@ -104,6 +104,16 @@ def properties() -> Iterator[str]:
                 yield f"{normalization}: logits of {value} give {ours}, the reference {reference}"
 
 
+def wrong_where_rows_are_not_held() -> list[str]:
+    hidden, weight = torch.randn(3, 9000), torch.randn(20, 9000) / 9000**0.5
+    probs, ids = torch.rand(3, 7).softmax(1) * 0.9, torch.randint(0, 20, (3, 7))
+    ids[1, 2] = -1
+    arguments = (hidden, weight, probs, ids, None, "topk", 1.3, True, True, False)
+    reference = OPS.linear_topk_kl_loss_reference
+    ours, theirs = OPS.linear_topk_kl_loss(*arguments), reference(*arguments)
+    return check("wide", ours, theirs, reference(*double(*arguments)), STATED)
+
+
 def main(seed: int, count: int) -> int:
     assert kernels.INTERPRETED
     launches: Counter[str] = Counter()
@@ -123,7 +133,7 @@ def main(seed: int, count: int) -> int:
         gpu._LOGITS_AT_ONCE = chance.choice([1, 4000, 2**24])
         wrong += one_case(chance, SIZES)
     kernels.BLOCK, gpu._LOGITS_AT_ONCE = 128, 2**24
-    wrong += [*properties(), *wrong_in_extremes()]
+    wrong += [*properties(), *wrong_in_extremes(), *wrong_where_rows_are_not_held()]
     print(*wrong, f"{count} cases, {dict(launches)}, {len(wrong)} wrong", sep="\n")
     return 1 if wrong or set(launches) != NAMES else 0
 

@@ -26,9 +26,9 @@ def main(seed: int, count: int) -> int:
     launches: Counter[str] = Counter()
     launch = kernels._launch
 
-    def counted(kernel: Any, *arguments: Any) -> None:
+    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
         launches[kernel.fn.__name__] += 1
-        launch(kernel, *arguments)
+        launch(kernel, *arguments, **options)
 
     kernels._launch = counted
     chance = random.Random(seed)

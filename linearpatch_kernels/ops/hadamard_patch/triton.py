@@ -326,8 +326,7 @@ SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 # (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated). Sixteen make one exchange more.
 VALUES = 32
 MOST_THREADS = 1024
-# Those of a program whose threads may have 255 registers each; a multiprocessor has 65536.
-ROOMY_THREADS = 256
+ROOMY_THREADS = 256  # of a program whose threads may have all the registers that there can be
 # One stage: prefetching rows into shared memory would take more of it than most GPUs have.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -363,7 +362,7 @@ class Layout:
         """Whether scale is held, and what each launch makes of dx, dscale, dpre, dpost; vectors: either of the last."""
         crowded = self.m > 1 and self.warps * self.lanes >= ROOMY_THREADS
         together = self.roomy and not (vectors and crowded)
-        return self.holds_scale(False) and not vectors, ((0, 1, 2, 3),) if together else ((0,), (1,), (2,), (3,))
+        return self.holds_scale(alone=False) and not vectors, ((0, 1, 2, 3),) if together else ((0,), (1,), (2,), (3,))
 
     def groups(self, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Groups of index bits, ``(low, count, ...)``, for the way there and the way back.
@@ -460,10 +459,18 @@ def _vector(vector: Tensor | None) -> Tensor | None:
     return (vector.float() if vector.dtype == torch.float64 else vector).contiguous()
 
 
-def _launch(kernel: Any, layout: Layout, held: bool, x: Tensor, *arguments: Any) -> None:
+def registers(threads: int) -> dict[str, int]:
+    """The option that bounds a thread's registers, by 65536 a multiprocessor; AMD's compiler has none.
+
+    For kernels of which NVIDIA's assembler, left alone, spills some bytes to have one more program run at a time.
+    """
+    return {} if torch.version.hip else {"maxnreg": min(255, 65536 // threads)}
+
+
+def _launch(kernel: Any, layout: Layout, held: bool, x: Tensor, *arguments: Any, **options: Any) -> None:
     with torch.cuda.device_of(x):
         kernel[(_grid(layout, x), layout.blocks)](
-            *arguments, **layout.constants(x.element_size(), held), num_warps=layout.warps, **OPTIONS
+            *arguments, **layout.constants(x.element_size(), held), num_warps=layout.warps, **OPTIONS, **options
         )
 
 
@@ -498,12 +505,16 @@ def _patch(
         return
     rows, others = _rows(x), None if residual is None else _rows(residual)
     pre, post = optional[:2]
-    held = layout.holds_scale(all(vector is None for vector in (pre, post, weight)))
+    vector = pre is not None or post is not None
+    held = layout.holds_scale(alone=not vector and weight is None)
+    # The others are left to the assembler: where it may take all registers, it takes a fourth more than they need.
+    bound = registers(layout.warps * layout.lanes) if vector and layout.m > 1 else {}
     vectors = (_vector(scale), _vector(pre), _vector(post), _vector(weight))
     strides = (rows.stride(0), 0 if others is None else others.stride(0), layout.d)
     _launch(
         hadamard_patch_kernel, layout, held, rows,
         rows, others, *vectors, _factor(layout, x.device), y, normed, len(rows), *strides, eps,
+        **bound,
     )  # fmt: skip
 
 
@@ -593,6 +604,7 @@ def hadamard_patch_backward(
             _launch(
                 hadamard_patch_backward_kernel, layout, held, rows,
                 dy, rows, *vectors, _factor(layout, x.device), *made, *strides,
+                **registers(layout.warps * layout.lanes),
             )  # fmt: skip
     ddown, dup = (rows.new_empty(0, dtype=torch.float32) for _ in range(2))
     dscale, dpre, dpost = (ddown.clone() if part is None else part.sum(0) for part in sums)

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearpatch_kernels.ops.hadamard_patch.triton import registers
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Numbers of rows and slots are not specialised: each class of them (1, a multiple of 16, any other) would be compiled
@@ -325,7 +327,7 @@ def vocabulary_gradient_kernel(
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
-WIDEST, WIDEST_HELD = 16384, 8192
+WIDEST, WIDEST_HELD = 16384, 7680  # the next chunk takes more threads than can have all registers
 BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
@@ -390,11 +392,6 @@ def combine_layout(width: int) -> tuple[dict[str, int], int]:
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
-
-
-def _registers(most: int) -> dict[str, int]:
-    """Left alone, NVIDIA's assembler spills a few of them to have one more program run at a time."""
-    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def _layout(width: int, slots: int) -> Layout | None:
@@ -474,7 +471,7 @@ def carry(
     _launch(
         vocabulary_kernel, (len(ids),), logits, bias, ids, bounds, z, rest, exp, dhidden, ids.shape[1], width, first,
         size, logits.stride(0), bounds.shape[1] - 1, 1 / temperature, BLOCK=BLOCK, CHUNK=CHUNK, warps=WARPS,
-        **_registers(128),
+        **registers(32 * WARPS),
     )  # fmt: skip
 
 
