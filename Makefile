@@ -8,7 +8,7 @@ OLDEST := $(VENV)/transformers-5.16
 TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.7.1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow oldest matrix sanitize lint bench gpu gpu-here clean
+.PHONY: demo test slow oldest matrix vllm sanitize lint bench gpu gpu-here clean
 
 # torch first and pinned: left to the resolver it may become a CUDA build of several gigabytes. The build is not isolated
 # for the same reason. The demo's model and texts come without their own dependencies, of which nothing here is used.
@@ -58,6 +58,17 @@ oldest: $(OLDEST)/.ready
 # The fast tests on every set of versions that pyproject claims, into benchmarks/results/matrix.json: before a release.
 matrix:
 	$(PYTHON) tools/matrix.py
+
+# vLLM asks for another Transformers than ours, so it has an environment of its own, outside the checkout and kept while it
+# is complete (1.9 GB). With it, `make slow` has vLLM load results; without it, that test is skipped.
+VLLM := $(or $(LINEARPATCH_VLLM),$(or $(LINEARPATCH_CACHE),$(HOME)/.cache/linearpatch)/vllm)
+VLLM_WANTED := tests/modeling/vllm-requirements.txt
+
+vllm:
+	cmp -s $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt' || { \
+		$(PYTHON) -m venv --clear '$(VLLM)' && \
+		'$(VLLM)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_WANTED) && \
+		cp $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt'; }
 
 # The kernels under AddressSanitizer and UBSan: of the slow tests, those.
 sanitize: $(READY)

@@ -1,0 +1,72 @@
+"""Run by test_vllm.py in vLLM's own environment, where this project is not installed: what vLLM makes of checkpoints.
+
+``vllm_apart.py JOBS RESULTS``: two JSON files. Not a test module, and it may import nothing of this project.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def asked(job: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM writes after every prompt, and per forced sequence the log-probability and the best token of every
+    position but the first."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=job["directory"],
+        model_impl="transformers",
+        trust_remote_code=True,
+        dtype="float32",
+        enforce_eager=not job["compiled"],
+        max_model_len=128,
+        max_num_seqs=4,
+    )
+
+    def run(sequences: list[list[int]], **settings: Any) -> list[Any]:
+        prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
+        return llm.generate(prompts, SamplingParams(temperature=0, ignore_eos=True, **settings), use_tqdm=False)
+
+    written = run(job["prompts"], max_tokens=job["new_tokens"])
+    forced = run(job["forced"], max_tokens=1, prompt_logprobs=1)
+    logprobs, best = [], []
+    for sequence, output in zip(job["forced"], forced, strict=True):
+        places = list(zip(sequence, output.prompt_logprobs, strict=True))[1:]
+        logprobs.append([place[token].logprob for token, place in places])
+        best.append([next(token for token, entry in place.items() if entry.rank == 1) for _, place in places])
+    return {"written": [list(one.outputs[0].token_ids) for one in written], "logprobs": logprobs, "best": best}
+
+
+def main() -> None:
+    jobs, results = map(Path, sys.argv[1:])
+    begin = time.monotonic()
+    import torch
+    import transformers
+    import vllm
+
+    outcomes: dict[str, Any] = {
+        "versions": {module.__name__: module.__version__ for module in (vllm, torch, transformers)},
+        "package is installed": importlib.util.find_spec("linearpatch_kernels") is not None,
+        "seconds": {"import": round(time.monotonic() - begin)},
+    }
+    for name, job in json.loads(jobs.read_text()).items():
+        begin = time.monotonic()
+        try:
+            outcomes[name] = asked(job)
+        except Exception as error:  # what is looked for, in some of the jobs
+            outcomes[name] = {"error": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        outcomes["seconds"][name] = round(time.monotonic() - begin)
+    outcomes["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+    results.write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
