@@ -124,7 +124,15 @@ def prepare(corner: Corner) -> None:
     run([find_python(corner.python), "-m", "venv", corner.place / "venv"])
     pinned = corner.place / "constraints.txt"
     pinned.write_text("\n".join(constraints(corner)) + "\n")
-    pip: list[str | Path] = [corner.interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        corner.interpreter,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--disable-pip-version-check",
+    ]
     run([*pip, "--no-deps", *(pin for pin in corner.pins if pin.startswith("torch=="))])
     (torch,) = (corner.place / "venv").glob("lib/python*/site-packages/torch")
     ask_for_no_gpu(torch)
