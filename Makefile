@@ -60,13 +60,13 @@ matrix:
 	$(PYTHON) tools/matrix.py
 
 # vLLM asks for another Transformers than ours, so it has an environment of its own, outside the checkout and kept while it
-# is complete (1.9 GB). With it, `make slow` has vLLM load results; without it, that test is skipped.
+# is complete (1.9 GB; Python 3.11). With it, `make slow` has vLLM load results; without it, that test is skipped.
 VLLM := $(or $(LINEARPATCH_VLLM),$(or $(LINEARPATCH_CACHE),$(HOME)/.cache/linearpatch)/vllm)
 VLLM_WANTED := tests/modeling/vllm-requirements.txt
 
 vllm:
 	cmp -s $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt' || { \
-		$(PYTHON) -m venv --clear '$(VLLM)' && \
+		$(PYTHON) -m venv '$(VLLM)' && \
 		'$(VLLM)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_WANTED) && \
 		cp $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt'; }
 
