@@ -21,7 +21,7 @@ Low-rank terms, float64, and widths whose blocks are too small or too wide for t
 # ruff: noqa: RUF005
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -591,6 +591,8 @@ def hadamard_patch_backward(
     rows, dy = _rows(x), _rows(grad)
     dx = _kernel_output(x, final=down is None) if wanted[0] else None
     held, launches = layout.backward_launches(wanted[2] or wanted[3])
+    if not layout.roomy:
+        layout = replace(layout, warps=layout.warps // 2)  # twice the registers for twice the numbers waste fewer
     shape = (_grid(layout, x), layout.d)
     sums = [
         (rows.new_empty if held and i == 0 else rows.new_zeros)(shape, dtype=torch.float32) if wants else None

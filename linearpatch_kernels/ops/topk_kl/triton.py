@@ -327,7 +327,7 @@ def vocabulary_gradient_kernel(
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
-WIDEST, WIDEST_HELD = 16384, 7680  # the next chunk takes more threads than can have all registers
+WIDEST, WIDEST_HELD = 16384, 7168  # wider ones take more threads than can have all registers
 BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
