@@ -2,8 +2,8 @@
 
 The host code itself is run, on small CPU tensors, and what it would launch is recorded: constants, warps and the kinds
 of the arguments are written nowhere else. A stand-in takes the driver's place, which says for which GPU to compile, so
-that Triton's own cache has the kernels afterwards: with TRITON_CACHE_DIR set, what was compiled here is found there by
-the same Triton on a machine with that GPU.
+that Triton's own cache has the kernels afterwards. With TRITON_CACHE_DIR set, what was compiled here is found on a
+machine with that GPU by the same wheel of Triton (of the same version, for the same Python).
 """
 
 from __future__ import annotations

@@ -325,8 +325,9 @@ SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 # Elements of a row that a thread holds: the most that the static model finds without spills for the forward
 # (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated). Sixteen make one exchange more.
 VALUES = 32
-MOST_THREADS = 1024
-ROOMY_THREADS = 256  # of a program whose threads may have all the registers that there can be
+# Of a program whose threads may have all the registers that there can be. A wider row is held by as many threads with
+# more elements each: twice the threads would each have half the registers, of which what is not a row's takes as many.
+ROOMY_THREADS = 256
 # One stage: prefetching rows into shared memory would take more of it than most GPUs have.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -352,7 +353,8 @@ class Layout:
 
     @property
     def roomy(self) -> bool:
-        return self.warps * self.lanes <= ROOMY_THREADS
+        """Whether there are registers for more than the row itself."""
+        return (self.rows * self.tile * self.tiles << self.k) <= VALUES * ROOMY_THREADS
 
     def holds_scale(self, alone: bool) -> bool:
         """Whether scale stays in registers from row to row, and dscale's sums; alone: no other vector is needed."""
@@ -417,7 +419,8 @@ def layout_of(d: int, lanes: int = 32, rows: int | None = None, warps: int | Non
         at_least = 16 >> k if m > 1 else 1  # a product of matrices needs 16 columns
         rows = max(_power_of_two(32 * VALUES // size), at_least, 1)
     if warps is None:
-        warps = _power_of_two(min(rows * size // VALUES, MOST_THREADS) // lanes)
+        values = VALUES if rows * size <= VALUES * ROOMY_THREADS else 2 * VALUES
+        warps = _power_of_two(rows * size // values // lanes)
     return Layout(d, m, k, tile, tiles, rows, warps, lanes)
 
 
@@ -508,7 +511,8 @@ def _patch(
     vector = pre is not None or post is not None
     held = layout.holds_scale(alone=not vector and weight is None)
     # The others are left to the assembler: where it may take all registers, it takes a fourth more than they need.
-    bound = registers(layout.warps * layout.lanes) if vector and layout.m > 1 else {}
+    spills = not layout.roomy or (vector and layout.m > 1)
+    bound = registers(layout.warps * layout.lanes) if spills else {}
     vectors = (_vector(scale), _vector(pre), _vector(post), _vector(weight))
     strides = (rows.stride(0), 0 if others is None else others.stride(0), layout.d)
     _launch(

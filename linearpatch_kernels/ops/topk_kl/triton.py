@@ -327,7 +327,7 @@ def vocabulary_gradient_kernel(
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
-WIDEST, WIDEST_HELD = 16384, 7680  # the next chunk takes more threads than can have all registers
+WIDEST, WIDEST_HELD = 16384, 7168  # wider ones take more threads than can have all registers
 BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
@@ -364,7 +364,7 @@ def layout_of(width: int, slots: int, lanes: int = 32) -> Layout | None:
     chunk = next((chunk for chunk in fitting if -(-width // chunk) * chunk <= 9 * width // 8), whole)
     chunks = -(-width // chunk)
     numbers = 1 << (chunk * chunks).bit_length() - 1
-    warps = min(max(numbers // ((16 if held else 32) * lanes), 1), 1024 // lanes)
+    warps = min(max(numbers // (16 * lanes), 1), 256 // lanes)
     together = max(2, 32 * lanes * warps // numbers) if held else 1
     if INTERPRETED:
         together *= 8
