@@ -6,8 +6,9 @@ where it lies. So torch has to be there before this is installed.
 
 Where nvcc is found (CUDA_HOME, the PATH, /usr/local/cuda) the CUDA kernels go into the same file, with CUDA's run-time
 library inside, so that it loads where there is neither a driver nor CUDA. TORCH_CUDA_ARCH_LIST says for which GPUs, as
-for torch's own extensions ("8.0;9.0+PTX"); without it, machine code for 8.0 and PTX, which the driver compiles for
-newer ones when it first loads it. LINEARPATCH_NO_CUDA=1 leaves them out.
+for torch's own extensions ("8.0;9.0+PTX"); without it, machine code for 8.0, 9.0, 10.0 and 12.0, as far as this nvcc
+knows them, and PTX of the newest, which the driver compiles for newer GPUs when it first loads it.
+LINEARPATCH_NO_CUDA=1 leaves the CUDA kernels out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +43,7 @@ CUDA_COMPILE = [
     "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-CUDA_ARCHITECTURES = "8.0+PTX"
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
 
 def find_cuda() -> Path | None:
@@ -54,18 +56,49 @@ def find_cuda() -> Path | None:
     return next((Path(place) for place in places if place and all(Path(place, file).exists() for file in needed)), None)
 
 
-def architecture_flags() -> list[str]:
-    """What nvcc is told of ``TORCH_CUDA_ARCH_LIST``."""
+def nvcc_architectures(cuda: Path) -> list[str]:
+    """Those that this nvcc compiles for, without the suffixes a and f: 8.0, 9.0, ..."""
+    listed = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    return [f"{number[:-1]}.{number[-1]}" for number in re.findall(r"compute_(\d+)", listed.stdout)]
+
+
+def architecture_flags(asked: str, known: Sequence[str]) -> list[str]:
+    """What nvcc is told of ``TORCH_CUDA_ARCH_LIST``; without it, of the default.
+
+    Args:
+        asked: the list, or nothing.
+        known: what this nvcc compiles for.
+
+    Raises:
+        ValueError: a name that is none, or that this nvcc does not know.
+    """
+    names = re.split(r"[;,\s]+", asked.strip()) if asked.strip() else default_architectures(known)
     flags = []
-    for name in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES):
-        known = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
-        if not known:
+    for name in names:
+        parts = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name)
+        if not parts:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST has {name!r}: write numbers, as in 8.0;9.0+PTX")
-        number = known[1] + known[2]
+        if parts[1] not in known:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {name}, and this nvcc knows only {', '.join(known)}")
+        number = parts[1].replace(".", "") + parts[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if known[3]:
+        if parts[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def default_architectures(known: Sequence[str]) -> list[str]:
+    here = [name for name in CUDA_ARCHITECTURES if name in known]
+    if not here:
+        wanted = ", ".join(CUDA_ARCHITECTURES)
+        raise ValueError(f"this nvcc knows none of {wanted}: say in TORCH_CUDA_ARCH_LIST for which GPUs")
+    if unknown := [name for name in CUDA_ARCHITECTURES if name not in known]:
+        print(
+            f"linearpatch_kernels: this nvcc does not know GPUs of {', '.join(unknown)}: their driver compiles PTX of"
+            f" {here[-1]} when it first loads it, which takes seconds",
+            file=sys.stderr,
+        )
+    return [*here[:-1], here[-1] + "+PTX"]
 
 
 def find_torch() -> Path:
@@ -111,11 +144,16 @@ class BuildKernels(build_ext):
             target = Path(self.build_temp, source).with_suffix(".o")
             target.parent.mkdir(parents=True, exist_ok=True)
             host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-            command = [cuda / "bin" / "nvcc", *CUDA_COMPILE, *architecture_flags(), *host, "-c", source, "-o", target]
+            command = [cuda / "bin" / "nvcc", *CUDA_COMPILE, *gpus.result(), *host, "-c", source, "-o", target]
             subprocess.run(command, check=True)
             return str(target)
 
+        def flags_for_gpus() -> list[str]:
+            asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+            return architecture_flags(asked, nvcc_architectures(cuda)) if cuda else []
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
+            gpus = pool.submit(flags_for_gpus)  # what is wrong with it is wrong with all of the CUDA kernels
             for_gpus = [pool.submit(compiled_for_gpus, source) for source in CUDA_SOURCES if cuda]
             objects = list(pool.map(compiled, [source for source in extension.sources if source != BINDINGS]))
             failed = next((error for task in for_gpus if (error := task.exception())), None)

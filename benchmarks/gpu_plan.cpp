@@ -73,6 +73,7 @@ int main(int count, char** arguments) {
   call.scale = place<const float>(scale);
   call.signs_there = call.signs_back = table;
   if (!std::strcmp(kernel, "add_patch_rms_norm")) {
+    call.fused = true;
     call.residual = place<const char>(residual), call.normed = place<char>(normed);
     call.residual_stride = call.normed_stride = stride;
     call.norm_weight = place<const float>(weight);

@@ -139,6 +139,37 @@ print(runpy.run_path({str(ROOT / "setup.py")!r})["find_torch"]())
     assert Path(python(program).strip()) == Path(torch.__file__).parent
 
 
+def architecture_flags(asked: str, known: str) -> str:
+    """What setup.py tells an nvcc that knows some GPUs; or what it says is wrong; then what it prints."""
+    program = f"""
+import runpy, setuptools, sys
+setuptools.setup = lambda **_: None
+sys.stderr = sys.stdout
+flags = runpy.run_path({str(ROOT / "setup.py")!r})["architecture_flags"]
+try:
+    print(*flags({asked!r}, {known!r}.split()))
+except ValueError as error:
+    print(error)
+"""
+    return python(program)
+
+
+def test_gpus_that_are_compiled_for() -> None:
+    def flag(gpu: str, kind: str = "sm") -> str:
+        return f"-gencode=arch=compute_{gpu},code={kind}_{gpu}"
+
+    today, older = "7.5 8.0 8.6 9.0 10.0 12.0", "7.5 8.0 8.6 9.0"
+    machine_code = [flag(gpu) for gpu in ("80", "90", "100", "120")]
+    assert architecture_flags("", today).split() == [*machine_code, flag("120", "compute")]
+    said = architecture_flags("", older)
+    assert said.splitlines()[-1].split() == [flag("80"), flag("90"), flag("90", "compute")]
+    assert "this nvcc does not know GPUs of 10.0, 12.0: their driver compiles PTX of 9.0" in said
+    assert architecture_flags("8.6;9.0a+PTX", older).split() == [flag("86"), flag("90a"), flag("90a", "compute")]
+    assert "has 12.0, and this nvcc knows only 7.5, 8.0, 8.6, 9.0" in architecture_flags("8.0 12.0", older)
+    assert "has 'Hopper': write numbers" in architecture_flags("Hopper", today)
+    assert "knows none of 8.0, 9.0, 10.0, 12.0" in architecture_flags("", "5.2 6.0")
+
+
 def test_the_wheel_is_whole(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -63,18 +63,22 @@ const Width& width_of(const Tensor& x) {
   return add_width(d, m, inner, static_cast<const int8_t*>(h.const_data_ptr()));
 }
 
-// The signs of an H_m without a program, on a device: made at their first use, kept as long as the process.
+// The signs of an H_m without a program, on a device: made at their first use, kept as long as the process. Not while a
+// graph is captured: their copy waits for the host, and their memory would be the graph's.
 struct Signs {
   Tensor there, back;
 };
 
-const Signs* signs_on(const Width& width, const Tensor& x) {
+const Signs* signs_on(const Width& width, const Tensor& x, const Place& place) {
   if (!width.codes) return nullptr;
   static std::mutex guard;
   static auto* const all = new std::map<std::pair<int64_t, int32_t>, Signs>;
   const std::pair key(width.d, x.get_device_index());
   const std::lock_guard lock(guard);
   if (const auto found = all->find(key); found != all->end()) return &found->second;
+  if (captures(place.stream))
+    refuse("hadamard_patch at width " + std::to_string(width.d) + " needs a table that is not on this GPU yet: " +
+           "call it once, on any rows, before a CUDA graph is captured");
   const auto there = [&](bool transposed) {
     const std::vector<uint32_t> words = packed_signs(width, transposed);
     const Tensor host = torch::stable::empty({static_cast<int64_t>(words.size())}, ScalarType::Int, std::nullopt,
@@ -178,26 +182,25 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   const Place place(x.get_device_index());
   const Width& width = width_of(x);
   PatchRows call{};
-  call.x = static_cast<const char*>(x.const_data_ptr());
-  call.y = static_cast<char*>(y.mutable_data_ptr());
   call.rows = row_count(x);
-  call.x_stride = *row_stride(x);
-  call.y_stride = *row_stride(y);
   call.in = *kernel_dtype(x);
   call.out = *kernel_dtype(y);
-  if (residual) {
+  call.fused = bool(normed);
+  const Launch launch = plan_patch(call, width, place.device);
+  if (!launch.possible) return false;
+  if (call.rows == 0) return true;
+  call.x = static_cast<const char*>(x.const_data_ptr());
+  call.y = static_cast<char*>(y.mutable_data_ptr());
+  call.x_stride = *row_stride(x);  // there is one where a row is possible: it is made of vectors then
+  call.y_stride = *row_stride(y);
+  if (call.fused) {
     call.residual = static_cast<const char*>(residual->const_data_ptr());
     call.residual_stride = *row_stride(*residual);
-  }
-  if (normed) {
     call.normed = static_cast<char*>(normed->mutable_data_ptr());
     call.normed_stride = *row_stride(*normed);
     call.eps = static_cast<float>(eps);
   }
-  const Launch launch = plan_patch(call, width, place.device);
-  if (!launch.possible) return false;
-  if (call.rows == 0) return true;
-  give_signs(call, signs_on(width, x));
+  give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post), gain = vector(weight);
   call.scale = floats(scale);
   call.pre = floats(pre);
@@ -244,7 +247,7 @@ bool gradients_into(std::array<Tensor, 4>& results, const Tensor& grad, const Te
     call.dx_stride = *row_stride(results[0]);
     call.out = *kernel_dtype(results[0]);
   }
-  give_signs(call, signs_on(width, x));
+  give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post);
   call.scale = floats(scale);
   call.pre = floats(pre);

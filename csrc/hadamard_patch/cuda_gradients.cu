@@ -17,6 +17,14 @@ Device device_limits(int index) {
           limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
+const char* make_current(int index) { return said(cudaSetDevice(index)); }
+
+bool captures(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
+
 const char* launch_gradients(const GradientRows& call, const Launch& launch, void* stream) {
   const char* error = nullptr;
   with_gradient_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });

@@ -7,15 +7,24 @@
 
 namespace linearpatch::cuda {
 
+// What a call of the run-time library says is wrong, or null; it is not left for the next who asks for the last error.
+inline const char* said(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class Call>
 const char* start(void (*kernel)(Call), const Call& call, const Launch& launch, void* stream) {
-  const auto said = [](cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); };
   const int bytes = static_cast<int>(launch.shared_bytes);
   if (bytes > 48 * 1024)  // more has to be asked for, on every device anew
     if (const char* error = said(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) return error;
-  const dim3 grid(launch.blocks, launch.diagonal_blocks);
-  kernel<<<grid, launch.threads, bytes, static_cast<cudaStream_t>(stream)>>>(call);
-  return said(cudaGetLastError());
+  cudaLaunchConfig_t where{};
+  where.gridDim = dim3(launch.blocks, launch.diagonal_blocks);
+  where.blockDim = dim3(launch.threads);
+  where.dynamicSmemBytes = bytes;
+  where.stream = static_cast<cudaStream_t>(stream);
+  return said(cudaLaunchKernelEx(&where, kernel, call));
 }
 
 }  // namespace linearpatch::cuda

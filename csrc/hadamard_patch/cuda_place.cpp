@@ -1,6 +1,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <memory>
+
 #include "../stable_tensors.h"
 #include "cuda_start.h"
 
@@ -26,7 +28,11 @@ void* current_stream(int index) {
 
 }  // namespace
 
-Place::Place(int index) : device(device_limits(index)), stream(current_stream(index)), guard(new DeviceGuard(index)) {}
+Place::Place(int index) : device(device_limits(index)), stream(current_stream(index)), guard(nullptr) {
+  auto torchs = std::make_unique<DeviceGuard>(index);
+  if (const char* error = make_current(index)) refuse(std::string("a GPU cannot be used: ") + error);
+  guard = torchs.release();
+}
 
 Place::~Place() { delete static_cast<DeviceGuard*>(guard); }
 

@@ -7,6 +7,12 @@ namespace linearpatch::cuda {
 
 Device device_limits(int index);
 
+// Makes a device the current one of the kernels' own CUDA run-time library, too.
+const char* make_current(int index);
+
+// Whether what is put on a stream becomes part of a graph and runs later.
+bool captures(void* stream);
+
 // Makes a device the current one for as long as it lives; with the device's current stream.
 struct Place {
   explicit Place(int index);

@@ -29,10 +29,11 @@ struct RowShape {
 constexpr int stride_of_rows(int elements, int threads) { return elements + (threads < 32 ? threads : 0); }
 
 struct PatchRows {
+  bool fused;  // with a residual, which is added to x first, and the norm of y; else both are null
   const char* x;
-  const char* residual;  // added to x first; or null
+  const char* residual;
   char* y;
-  char* normed;  // the norm of y; or null
+  char* normed;
   int64_t rows, x_stride, residual_stride, y_stride, normed_stride;  // strides of a row in bytes
   Dtype in, out;                                                     // of x and residual, of y and normed
   const float* scale;
@@ -169,16 +170,15 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   Launch launch{};
   int k = 0;
   while (int64_t{1} << k < width.inner) ++k;
-  const bool fused = call.residual || call.normed;
-  launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= (fused ? 1 : kMostDiagonalBlocks);
+  launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= (call.fused ? 1 : kMostDiagonalBlocks);
   if (!launch.possible) return launch;
   const int64_t n = width.m * width.inner, row_bytes = n * 4;
   const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
   launch.diagonal_blocks = static_cast<int>(width.blocks);
   const int m = static_cast<int>(width.m);
-  launch.fixed = !tabled && has_fixed_kernel(m, k, call.in) && !fused && !few && call.in == call.out;
+  launch.fixed = !tabled && has_fixed_kernel(m, k, call.in) && !call.fused && !few && call.in == call.out;
   call.shape = launch.fixed ? fixed_shape(m, k) : staged_shape(m, k, width.has_program, few);
-  const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = fused ? 4 * kMostThreads / 32 : 0;
+  const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = call.fused ? 4 * kMostThreads / 32 : 0;
   const int64_t limit = device.shared_per_block;
   call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);
   launch.threads = call.rows_together * call.shape.threads;

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 
     outer_there(shape, row, thread, call.pre ? call.pre + element : nullptr, [&](int i, float* v) {
       in.load(x, at(i), v);
-      if (!Shape::known && call.residual) {
+      if (!Shape::known && call.fused) {
         float more[8];
         in.load(residual, at(i), more);
 #pragma unroll
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
     float squares = 0;
     outer_back(shape, row, thread, call.post ? call.post + element : nullptr, [&](int i, float* v) {
       if (there) out.store(y, at(i), v);
-      if (!Shape::known && call.normed) {
+      if (!Shape::known && call.fused) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) squares += v[e] * v[e];
         const int from = swizzled(shape, i);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
       }
     });
     if constexpr (!Shape::known)
-      if (call.normed) {
+      if (call.fused) {
         const float mean = sum_over_row(shape, squares, memory) / static_cast<float>(n);
         const float inverse = 1.0f / sqrtf(mean + call.eps);
         with_outer_bits(shape, [&](auto bits) {

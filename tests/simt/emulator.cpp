@@ -22,6 +22,7 @@ namespace linearpatch::cuda {
 namespace {
 
 Device device{1, 232448, 0};
+bool capturing = false;
 Launch last{};
 int last_rows_together = 0, last_scale_in_shared = 0;
 
@@ -69,6 +70,7 @@ const char* run_patch(const PatchRows& call, const Launch& launch, Choose with_k
 }  // namespace
 
 Device device_limits(int) { return device; }
+bool captures(void*) { return capturing; }
 Place::Place(int index) : device(device_limits(index)), stream(nullptr), guard(nullptr) {}
 Place::~Place() = default;
 
@@ -118,7 +120,7 @@ const char* launch_sum(const PartSums& call, void*) {
 #define VISIBLE extern "C" __attribute__((visibility("default")))
 
 VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, int processors, int64_t shared_per_block,
-                            int64_t shared_per_processor) {
+                            int64_t shared_per_processor, int capturing) {
   auto& m = simt::machine;
   m.schedule = static_cast<simt::Schedule>(schedule);
   m.chance.seed(seed);
@@ -127,6 +129,7 @@ VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, i
   m.fault_count = m.barriers_met = m.shuffles = m.launches = 0;
   m.wavefronts = {};
   linearpatch::cuda::device = {processors, shared_per_block, shared_per_processor};
+  linearpatch::cuda::capturing = capturing;
 }
 
 VISIBLE const char* simt_faults() {

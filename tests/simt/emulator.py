@@ -48,7 +48,7 @@ class Seen:
 def compiled(folder: Path, sources: Sequence[Path], optimize: str) -> list[Path]:
     """Their object files, in a folder."""
     include = [argument for path in include_paths() for argument in ("-isystem", path)]
-    flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-D_GLIBCXX_ASSERTIONS"]
 
     def one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -82,7 +82,7 @@ class Emulator:
         self.library.simt_faults.restype = ctypes.c_char_p
         self.library.simt_configure.argtypes = [
             *(ctypes.c_int, ctypes.c_uint, ctypes.c_int, ctypes.c_int),
-            *(ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
         ]
         self.configure()
 
@@ -93,9 +93,10 @@ class Emulator:
         seed: int = 0,
         gpu: tuple[int, int, int] = ONE_BLOCK,
         count_wavefronts: bool = False,
+        capturing: bool = False,
     ) -> None:
-        """Choose how threads take turns and what the GPU has, and forget what was seen."""
-        self.library.simt_configure(SCHEDULES[schedule], seed, count_wavefronts, *gpu)
+        """Choose how threads take turns, what the GPU has, and whether a graph is captured; forget what was seen."""
+        self.library.simt_configure(SCHEDULES[schedule], seed, count_wavefronts, *gpu, capturing)
 
     def seen(self) -> Seen:
         counts = (ctypes.c_int64 * 12)()

@@ -138,11 +138,23 @@ def test_three_leading_dimensions_and_none(emulator: Emulator) -> None:
     assert not emulator.faults()
 
 
-@pytest.mark.parametrize("d", [1, 7, 48, 64, 1000, 65536])
-def test_widths_without_a_kernel_go_to_the_reference(emulator: Emulator, d: int) -> None:
-    x, scale = torch.randn(2, d), torch.randn(d)
-    y = SIMT.hadamard_patch(x, scale, None, None, None, None)
-    assert y.equal(REFERENCE.hadamard_patch_reference(x, scale, None, None, None, None))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 7, 12, 36, 48, 64, 100, 1000, 65536])
+def test_widths_without_a_kernel_go_to_the_reference(emulator: Emulator, d: int, dtype: torch.dtype) -> None:
+    """Among them rows that are no whole vectors of 16 bytes, which have no stride that a kernel could take."""
+    x, scale = torch.randn(2, d).to(dtype), torch.randn(d)
+    operands = (scale, None, None, None, None)
+    expected = REFERENCE.hadamard_patch_reference(x, *operands)
+    assert SIMT.hadamard_patch(x, *operands).equal(expected)
+    y = torch.empty_like(x)
+    SIMT.hadamard_patch_out(x, *operands, y)
+    assert y.equal(expected)
+    norm = (x, x, scale, scale, 1e-3, None, None, None, None)
+    pairs = zip(SIMT.add_patch_rms_norm(*norm), REFERENCE.add_patch_rms_norm_reference(*norm), strict=True)
+    assert all(one.equal(other) for one, other in pairs)
+    gradients = SIMT.hadamard_patch_backward(x, x, *operands, 0b11)
+    reference = REFERENCE.hadamard_patch_backward_reference(x, x, *operands, 0b11)
+    assert all(one.equal(other) for one, other in zip(gradients, reference, strict=True))
     assert emulator.seen().launches == 0
 
 
@@ -157,6 +169,33 @@ def test_what_does_not_fit_the_device_goes_to_the_reference(emulator: Emulator) 
         SIMT.hadamard_patch(torch.randn(1, d), torch.randn(d), None, None, None, None)
         assert emulator.seen().launches == 1
         assert emulator.seen().shared_bytes <= 99 * KIB
+
+
+def test_a_table_is_not_made_while_a_graph_is_captured(emulator: Emulator) -> None:
+    """H of order 180 has no program; that of 36 has one, and nothing to be copied. No other test has the first width."""
+    for d, has_table in ((1440, True), (576, False)):
+        x, operands = torch.randn(2, d), (torch.randn(d), None, None, None, None)
+        emulator.configure(capturing=True)
+        if has_table:
+            with pytest.raises(RuntimeError, match="call it once, on any rows, before a CUDA graph is captured"):
+                SIMT.hadamard_patch(x, *operands)
+            assert emulator.seen().launches == 0
+            emulator.configure()
+        y = SIMT.hadamard_patch(x, *operands)
+        emulator.configure(capturing=True)
+        assert SIMT.hadamard_patch(x, *operands).equal(y)
+        assert emulator.seen().launches == 1
+
+
+def test_operands_that_are_only_read_stay_lazy_clones(emulator: Emulator) -> None:
+    x, scale = torch.randn(3, 256).bfloat16(), torch.randn(256)
+    x, residual, scale, pre, post, weight = (torch._lazy_clone(t) for t in (x, x, scale, scale, scale, scale))
+    SIMT.hadamard_patch(x, scale, pre, post, None, None)
+    SIMT.hadamard_patch_out(x, scale, pre, post, None, None, torch.empty_like(x))
+    SIMT.hadamard_patch_backward(residual, x, scale, pre, post, None, None, 0b1111)
+    SIMT.add_patch_rms_norm(x, residual, scale, weight, 1e-3, pre, post, None, None)
+    assert all(torch._C._is_cow_tensor(t) for t in (x, residual, scale, pre, post, weight))
+    assert emulator.seen().launches >= 5
 
 
 def test_bad_operands_are_the_references_to_refuse(emulator: Emulator) -> None:
