@@ -186,6 +186,7 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   call.in = *kernel_dtype(x);
   call.out = *kernel_dtype(y);
   call.fused = bool(normed);
+  call.channel_scales = given.pre || given.post;
   const Launch launch = plan_patch(call, width, place.device);
   if (!launch.possible) return false;
   if (call.rows == 0) return true;
@@ -206,7 +207,10 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   call.pre = floats(pre);
   call.post = floats(post);
   call.norm_weight = floats(gain);
-  const auto start = !launch.fixed ? launch_staged : call.shape.m == 1 ? launch_powers : launch_factors;
+  const auto start = launch.warp_rows ? launch_warp_rows
+                     : !launch.fixed  ? launch_staged
+                     : call.shape.m == 1 ? launch_powers
+                                         : launch_factors;
   check(start(call, launch, place.stream));
   return true;
 }

@@ -18,6 +18,8 @@ constexpr int kWidest = 32768;           // elements of a row that is worked on
 constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
+constexpr int kMostWarpRows = 1 << 30;
+constexpr int kWarpTile = 256;             // elements of a tile of warp_rows.cuh: eight for each thread of a warp
 
 // A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), the threads that share it, and the floats
 // from row to row in shared memory.
@@ -30,6 +32,7 @@ constexpr int stride_of_rows(int elements, int threads) { return elements + (thr
 
 struct PatchRows {
   bool fused;  // with a residual, which is added to x first, and the norm of y; else both are null
+  bool channel_scales;  // pre or post is there
   const char* x;
   const char* residual;
   char* y;
@@ -81,11 +84,13 @@ struct PartSums {
 struct Device {
   int processors;
   int64_t shared_per_block, shared_per_processor;  // bytes
+  bool matrix_products = true;                     // multiply_add of device.cuh: compute capability 8.0 and newer
 };
 
 struct Launch {
   bool possible;
-  bool fixed;  // the kernel for this power of two, else the one for any width with this factor
+  bool fixed;      // the kernel for this width, else the one for any width with this factor
+  bool warp_rows;  // the kernel of warp_rows.cuh, which is a fixed one
   int blocks, diagonal_blocks, threads;
   int64_t shared_bytes;
 };
@@ -141,6 +146,14 @@ constexpr bool has_fixed_kernel(int m, int k, Dtype dtype) {
          (n == 576 || n == 896 || n == 1536 || n == 2560 || n == 3072 || n == 3584 || n == 5120);
 }
 
+// Widths whose rows a warp of its own works on, in 16 bits.
+constexpr bool has_warp_kernel(int m, int k, Dtype dtype) {
+  return dtype != Dtype::float32 && m == 1 && k >= 10 && k <= 12;
+}
+
+// Warps that a processor holds at a time: more need registers that a thread's part of a row takes.
+constexpr int most_warp_rows(int tiles) { return tiles <= 4 ? 24 : tiles <= 8 ? 16 : 8; }
+
 constexpr RowShape fixed_shape(int m, int k) {
   RowShape shape = staged_shape(m, k, true, false);
   if (m != 1) return shape;
@@ -165,6 +178,21 @@ inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shar
   return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
 }
 
+// One block a processor, in shared memory the scale and a row in 16 bits for each warp.
+inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
+  const int n = call.shape.m << call.shape.k;
+  launch.warp_rows = device.matrix_products && has_warp_kernel(call.shape.m, call.shape.k, call.in) && call.in == call.out &&
+                     !call.fused && !call.channel_scales && call.rows >= device.processors && call.rows <= kMostWarpRows;
+  if (!launch.warp_rows) return false;
+  launch.fixed = call.scale_in_shared = true;
+  const int64_t each = (call.rows + device.processors - 1) / device.processors, room = (device.shared_per_block - 4 * n) / (2 * n);
+  call.rows_together = static_cast<int>(std::min<int64_t>({each, room, most_warp_rows(n / kWarpTile)}));
+  launch.threads = 32 * call.rows_together;
+  launch.shared_bytes = 4 * n + 2 * n * call.rows_together;
+  launch.blocks = device.processors;
+  return true;
+}
+
 // Fills in the call's shape; `width` is that of a row, and its matrix.
 inline Launch plan_patch(PatchRows& call, const Width& width, const Device& device) {
   Launch launch{};
@@ -176,6 +204,8 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
   launch.diagonal_blocks = static_cast<int>(width.blocks);
   const int m = static_cast<int>(width.m);
+  call.shape = {m, k, 0, 0, 0, 0};
+  if (plan_warp_rows(launch, call, device)) return launch;
   launch.fixed = !tabled && has_fixed_kernel(m, k, call.in) && !call.fused && !few && call.in == call.out;
   call.shape = launch.fixed ? fixed_shape(m, k) : staged_shape(m, k, width.has_program, few);
   const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = call.fused ? 4 * kMostThreads / 32 : 0;
@@ -195,7 +225,7 @@ inline int64_t parts_of(const Launch& launch, const GradientRows& call) {
   return static_cast<int64_t>(launch.blocks) * call.rows_together;
 }
 
-inline Launch plan_sum(const PartSums& call) { return {true, false, (call.d + 127) / 128, 1, 256, 4096}; }
+inline Launch plan_sum(const PartSums& call) { return {true, false, false, (call.d + 127) / 128, 1, 256, 4096}; }
 
 inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_sums, const Device& device) {
   Launch launch{};

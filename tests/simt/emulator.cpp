@@ -6,6 +6,7 @@
 
 #include "../../csrc/hadamard_patch/gradients.cuh"
 #include "../../csrc/hadamard_patch/patch.cuh"
+#include "../../csrc/hadamard_patch/warp_rows.cuh"
 
 #include "../../csrc/hadamard_patch/cuda.h"
 #include "../../csrc/hadamard_patch/cuda_start.h"
@@ -82,6 +83,10 @@ const char* launch_factors(const PatchRows& call, const Launch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_factor_kernel(call, run); });
 }
 
+const char* launch_warp_rows(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_warp_kernel(call, run); });
+}
+
 const char* launch_staged(const PatchRows& call, const Launch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_staged_kernel(call, run); });
 }
@@ -126,7 +131,7 @@ VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, i
   m.chance.seed(seed);
   m.count_wavefronts = count_wavefronts;
   m.faults.clear();
-  m.fault_count = m.barriers_met = m.shuffles = m.launches = 0;
+  m.fault_count = m.barriers_met = m.shuffles = m.products = m.launches = 0;
   m.wavefronts = {};
   linearpatch::cuda::device = {processors, shared_per_block, shared_per_processor};
   linearpatch::cuda::capturing = capturing;
@@ -143,8 +148,8 @@ VISIBLE const char* simt_faults() {
 VISIBLE void simt_counts(int64_t* counts) {
   const auto& m = simt::machine;
   const auto& last = linearpatch::cuda::last;
-  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.shuffles, m.wavefronts.counted, m.wavefronts.least,
-                              int64_t{last.fixed}, int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
+  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.shuffles, m.products, m.wavefronts.counted, m.wavefronts.least,
+                              int64_t{last.fixed}, int64_t{last.warp_rows}, int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
                               int64_t{linearpatch::cuda::last_rows_together}, int64_t{linearpatch::cuda::last_scale_in_shared}})
     *counts++ = count;
 }

@@ -35,9 +35,11 @@ class Seen:
     faults: int
     barriers: int
     shuffles: int
+    products: int
     wavefronts: int
     least_wavefronts: int
     fixed: bool
+    warp_rows: bool
     blocks: int
     threads: int
     shared_bytes: int
@@ -99,7 +101,7 @@ class Emulator:
         self.library.simt_configure(SCHEDULES[schedule], seed, count_wavefronts, *gpu, capturing)
 
     def seen(self) -> Seen:
-        counts = (ctypes.c_int64 * 12)()
+        counts = (ctypes.c_int64 * 14)()
         self.library.simt_counts(counts)
         return Seen(*counts)
 

@@ -37,8 +37,10 @@
 
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
@@ -78,7 +80,11 @@ struct Buffer {
   std::vector<bool> written;
 };
 
-enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, ended };
+enum class State { ready, at_barrier, at_warp_barrier, at_exchange, ended };
+
+struct Thread;
+// What the threads of a warp that have come together make of what each has given; nothing else runs meanwhile.
+using Exchange = void (*)(Thread* warp, int threads);
 
 struct Thread {
   ucontext_t context;
@@ -86,8 +92,12 @@ struct Thread {
   State state = State::ready;
   int line = 0, warp_barriers = 0;
   uint32_t mask = 0;
+  Exchange exchange = nullptr;
   float value = 0, received = 0;
   int lanes = 0;
+  uint32_t factors[6] = {};  // of a product
+  float sums[4] = {};
+  std::vector<std::pair<void*, const void*>> copies;  // that it has asked for, and that may be under way
   int64_t accesses = 0;
 };
 
@@ -110,7 +120,7 @@ struct Machine {
   // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
   std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
   Wavefronts wavefronts;
-  int64_t barriers_met = 0, shuffles = 0, launches = 0;
+  int64_t barriers_met = 0, shuffles = 0, products = 0, launches = 0;
   std::function<void()> after;  // the launch, before its buffers are forgotten
 
   void buffers_done() {
@@ -246,16 +256,46 @@ inline void warp_barrier(int line) {
   leave(State::at_warp_barrier, line);
 }
 
-inline float shuffle_xor(int line, uint32_t mask, float value, int lanes) {
+// Waits for the mask's threads of the warp, to do with them what they all came for.
+inline Thread& exchange(int line, uint32_t mask, const char* what, Exchange with) {
   Thread& self = machine.threads[machine.running];
   const int lane = machine.running % 32;
-  if (!(mask >> lane & 1)) fault("shuffle: a mask without the thread itself, line " + std::to_string(line));
-  if (!(mask >> (lane ^ lanes) & 1)) fault("shuffle: from a thread that the mask lacks, line " + std::to_string(line));
+  if (!(mask >> lane & 1)) fault(what + std::string(": a mask without the thread itself, line ") + std::to_string(line));
   self.mask = mask;
+  self.exchange = with;
+  leave(State::at_exchange, line);
+  return self;
+}
+
+inline float shuffle_xor(int line, uint32_t mask, float value, int lanes) {
+  Thread& self = machine.threads[machine.running];
+  if (!(mask >> (machine.running % 32 ^ lanes) & 1))
+    fault("shuffle: from a thread that the mask lacks, line " + std::to_string(line));
   self.value = value;
   self.lanes = lanes;
-  leave(State::at_shuffle, line);
-  return self.received;
+  return exchange(line, mask, "shuffle", [](Thread* warp, int threads) {
+           for (int i = 0; i < threads; ++i) warp[i].received = (i ^ warp[i].lanes) < threads ? warp[i ^ warp[i].lanes].value : NAN;
+           ++machine.shuffles;
+         }).received;
+}
+
+// sums += A B, from where the threads have the elements of a 16 x 16 A and a 16 x 8 B (mma.m16n8k16), widened by `wide`.
+template <float (*wide)(uint16_t)>
+void multiply_matrices(Thread* warp, int threads) {
+  float a[16][16], b[16][8];
+  if (threads != 32) return fault("product: of less than a warp");
+  for (int lane = 0; lane < 32; ++lane)
+    for (int word = 0; word < 6; ++word)
+      for (int half = 0; half < 2; ++half) {
+        const float v = wide(static_cast<uint16_t>(warp[lane].factors[word] >> 16 * half));
+        const int g = lane / 4, pair = 2 * (lane % 4) + half;
+        if (word < 4) a[g + 8 * (word % 2)][pair + 8 * (word / 2)] = v;
+        else b[pair + 8 * (word - 4)][g] = v;
+      }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k) warp[lane].sums[i] += a[lane / 4 + 8 * (i / 2)][k] * b[k][2 * (lane % 4) + i % 2];
+  ++machine.products;
 }
 
 inline int warp_end(int warp) { return std::min<int>(32 * warp + 32, machine.threads.size()); }
@@ -265,26 +305,22 @@ inline bool release_warp(int warp) {
   bool released = false;
   for (int i = 32 * warp; i < warp_end(warp); ++i) {
     Thread& one = machine.threads[i];
-    if (one.state != State::at_shuffle && one.state != State::at_warp_barrier) continue;
+    if (one.state != State::at_exchange && one.state != State::at_warp_barrier) continue;
     std::vector<int> together;
     bool complete = true;
     for (int lane = 0; lane < warp_end(warp) - 32 * warp; ++lane) {
       const Thread& other = machine.threads[32 * warp + lane];
       if (!(one.mask >> lane & 1)) continue;
-      complete = complete && other.state == one.state && other.line == one.line && other.mask == one.mask;
+      complete = complete && other.state == one.state && other.line == one.line && other.mask == one.mask &&
+                 other.exchange == one.exchange;
       together.push_back(32 * warp + lane);
     }
     if (!complete || together.empty()) continue;
-    for (int t : together) {
-      Thread& thread = machine.threads[t];
-      const int from = t ^ thread.lanes;
-      if (thread.state == State::at_shuffle) thread.received = from < warp_end(warp) ? machine.threads[from].value : NAN;
-    }
+    if (one.state == State::at_exchange) one.exchange(&machine.threads[32 * warp], warp_end(warp) - 32 * warp);
     for (int t : together) {
       machine.threads[t].state = State::ready;
       ++machine.threads[t].warp_barriers;
     }
-    if (one.lanes) ++machine.shuffles;
     released = true;
   }
   return released;
@@ -312,6 +348,7 @@ inline bool release_block() {
 
 inline void enter() {
   machine.body(machine.argument);
+  if (!machine.threads[machine.running].copies.empty()) fault("copies that nothing has waited for");
   leave(State::ended, 0);
 }
 
@@ -336,6 +373,7 @@ inline void run_block(int threads, int64_t shared_bytes) {
     thread.state = State::ready;
     thread.warp_barriers = 0;
     thread.accesses = 0;
+    thread.copies.clear();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = stack;
@@ -354,7 +392,7 @@ inline void run_block(int threads, int64_t shared_bytes) {
     for (int i = 0; i < threads; ++i) {
       const Thread& thread = machine.threads[i];
       machine.running = i;
-      if (thread.state == State::at_shuffle || thread.state == State::at_warp_barrier) {
+      if (thread.state == State::at_exchange || thread.state == State::at_warp_barrier) {
         fault("shuffle at line " + std::to_string(thread.line) + ": threads of its mask never come");
         break;
       }
@@ -443,6 +481,32 @@ float2 unpack(T type, uint32_t bits) {
 template <class T>
 uint32_t pack(T type, float low, float high) {
   return narrowed(type, low) | static_cast<uint32_t>(narrowed(type, high)) << 16;
+}
+
+inline void copy16(void* to, const void* from) { simt::machine.threads[simt::machine.running].copies.emplace_back(to, from); }
+inline void wait_for_copies() {
+  auto& copies = simt::machine.threads[simt::machine.running].copies;
+  for (const auto& [to, from] : copies) simt::put(to, simt::get<uint4>(from));
+  copies.clear();
+}
+
+inline uint32_t pack_finite(BFloat16 type, float low, float high) {
+  const auto finite = [](float v) { return v != v ? v : std::clamp(v, -0x1.fep127f, 0x1.fep127f); };
+  return pack(type, finite(low), finite(high));
+}
+template <class T>
+float widened_as(uint16_t bits) {
+  return widened(T{}, bits);
+}
+template <class T>
+float4 multiply_add(T, uint4 a, uint2 b, float4 c, int line = __builtin_LINE()) {
+  simt::Thread& self = simt::machine.threads[simt::machine.running];
+  const uint32_t factors[] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  const float sums[] = {c.x, c.y, c.z, c.w};
+  std::copy_n(factors, 6, self.factors);
+  std::copy_n(sums, 4, self.sums);
+  simt::exchange(line, 0xffffffffu, "product", simt::multiply_matrices<widened_as<T>>);
+  return {self.sums[0], self.sums[1], self.sums[2], self.sums[3]};
 }
 
 }  // namespace linearpatch::cuda

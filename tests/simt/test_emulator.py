@@ -80,6 +80,8 @@ MUTATIONS = {
     ),
     "an output left out": ("patch.cuh", "if (there) out.store(y", "if (there && i) out.store(y", "of y never written"),
     "a mask of half a warp": ("patch.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "shuffle"),
+    "a row before it has come": ("warp_rows.cuh", "    wait_for_copies();\n", "", "read before it was written"),
+    "one place for two rows": ("warp_rows.cuh", "+ 2 * n * warp + 16 * lane;", "+ 16 * lane;", "race: shared word"),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
 
@@ -109,6 +111,7 @@ for d in (2048, 576):
     emulator.configure("random", seed=d)
     operators.hadamard_patch(x, v, None, None, None, None)
     operators.add_patch_rms_norm(x, x, v, v, 1e-3, None, None, None, None)
+    operators.hadamard_patch(x.bfloat16(), v, None, None, None, None)
     said += emulator.faults()
 print(*said, sep="\\n")
 """

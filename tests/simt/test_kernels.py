@@ -83,9 +83,10 @@ def test_powers_of_two_have_kernels_of_their_own(emulator: Emulator, d: int) -> 
             continue
         emulator.configure("random", seed=d)
         x, scale = torch.randn(21 if d < 4096 else 7, d).to(dtype), torch.randn(d)
-        SIMT.hadamard_patch(x, scale, None, None, None, None)
+        SIMT.hadamard_patch(x, scale, scale, None, None, None)
         seen = emulator.seen()
         assert seen.fixed
+        assert not seen.warp_rows
         assert not emulator.faults()
         turns = -(-len(x) // seen.rows_together)
         assert turns > 1
@@ -106,6 +107,65 @@ def test_widths_of_models_have_kernels_of_their_own(emulator: Emulator, d: int) 
             assert emulator.seen().fixed == (dtype != torch.float32)
         assert emulator.seen().barriers > 2
         assert not emulator.faults()
+
+
+WARP_ROWS = [1024, 2048, 4096]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_a_warp_has_a_row(emulator: Emulator, d: int, schedule: str) -> None:
+    """In 16 bits, without channel scales: several turns, in the last one some warps have no row; no bank conflicts."""
+    for dtype in (torch.float16, torch.bfloat16):
+        wavefronts = []
+        for rows in (17, 35, 53):
+            emulator.configure(schedule, seed=d, gpu=(1, 70 * KIB, 70 * KIB), count_wavefronts=schedule == "forward")
+            wide = (torch.randn(rows, d + 72) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+            x, operands = wide[:, 8 : d + 8], (torch.randn(d), None, None, None, None)
+            references = REFERENCE.hadamard_patch_reference(x, *operands)
+            exact = REFERENCE.hadamard_patch_reference(*double(x, *operands))
+            y = SIMT.hadamard_patch(x, *operands)
+            untouched = wide.clone()
+            SIMT.hadamard_patch_out(x, *operands, x)
+            for i in range(rows):
+                assert not check(f"row {i}", (y[i],), (references[i],), (exact[i],))
+            assert x.equal(y)
+            assert wide[:, :8].equal(untouched[:, :8])
+            assert wide[:, d + 8 :].equal(untouched[:, d + 8 :])
+            assert not emulator.faults()
+            seen = emulator.seen()
+            assert seen.warp_rows
+            assert seen.barriers == 2
+            wavefronts.append(seen)
+        _, two, three = wavefronts
+        assert two.rows_together == three.rows_together < 35
+        assert three.products - two.products == 2 * 18 * 14 * d // 256
+        assert three.wavefronts - two.wavefronts == three.least_wavefronts - two.least_wavefronts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_what_is_not_finite_is_as_in_pytorch(emulator: Emulator, d: int, dtype: torch.dtype) -> None:
+    """Inf and NaN where the reference has them, not only anywhere in their row; next to the range's end, no Inf."""
+    inf, largest = float("inf"), torch.finfo(dtype).max
+    x, scale = torch.randn(9, d).to(dtype), torch.rand(d) + 0.5
+    for row, places in enumerate([{5: inf}, {d - 1: -inf}, {7: inf, 300: inf}, {0: inf, 1: -inf}, {9: float("nan")}]):
+        for i, value in places.items():
+            x[row, i] = value
+    x[5] = inf
+    x[6, 3] = largest
+    x[7, d // 2], x[7, d // 2 + 1] = largest / 4, -largest / 4
+    infinite = scale.clone()
+    infinite[d // 3] = inf
+    for vector in (scale, infinite):
+        operands = (vector, None, None, None, None)
+        expected = REFERENCE.hadamard_patch_reference(x, *operands)
+        y = SIMT.hadamard_patch(x, *operands)
+        assert emulator.seen().warp_rows
+        assert expected.isinf().any()
+        for name in ("isnan", "isposinf", "isneginf"):
+            assert getattr(y, name)().equal(getattr(expected, name)()), name
+    assert not emulator.faults()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
