@@ -17,6 +17,11 @@ __device__ __forceinline__ float* shared_memory() {
   return reinterpret_cast<float*>(memory);
 }
 
+// A barrier for some of a block's threads, whole warps that use the same number from 0 to 15; __syncthreads has 0.
+__device__ __forceinline__ void some_meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Floats of a row in shared memory, or of a sum over rows in either memory.
 __device__ __forceinline__ float read(const float* p) { return *p; }
 __device__ __forceinline__ void write(float* p, float v) { *p = v; }

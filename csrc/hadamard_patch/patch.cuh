@@ -5,7 +5,7 @@
 
 namespace linearpatch::cuda {
 
-// The sum over the threads of a row, for each of them; `partial` has a float for every warp. Every thread of the block.
+// The sum over the threads of a row, for each of them; `partial` has a float for every warp.
 template <class Shape>
 DEVICE float sum_over_row(const Shape& shape, float v, float* partial) {
   for (int lanes = (shape.threads < 32 ? shape.threads : 32) / 2; lanes > 0; lanes /= 2)
@@ -13,7 +13,7 @@ DEVICE float sum_over_row(const Shape& shape, float v, float* partial) {
   if (shape.threads <= 32) return v;
   const int warp = threadIdx.x / 32, warps = shape.threads / 32;
   if (threadIdx.x % 32 == 0) write(partial + warp, v);
-  __syncthreads();
+  row_meets(shape);
   float total = 0;
   for (int i = 0; i < warps; ++i) total += read(partial + warp / warps * warps + i);
   return total;
@@ -25,7 +25,7 @@ DEVICE void to_basis_scale_and_back(const Shape& shape, float* row, float* other
   if constexpr (Shape::m == 0) {
     multiply_by_table(shape, call.signs_there, row, other, thread,
                       [&](int i, float v) { return v * read(call.scale + element + i) * scales.norm; });
-    __syncthreads();
+    row_meets(shape);
     multiply_by_table(shape, call.signs_back, other, row, thread, [](int, float v) { return v; });
   } else {
     const Middle<Shape> middle{shape};
@@ -66,43 +66,47 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
       __syncthreads();
     }
 
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * call.rows_together; first < call.rows;
+  const int beside = shape.threads < 32 ? lane % (32 / shape.threads) : 0;  // how many rows a warp has before this one
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * call.rows_together + lane - beside; first < call.rows;
        first += static_cast<int64_t>(gridDim.x) * call.rows_together) {
-    const int64_t index = first + lane;
-    const bool there = index < call.rows;  // threads without a row do as if theirs were the first, but write none
+    const int64_t index = first + beside;
+    const bool there = index < call.rows;  // threads without a row do as if theirs were the warp's first, but write none
     const int64_t from = there ? index : first;
     const char* const x = call.x + from * call.x_stride;
     const char* const residual = call.residual + from * call.residual_stride;
     char* const y = call.y + index * call.y_stride;
     char* const normed = call.normed + index * call.normed_stride;
-    const auto at = [&](int i) { return static_cast<int>(element) + i; };
 
-    outer_there(shape, row, thread, call.pre ? call.pre + element : nullptr, [&](int i, float* v) {
-      in.load(x, at(i), v);
-      if (!Shape::known && call.fused) {
-        float more[8];
-        in.load(residual, at(i), more);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] += more[e];
-      }
+    const auto fetch = [&](const auto& type, const auto& tile) {
+      return fetch_tile(type, x, tile, static_cast<int>(element));
+    };
+    outer_there(shape, row, thread, in, fetch, [&](const auto& type, const auto& tile, const auto& fetched, float* v) {
+      type.each(fetched.raw, [&](int e, float value) { v[e] = value; });
+      if (!Shape::known && call.fused)
+        type.each(fetch_tile(type, residual, tile, 0).raw, [&](int e, float value) { v[e] += value; });
+      if (call.pre) multiply_tile(call.pre + element, tile, v);
     });
-    __syncthreads();
+    row_meets(shape);
     inner(shape, row, thread);
-    if (shape.b) __syncthreads();
+    if (shape.b) row_meets(shape);
     to_basis_scale_and_back(shape, row, other, thread, scales, call, element);
-    __syncthreads();
+    row_meets(shape);
     inner(shape, row, thread);
-    if (shape.b) __syncthreads();
+    if (shape.b) row_meets(shape);
 
     float squares = 0;
-    outer_back(shape, row, thread, call.post ? call.post + element : nullptr, [&](int i, float* v) {
-      if (there) out.store(y, at(i), v);
-      if (!Shape::known && call.fused) {
+    outer_back(shape, row, thread, [&](const auto& tile, float* v) {
+      if (call.post) multiply_tile(call.post + element, tile, v);
+      if (there) store_tile(out, y, tile, v, static_cast<int>(element));
+      if (Shape::known || !call.fused) return;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) squares += v[e] * v[e];
-        const int from = swizzled(shape, i);
-        write4(row + from, make_float4(v[0], v[1], v[2], v[3]));
-        write4(row + (from ^ 4), make_float4(v[4], v[5], v[6], v[7]));
+      for (int h = 0; h < tile.count; ++h) {
+        const float* const w = v + 8 * h;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) squares += w[e] * w[e];
+        const int from = swizzled(shape, tile.at(h));
+        write4(row + from, make_float4(w[0], w[1], w[2], w[3]));
+        write4(row + (from ^ 4), make_float4(w[4], w[5], w[6], w[7]));
       }
     });
     if constexpr (!Shape::known)
@@ -111,16 +115,19 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
         const float inverse = 1.0f / sqrtf(mean + call.eps);
         with_outer_bits(shape, [&](auto bits) {
           constexpr int a = decltype(bits)::value;
-          each_outer_unit<Shape, a>(shape, thread, [&](int start) {
-            for (int h = 0; h < 1 << a; ++h) {
-              const int i = start + (h << (shape.k - a)), from = swizzled(shape, i);
-              const float4 low = read4(row + from), high = read4(row + (from ^ 4));
-              float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+          each_unit(shape, n >> (3 + a), thread, [&](int unit) {
+            const auto tile = outer_tile<a>(shape, unit);
+            float v[8 << a];
 #pragma unroll
-              for (int e = 0; e < 8; ++e) v[e] *= inverse;
-              multiply8(v, call.norm_weight, i);
-              if (there) out.store(normed, i, v);
+            for (int h = 0; h < 1 << a; ++h) {
+              const int from = swizzled(shape, tile.at(h));
+              const float4 low = read4(row + from), high = read4(row + (from ^ 4));
+              const float eight[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+              for (int e = 0; e < 8; ++e) v[8 * h + e] = eight[e] * inverse;
             }
+            multiply_tile(call.norm_weight, tile, v);
+            if (there) store_tile(out, normed, tile, v, 0);
           });
         });
       }

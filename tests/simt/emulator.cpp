@@ -126,7 +126,7 @@ VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, i
   m.chance.seed(seed);
   m.count_wavefronts = count_wavefronts;
   m.faults.clear();
-  m.fault_count = m.barriers_met = m.shuffles = m.launches = 0;
+  m.fault_count = m.barriers_met = m.narrow_barriers_met = m.shuffles = m.launches = 0;
   m.wavefronts = {};
   linearpatch::cuda::device = {processors, shared_per_block, shared_per_processor};
   linearpatch::cuda::capturing = capturing;
@@ -143,7 +143,7 @@ VISIBLE const char* simt_faults() {
 VISIBLE void simt_counts(int64_t* counts) {
   const auto& m = simt::machine;
   const auto& last = linearpatch::cuda::last;
-  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.shuffles, m.wavefronts.counted, m.wavefronts.least,
+  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.narrow_barriers_met, m.shuffles, m.wavefronts.counted, m.wavefronts.least,
                               int64_t{last.fixed}, int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
                               int64_t{linearpatch::cuda::last_rows_together}, int64_t{linearpatch::cuda::last_scale_in_shared}})
     *counts++ = count;
