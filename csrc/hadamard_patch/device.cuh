@@ -32,6 +32,9 @@ __device__ __forceinline__ void write4(float* p, float4 v) { *reinterpret_cast<f
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
+// One number of 16 bits.
+__device__ __forceinline__ uint32_t load2(const void* p) { return *static_cast<const uint16_t*>(p); }
+
 // Two 16-bit numbers in a register.
 __device__ __forceinline__ float2 unpack(Half, uint32_t bits) { return __half22float2(*reinterpret_cast<__half2*>(&bits)); }
 __device__ __forceinline__ float2 unpack(BFloat16, uint32_t bits) {

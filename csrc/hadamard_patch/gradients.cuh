@@ -42,7 +42,7 @@ struct Sums {
 
 // u and a come in as what their outer and inner stages made of x and dy, and go out scaled and on their way back.
 template <class Shape>
-DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, const float* scale, float norm,
+DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, const Scales<Shape>& scales,
                           const Sums<Shape>& sums, bool u_there, bool a_back, bool u_back, const GradientRows& call) {
   if constexpr (Shape::m == 0) {
     const auto as_it_is = [](int, float v) { return v; };
@@ -52,7 +52,7 @@ DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, 
     row_meets(shape);
     for (int i = thread; i < shape.size(); i += shape.threads) {
       const int p = swizzled(shape, i);
-      const float by = read(scale + i) * norm, of_a = read(u + p);
+      const float by = Any(scales.plain.dtype).one(scales.plain.data, scales.first + i) * scales.norm, of_a = read(u + p);
       if (u_there) {
         const float of_u = read(spare + p);
         if (sums) sums.add(i, of_a * of_u);
@@ -78,7 +78,6 @@ DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, 
 #pragma unroll
           for (int i = 0; i < count; ++i) sums.add(middle.start(unit) + middle.offset(i), of_a[i] * of_u[i]);
       }
-      const Scales<Shape> scales{nullptr, scale, norm};
       if (u_back) {
         scales.each(middle, unit, [&](int i, float by) { of_u[i] *= by; });
         middle.back(of_u);
@@ -112,6 +111,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     return Sums<Shape>{shape, call.sums_in_shared ? take() : parts + part + element, call.sums_in_shared};
   };
   const Sums<Shape> scale_sums = sums_in(call.scale_sums), pre_sums = sums_in(call.pre_sums), post_sums = sums_in(call.post_sums);
+  const Scales<Shape> scales{nullptr, call.scale, element, 1.0f / static_cast<float>(n)};
   const bool a_back = call.dx || call.pre_sums, u_back = call.post_sums, u_there = call.scale_sums || call.post_sums;
   scale_sums.clear(thread);
   pre_sums.clear(thread);
@@ -142,18 +142,17 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
 
     stages(u_there, true, [&](bool first) {
       const char* const of = first ? x : grad;
-      const float* const factors = first ? call.pre : call.post;
+      const Numbers factors = first ? call.pre : call.post;
       outer_there(
           shape, first ? u : a, thread, in, [&](const auto& type, const auto& tile) { return fetch(type, of, tile); },
           [&](const auto& type, const auto& tile, const auto& vectors, float* v) {
             type.each(vectors.raw, [&](int e, float value) { v[e] = value; });
-            if (there && factors) multiply_tile(factors + element, tile, v);
+            if (there && factors.data) multiply_tile(factors, element, tile, v);
           });
     });
     row_meets(shape);
     inner_stages(u_there, true);
-    differentiate(shape, u, a, spare, thread, call.scale + element, 1.0f / static_cast<float>(n), scale_sums, u_there, a_back,
-                  u_back, call);
+    differentiate(shape, u, a, spare, thread, scales, scale_sums, u_there, a_back, u_back, call);
     row_meets(shape);
     inner_stages(u_back, a_back);
     stages(u_back, a_back, [&](bool first) {
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
           for (int h = 0; h < tile.count; ++h) sums.add8(tile.at(h), v + 8 * h, other + 8 * h);
         }
         if (first || !call.dx) return;
-        if (call.pre) multiply_tile(call.pre + element, tile, v);
+        if (call.pre.data) multiply_tile(call.pre, element, tile, v);
         store_tile(out, dx, tile, v, element);
       });
     });

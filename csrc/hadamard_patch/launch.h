@@ -28,6 +28,12 @@ struct RowShape {
 // Rows that share a warp keep out of each other's banks.
 constexpr int stride_of_rows(int elements, int threads) { return elements + (threads < 32 ? threads : 0); }
 
+// d numbers of a type, aligned to 16 bytes; or null.
+struct Numbers {
+  const char* data;
+  Dtype dtype;
+};
+
 struct PatchRows {
   bool fused;  // with a residual, which is added to x first, and the norm of y; else both are null
   const char* x;
@@ -36,10 +42,8 @@ struct PatchRows {
   char* normed;
   int64_t rows, x_stride, residual_stride, y_stride, normed_stride;  // strides of a row in bytes
   Dtype in, out;                                                     // of x and residual, of y and normed
-  const float* scale;
-  const float* pre;          // or null
-  const float* post;         // or null
-  const float* norm_weight;  // with normed
+  Numbers scale, pre, post;
+  Numbers norm_weight;  // where fused
   float eps;
   RowShape shape;
   int rows_together;  // in one block of threads
@@ -54,9 +58,7 @@ struct GradientRows {
   char* dx;  // or null
   int64_t rows, x_stride, grad_stride, dx_stride;
   Dtype in, out;  // of x and grad, of dx
-  const float* scale;
-  const float* pre;
-  const float* post;
+  Numbers scale, pre, post;
   // Partial sums over rows, [parts, d] each, or null: of a u, b x and dy w (ops/hadamard_patch/reference.py), the first
   // without H's norm. Every row of threads has a part of its own.
   float* scale_sums;

@@ -21,10 +21,10 @@ DEVICE float sum_over_row(const Shape& shape, float v, float* partial) {
 
 template <class Shape>
 DEVICE void to_basis_scale_and_back(const Shape& shape, float* row, float* other, int thread, const Scales<Shape>& scales,
-                                    const PatchRows& call, int64_t element) {
+                                    const PatchRows& call) {
   if constexpr (Shape::m == 0) {
     multiply_by_table(shape, call.signs_there, row, other, thread,
-                      [&](int i, float v) { return v * read(call.scale + element + i) * scales.norm; });
+                      [&](int i, float v) { return v * Any(scales.plain.dtype).one(scales.plain.data, scales.first + i) * scales.norm; });
     row_meets(shape);
     multiply_by_table(shape, call.signs_back, other, row, thread, [](int, float v) { return v; });
   } else {
@@ -40,14 +40,15 @@ DEVICE void to_basis_scale_and_back(const Shape& shape, float* row, float* other
   }
 }
 
-// Blocks of threads stay and go from row to row; blockIdx.y is a diagonal block of H.
-template <class In, class Out, class Shape>
+// Blocks of threads stay and go from row to row; blockIdx.y is a diagonal block of H. Without `channels` there are no scales
+// of channels; with them, either may be there.
+template <class In, class Out, class Shape, bool channels>
 __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) patch_rows(const PatchRows call) {
   const Shape shape(call.shape);
   const In in(call.in);
   const Out out(call.out);
   const int n = shape.size(), thread = threadIdx.x % shape.threads, lane = threadIdx.x / shape.threads;
-  const int64_t element = static_cast<int64_t>(blockIdx.y) * n;
+  const int element = static_cast<int>(blockIdx.y) * n;
   float* memory = shared_memory();
   const auto take = [&](int floats) {
     float* const here = memory;
@@ -55,13 +56,13 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
     return here;
   };
   const float norm = 1.0f / static_cast<float>(n);
-  Scales<Shape> scales{nullptr, call.scale + element, norm};
+  Scales<Shape> scales{nullptr, call.scale, element, norm};
   float* const row = take(call.rows_together * shape.stride) + lane * shape.stride;
   float* const other = Shape::m == 0 ? take(call.rows_together * shape.stride) + lane * shape.stride : nullptr;
   if constexpr (Shape::m != 0)
     if (Shape::known || call.scale_in_shared) {
       float* const quads = take(n);
-      fill_quads(Middle<Shape>{shape}, scales.plain, norm, quads);
+      fill_quads(Middle<Shape>{shape}, scales, quads);
       scales.quads = quads;
       __syncthreads();
     }
@@ -78,26 +79,26 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
     char* const normed = call.normed + index * call.normed_stride;
 
     const auto fetch = [&](const auto& type, const auto& tile) {
-      return fetch_tile(type, x, tile, static_cast<int>(element));
+      return fetch_tile(type, x, tile, element);
     };
     outer_there(shape, row, thread, in, fetch, [&](const auto& type, const auto& tile, const auto& fetched, float* v) {
       type.each(fetched.raw, [&](int e, float value) { v[e] = value; });
       if (!Shape::known && call.fused)
         type.each(fetch_tile(type, residual, tile, 0).raw, [&](int e, float value) { v[e] += value; });
-      if (call.pre) multiply_tile(call.pre + element, tile, v);
+      if (channels && call.pre.data) multiply_tile(call.pre, element, tile, v);
     });
     row_meets(shape);
     inner(shape, row, thread);
     if (shape.b) row_meets(shape);
-    to_basis_scale_and_back(shape, row, other, thread, scales, call, element);
+    to_basis_scale_and_back(shape, row, other, thread, scales, call);
     row_meets(shape);
     inner(shape, row, thread);
     if (shape.b) row_meets(shape);
 
     float squares = 0;
     outer_back(shape, row, thread, [&](const auto& tile, float* v) {
-      if (call.post) multiply_tile(call.post + element, tile, v);
-      if (there) store_tile(out, y, tile, v, static_cast<int>(element));
+      if (channels && call.post.data) multiply_tile(call.post, element, tile, v);
+      if (there) store_tile(out, y, tile, v, element);
       if (Shape::known || !call.fused) return;
 #pragma unroll
       for (int h = 0; h < tile.count; ++h) {
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 #pragma unroll
               for (int e = 0; e < 8; ++e) v[8 * h + e] = eight[e] * inverse;
             }
-            multiply_tile(call.norm_weight, tile, v);
+            multiply_tile(call.norm_weight, 0, tile, v);
             if (there) store_tile(out, normed, tile, v, 0);
           });
         });
@@ -136,55 +137,61 @@ __global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks) pat
 
 // --- which kernel ---
 
+// The kernel for one width, with channel scales or without: to ask for them for every tile costs registers.
+template <class T, class Shape, class Run>
+void with_fixed_kernel(const PatchRows& call, Run run) {
+  if (call.pre.data || call.post.data) return run(patch_rows<Known<T>, Known<T>, Shape, true>);
+  run(patch_rows<Known<T>, Known<T>, Shape, false>);
+}
+
 template <class T, class Run>
-void with_power_kernel_of(int k, Run run) {
+void with_power_kernel_of(const PatchRows& call, Run run) {
   if constexpr (sizeof(T) < sizeof(float))
-    if (k == 10) return run(patch_rows<Known<T>, Known<T>, Fixed<1, 10>>);
-  switch (k) {
-    case 11: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 11>>);
-    case 12: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 12>>);
-    case 13: return run(patch_rows<Known<T>, Known<T>, Fixed<1, 13>>);
+    if (call.shape.k == 10) return with_fixed_kernel<T, Fixed<1, 10>>(call, run);
+  switch (call.shape.k) {
+    case 11: return with_fixed_kernel<T, Fixed<1, 11>>(call, run);
+    case 12: return with_fixed_kernel<T, Fixed<1, 12>>(call, run);
+    case 13: return with_fixed_kernel<T, Fixed<1, 13>>(call, run);
   }
 }
 
 template <class Run>
 void with_power_kernel(const PatchRows& call, Run run) {
   switch (call.in) {
-    case Dtype::float32: return with_power_kernel_of<float>(call.shape.k, run);
-    case Dtype::float16: return with_power_kernel_of<Half>(call.shape.k, run);
-    case Dtype::bfloat16: return with_power_kernel_of<BFloat16>(call.shape.k, run);
+    case Dtype::float32: return with_power_kernel_of<float>(call, run);
+    case Dtype::float16: return with_power_kernel_of<Half>(call, run);
+    case Dtype::bfloat16: return with_power_kernel_of<BFloat16>(call, run);
   }
 }
 
 template <class T, class Run>
-void with_factor_kernel_of(int n, Run run) {
-  switch (n) {
-    case 576: return run(patch_rows<Known<T>, Known<T>, Fixed<36, 4>>);
-    case 896: return run(patch_rows<Known<T>, Known<T>, Fixed<28, 5>>);
-    case 1536: return run(patch_rows<Known<T>, Known<T>, Fixed<12, 7>>);
-    case 2560: return run(patch_rows<Known<T>, Known<T>, Fixed<20, 7>>);
-    case 3072: return run(patch_rows<Known<T>, Known<T>, Fixed<12, 8>>);
-    case 3584: return run(patch_rows<Known<T>, Known<T>, Fixed<28, 7>>);
-    case 5120: return run(patch_rows<Known<T>, Known<T>, Fixed<20, 8>>);
+void with_factor_kernel_of(const PatchRows& call, Run run) {
+  switch (call.shape.m << call.shape.k) {
+    case 576: return with_fixed_kernel<T, Fixed<36, 4>>(call, run);
+    case 896: return with_fixed_kernel<T, Fixed<28, 5>>(call, run);
+    case 1536: return with_fixed_kernel<T, Fixed<12, 7>>(call, run);
+    case 2560: return with_fixed_kernel<T, Fixed<20, 7>>(call, run);
+    case 3072: return with_fixed_kernel<T, Fixed<12, 8>>(call, run);
+    case 3584: return with_fixed_kernel<T, Fixed<28, 7>>(call, run);
+    case 5120: return with_fixed_kernel<T, Fixed<20, 8>>(call, run);
   }
 }
 
 template <class Run>
 void with_factor_kernel(const PatchRows& call, Run run) {
-  const int n = call.shape.m << call.shape.k;
-  if (call.in == Dtype::float16) return with_factor_kernel_of<Half>(n, run);
-  with_factor_kernel_of<BFloat16>(n, run);
+  if (call.in == Dtype::float16) return with_factor_kernel_of<Half>(call, run);
+  with_factor_kernel_of<BFloat16>(call, run);
 }
 
 template <class Run>
 void with_staged_kernel(const PatchRows& call, Run run) {
-  if (call.signs_there) return run(patch_rows<Any, Any, Staged<0>>);
+  if (call.signs_there) return run(patch_rows<Any, Any, Staged<0>, true>);
   switch (call.shape.m) {
-    case 1: return run(patch_rows<Any, Any, Staged<1>>);
-    case 12: return run(patch_rows<Any, Any, Staged<12>>);
-    case 20: return run(patch_rows<Any, Any, Staged<20>>);
-    case 28: return run(patch_rows<Any, Any, Staged<28>>);
-    case 36: return run(patch_rows<Any, Any, Staged<36>>);
+    case 1: return run(patch_rows<Any, Any, Staged<1>, true>);
+    case 12: return run(patch_rows<Any, Any, Staged<12>, true>);
+    case 20: return run(patch_rows<Any, Any, Staged<20>, true>);
+    case 28: return run(patch_rows<Any, Any, Staged<28>, true>);
+    case 36: return run(patch_rows<Any, Any, Staged<36>, true>);
   }
 }
 

@@ -216,6 +216,12 @@ struct Known {
 #pragma unroll
     for (int h = 0; h < n; ++h) unpack8(T{}, raw[h], 8 * h, visit);
   }
+  DEVICE float one(const char* row, int i) const {
+    if constexpr (bytes == 4)
+      return read(reinterpret_cast<const float*>(row) + i);
+    else
+      return unpack(T{}, load2(row + i * bytes)).x;
+  }
   DEVICE void load(const char* row, int i, float* v) const {
     unpack8(T{}, fetch(row, i), 0, [&](int e, float value) { v[e] = value; });
   }
@@ -240,6 +246,11 @@ struct Any {
   DEVICE explicit Any(Dtype dtype) : dtype(dtype) {}
   template <class Function>
   DEVICE void with(Function f) const { with_known_type(dtype, f); }
+  DEVICE float one(const char* row, int i) const {
+    float v = 0;
+    with([&](auto type) { v = type.one(row, i); });
+    return v;
+  }
   DEVICE void load(const char* row, int i, float* v) const {
     with([&](auto type) { type.load(row, i, v); });
   }
@@ -258,16 +269,18 @@ struct Tile {
   DEVICE int at(int h) const { return start + h * step; }
 };
 
-// v *= the factors of a tile.
+// v *= the factors of a tile, of which element `first` belongs to the row's first.
 template <int n>
-DEVICE void multiply_tile(const float* factors, const Tile<n>& tile, float* v) {
+DEVICE void multiply_tile(const Numbers& factors, int first, const Tile<n>& tile, float* v) {
+  with_known_type(factors.dtype, [&](auto type) {
 #pragma unroll
-  for (int h = 0; h < n; ++h) {
-    float by[8];
-    load8(float{}, reinterpret_cast<const char*>(factors + tile.at(h)), by);
+    for (int h = 0; h < n; ++h) {
+      float by[8];
+      type.load(factors.data, first + tile.at(h), by);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[8 * h + e] *= by[e];
-  }
+      for (int e = 0; e < 8; ++e) v[8 * h + e] *= by[e];
+    }
+  });
 }
 
 // The vectors of a tile, of a row of `type` from its element `first` on.
@@ -429,7 +442,8 @@ struct Middle {
 template <class Shape>
 struct Scales {
   const float* quads;  // or null
-  const float* plain;
+  Numbers plain;
+  int first;  // the row's in `plain`
   float norm;
 
   template <class Visit>
@@ -442,21 +456,26 @@ struct Scales {
         visit(4 * q, four.x), visit(4 * q + 1, four.y), visit(4 * q + 2, four.z), visit(4 * q + 3, four.w);
       }
     } else {
-      const int start = middle.start(unit);
+      const int start = first + middle.start(unit);
+      float by[count];
+      with_known_type(plain.dtype, [&](auto type) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) visit(i, read(plain + start + middle.offset(i)) * norm);
+        for (int i = 0; i < count; ++i) by[i] = type.one(plain.data, start + middle.offset(i));
+      });
+#pragma unroll
+      for (int i = 0; i < count; ++i) visit(i, by[i] * norm);
     }
   }
 };
 
 // By all threads of the block; a barrier has to follow.
 template <class Shape>
-DEVICE void fill_quads(const Middle<Shape>& middle, const float* scale, float norm, float* quads) {
-  for (int i = 4 * threadIdx.x; i < middle.shape.size(); i += 4 * blockDim.x) {
-    const uint4 bits = load16(scale + i);
-    const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+DEVICE void fill_quads(const Middle<Shape>& middle, const Scales<Shape>& scales, float* quads) {
+  for (int i = 8 * threadIdx.x; i < middle.shape.size(); i += 8 * blockDim.x) {
+    float v[8];
+    Any(scales.plain.dtype).load(scales.plain.data, scales.first + i, v);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) write(quads + middle.quad_place(i + e), __uint_as_float(words[e]) * norm);
+    for (int e = 0; e < 8; ++e) write(quads + middle.quad_place(i + e), v[e] * scales.norm);
   }
 }
 

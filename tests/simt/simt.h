@@ -467,6 +467,7 @@ inline void write(float* p, float v) { simt::put(p, v); }
 inline float4 read4(const float* p) { return simt::get<float4>(p); }
 inline void write4(float* p, float4 v) { simt::put(p, v); }
 inline uint4 load16(const void* p) { return simt::get<uint4>(p); }
+inline uint32_t load2(const void* p) { return simt::get<uint16_t>(p); }
 inline void store16(void* p, uint4 v) { simt::put(p, v); }
 
 inline float widened(Half, uint16_t bits) {
