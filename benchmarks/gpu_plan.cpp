@@ -61,7 +61,7 @@ int main(int count, char** arguments) {
     call.x = place<const char>(x), call.grad = place<const char>(grad), call.dx = place<char>(dx);
     call.x_stride = call.grad_stride = call.dx_stride = stride;
     call.in = call.out = dtype;
-    call.scale = place<const float>(scale);
+    call.scale = {place<const char>(scale), Dtype::float32};
     call.scale_sums = place<float>(scale_sums);
     call.signs_there = call.signs_back = table;
     return print_with_turns(call, number(7), [&] { return plan_gradients(call, width, 1, device); });
@@ -70,13 +70,13 @@ int main(int count, char** arguments) {
   call.x = place<const char>(x), call.y = place<char>(y);
   call.x_stride = call.y_stride = stride;
   call.in = call.out = dtype;
-  call.scale = place<const float>(scale);
+  call.scale = {place<const char>(scale), Dtype::float32};
   call.signs_there = call.signs_back = table;
   if (!std::strcmp(kernel, "add_patch_rms_norm")) {
     call.fused = true;
     call.residual = place<const char>(residual), call.normed = place<char>(normed);
     call.residual_stride = call.normed_stride = stride;
-    call.norm_weight = place<const float>(weight);
+    call.norm_weight = {place<const char>(weight), Dtype::float32};
     call.eps = 1e-5f;
   }
   return print_with_turns(call, number(7), [&] { return plan_patch(call, width, device); });

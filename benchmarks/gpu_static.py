@@ -299,7 +299,7 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
         source = "cuda_gradients" if kernel == "hadamard_patch_backward" else plan.source
         if plan.fixed:
             element = {"float32": "KnownIfE", "float16": "4HalfE", "bfloat16": "8BFloat16E"}[dtype]
-            wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element)
+            wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element, "Lb0E")  # without channel scales
         else:
             wanted = (f"StagedILi{plan.order}E",)
         programs = gpu_build.programs(source, number)

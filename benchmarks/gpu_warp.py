@@ -302,7 +302,8 @@ class Warp:
             return True
         target = operands[-1].strip("`()")
         for condition in operands[:-1]:
-            given = self.predicate(condition) if condition[0] != "~" else FALSE  # BRA.DIV ~URZ: who is missing? Nobody
+            # BRA.DIV ~URZ, or a mask: who is missing? Nobody.
+            given = self.predicate(condition) if condition[0] != "~" and condition[:2] != "UR" else FALSE
             guard = None if guard is None or given is None else guard & given
         if guard is None:
             guard = FALSE if self.program.is_rare(target) else TRUE if self.program.is_rare_at(self.at) else None

@@ -17,6 +17,11 @@ __device__ __forceinline__ float* shared_memory() {
   return reinterpret_cast<float*>(memory);
 }
 
+// A barrier for some of a block's threads, whole warps that use the same number from 0 to 15; __syncthreads has 0.
+__device__ __forceinline__ void some_meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Floats of a row in shared memory, or of a sum over rows in either memory.
 __device__ __forceinline__ float read(const float* p) { return *p; }
 __device__ __forceinline__ void write(float* p, float v) { *p = v; }
@@ -26,6 +31,9 @@ __device__ __forceinline__ void write4(float* p, float4 v) { *reinterpret_cast<f
 // 16 bytes of a tensor, in global or in shared memory.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+
+// One number of 16 bits.
+__device__ __forceinline__ uint32_t load2(const void* p) { return *static_cast<const uint16_t*>(p); }
 
 // Two 16-bit numbers in a register.
 __device__ __forceinline__ float2 unpack(Half, uint32_t bits) { return __half22float2(*reinterpret_cast<__half2*>(&bits)); }

@@ -30,19 +30,23 @@ struct RowShape {
 // Rows that share a warp keep out of each other's banks.
 constexpr int stride_of_rows(int elements, int threads) { return elements + (threads < 32 ? threads : 0); }
 
+// d numbers of a type, aligned to 16 bytes; or null.
+struct Numbers {
+  const char* data;
+  Dtype dtype;
+};
+
 struct PatchRows {
   bool fused;  // with a residual, which is added to x first, and the norm of y; else both are null
-  bool channel_scales;  // pre or post is there
+  bool channels;  // whether pre or post is there
   const char* x;
   const char* residual;
   char* y;
   char* normed;
   int64_t rows, x_stride, residual_stride, y_stride, normed_stride;  // strides of a row in bytes
   Dtype in, out;                                                     // of x and residual, of y and normed
-  const float* scale;
-  const float* pre;          // or null
-  const float* post;         // or null
-  const float* norm_weight;  // with normed
+  Numbers scale, pre, post;
+  Numbers norm_weight;  // where fused
   float eps;
   RowShape shape;
   int rows_together;  // in one block of threads
@@ -57,9 +61,7 @@ struct GradientRows {
   char* dx;  // or null
   int64_t rows, x_stride, grad_stride, dx_stride;
   Dtype in, out;  // of x and grad, of dx
-  const float* scale;
-  const float* pre;
-  const float* post;
+  Numbers scale, pre, post;
   // Partial sums over rows, [parts, d] each, or null: of a u, b x and dy w (ops/hadamard_patch/reference.py), the first
   // without H's norm. Every row of threads has a part of its own.
   float* scale_sums;
@@ -182,7 +184,7 @@ inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shar
 inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
   const int n = call.shape.m << call.shape.k;
   launch.warp_rows = device.matrix_products && has_warp_kernel(call.shape.m, call.shape.k, call.in) && call.in == call.out &&
-                     !call.fused && !call.channel_scales && call.rows >= device.processors && call.rows <= kMostWarpRows;
+                     !call.fused && !call.channels && call.rows >= device.processors && call.rows <= kMostWarpRows;
   if (!launch.warp_rows) return false;
   launch.fixed = call.scale_in_shared = true;
   const int64_t each = (call.rows + device.processors - 1) / device.processors, room = (device.shared_per_block - 4 * n) / (2 * n);

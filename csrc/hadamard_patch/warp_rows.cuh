@@ -101,15 +101,15 @@ DEVICE int scale_place(int i) {
   return ((index * (tiles / 4) + tile / 4) * 32 + thread) * 4 + tile % 4;
 }
 
-// By all threads of the block, the scale times the norm of H squared; a barrier has to follow.
+// By all threads of the block, the scale times the norm of H squared, from its number `first` on; a barrier has to follow.
 template <int tiles>
-DEVICE void fill_scales(const float* scale, float* places) {
+DEVICE void fill_scales(const Numbers& scale, int first, float* places) {
   constexpr int n = tiles * kWarpTile;
-  for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
-    const uint4 bits = load16(scale + i);
-    const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+  for (int i = 8 * threadIdx.x; i < n; i += 8 * blockDim.x) {
+    float v[8];
+    Any(scale.dtype).load(scale.data, first + i, v);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) write(places + scale_place<tiles>(i + e), __uint_as_float(words[e]) * (1.0f / n));
+    for (int e = 0; e < 8; ++e) write(places + scale_place<tiles>(i + e), v[e] * (1.0f / n));
   }
 }
 
@@ -163,7 +163,7 @@ template <class T, int tiles>
 __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows(const PatchRows call) {
   constexpr int n = tiles * kWarpTile;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t element = static_cast<int64_t>(blockIdx.y) * n;
+  const int element = static_cast<int>(blockIdx.y) * n;
   float* const scales = shared_memory();
   char* const x = reinterpret_cast<char*>(scales + n) + 2 * n * warp + 16 * lane;
   const Signs<T> first(lane);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows
   const int rows = static_cast<int>(call.rows), step = gridDim.x * call.rows_together;
   int index = warp * gridDim.x + blockIdx.x;
   if (index < rows) fetch(index);
-  fill_scales<tiles>(call.scale + element, scales);
+  fill_scales<tiles>(call.scale, element, scales);
   __syncthreads();
   for (; index < rows; index += step) {
     WarpRow<tiles> row;

@@ -52,17 +52,13 @@ namespace simt {
 
 enum class Schedule { forward, reverse, random };
 
-// A moment in a block's life, as far as barriers order it: those of the block, and those of a thread's warp.
+// A moment in a block's life, as far as barriers order it: those of the block, those of a thread's warp, and those of the
+// threads that meet at a barrier with a number.
 struct Access {
-  int block = -1, thread = -1, barriers = 0, warp_barriers = 0;
+  int block = -1, thread = -1, barriers = 0, warp_barriers = 0, named_barriers = 0;
 
   // No barrier lies between them and they are not one thread's.
-  bool races_with(const Access& other) const {
-    if (thread < 0 || other.thread < 0) return false;
-    if (block != other.block) return true;
-    if (thread == other.thread || barriers != other.barriers) return false;
-    return thread / 32 != other.thread / 32 || warp_barriers == other.warp_barriers;
-  }
+  inline bool races_with(const Access& other) const;
 };
 
 // A word of memory, and who touched it last.
@@ -80,7 +76,7 @@ struct Buffer {
   std::vector<bool> written;
 };
 
-enum class State { ready, at_barrier, at_warp_barrier, at_exchange, ended };
+enum class State { ready, at_barrier, at_warp_barrier, at_named_barrier, at_exchange, ended };
 
 struct Thread;
 // What the threads of a warp that have come together make of what each has given; nothing else runs meanwhile.
@@ -91,6 +87,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   State state = State::ready;
   int line = 0, warp_barriers = 0;
+  int name = -1, together = 0, named_barriers = 0;  // of the barrier that it meets some others at: always the same
   uint32_t mask = 0;
   Exchange exchange = nullptr;
   float value = 0, received = 0;
@@ -120,7 +117,7 @@ struct Machine {
   // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
   std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
   Wavefronts wavefronts;
-  int64_t barriers_met = 0, shuffles = 0, products = 0, launches = 0;
+  int64_t barriers_met = 0, narrow_barriers_met = 0, shuffles = 0, products = 0, launches = 0;
   std::function<void()> after;  // the launch, before its buffers are forgotten
 
   void buffers_done() {
@@ -130,6 +127,15 @@ struct Machine {
   }
 };
 inline Machine machine;
+
+inline bool Access::races_with(const Access& other) const {
+  if (thread < 0 || other.thread < 0) return false;
+  if (block != other.block) return true;
+  if (thread == other.thread || barriers != other.barriers) return false;
+  const int name = machine.threads[thread].name;
+  if (name >= 0 && name == machine.threads[other.thread].name && named_barriers != other.named_barriers) return false;
+  return thread / 32 != other.thread / 32 || warp_barriers == other.warp_barriers;
+}
 
 inline void fault(const std::string& what) {
   if (++machine.fault_count <= 1000)
@@ -141,7 +147,7 @@ inline void fault(const std::string& what) {
 
 inline void note(Word& word, bool writes, const std::string& where) {
   const Thread& thread = machine.threads[machine.running];
-  const Access now{machine.block, machine.running, machine.barriers, thread.warp_barriers};
+  const Access now{machine.block, machine.running, machine.barriers, thread.warp_barriers, thread.named_barriers};
   if (now.races_with(word.write)) fault("race: " + where + (writes ? " written twice" : " read while it is written"));
   if (writes) {
     for (const Access& read : word.reads)
@@ -252,8 +258,21 @@ inline void leave(State state, int line) {
 inline void barrier(int line) { leave(State::at_barrier, line); }
 
 inline void warp_barrier(int line) {
-  machine.threads[machine.running].mask = 0xffffffffu;
+  Thread& self = machine.threads[machine.running];
+  self.mask = 0xffffffffu;
+  self.lanes = 0;
   leave(State::at_warp_barrier, line);
+}
+
+// Where `together` threads of a block meet, whole warps of them.
+inline void named_barrier(int line, int name, int together) {
+  Thread& self = machine.threads[machine.running];
+  if (name < 0 || name > 15) fault("barrier at line " + std::to_string(line) + ": a block has those from 0 to 15");
+  if (together % 32) fault("barrier at line " + std::to_string(line) + ": a part of a warp");
+  if (self.name >= 0 && self.name != name) fault("barrier at line " + std::to_string(line) + ": a thread that has met others before");
+  self.name = name;
+  self.together = together;
+  leave(State::at_named_barrier, line);
 }
 
 // Waits for the mask's threads of the warp, to do with them what they all came for.
@@ -316,11 +335,35 @@ inline bool release_warp(int warp) {
       together.push_back(32 * warp + lane);
     }
     if (!complete || together.empty()) continue;
+    if (one.state == State::at_warp_barrier) ++machine.narrow_barriers_met;
     if (one.state == State::at_exchange) one.exchange(&machine.threads[32 * warp], warp_end(warp) - 32 * warp);
     for (int t : together) {
       machine.threads[t].state = State::ready;
       ++machine.threads[t].warp_barriers;
     }
+    released = true;
+  }
+  return released;
+}
+
+// Lets those go on that wait at a barrier with a number and have all come; it must be the same one.
+inline bool release_named() {
+  std::map<int, std::vector<int>> waiting;
+  for (size_t i = 0; i < machine.threads.size(); ++i)
+    if (machine.threads[i].state == State::at_named_barrier) waiting[machine.threads[i].name].push_back(i);
+  bool released = false;
+  for (const auto& [name, together] : waiting) {
+    const Thread& one = machine.threads[together[0]];
+    if (static_cast<int>(together.size()) < one.together) continue;
+    for (int i : together)
+      if (machine.threads[i].line != one.line || machine.threads[i].together != one.together ||
+          static_cast<int>(together.size()) != one.together)
+        fault("barrier at line " + std::to_string(one.line) + ": others with its number wait at another one");
+    for (int i : together) {
+      machine.threads[i].state = State::ready;
+      ++machine.threads[i].named_barriers;
+    }
+    ++machine.narrow_barriers_met;
     released = true;
   }
   return released;
@@ -371,7 +414,8 @@ inline void run_block(int threads, int64_t shared_bytes) {
   for (Thread& thread : machine.threads) {
     if (!thread.stack) thread.stack = std::make_unique<char[]>(stack);
     thread.state = State::ready;
-    thread.warp_barriers = 0;
+    thread.warp_barriers = thread.named_barriers = 0;
+    thread.name = -1;
     thread.accesses = 0;
     thread.copies.clear();
     getcontext(&thread.context);
@@ -388,12 +432,17 @@ inline void run_block(int threads, int64_t shared_bytes) {
     }
     bool released = false;
     for (int warp = 0; 32 * warp < threads; ++warp) released = release_warp(warp) || released;
+    released = release_named() || released;
     if (released || release_block()) continue;
     for (int i = 0; i < threads; ++i) {
       const Thread& thread = machine.threads[i];
       machine.running = i;
       if (thread.state == State::at_exchange || thread.state == State::at_warp_barrier) {
         fault("shuffle at line " + std::to_string(thread.line) + ": threads of its mask never come");
+        break;
+      }
+      if (thread.state == State::at_named_barrier) {
+        fault("barrier at line " + std::to_string(thread.line) + ": some of its threads never come");
         break;
       }
     }
@@ -450,12 +499,14 @@ namespace linearpatch::cuda {
 struct Half {};
 struct BFloat16 {};
 
+#define some_meet(name, together) simt::named_barrier(__LINE__, name, together)
 inline float* shared_memory() { return simt::machine.shared.data(); }
 inline float read(const float* p) { return simt::get<float>(p); }
 inline void write(float* p, float v) { simt::put(p, v); }
 inline float4 read4(const float* p) { return simt::get<float4>(p); }
 inline void write4(float* p, float4 v) { simt::put(p, v); }
 inline uint4 load16(const void* p) { return simt::get<uint4>(p); }
+inline uint32_t load2(const void* p) { return simt::get<uint16_t>(p); }
 inline void store16(void* p, uint4 v) { simt::put(p, v); }
 
 inline float widened(Half, uint16_t bits) {
