@@ -91,10 +91,10 @@ struct Device {
 
 struct Launch {
   bool possible;
-  bool fixed;      // the kernel for this width, else the one for any width with this factor
-  bool warp_rows;  // the kernel of warp_rows.cuh, which is a fixed one
+  bool fixed;  // the kernel for this width, else the one for any width with this factor
   int blocks, diagonal_blocks, threads;
   int64_t shared_bytes;
+  bool warp_rows = false;  // the kernel of warp_rows.cuh, which is a fixed one
 };
 
 // H_m, or its transpose, as multiply_by_table of stages.cuh wants it.
@@ -227,7 +227,7 @@ inline int64_t parts_of(const Launch& launch, const GradientRows& call) {
   return static_cast<int64_t>(launch.blocks) * call.rows_together;
 }
 
-inline Launch plan_sum(const PartSums& call) { return {true, false, false, (call.d + 127) / 128, 1, 256, 4096}; }
+inline Launch plan_sum(const PartSums& call) { return {true, false, (call.d + 127) / 128, 1, 256, 4096}; }
 
 inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_sums, const Device& device) {
   Launch launch{};
