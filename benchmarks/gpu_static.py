@@ -386,7 +386,7 @@ def compile_triton(
             return "i32"
         return "*fp32" if name in float32 else "*bf16" if name == "h_ptr" else "*" + DTYPES[dtype][0]
 
-    constants = layout.constants(DTYPES[dtype][1])
+    constants = layout.constants(DTYPES[dtype][1], layout.holds_scale(kernel == "hadamard_patch_forward"))
     return compile_ahead(function, kind, constants, arch, {"num_warps": layout.warps, **kernels.OPTIONS}), layout
 
 

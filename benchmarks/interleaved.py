@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,13 +51,18 @@ class Turn:
         run = self._run
         for _ in range(self.calls):
             run()
-        if self._device != "cpu":
-            torch.accelerator.synchronize()
+        self._finish()
 
     def warm(self) -> None:
         """Bring its operands back to where its own calls leave them; that is lost in a long call, so not before one."""
         if self.estimate < LONG_CALL:
             self._run()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the device: what was only queued would be measured with what comes after it."""
+        if self._device != "cpu":
+            torch.accelerator.synchronize()
 
     def seconds(self) -> float:
         self.warm()
@@ -112,7 +118,15 @@ def _keep_freed_memory() -> None:
         set_option(trim_threshold, 1 << 30)
 
 
+def forget_compiled() -> None:
+    """Dynamo compiles a function for eight shapes, and leaves it eager for all later ones without a word: before every
+    case it starts anew."""
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and to import it takes seconds
+        torch.compiler.reset()
+
+
 def _prepared(case: Case, effort: Effort) -> Contest:
+    forget_compiled()
     operands = case.operands()
     run = case.ours(operands)
     expected = [result.clone() for result in _tensors(run())]

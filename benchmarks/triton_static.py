@@ -8,11 +8,17 @@ the same Triton on a machine with that GPU.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from benchmarks.gpu_static import lanes_of
+from benchmarks.gpu_static import lanes_of, resource_usage
 
 WIDTHS = (64, 576, 1536, 2048, 3072, 4096, 5120, 8192, 16384)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -148,9 +154,79 @@ def loss_launches(
 
 
 def every_launch(widths: Sequence[int] = WIDTHS, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Launch]:
-    """Those of every operator; the kernels over a vocabulary know nothing of the width but blocks of it."""
+    """Those of every operator, many of them more than once.
+
+    The kernels over a vocabulary know nothing of the width. Of its last id they know whether it ends a vector.
+    """
     for d, dtype in product(widths, dtypes):
         yield from patch_launches(d, dtype)
-        yield from loss_launches(d, dtype)
-    for dtype, normalization in product(dtypes, NORMALIZATIONS[1:]):
-        yield from loss_launches(576, dtype, normalization=normalization)
+        yield from loss_launches(d, dtype, slots=100)
+    for dtype, normalization, vocabulary in product(dtypes, NORMALIZATIONS[1:], (201, 208)):
+        yield from loss_launches(64, dtype, slots=100, vocabulary=vocabulary, normalization=normalization)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch was compiled to.
+
+    Attributes:
+        seconds: that compiling took; none where Triton's cache had it.
+        registers: of a thread.
+        stack: bytes a thread of local memory, which spills are.
+        shared: bytes a block.
+    """
+
+    arch: str
+    kernel: str
+    call: str
+    seconds: float
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+
+
+def compiled(launch: Launch, arch: str) -> Compiled:
+    """For an NVIDIA GPU."""
+    begin = time.perf_counter()
+    with driver_of(arch):
+        made = launch.compiled()
+    seconds = time.perf_counter() - begin
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        (usage,) = resource_usage(Path(file.name)).values()
+    return Compiled(
+        arch, launch.kernel.fn.__name__, launch.call, round(seconds, 2), made.metadata.num_warps, usage["REG"],
+        usage["STACK"] + usage["LOCAL"], made.metadata.shared,
+    )  # fmt: skip
+
+
+def compile_all(arch: str, launches: Iterable[Launch]) -> Iterator[Compiled]:
+    """What differs of the launches, compiled one after the other for an NVIDIA GPU."""
+    seen: set[tuple[Any, str]] = set()
+    for launch in launches:
+        with driver_of(arch):
+            key = launch.kernel, launch.key()
+        if key not in seen:
+            seen.add(key)
+            yield compiled(launch, arch)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], help="sm_80, sm_90, ...")
+    parser.add_argument("--d", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--dtype", nargs="+", default=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    options = parser.parse_args(arguments)
+    spilling = number = 0
+    for arch in options.arch:
+        for made in compile_all(arch, every_launch(options.d, [getattr(torch, name) for name in options.dtype])):
+            print(json.dumps(asdict(made)), flush=True)
+            number, spilling = number + 1, spilling + (made.stack > 0)
+    print(json.dumps({"triton": triton.__version__, "kernels": number, "spilling": spilling}))
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CUDA, library) {
   library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cuda::hadamard_patch_backward));
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cuda::add_patch_rms_norm));
   library.impl("hadamard_patch_out", TORCH_BOX(&linearpatch::cuda::hadamard_patch_out));
+  library.impl("topk_kl_teacher", TORCH_BOX(&linearpatch::cuda::topk_kl_teacher));
+  library.impl("topk_kl_mean", TORCH_BOX(&linearpatch::cuda::topk_kl_mean));
   library.impl("topk_kl_slots", TORCH_BOX(&linearpatch::cuda::topk_kl_slots));
   library.impl("topk_kl_tokens", TORCH_BOX(&linearpatch::cuda::topk_kl_tokens));
   library.impl("topk_kl_combine", TORCH_BOX(&linearpatch::cuda::topk_kl_combine));

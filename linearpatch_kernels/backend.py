@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,9 +45,17 @@ def _load_extension() -> str | None:
     return None
 
 
+def _registered(operator: str, key: str) -> bool:
+    """Whether an operator of ours has a kernel of its own under a dispatch key.
+
+    Looked up and not listed: it is asked in every call of a loss, and to list what CUDA has takes torch a millisecond.
+    """
+    name = f"linearpatch::{operator}"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
 def _compiled_for(key: str) -> bool:
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    return "linearpatch::hadamard_patch" in registered
+    return _registered("hadamard_patch", key)
 
 
 def _cpu() -> bool | str:
@@ -63,8 +72,13 @@ def _cuda() -> bool | str:
     return torch.cuda.is_available() or "the kernels are built, but torch finds no CUDA device or driver"
 
 
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton() -> bool | str:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed: pip install triton"
     return _TRITON_INTERPRETED or torch.cuda.is_available() or "torch finds no GPU driver for Triton's kernels"
 
@@ -83,8 +97,7 @@ def triton_serves(device_type: str) -> bool:
 
 def compiled_for_gpus(device_type: str, operator: str) -> bool:
     """Whether the extension has this operator for GPUs, and may be used on tensors of such a device."""
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    return device_type == "cuda" and FORCED in (None, "cuda") and f"linearpatch::{operator}" in registered
+    return device_type == "cuda" and FORCED in (None, "cuda") and _registered(operator, "CUDA")
 
 
 def backends() -> dict[str, bool | str]:

@@ -276,10 +276,8 @@ def _factor(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Keep autocast from narrowing the matrix products of code whose precision is its own business."""
-    if torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot trace the question
-        available = device.type != "meta"
-    else:
-        available = torch.amp.is_autocast_available(device.type)
+    # Dynamo of torch 2.11 cannot trace the question.
+    available = device.type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 

@@ -127,6 +127,19 @@ def test_why_cuda_cannot_run(
     assert re.search(said, str(backend.backends()["cuda"]))
 
 
+def test_who_is_compiled_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked in every call: thousands of operators are not listed for it."""
+    monkeypatch.setattr(backend, "FORCED", None)
+    there = "linearpatch::hadamard_patch" in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    monkeypatch.delattr(torch._C, "_dispatch_get_registrations_for_dispatch_key")
+    assert backend.compiled_for_gpus("cuda", "hadamard_patch") == there
+    assert not backend.compiled_for_gpus("cpu", "hadamard_patch")
+    assert not backend.compiled_for_gpus("cuda", "hadamard_patch_reference")
+    assert not backend.compiled_for_gpus("cuda", "nothing_of_that_name")
+    monkeypatch.setattr(backend, "FORCED", "triton")
+    assert not backend.compiled_for_gpus("cuda", "hadamard_patch")
+
+
 def test_unknown_name_raises() -> None:
     result = probe(LINEARPATCH_BACKEND="fast")
     assert result.returncode == 1

@@ -28,6 +28,7 @@ from linearpatch_kernels.calibration import (
     residual_stream,
 )
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import faster_float32_products
 from linearpatch_kernels.hadamard import hadamard_matrix
 
 LAYERS, WIDTH = 6, 48
@@ -69,8 +70,9 @@ def statistics(model: PreTrainedModel, windows: Tensor) -> CalibrationStatistics
 def states(
     model: PreTrainedModel, windows: Tensor, hooked_states: Callable[[PreTrainedModel, Tensor], Tensor]
 ) -> Tensor:
-    """[W, T, L+1, d], float64, of the same batches."""
-    return torch.cat([hooked_states(model, batch) for batch in windows.split(2)])
+    """[W, T, L+1, d], float64, of the same batches; the model's own products are made as calibration has them made."""
+    with faster_float32_products():
+        return torch.cat([hooked_states(model, batch) for batch in windows.split(2)])
 
 
 def assert_as_defined(actual: Tensor, definition: Definition, states: Tensor, atol: float) -> None:

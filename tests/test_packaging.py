@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -18,6 +19,8 @@ import linearpatch_kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "linearpatch_kernels"
+# What lies in a checkout and is no part of it.
+IGNORED = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo-output")
 
 
 def python(program: str, *, path: Path = ROOT) -> str:
@@ -113,8 +116,7 @@ def test_an_arrow_that_points_up_is_noticed(tmp_path: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree, built on a machine without a compiler."""
     source = tmp_path_factory.mktemp("source") / "project"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo-output", "tests")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*IGNORED, "tests"))
     place = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", place, source],
@@ -128,6 +130,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_the_source_distribution_is_the_whole_project(tmp_path: Path) -> None:
+    """It lacked the tests' helpers, the benchmarks, the docs, and the generator of a file that it had."""
+    source = tmp_path / "project"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*IGNORED))
+    parts = ("linearpatch_kernels", "csrc", "tests", "benchmarks", "docs", "tools", ".ci")
+    shutil.copytree(ROOT / ".ci", source / ".ci")
+    wanted = {str(file.relative_to(source)) for part in parts for file in (source / part).rglob("*") if file.is_file()}
+    wanted |= {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
+    command = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    made = python(command, path=source).splitlines()[-1]
+    with tarfile.open(tmp_path / made) as archive:
+        found = {file.name.partition("/")[2] for file in archive if file.isfile()}
+    assert wanted - found == set()
+
+
 def test_torch_is_found_from_a_build_that_hides_it() -> None:
     """pip's isolated build has setuptools and no torch; the kernels are built nevertheless."""
     program = f"""
@@ -137,6 +154,17 @@ importlib.util.find_spec = lambda name: None
 print(runpy.run_path({str(ROOT / "setup.py")!r})["find_torch"]())
 """
     assert Path(python(program).strip()) == Path(torch.__file__).parent
+
+
+def test_a_wheel_without_kernels_is_not_named_like_one_that_has_them(wheel: Path) -> None:
+    """Both were cp311-abi3-linux: pip kept the one that was built without torch, and put it in place of the other."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so") or ".data/" in name]
+        (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        said = message_from_bytes(archive.read(about))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert said.get_all("Tag") == ["py3-none-any"]
+    assert said["Root-Is-Purelib"] == "true"
 
 
 def architecture_flags(asked: str, known: str) -> str:

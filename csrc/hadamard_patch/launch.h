@@ -227,7 +227,9 @@ inline int64_t parts_of(const Launch& launch, const GradientRows& call) {
   return static_cast<int64_t>(launch.blocks) * call.rows_together;
 }
 
-inline Launch plan_sum(const PartSums& call) { return {true, false, (call.d + 127) / 128, 1, 256, 4096}; }
+inline Launch plan_sum(const PartSums& call) {
+  return {.possible = true, .blocks = (call.d + 127) / 128, .diagonal_blocks = 1, .threads = 256, .shared_bytes = 4096};
+}
 
 inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_sums, const Device& device) {
   Launch launch{};

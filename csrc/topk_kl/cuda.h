@@ -9,6 +9,10 @@ namespace linearpatch::cuda {
 
 using torch::stable::Tensor;
 
+void topk_kl_teacher(Tensor teacher_ids, double temperature, Tensor ids, Tensor present, Tensor count_and_scale);
+
+void topk_kl_mean(Tensor losses, Tensor count, Tensor loss);
+
 void topk_kl_slots(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor probs, Tensor ids, Tensor scale,
                    double temperature, Tensor z, std::optional<Tensor> dhidden);
 

@@ -15,23 +15,47 @@ namespace linearpatch::cuda {
 
 constexpr int kVectorOfRow = 8;       // numbers that a thread reads together
 constexpr int kWidestRow = 8192;      // of slot_rows: a thread holds two vectors of a row, of 512 threads
-constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2;
-constexpr int kTokenThreads = 128;
-constexpr int kCombineThreads = 128;
+constexpr int kSlotsTogether = 4, kSlotsTogetherOfTwo = 2, kRowsTogether = 4;
+constexpr int kTokenThreads = 128, kSumThreads = 1024;
+constexpr int kCombineThreads = 128, kCombineBlocks = 8;  // with registers for rows that travel together
 constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
+constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
+constexpr int kMostThreadsOfPart = 768;  // at 1024 a thread has 64 registers, and sm_120 spills
+
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+struct TeacherIds {
+  const int32_t* given;  // of 64 bits two words, the lower one first
+  int32_t* ids;          // [tokens, slots]; what neither stands for a token nor for an absent slot is the largest number
+  float* present;        // [tokens]: 1 where a token has a slot, else 0
+  int tokens, slots;
+  bool wide;
+};
+
+// Without a count, out is the sum of the values, at least 1, and what every gradient is multiplied with if that is the
+// count; with one, it is the sum divided by it.
+struct TokenSum {
+  const float* values;  // [tokens]
+  const float* count;   // or null
+  float* out;
+  int tokens;
+  float inverse_temperature;
+};
 
 struct SlotRows {
   const char* hidden;
   const char* weight;
-  int64_t hidden_stride, weight_stride;
+  int64_t hidden_stride;
+  uint32_t weight_stride;  // so that a row's place is one instruction
   Dtype hidden_dtype, weight_dtype;
   const float* bias;  // or null
   const float* probs;
   const int32_t* ids;
   const float* scale;  // of the gradient: one number
   float* z;
-  float* dhidden;  // or null
+  char* dhidden;  // or null
+  Dtype dhidden_dtype;
   int tokens, slots, width, vocabulary;
   float inverse_temperature;
 };
@@ -65,7 +89,7 @@ struct RowSums {
 };
 
 struct VocabularyPart {
-  float* logits;  // [tokens, size], a part of the vocabulary from `first` on
+  const float* logits;  // [tokens, size], a part of the vocabulary from `first` on
   const float* bias;
   const int32_t* ids;
   const int32_t* bounds;  // [tokens, blocks + 1]
@@ -75,6 +99,7 @@ struct VocabularyPart {
   char* out;  // exp or dlogits; or null
   Dtype out_dtype;
   // to carry
+  float* overwritten;  // the logits
   float* z;
   float* rest;
   float* dhidden;
@@ -94,26 +119,39 @@ inline int vectors_of(const SlotRows& call) { return call.width > 2048 ? 2 : 1; 
 
 inline Launch plan_slots(const SlotRows& call) {
   const int threads = 32 * warps_of((call.width / kVectorOfRow + vectors_of(call) - 1) / vectors_of(call));
-  return {call.width % kVectorOfRow == 0 && call.width <= kWidestRow, false, call.tokens, 1, threads,
-          2 * threads / 32 * kSlotsTogether * 4};
+  return {.possible = call.width % kVectorOfRow == 0 && call.width <= kWidestRow, .blocks = call.tokens, .diagonal_blocks = 1,
+          .threads = threads, .shared_bytes = 2 * threads / 32 * kSlotsTogether * 4};
 }
 
-inline Launch plan_tokens(const TokenSlots& call) {
-  return {true, false, call.tokens, 1, kTokenThreads, kTokenThreads / 32 * 4};
+// A block for every token, and a float for each of its warps.
+inline Launch plan_of_tokens(int tokens) {
+  return {.possible = true, .blocks = tokens, .diagonal_blocks = 1, .threads = kTokenThreads,
+          .shared_bytes = kTokenThreads / 32 * 4};
 }
+
+inline Launch plan_teacher(const TeacherIds& call) { return plan_of_tokens(call.tokens); }
+
+inline Launch plan_sum_of_tokens(const TokenSum&) {
+  return {.possible = true, .blocks = 1, .diagonal_blocks = 1, .threads = kSumThreads, .shared_bytes = kSumThreads / 32 * 4};
+}
+
+inline Launch plan_tokens(const TokenSlots& call) { return plan_of_tokens(call.tokens); }
 
 inline Launch plan_sums(const RowSums& call) {
   const int wide = kCombineThreads * kVectorOfRow;
-  return {true, false, call.results, call.out ? (call.width + wide - 1) / wide : 1, kCombineThreads, 0};
+  return {.possible = true, .blocks = call.results, .diagonal_blocks = call.out ? (call.width + wide - 1) / wide : 1,
+          .threads = kCombineThreads};
 }
 
 inline Launch plan_carry(const VocabularyPart& call) {
-  return {true, false, call.tokens, 1, kVocabularyThreads, kVocabularyThreads / 32 * 4};
+  const int held = kVectorsOfPart * kVectorOfRow, threads = 32 * warps_of((call.size + held - 1) / held);
+  return {.possible = threads <= kMostThreadsOfPart, .blocks = call.tokens, .diagonal_blocks = 1, .threads = threads,
+          .shared_bytes = threads / 32 * 4};
 }
 
 inline Launch plan_differentiate(const VocabularyPart& call) {
-  return {true, false, call.tokens, (call.size + kVocabularyBlock - 1) / kVocabularyBlock, kVocabularyThreads,
-          kVocabularyThreads / 32 * 4};
+  return {.possible = true, .blocks = call.tokens, .diagonal_blocks = (call.size + kVocabularyBlock - 1) / kVocabularyBlock,
+          .threads = kVocabularyThreads, .shared_bytes = kVocabularyThreads / 32 * 4};
 }
 
 }  // namespace linearpatch::cuda

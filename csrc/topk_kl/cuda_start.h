@@ -5,6 +5,8 @@
 
 namespace linearpatch::cuda {
 
+const char* launch_teacher(const TeacherIds&, void* stream);
+const char* launch_sum_of_tokens(const TokenSum&, void* stream);
 const char* launch_slots(const SlotRows&, void* stream);
 const char* launch_tokens(const TokenSlots&, void* stream);
 const char* launch_sums(const RowSums&, void* stream);

@@ -3,12 +3,15 @@
 // What is added up is added up in one order, each number by one block, without atomics: the same call, the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "../hadamard_patch/stages.cuh"
 #include "cuda_calls.h"
 
 namespace linearpatch::cuda {
 
 DEVICE int read_int(const int32_t* p) { return static_cast<int>(__float_as_uint(read(reinterpret_cast<const float*>(p)))); }
+DEVICE void write_int(int32_t* p, int v) { write(reinterpret_cast<float*>(p), __uint_as_float(static_cast<uint32_t>(v))); }
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -19,6 +22,58 @@ DEVICE float weight_of(float before, float after, float inverse) {
   return before == -infinity() ? 0.0f : expf((finite(before) - finite(after)) * inverse);
 }
 
+// Eight numbers as they lie in memory. A load that is unpacked where it is asked for is waited for before the next one is
+// sent; those that are fetched first travel together.
+template <int pieces>
+struct Fetched {
+  uint4 bits[pieces];
+};
+template <class Type>
+constexpr int kPieces = Type::bytes / 2;
+template <>
+constexpr int kPieces<Any> = 2;
+
+template <class T>
+DEVICE Fetched<kPieces<Known<T>>> fetched(const Known<T>&, const char* row, int i, bool there) {
+  Fetched<kPieces<Known<T>>> eight{};
+#pragma unroll
+  for (int piece = 0; piece < kPieces<Known<T>>; ++piece)
+    if (there) eight.bits[piece] = load16(row + i * Known<T>::bytes + 16 * piece);
+  return eight;
+}
+DEVICE Fetched<2> fetched(const Any& type, const char* row, int i, bool there) {
+  Fetched<2> eight{};
+  const bool single = type.dtype == Dtype::float32;
+  row += i * bytes_of(type.dtype);
+  if (there) eight.bits[0] = load16(row);
+  if (there && single) eight.bits[1] = load16(row + 16);
+  return eight;
+}
+
+DEVICE void unpacked(float, const uint4* bits, float* v) {
+#pragma unroll
+  for (int piece = 0; piece < 2; ++piece) {
+    v[4 * piece] = __uint_as_float(bits[piece].x), v[4 * piece + 1] = __uint_as_float(bits[piece].y);
+    v[4 * piece + 2] = __uint_as_float(bits[piece].z), v[4 * piece + 3] = __uint_as_float(bits[piece].w);
+  }
+}
+template <class T>
+DEVICE void unpacked(T type, const uint4* bits, float* v) {
+  const uint32_t words[] = {bits->x, bits->y, bits->z, bits->w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = unpack(type, words[i]);
+    v[2 * i] = two.x, v[2 * i + 1] = two.y;
+  }
+}
+template <class T>
+DEVICE void unpacked(const Known<T>&, const Fetched<kPieces<Known<T>>>& eight, float* v) { unpacked(T{}, eight.bits, v); }
+DEVICE void unpacked(const Any& type, const Fetched<2>& eight, float* v) {
+  if (type.dtype == Dtype::float32) return unpacked(float{}, eight.bits, v);
+  if (type.dtype == Dtype::float16) return unpacked(Half{}, eight.bits, v);
+  unpacked(BFloat16{}, eight.bits, v);
+}
+
 struct Add {
   DEVICE float operator()(float a, float b) const { return a + b; }
 };
@@ -26,11 +81,34 @@ struct Larger {
   DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-template <class Operation>
+// Of a lane, for all of its warp.
+DEVICE float of_lane(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+DEVICE int of_lane(int v, int lane) { return static_cast<int>(__float_as_uint(of_lane(__uint_as_float(v), lane))); }
+
+// Of every `lanes` lanes that lie together.
+template <int lanes_ = 32, class Operation>
 DEVICE float over_warp(float v, Operation operation) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) v = operation(v, __shfl_xor_sync(0xffffffffu, v, lanes));
+  for (int lanes = lanes_ / 2; lanes; lanes /= 2) v = operation(v, __shfl_xor_sync(0xffffffffu, v, lanes));
   return v;
+}
+
+// The sums of n numbers a lane: lane l has that of v[l / (32 / n)]. Lanes halve what they add up as long as it is several
+// numbers, which takes n + 3 shuffles or fewer, where each number by itself takes five.
+template <int n>
+DEVICE float sums_over_warp(float (&v)[n]) {
+  int lanes = 16;
+#pragma unroll
+  for (int half = n / 2; half; half /= 2, lanes /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool upper = threadIdx.x & lanes;
+      const float kept = upper ? v[i + half] : v[i], given = upper ? v[i] : v[i + half];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, given, lanes);
+    }
+#pragma unroll
+  for (; lanes; lanes /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], lanes);
+  return v[0];
 }
 
 // Of all threads' v, for all of them. Shared memory has a float for every warp.
@@ -47,115 +125,166 @@ DEVICE float over_block(float v, Operation operation) {
   return v;
 }
 
+// --- the teacher's slots ---
+
+// A block has one token.
+__global__ void __launch_bounds__(kTokenThreads) teacher_ids(const TeacherIds call) {
+  const int64_t token = blockIdx.x, place = token * call.slots;
+  float present = 0;
+  for (int k = threadIdx.x; k < call.slots; k += blockDim.x) {
+    const int32_t* const given = call.given + (place + k) * (call.wide ? 2 : 1);
+    int id = read_int(given);
+    const int above = call.wide ? read_int(given + 1) : id >> 31;
+    if (above != id >> 31 || id < -1) id = INT32_MAX;
+    if (id >= 0) present = 1;
+    write_int(call.ids + place + k, id);
+  }
+  present = over_block(present, Larger{});
+  if (!threadIdx.x) write(call.present + token, present);
+}
+
+// One block.
+__global__ void __launch_bounds__(kSumThreads) sum_tokens(const TokenSum call) {
+  float sum = 0;
+  for (int token = threadIdx.x; token < call.tokens; token += blockDim.x) sum += read(call.values + token);
+  sum = over_block(sum, Add{});
+  if (threadIdx.x) return;
+  if (call.count) return write(call.out, sum / read(call.count));
+  sum = fmaxf(sum, 1.0f);
+  write(call.out, sum);
+  write(call.out + 1, call.inverse_temperature / sum);
+}
+
 // --- the slots of the linear loss ---
 
 // A block has one token: every slot's z, and with dhidden the gradient for "topk". A slot's row is read once: the sums of
-// exp((z - m) / T) w and of p w are carried along, m the largest z so far, `together` slots between two barriers.
+// exp((z - m) / T) w and of p w are carried along, m the largest z so far, `together` slots between two barriers. Their
+// rows travel together, and so do the next slots' ids, without which no row can be asked for. What there is of a slot, but
+// its row, has one of `together` lanes.
 template <class Weight, int vectors, int together>
 __global__ void __launch_bounds__(vectors == 1 ? 256 : 512) slot_rows(const SlotRows call) {
   const Weight weight(call.weight_dtype);
   const Any hidden(call.hidden_dtype);
   float* const shared = shared_memory();
   const int thread = threadIdx.x, warps = blockDim.x / 32, count = call.width / kVectorOfRow;
-  const int64_t token = blockIdx.x, place = token * call.slots;
+  const int slot = thread % together;
+  const int64_t token = blockIdx.x, place = token * call.slots + slot;
   const auto vector = [&](int v) { return thread + v * static_cast<int>(blockDim.x); };
+  const auto inside = [&](int id) { return static_cast<unsigned>(id) < static_cast<unsigned>(call.vocabulary); };
+  int next = -1;
+  float next_p = 0;
+  const auto ask = [&](int first) {
+    next = -1;
+    if (first + slot >= call.slots) return;
+    next = read_int(call.ids + place + first);
+    if (call.dhidden) next_p = read(call.probs + place + first);
+  };
+  ask(0);
   float h[vectors][8], student[vectors][8], teacher[vectors][8];
+  Fetched<2> of_hidden[vectors];
+#pragma unroll
+  for (int v = 0; v < vectors; ++v)
+    of_hidden[v] = fetched(hidden, call.hidden + token * call.hidden_stride, 8 * vector(v), vector(v) < count);
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
+    unpacked(hidden, of_hidden[v], h[v]);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) h[v][e] = student[v][e] = teacher[v][e] = 0;
-    if (vector(v) < count) hidden.load(call.hidden + token * call.hidden_stride, 8 * vector(v), h[v]);
+    for (int e = 0; e < 8; ++e) student[v][e] = teacher[v][e] = 0;
   }
-  float largest = -infinity(), sum = 0, total = 0;
-  bool counted = false;
+  float largest = -infinity(), sum = 0, total = 0, present = 0;
   int turn = 0;
   for (int first = 0; first < call.slots; first += together, turn ^= 1) {
-    float rows[together][vectors][8], z[together];
-    int ids[together];
+    const int id = next;
+    const float p = id >= 0 ? next_p : 0.0f;
+    Fetched<kPieces<Weight>> rows[together][vectors];
 #pragma unroll
     for (int g = 0; g < together; ++g) {
-      const int id = first + g < call.slots ? read_int(call.ids + place + first + g) : -1;
-      ids[g] = id;
+      const int row = of_lane(id, g);
+      const char* const start = call.weight + uint64_t{static_cast<uint32_t>(row)} * call.weight_stride;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) rows[g][v] = fetched(weight, start, 8 * vector(v), inside(row) && vector(v) < count);
+    }
+    float z = call.bias && inside(id) ? read(call.bias + id) : 0.0f, dots[together];
+    ask(first + together);
+#pragma unroll
+    for (int g = 0; g < together; ++g) {
+      dots[g] = 0;
 #pragma unroll
       for (int v = 0; v < vectors; ++v) {
+        float row[8];
+        unpacked(weight, rows[g][v], row);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) rows[g][v][e] = 0;
-        if (id >= 0 && id < call.vocabulary && vector(v) < count)
-          weight.load(call.weight + id * call.weight_stride, 8 * vector(v), rows[g][v]);
+        for (int e = 0; e < 8; ++e) dots[g] += row[e] * h[v][e];
       }
     }
-#pragma unroll
-    for (int g = 0; g < together; ++g) {
-      float dot = 0;
-#pragma unroll
-      for (int v = 0; v < vectors; ++v)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) dot += rows[g][v][e] * h[v][e];
-      dot = over_warp(dot, Add{});
-      if (thread % 32 == 0) write(shared + (turn * warps + thread / 32) * together + g, dot);
-    }
+    const float of_warp = sums_over_warp(dots);
+    if (thread % (32 / together) == 0) write(shared + turn * warps * together + thread / (32 / together), of_warp);
     __syncthreads();  // the other turn's dots are read before the next one: one barrier is enough
-    float now = largest;
-#pragma unroll
-    for (int g = 0; g < together; ++g) {
-      z[g] = 0;
-      for (int w = 0; w < warps; ++w) z[g] += read(shared + (turn * warps + w) * together + g);
-      const bool inside = ids[g] >= 0 && ids[g] < call.vocabulary;
-      if (call.bias && inside) z[g] += read(call.bias + ids[g]);
-      if (ids[g] >= call.vocabulary) z[g] = not_a_number();
-      if (thread == 0 && first + g < call.slots) write(call.z + place + first + g, z[g]);
-      if (ids[g] < 0) z[g] = -infinity();
-      now = fmaxf(now, z[g]);
-    }
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) z += read(shared + (turn * warps + w) * together + slot);
+    if (id >= call.vocabulary) z = not_a_number();
+    if (id < 0) z = -infinity();  // so that an absent slot adds nothing to any sum
+    if (thread < together && first + slot < call.slots) write(call.z + place + first, z);
     if (!call.dhidden) continue;
+    const float now = fmaxf(largest, over_warp<together>(z, Larger{}));
     const float kept = weight_of(largest, now, call.inverse_temperature);
-    sum *= kept;
+    const float e_of_z = expf((z - finite(now)) * call.inverse_temperature);
+    sum = sum * kept + e_of_z;
+    total += p;
+    present = id >= 0 ? 1.0f : present;
+    largest = now;
 #pragma unroll
     for (int v = 0; v < vectors; ++v)
 #pragma unroll
       for (int e = 0; e < 8; ++e) student[v][e] *= kept;
 #pragma unroll
     for (int g = 0; g < together; ++g) {
-      if (ids[g] < 0) continue;
-      const float p = read(call.probs + place + first + g), e_of_z = expf((z[g] - finite(now)) * call.inverse_temperature);
-      sum += e_of_z;
-      total += p;
-      counted = true;
+      const float of_student = of_lane(e_of_z, g), of_teacher = of_lane(p, g);
 #pragma unroll
-      for (int v = 0; v < vectors; ++v)
+      for (int v = 0; v < vectors; ++v) {
+        float row[8];
+        unpacked(weight, rows[g][v], row);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          student[v][e] += e_of_z * rows[g][v][e];
-          teacher[v][e] += p * rows[g][v][e];
+          student[v][e] += of_student * row[e];
+          teacher[v][e] += of_teacher * row[e];
         }
+      }
     }
-    largest = now;
   }
   if (!call.dhidden) return;
+  sum = over_warp<together>(sum, Add{});
+  total = over_warp<together>(total, Add{});
+  const bool counted = over_warp<together>(present, Larger{}) != 0.0f;
   const float scale = counted ? read(call.scale) : 0.0f, factor = counted ? total / sum : 0.0f;
+  const Any type(call.dhidden_dtype);
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
     if (vector(v) >= count) continue;
     float gradient[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) gradient[e] = (factor * student[v][e] - teacher[v][e]) * scale;
-    store8(float{}, reinterpret_cast<char*>(call.dhidden + token * call.width + 8 * vector(v)), gradient);
+    type.store(call.dhidden + token * call.width * bytes_of(call.dhidden_dtype), 8 * vector(v), gradient);
   }
 }
 
-template <class Weight, class Run>
-void with_vectors(const SlotRows& call, Run run) {
-  if (vectors_of(call) == 1) return run(slot_rows<Weight, 1, kSlotsTogether>);
-  run(slot_rows<Weight, 2, kSlotsTogetherOfTwo>);
+// run(the type of a tensor's elements, as the kernels take it).
+template <class Run>
+void with_type(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::float32: return run(std::type_identity<Known<float>>{});
+    case Dtype::float16: return run(std::type_identity<Known<Half>>{});
+    case Dtype::bfloat16: return run(std::type_identity<Known<BFloat16>>{});
+  }
 }
 
 template <class Run>
 void with_slots_kernel(const SlotRows& call, Run run) {
-  switch (call.weight_dtype) {
-    case Dtype::float32: return with_vectors<Known<float>>(call, run);
-    case Dtype::float16: return with_vectors<Known<Half>>(call, run);
-    case Dtype::bfloat16: return with_vectors<Known<BFloat16>>(call, run);
-  }
+  with_type(call.weight_dtype, [&](auto type) {
+    using Weight = typename decltype(type)::type;
+    if (vectors_of(call) == 1) return run(slot_rows<Weight, 1, kSlotsTogether>);
+    run(slot_rows<Weight, 2, kSlotsTogetherOfTwo>);
+  });
 }
 
 // --- a token's loss ---
@@ -216,9 +345,11 @@ __global__ void __launch_bounds__(kTokenThreads) token_slots(const TokenSlots ca
 
 // --- sums of rows ---
 
-// out[r] = the sum of factors[i] * rows[index[i]] over starts[r] <= i < starts[r + 1], plus old_factors[r] * out[r].
-__global__ void __launch_bounds__(kCombineThreads) combine_rows(const RowSums call) {
-  const Any type(call.dtype);
+// out[r] = the sum of factors[i] * rows[index[i]] over starts[r] <= i < starts[r + 1], plus old_factors[r] * out[r]. Some
+// rows travel together; they are added one by one.
+template <class Rows>
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks) combine_rows(const RowSums call) {
+  const Rows type(call.dtype);
   const int64_t result = blockIdx.x;
   const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
   const int end = read_int(call.starts + result + 1);
@@ -233,42 +364,68 @@ __global__ void __launch_bounds__(kCombineThreads) combine_rows(const RowSums ca
       for (int e = 0; e < 8; ++e) total[e] *= old;
     }
   }
-  for (int i = read_int(call.starts + result); i < end; ++i) {
-    const float factor = read(call.factors + i);
-    sum += factor;
-    if (!mine) continue;
-    const int index = read_int(call.index + i);
-    if (index < 0 || index >= call.count) continue;
-    float row[8];
-    type.load(call.rows + index * call.stride, column, row);
+  for (int first = read_int(call.starts + result); first < end; first += kRowsTogether) {
+    float factors[kRowsTogether];
+    int index[kRowsTogether];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) total[e] += factor * row[e];
+    for (int g = 0; g < kRowsTogether; ++g) {
+      const bool there = first + g < end;
+      factors[g] = there ? read(call.factors + first + g) : 0.0f;
+      index[g] = there && mine ? read_int(call.index + first + g) : -1;
+    }
+    Fetched<kPieces<Rows>> rows[kRowsTogether];
+#pragma unroll
+    for (int g = 0; g < kRowsTogether; ++g) {
+      const bool there = index[g] >= 0 && index[g] < call.count;
+      rows[g] = fetched(type, call.rows + index[g] * call.stride, column, there);
+      sum += factors[g];
+      if (!there) factors[g] = 0;
+    }
+#pragma unroll
+    for (int g = 0; g < kRowsTogether; ++g) {
+      float row[8];
+      unpacked(type, rows[g], row);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) total[e] += factors[g] * row[e];
+    }
   }
   if (mine) store8(float{}, reinterpret_cast<char*>(out), total);
   if (call.sums && !threadIdx.x && !blockIdx.y) write(call.sums + result, sum);
 }
 
+template <class Run>
+void with_sums_kernel(const RowSums& call, Run run) {
+  with_type(call.dtype, [&](auto type) { run(combine_rows<typename decltype(type)::type>); });
+}
+
 // --- a part of the vocabulary ---
 
-// z of eight columns, -infinity beyond the last; the row is padded to whole vectors.
-DEVICE void load_part(const VocabularyPart& call, const float* row, int column, float* z) {
-  load8(float{}, reinterpret_cast<const char*>(row + column), z);
+// Eight logits of each column, in a row that is padded to whole vectors, become z: with the bias, -infinity beyond the last.
+template <int vectors, class Column>
+DEVICE void finish_logits(const VocabularyPart& call, Column column, float (&z)[vectors][8]) {
+  if (call.bias)
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const bool inside = column + e < call.size;
-    if (inside && call.bias) z[e] += read(call.bias + call.first + column + e);
-    if (!inside) z[e] = -infinity();
-  }
+    for (int v = 0; v < vectors; ++v)
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (column(v) + e < call.size) z[v][e] += read(call.bias + call.first + column(v) + e);
+#pragma unroll
+  for (int v = 0; v < vectors; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (column(v) + e >= call.size) z[v][e] = -infinity();
 }
 
 // A block has one token: its slots' z go out, the rest into (m', s'); with `out` exp((z - m') / T) of the rest goes there,
-// and dhidden is made relative to the new m'. The slots' logits are overwritten.
-__global__ void __launch_bounds__(kVocabularyThreads) carry_part(const VocabularyPart call) {
+// and dhidden is made relative to the new m'. The slots' logits are overwritten. A thread holds all of its logits, so that
+// they are read once, and exp is taken once.
+__global__ void __launch_bounds__(kMostThreadsOfPart) carry_part(const VocabularyPart call) {
   const int64_t token = blockIdx.x;
-  float* const row = call.logits + token * call.stride;
+  float* const row = call.overwritten + token * call.stride;
   const int32_t* const ids = call.ids + token * call.slots;
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock;
   const int begin = read_int(bounds), end = read_int(bounds + (call.size + kVocabularyBlock - 1) / kVocabularyBlock);
+  const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
   for (int k = begin + threadIdx.x; k < end; k += blockDim.x) {
     const int id = read_int(ids + k);
     const float z = read(row + id - call.first) + (call.bias ? read(call.bias + id) : 0.0f);
@@ -280,21 +437,30 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
     if (k == begin || read_int(ids + k - 1) != id) write(row + id - call.first, -infinity());
   }
   __syncthreads();
-  const float before = read(call.rest + 2 * token), sum_before = read(call.rest + 2 * token + 1);
+  const Known<float> single(Dtype::float32);
+  const auto column = [&](int v) { return 8 * static_cast<int>(threadIdx.x + v * blockDim.x); };
+  Fetched<2> logits[kVectorsOfPart];
+#pragma unroll
+  for (int v = 0; v < kVectorsOfPart; ++v)
+    logits[v] = fetched(single, reinterpret_cast<const char*>(row), column(v), column(v) < call.size);
   const float inverse = call.inverse_temperature;
-  float largest = before, sum = 0, z[8];
-  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
-    load_part(call, row, column, z);
-    float now = largest;
+  float largest = before, sum = 0, z[kVectorsOfPart][8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) now = fmaxf(now, z[e]);
-    sum *= weight_of(largest, now, inverse);
+  for (int v = 0; v < kVectorsOfPart; ++v) unpacked(single, logits[v], z[v]);
+  finish_logits(call, column, z);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum += expf((z[e] - finite(now)) * inverse);
-    largest = now;
-  }
+  for (int v = 0; v < kVectorsOfPart; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) largest = fmaxf(largest, z[v][e]);
   const float most = over_block(largest, Larger{});
-  sum = over_block(sum * weight_of(largest, most, inverse), Add{});
+#pragma unroll
+  for (int v = 0; v < kVectorsOfPart; ++v)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      z[v][e] = expf((z[v][e] - finite(most)) * inverse);
+      sum += z[v][e];
+    }
+  sum = over_block(sum, Add{});
   const float kept = weight_of(before, most, inverse);
   if (!threadIdx.x) {
     write(call.rest + 2 * token, most);
@@ -302,16 +468,15 @@ __global__ void __launch_bounds__(kVocabularyThreads) carry_part(const Vocabular
   }
   if (!call.out) return;
   const Any type(call.out_dtype);
-  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
-  for (int column = 8 * threadIdx.x; column < call.size; column += kVocabularyBlock) {
-    load_part(call, row, column, z);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) z[e] = expf((z[e] - finite(most)) * inverse);
-    type.store(call.out + token * call.stride * bytes, column, z);
-  }
-  if (kept == 1.0f) return;
+  for (int v = 0; v < kVectorsOfPart; ++v)
+    if (column(v) < call.size) type.store(call.out + token * call.stride * bytes_of(call.out_dtype), column(v), z[v]);
+  if (kept == 1.0f || before == -infinity()) return;  // of nothing dhidden is nothing yet
   float* const dhidden = call.dhidden + token * call.width;
-  for (int i = threadIdx.x; i < call.width; i += blockDim.x) write(dhidden + i, kept * read(dhidden + i));
+  for (int i = 4 * threadIdx.x; i < call.width; i += 4 * blockDim.x) {
+    const float4 four = read4(dhidden + i);
+    write4(dhidden + i, make_float4(kept * four.x, kept * four.y, kept * four.z, kept * four.w));
+  }
 }
 
 // A block has some columns of one token: the gradient of their logits from (m, s, m', s'), times scale.
@@ -332,12 +497,13 @@ __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const V
   const float largest = read(of), sum = read(of + 1), rest_largest = read(of + 2), rest_sum = read(of + 3);
   const float t = call.tail && rest_sum != 0.0f ? fmaxf(1.0f - total, 0.0f) : 0.0f, inverse = call.inverse_temperature;
   const float of_whole = (total + t) / sum, of_rest = t != 0.0f ? t / rest_sum : 0.0f;
-  float gradient[8], student[8];
-  load_part(call, call.logits + token * call.stride, column, gradient);
+  float z[1][8], gradient[8], student[8];
+  load8(float{}, reinterpret_cast<const char*>(call.logits + token * call.stride + column), z[0]);
+  finish_logits(call, [&](int) { return column; }, z);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    student[e] = of_whole * expf((gradient[e] - largest) * inverse);
-    gradient[e] = t != 0.0f ? student[e] - of_rest * expf((gradient[e] - rest_largest) * inverse) : student[e];
+    student[e] = of_whole * expf((z[0][e] - largest) * inverse);
+    gradient[e] = t != 0.0f ? student[e] - of_rest * expf((z[0][e] - rest_largest) * inverse) : student[e];
   }
   const int32_t* const bounds = call.bounds + token * (call.blocks + 1) + call.first / kVocabularyBlock + blockIdx.y;
   const int begin = read_int(bounds), end = read_int(bounds + 1);
@@ -353,8 +519,7 @@ __global__ void __launch_bounds__(kVocabularyThreads) differentiate_part(const V
   const float scale = read(call.scale);
 #pragma unroll
   for (int e = 0; e < 8; ++e) gradient[e] = present != 0.0f ? gradient[e] * scale : 0.0f;
-  const int64_t bytes = call.out_dtype == Dtype::float32 ? 4 : 2;
-  Any(call.out_dtype).store(call.out + token * call.stride * bytes, column, gradient);
+  Any(call.out_dtype).store(call.out + token * call.stride * bytes_of(call.out_dtype), column, gradient);
 }
 
 }  // namespace linearpatch::cuda

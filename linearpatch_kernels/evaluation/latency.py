@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, evaluation_mode, model_device
+from linearpatch_kernels.evaluation.perplexity import Progress, eval_mode, model_device
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def compare_speed(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator, device="cpu")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with evaluation_mode(*models.values()):
+    with eval_mode(*models.values()):  # as somebody's process has it, whose products are torch's choice
         for repeat in range(repeats + 1):
             for name, model in models.items():
                 measured = _generation_seconds(model, prompt, new_tokens)

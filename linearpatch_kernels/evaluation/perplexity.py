@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.torch_state import faster_float32_products
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -143,6 +144,13 @@ def model_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluation_mode(*models: Model) -> Iterator[None]:
+    """`eval_mode`, and products of float32 by the library that is the fastest here (`faster_float32_products`)."""
+    with eval_mode(*models), faster_float32_products():
+        yield
+
+
+@contextmanager
+def eval_mode(*models: Model) -> Iterator[None]:
     """Eval mode for the modules among ``models``; afterwards they are in the mode they were in."""
     training = [m for m in models if isinstance(m, nn.Module) and m.training]
     for module in training:

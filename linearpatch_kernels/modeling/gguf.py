@@ -1,9 +1,9 @@
 """GGUF files: all that they say taken over, or refused by name; and their conversion to checkpoints.
 
-Transformers dequantises a GGUF's weights and builds its tokenizer. What of the metadata it leaves out (head sizes, the
-scaling of rotary embeddings, windows, caps, how text is split) is read here, as llama.cpp reads it
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; llama.cpp, src/models). A key of the architecture or a
-tensor that nobody reads might change what the model computes: it is refused.
+Nothing of it is left to Transformers, whose readers leave out much of the metadata (head sizes, the scaling of rotary
+embeddings, windows, caps, how text is split) and change with every release. It is read as llama.cpp reads it
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; llama.cpp, src/models); gguf unpacks the weights. A key of
+the architecture or a tensor that nobody reads might change what the model computes: it is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,31 +24,28 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.integrations.gguf import read_gguf_metadata
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading, said, write_whole
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, num_layers, rebuild
-from linearpatch_kernels.modeling.saving import check_output, no_progress_bar, save_checkpoint
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+from linearpatch_kernels.modeling.gguf_file import MAGIC, StoredTensor, read_file
+from linearpatch_kernels.modeling.gguf_tokenizer import build_tokenizer, unknown_split
+from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
 from linearpatch_kernels.modeling.weights import refuse_missing
 from linearpatch_kernels.text import cache_dir
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text", "phi3": "phi3"}
 """What a GGUF file calls an architecture (it calls Mistral llama) -> the family."""
 
-_MAGIC = b"GGUF"
 _INSTEAD = "use the model's safetensors"
-# More entries than any model has: a damaged count must not be counted to.
-_MOST_ENTRIES = 1 << 20
 _ENDS = 1 << 20
 _WHOLE = 64 << 20
 # Of the conversion below. A checkpoint of another version is made again.
-_VERSION = 2
+_VERSION = 3
 _SEAL = "conversion.json"
 
 # Keys of an architecture that change nothing that these families compute of a text, whatever they say, ...
@@ -79,24 +73,6 @@ _FREQUENCIES, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "unk_token_id": "unknown", "pad_token_id": "padding"}
 # Tables of rotary frequencies in old files, which llama.cpp passes over, too.
 _TABLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
-# What llama.cpp calls the ways to split a text: as GPT-2 does ("default" says: not known), ...
-_GPT2_SPLITS = {
-    "default",
-    "gpt-2",
-    "phi-2",
-    "gigachat",
-    "a.x-4.0",
-    "mellum",
-    "exaone4",
-    "mpt",
-    "olmo",
-    "jais",
-    "trillion",
-}
-# ... the same with every digit alone, ...
-_DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-# ... and where a word of the vocabulary is one token without merges, and a BOS stands in front unless it is denied.
-_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
 class GGUFFile:
@@ -112,7 +88,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            if file.read(4) != _MAGIC:
+            if file.read(4) != MAGIC:
                 raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
         self._checkpoint = cache_dir() / "gguf" / f"{path.stem[:100]}-{_name_of(path)}"
         self.layers: int | None = None
@@ -143,11 +119,11 @@ class GGUFFile:
 
 @dataclass(frozen=True)
 class _Header:
-    """Metadata; name -> shape of the tensors, in the order of torch; the values of those that scale frequencies."""
+    """Metadata; the tensors by name; the values of those that scale frequencies."""
 
     path: Path
     metadata: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, StoredTensor]
     factors: Mapping[str, list[float]]
 
     @property
@@ -157,43 +133,26 @@ class _Header:
     @property
     def blocks(self) -> int:
         """How many layers there are tensors of."""
-        return 1 + max((int(n) for name in self.shapes for n in re.findall(r"^blk\.([0-9]+)\.", name)), default=-1)
+        return 1 + max((int(n) for name in self.tensors for n in re.findall(r"^blk\.([0-9]+)\.", name)), default=-1)
 
     @property
     def float32_bytes(self) -> int:
-        return sum(4 * math.prod(shape) for shape in self.shapes.values())
+        return sum(4 * math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
 def _read_header(path: Path) -> _Header:
-    from gguf import GGUFReader
-
     try:
-        _check_counts(path)
-        # Its reader believes no length that the file does not have, and gguf's own does: it comes first.
-        metadata, _ = read_gguf_metadata(str(path))
+        metadata, tensors = read_file(path)
         _check_kind(path, metadata)
-        tensors = GGUFReader(path).tensors
-        shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in tensors}
-        factors = {
-            tensor.name: [float(value) for value in tensor.data.reshape(-1)]
-            for tensor in tensors
-            if tensor.name in (_FREQUENCIES, _LONG, _SHORT)
-        }
+        scaling = tensors.keys() & {_FREQUENCIES, _LONG, _SHORT}
+        factors = {name: tensors[name].read().flatten().tolist() for name in scaling}
     except InputError:
         raise
     except Exception as error:
         raise InputError(
             f"{path} is damaged or cut short ({said(error)}): download it again (or join its parts, if it is one)"
         ) from error
-    return _Header(path, metadata, shapes, factors)
-
-
-def _check_counts(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(24)
-    tensors, entries = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
-    if len(head) < 24 or max(tensors, entries) > _MOST_ENTRIES:
-        raise ValueError("it does not say what it holds")
+    return _Header(path, metadata, tensors, factors)
 
 
 def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -290,17 +249,17 @@ def _config(header: _Header) -> PretrainedConfig:
         "max_position_embeddings": context,
         "vocab_size": keys.size("vocab_size", _tokens_in(header)),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in header.shapes,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
     }
     # The padding token that a class has by default need not be in this vocabulary.
     said_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
     entries |= {name: token for name, token in said_ids.items() if token is not None or name == "pad_token_id"}
     if architecture in ("llama", "qwen3", "gemma3"):
-        entries |= {"head_dim": head, "attention_bias": "blk.0.attn_q.bias" in header.shapes}
+        entries |= {"head_dim": head, "attention_bias": "blk.0.attn_q.bias" in header.tensors}
     elif head * heads != hidden:
         keys.refuse("attention.key_length", head, f"is not the {hidden} of the width shared out to {heads} heads")
     if architecture == "llama":
-        entries["mlp_bias"] = "blk.0.ffn_up.bias" in header.shapes
+        entries["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     rotary = keys.size("rope.dimension_count", head)
     if rotary != head and architecture != "phi3":
         keys.refuse("rope.dimension_count", rotary, f"is not the {head} of its heads")
@@ -324,7 +283,7 @@ def _config(header: _Header) -> PretrainedConfig:
 
 def _tokens_in(header: _Header) -> int | None:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return tokens if type(tokens) is int else None
+    return len(tokens) if isinstance(tokens, list) else None
 
 
 def _gemma3(keys: _Keys, rope: dict[str, Any], layers: int, share: int, head: int) -> dict[str, Any]:
@@ -451,14 +410,14 @@ def _llama3(header: _Header, theta: float, head: int, original: int) -> dict[str
 
 def _check_tensors(header: _Header, config: PretrainedConfig) -> None:
     """Whether the tensors are those of the config's model, no more and no less, in its shapes; nothing is allocated."""
-    path, stored = header.path, header.shapes
+    path, stored = header.path, {name: tensor.shape for name, tensor in header.tensors.items()}
     embedding = (config.vocab_size, config.hidden_size)
     if stored.get("token_embd.weight") != embedding:
         raise InputError(
             f"{path} says its embedding is {[*embedding]} and holds {[*stored.get('token_embd.weight', ())]}: download "
             "it again"
         )
-    expected = _expected(header.architecture, config)
+    expected = {name: tuple(tensor.shape) for name, (_, tensor) in _places(header.architecture, config).items()}
     read = {_LONG, _SHORT, _FREQUENCIES} & header.factors.keys()
     unread = sorted(name for name in stored.keys() - expected.keys() - read if not _TABLES.fullmatch(name))
     if unread:
@@ -476,69 +435,64 @@ def _check_tensors(header: _Header, config: PretrainedConfig) -> None:
             )
 
 
-def _expected(architecture: str, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def _places(architecture: str, config: PretrainedConfig) -> dict[str, tuple[str, Tensor]]:
+    """What the file calls a tensor -> its name in Transformers, and one of its shape without memory."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(number, config.num_hidden_layers)
     with torch.device("meta"), no_init_weights():
         twin = AutoModelForCausalLM.from_config(config)
-    expected = {}
+    places = {}
     for name, tensor in twin.state_dict().items():
         module, _, leaf = name.rpartition(".")
-        expected[f"{names.get_name(module)}.{leaf}"] = tuple(tensor.shape)
-    return expected
+        places[f"{names.get_name(module)}.{leaf}"] = (name, tensor)
+    return places
 
 
 # --- conversion ------------------------------------------------------------------------------------------------------
 
 
 def _convert(header: _Header, config: PretrainedConfig, target: Path) -> None:
-    # The conversion's progress bar minds no setting: it may stay on a terminal, and nowhere else.
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory() as alone, reading(header.path, _INSTEAD), quiet, no_progress_bar():
-        # Whatever lies beside the file, or is called like it in the working directory, is another model's.
-        link = Path(alone) / "model.gguf"
-        link.symlink_to(header.path.resolve())
-        model, info = AutoModelForCausalLM.from_pretrained(
-            alone, gguf_file=str(link), config=config, dtype=torch.float32, output_loading_info=True
-        )
-        refuse_missing(str(header.path), info["missing_keys"])
-        tokenizer = _tokenizer(alone, link, header)
-    # The weights are plain tensors now; what still calls them quantised would keep them from being saved.
-    model.hf_quantizer = None
-    vars(model.config).pop("quantization_config", None)
-    plain = rebuild(model, type(model), model.config, range(num_layers(model)))
-    save_checkpoint(plain, tokenizer, target)
+    with reading(header.path, _INSTEAD):
+        model, tokenizer = _model(header, config), _tokenizer(header)
+    save_checkpoint(model, tokenizer, target)
     files = {file.relative_to(target).as_posix(): _digest(file) for file in target.rglob("*") if file.is_file()}
     write_whole(target / _SEAL, json.dumps({"converter": _converter(), "files": files}).encode())
 
 
-def _tokenizer(place: str, link: Path, header: _Header) -> Any:
-    """The tokenizer that Transformers builds, with what it leaves out of the metadata."""
-    said_of = {key.removeprefix("tokenizer.ggml."): value for key, value in header.metadata.items()}
-    split = said_of.get("pre", "default")
-    bpe = said_of.get("model") == "gpt2"
-    known = {*_GPT2_SPLITS, *_DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS}
-    if bpe and split not in known:
+@torch.no_grad()
+def _model(header: _Header, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with the file's weights in float32."""
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = model.state_dict()
+    for stored_name, (name, _) in _places(header.architecture, config).items():
+        if stored_name in header.tensors:
+            weights[name].copy_(_as_transformers_has_it(name, header.tensors[stored_name].read(), header, config))
+    model.tie_weights()
+    return model.eval()
+
+
+def _as_transformers_has_it(name: str, tensor: Tensor, header: _Header, config: PretrainedConfig) -> Tensor:
+    """What llama.cpp's converter did to a tensor, undone."""
+    if header.architecture == "llama":
+        # It rotates neighbours, and Transformers the two halves of a head.
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if f".{part}." in name:
+                return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if header.architecture == "gemma3" and name.endswith("norm.weight"):
+        return tensor - 1
+    return tensor
+
+
+def _tokenizer(header: _Header) -> Any:
+    if (split := unknown_split(header.metadata)) is not None:
         raise InputError(f"{header.path}: its tokenizer splits text as {split!r}, which is not known here: {_INSTEAD}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=str(link))
+        return build_tokenizer(header.metadata)
     except Exception as error:
         raise InputError(f"{header.path} has no tokenizer that can be loaded: {said(error)}") from error
-    backend = tokenizer.backend_tokenizer
-    if bpe and split in _DIGIT_SPLITS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if bpe and split in _WHOLE_WORDS:
-        backend.model.ignore_merges = True
-        if "add_bos_token" not in said_of and tokenizer.bos_token is not None:
-            tokenizer.add_bos_token = True
-    if said_of.get("model") == "llama" and said_of.get("add_space_prefix") is False:
-        backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
-    return tokenizer
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -413,6 +413,47 @@ def test_words_that_no_merges_lead_to_are_whole_where_the_file_says_so(tmp_path:
         assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == tokens
 
 
+def test_tokens_keep_their_numbers_and_none_is_added(tmp_path: Path) -> None:
+    """Transformers' reader spelled special tokens of other scripts in bytes and gave them new numbers (those of the
+    DeepSeek distillations of Qwen), and added the special tokens of another model, past the end of the embedding."""
+    words = [*(chr(ord("!") + i) for i in range(92)), "<｜User｜>", "<｜begin▁of▁sentence｜>", "</think>", "12", "ab"]
+    keys = {
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.merges": ["1 2", "a b"],
+        "tokenizer.ggml.pre": "deepseek-r1-qwen",
+        "tokenizer.ggml.token_type": [1] * 92 + [3, 3, 4, 1, 1],
+        "tokenizer.ggml.bos_token_id": 93,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    tokenizer = ModelSource(gguf_files.write(tmp_path / "x.gguf", tiny("qwen2", layers=2), keys=keys)).tokenizer
+    assert tokenizer("<｜User｜>ab</think>")["input_ids"] == [93, 92, 96, 94]
+    assert tokenizer.decode([93, 92, 96, 94], skip_special_tokens=True) == "ab</think>"
+    assert len(tokenizer) == tokenizer.vocab_size == len(words)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_what_the_vocabulary_lacks_is_spelled_in_bytes_or_unknown(tmp_path: Path, family: str) -> None:
+    path = gguf_files.write(tmp_path / "x.gguf", tiny(family, layers=2), keys=SENTENCEPIECE)
+    tokenizer = ModelSource(path).tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a1aéa", add_special_tokens=False)["input_ids"])[-4:] == [
+        "<0x31>",
+        "a",
+        "<unk>",
+        "a",
+    ]
+    assert len(tokenizer) == len(PIECES)
+
+
+def test_gemmas_runs_of_spaces_are_one_token(tmp_path: Path) -> None:
+    """The file has them as they read; in a text they are marked. Its order is that of the merges, not its scores."""
+    pieces = ["  " if piece == "▁a" else piece for piece in PIECES]
+    keys = SENTENCEPIECE | {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": [float(i) for i in range(97)]}
+    tokenizer = ModelSource(gguf_files.write(tmp_path / "x.gguf", tiny("gemma3_text", layers=2), keys=keys)).tokenizer
+    ids = tokenizer("a  ab", add_special_tokens=False)["input_ids"]
+    assert ids == [pieces.index("a"), pieces.index("  "), pieces.index("ab")]
+    assert tokenizer.decode(ids) == "a  ab"
+
+
 @pytest.mark.parametrize("keys", [{"pre": "deepseek-coder"}, {"model": "bert"}, {"tokens": None}], ids=str)
 def test_a_tokenizer_that_cannot_be_taken_over_is_refused(tmp_path: Path, keys: dict[str, Any]) -> None:
     said = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}

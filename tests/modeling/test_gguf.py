@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import gguf as library
+import numpy as np
 import pytest
 import torch
 from field.gguf_files import write
@@ -11,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling import gguf
+from linearpatch_kernels.modeling.gguf_file import read_file
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 
@@ -87,3 +91,60 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_family_that_a_gguf_may_hold_is_one_of_ours() -> None:
     assert {*gguf.ARCHITECTURES.values(), "mistral"} == set(FAMILY_NAMES)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("alignment", [32, 64])
+def test_tensors_of_every_type_are_unpacked(tmp_path: Path, kind: str, alignment: int) -> None:
+    number = library.GGMLQuantizationType[kind]
+    values = {
+        f"blk.{i}.x": np.random.default_rng(i).standard_normal(shape)
+        for i, shape in enumerate([(3, 64), (32,), (2, 5, 96), (1, 32)])
+    }
+    writer = library.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_custom_alignment(alignment)
+    for name, array in values.items():
+        plain = kind in ("F32", "F16")
+        stored = array.astype(f"float{kind[1:]}") if plain else library.quantize(array.astype(np.float32), number)
+        writer.add_tensor(name, stored, raw_dtype=None if plain else number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, tensors = read_file(tmp_path / "x.gguf")
+    assert metadata["general.alignment"] == alignment
+    assert tensors.keys() == values.keys()
+    theirs = {tensor.name: tensor for tensor in library.GGUFReader(tmp_path / "x.gguf").tensors}
+    for name, tensor in tensors.items():
+        found = tensor.read()
+        assert found.dtype == torch.float32
+        assert tensor.shape == found.shape == values[name].shape
+        wanted = library.dequantize(theirs[name].data, number).reshape(values[name].shape)
+        assert np.array_equal(found.numpy(), wanted)
+        assert np.allclose(wanted, values[name], atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("at", "bytes_there", "says"),
+    [
+        (4, struct.pack("<I", 99), "version"),
+        (-12, struct.pack("<I", 77), "77"),
+        (-12, struct.pack("<I", 2), "not a multiple"),
+        (-8, struct.pack("<Q", 1 << 40), "ends before its tensor t does"),
+        (-24, struct.pack("<I", 40), "40 dimensions"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(tmp_path: Path, at: int, bytes_there: bytes, says: str) -> None:
+    head = library.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    head.add_tensor("t", np.ones(16, dtype=np.float32))
+    head.write_header_to_file()
+    head.write_kv_data_to_file()
+    head.write_ti_data_to_file()
+    head.close()
+    # The one tensor's entry is the end of the head: its dimensions, their number, its type and its place.
+    content = bytearray((tmp_path / "x.gguf").read_bytes())
+    at += len(content) if at < 0 else 0
+    content[at : at + len(bytes_there)] = bytes_there
+    (tmp_path / "x.gguf").write_bytes(bytes(content) + bytes(200))
+    with pytest.raises(ValueError, match=says):
+        read_file(tmp_path / "x.gguf")

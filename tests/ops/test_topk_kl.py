@@ -778,6 +778,6 @@ def test_gpus_count_an_id_below_minus_one_as_one_past_the_vocabulary() -> None:
         torch.tensor([[-1, -2, 5, most, -(2**31)]], dtype=torch.int32),
         torch.tensor([[-1, -9, 5, 2**40, -(2**40)]]),
     ):
-        teacher = gpu._Teacher.of(torch.ones(1, 5), ids, 1.0, 23, None)
+        teacher = gpu._Teacher.of(None, torch.ones(1, 5), ids, 1.0, 23, None)  # by torch, as for Triton
         assert teacher.ids.dtype == torch.int32
         assert teacher.ids.tolist() == [[-1, most, 5, most, most]]

@@ -34,6 +34,7 @@
 #define __syncthreads() simt::barrier(__LINE__)
 #define __syncwarp() simt::warp_barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) simt::shuffle_xor(__LINE__, mask, value, lanes)
+#define __shfl_sync(mask, value, lane) simt::shuffle_xor(__LINE__, mask, value, (threadIdx.x % 32) ^ (lane))
 
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kBytes = 4;
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 void watch_rows(const char* name, const char* rows, int64_t count, int64_t stride, int64_t width, Dtype dtype) {
   simt::watch(name, rows, count ? (count - 1) * stride + width * bytes_of(dtype) : 0);
 }
@@ -34,8 +32,31 @@ void written_after(const float* data, int64_t rows, int64_t width) { simt::check
 Place::Place(int) : device{}, stream(nullptr), guard(nullptr) {}
 Place::~Place() = default;
 
+const char* launch_teacher(const TeacherIds& call, void*) {
+  const int64_t count = int64_t{call.tokens} * call.slots;
+  simt::watch("given", call.given, count * (call.wide ? 8 : 4));
+  simt::watch("ids", call.ids, count * kBytes, true, false);
+  simt::watch("present", call.present, call.tokens * kBytes, true, false);
+  simt::machine.after = [&] {
+    written_after(reinterpret_cast<const float*>(call.ids), call.tokens, call.slots);
+    written_after(call.present, call.tokens, 1);
+  };
+  run(teacher_ids, call, plan_teacher(call));
+  return nullptr;
+}
+
+const char* launch_sum_of_tokens(const TokenSum& call, void*) {
+  const int64_t results = call.count ? 1 : 2;
+  simt::watch("values", call.values, call.tokens * kBytes);
+  simt::watch("count", call.count, kBytes);
+  simt::watch("out", call.out, results * kBytes, true, false);
+  simt::machine.after = [&] { written_after(call.out, 1, results); };
+  run(sum_tokens, call, plan_sum_of_tokens(call));
+  return nullptr;
+}
+
 const char* launch_slots(const SlotRows& call, void*) {
-  const int64_t count = int64_t{call.tokens} * call.slots, wide = int64_t{call.tokens} * call.width;
+  const int64_t count = int64_t{call.tokens} * call.slots;
   watch_rows("hidden", call.hidden, call.tokens, call.hidden_stride, call.width, call.hidden_dtype);
   watch_rows("weight", call.weight, call.vocabulary, call.weight_stride, call.width, call.weight_dtype);
   simt::watch("bias", call.bias, call.vocabulary * kBytes);
@@ -43,10 +64,11 @@ const char* launch_slots(const SlotRows& call, void*) {
   simt::watch("ids", call.ids, count * kBytes);
   simt::watch("scale", call.scale, kBytes);
   simt::watch("z", call.z, count * kBytes, true, false);
-  simt::watch("dhidden", call.dhidden, wide * kBytes, true, false);
+  const int64_t row = call.width * bytes_of(call.dhidden_dtype);
+  simt::watch("dhidden", call.dhidden, call.tokens * row, true, false);
   simt::machine.after = [&] {
     written_after(call.z, call.tokens, call.slots);
-    written_after(call.dhidden, call.tokens, call.width);
+    simt::check_written(call.dhidden, call.tokens, row, row);
   };
   with_slots_kernel(call, [&](auto* kernel) { run(kernel, call, plan_slots(call)); });
   return nullptr;
@@ -86,7 +108,7 @@ const char* launch_sums(const RowSums& call, void*) {
     written_after(call.out, call.results, call.width);
     written_after(call.sums, call.results, 1);
   };
-  run(combine_rows, call, plan_sums(call));
+  with_sums_kernel(call, [&](auto* kernel) { run(kernel, call, plan_sums(call)); });
   return nullptr;
 }
 
@@ -153,6 +175,8 @@ VISIBLE const char* simt_faults() {
 VISIBLE int64_t simt_launches() { return simt::machine.launches; }
 
 STABLE_TORCH_LIBRARY_IMPL(linearpatch_simt, CPU, library) {
+  library.impl("topk_kl_teacher", TORCH_BOX(&linearpatch::cuda::topk_kl_teacher));
+  library.impl("topk_kl_mean", TORCH_BOX(&linearpatch::cuda::topk_kl_mean));
   library.impl("topk_kl_slots", TORCH_BOX(&linearpatch::cuda::topk_kl_slots));
   library.impl("topk_kl_tokens", TORCH_BOX(&linearpatch::cuda::topk_kl_tokens));
   library.impl("topk_kl_combine", TORCH_BOX(&linearpatch::cuda::topk_kl_combine));

@@ -31,6 +31,10 @@ def main(step: str, *more: str) -> int:
         from tools.gpu_day.losses import times as loss_times
 
         return loss_times()
+    if step == "host":
+        from tools.gpu_day.losses import host
+
+        return host()
     if step == "model":
         from tools.gpu_day.model import run
 

@@ -38,7 +38,7 @@ def hello() -> int:
     x, scale = torch.randn(33, 4096, device=DEVICE).bfloat16(), torch.rand(4096, device=DEVICE) + 0.5
     error = relative_error(hadamard_patch(x, scale), hadamard_patch_reference(x.double(), scale.double()))
     say(step="first call", error=error)
-    return 0 if error < 1e-2 else 1
+    return 0 if error < 1e-2 and (DRY or lp.backends()[BACKEND] is True) else 1
 
 
 def _wrong(cases: Iterable[tuple[str, Callable[[], list[str]]]], seconds: float) -> tuple[int, int]:

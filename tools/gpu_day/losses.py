@@ -1,7 +1,10 @@
-"""The losses beside their peers: loss and gradient of the hidden states."""
+"""The losses beside their peers: loss and gradient of the hidden states; and what a call costs the host."""
 
 from __future__ import annotations
 
+import cProfile
+import io
+import pstats
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import topk_kl
-from tools.gpu_day.surroundings import DEVICE, DRY, failure, say
+from tools.gpu_day.surroundings import DEVICE, DRY, failure, say, synchronize
 from tools.gpu_day.timing import Contestant, contest
 
 SIZES = [(4, 64, 200)] if DRY else [(2048, 576, 49152), (2048, 4096, 128256)]
@@ -54,7 +57,6 @@ def _compare(size: tuple[int, int, int], normalization: str) -> None:
 
         def contestant(build: Any) -> Any:
             def make() -> Contestant:
-                torch._dynamo.reset()
                 run = build(o)
                 return lambda _: run()
 
@@ -69,6 +71,33 @@ def _compare(size: tuple[int, int, int], normalization: str) -> None:
             moved=moved,
             rounds=3,
         )
+
+
+def host() -> int:
+    """Where Python's time goes in a call of the loss."""
+    with torch.device(DEVICE):
+        o = topk_kl.Operands(*(SIZES[0]), "topk")
+        run = topk_kl.ours(o)
+        for _ in range(3):
+            run()
+    synchronize()
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(20):
+        run()
+    profile.disable()
+    synchronize()
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(15)
+    print(text.getvalue())
+    if not DRY:
+        with torch.profiler.profile() as seen:
+            for _ in range(3):
+                run()
+            synchronize()
+        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+    say(step="host", done=True)
+    return 0
 
 
 def _error(o: topk_kl.Operands) -> str:

@@ -1,8 +1,8 @@
 """A model of an 8B Llama's shape with random weights: what the operators are worth where people use them.
 
-Decoding (one token, static cache) and prefill under CUDA graphs: all layers, five of them gone without a patch, with a
-dense patch, with the fused one, and with the fused one that is the next layer's norm as well; then seconds and memory of
-calibration and of a distillation step.
+Decoding (one token, static cache) and prefill under CUDA graphs: all layers, five of them gone without a patch, with
+a dense patch, with the fused one, and with the fused one that is the next layer's norm as well; then seconds and memory
+of calibration and of a distillation step.
 """
 
 from __future__ import annotations

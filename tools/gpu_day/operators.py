@@ -92,8 +92,6 @@ class Operands:
             y = (y.float() * scale.view(-1, inner).mT).to(x.dtype)
             return ((y @ big.mT).mT @ small.mT).reshape(x.shape)
 
-        # Dynamo compiles a function for at most 8 shapes and then leaves it eager without a word.
-        torch._dynamo.reset()
         call = torch.compile(four_products, backend="eager" if DRY else "inductor", dynamic=False)
         return lambda i: call(self.x[i], self.scale)
 

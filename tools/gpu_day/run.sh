@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU day in one call of less than nine minutes; README.md says what it does and in which order.
 #   bash run.sh [--dry] [PROJECT]
-# Writes to $OUT as it goes; no step begins without time left of $BUDGET seconds. --dry goes through every step on a CPU.
+# Writes to $OUT as it goes; no step begins without time left of $BUDGET seconds. --dry goes through every step on a CPU;
+# SLOWER=4 gives every step four times its time there.
 set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 DRY=; [ "${1:-}" = --dry ] && { DRY=1; shift; }
@@ -14,10 +15,11 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${CARRIED:-$PROJECT/.gpu-day}/triton
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 cd "$PROJECT" || exit 2
 
+# Eight files at most: more do not come back from the machine.
 # phase NAME SECONDS FILE COMMAND...: for no longer than SECONDS, nor than is left. Its output goes into FILE, its end into
 # phases.jsonl. ONLY names the phases to run, between spaces, where not all are wanted.
 phase() {
-  local name=$1 most=$2 file=$3 begin=$SECONDS rc; shift 3
+  local name=$1 most=$(($2 * ${SLOWER:-1})) file=$3 begin=$SECONDS rc; shift 3
   if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return 1; fi
   local left=$((BUDGET - SECONDS)); [ "$most" -gt "$left" ] && most=$left
   if [ "$most" -lt 8 ]; then echo "{\"phase\": \"$name\", \"left_out\": \"$left s left\"}" | tee -a "$OUT/phases.jsonl"; return 1; fi
@@ -40,7 +42,7 @@ counters() {
   for stall in barrier long_scoreboard short_scoreboard mio_throttle math_pipe_throttle not_selected wait lg_throttle no_instruction; do
     metrics+=,smsp__average_warps_issue_stalled_${stall}_per_issue_active.ratio
   done
-  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_rows|patch_gradients|slot_rows|add_parts' \
+  LINEARPATCH_BACKEND=cuda exec ncu --clock-control none --csv --page raw -k 'regex:patch_|slot_rows|add_parts|warp_rows|carry_part' \
     --launch-count 14 --metrics $metrics "$PYTHON" -m tools.gpu_day few
 }
 about() {
@@ -63,13 +65,14 @@ phase ncu 60 ncu.txt bash -c counters
 phase decode 40 times.txt bash -c 'day decode'
 phase others 75 times.txt bash -c 'day others'
 phase losses 80 times.txt bash -c 'day losses'
+phase host 30 ncu.txt bash -c 'day host'
 phase memcheck 60 sanitizer.txt bash -c 'sanitizer memcheck cuda linearpatch'
 phase racecheck 60 sanitizer.txt bash -c 'sanitizer racecheck cuda linearpatch'
 phase model 120 model.txt bash -c 'day model'
 phase triton-check 75 checks.txt bash -c triton_parts
 phase triton-times 60 times.txt bash -c 'BACKEND=triton day triton'
 phase triton-memcheck 45 sanitizer.txt bash -c 'sanitizer memcheck triton _kernel'
-phase tests 100 tests.txt "$PYTHON" -m pytest -q --maxfail 20 -m 'not slow' -p no:cacheprovider -n 8 tests/ops tests/test_backend.py
+phase tests 100 build.txt "$PYTHON" -m pytest -q --maxfail 20 -m 'not slow' -p no:cacheprovider -n 8 tests/ops tests/test_backend.py
 phase more 60 times.txt bash -c 'day more'
 echo '--- wrong'; grep -h '"step": "wrong"' "$OUT/checks.txt" 2>/dev/null | cut -c1-500 | head -12
 grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/sanitizer.txt" 2>/dev/null

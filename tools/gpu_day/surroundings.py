@@ -9,9 +9,11 @@ from typing import Any
 
 DRY = bool(os.environ.get("DRY"))
 BACKEND = os.environ.get("LINEARPATCH_BACKEND", "cuda")
+if BACKEND == "cuda":
+    # Not forced: what CUDA has no kernel for, the loss of whole logits, is Triton's then, as for everybody.
+    os.environ.pop("LINEARPATCH_BACKEND", None)
 if DRY:  # the CPU's kernels stand for CUDA's, Triton's are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["LINEARPATCH_BACKEND"] = "cpu" if BACKEND == "cuda" else BACKEND
 
 import torch  # noqa: E402 - reads these variables' package once
 from torch import Tensor  # noqa: E402 - see above

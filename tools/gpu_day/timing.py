@@ -9,6 +9,7 @@ The host's time until a call returns is told apart.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.interleaved import forget_compiled
 from tools.gpu_day.surroundings import BACKEND, DEVICE, DRY, clocks, failure, relative_error, say, synchronize
 
 Contestant = Callable[[int], Any]
@@ -114,15 +116,20 @@ def _spread(times: list[float]) -> dict[str, Any]:
 
 
 def host_microseconds(run: Contestant) -> float:
-    """Until a call returns; its work is not waited for."""
+    """Until a call returns, the median; its work is not waited for."""
     synchronize()
-    calls = 2 if DRY else HOST_CALLS
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run(0)
-    spent = time.perf_counter() - begin
+    times = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2 if DRY else HOST_CALLS):
+            begin = time.perf_counter()
+            run(0)
+            times.append(time.perf_counter() - begin)
+    finally:
+        gc.enable()
     synchronize()
-    return round(spent / calls * 1e6, 1)
+    return round(statistics.median(times) * 1e6, 1)
 
 
 def contest(
@@ -144,6 +151,7 @@ def contest(
         moved: bytes that the operator must read and write in a call.
         same_as_ours: whose results must be ours but for ``tolerance`` (relative, in the norm), or they are not timed.
     """
+    forget_compiled()
     entries: dict[str, Entry] = {}
     missing: dict[str, str] = {}
     ours = next(iter(contestants))

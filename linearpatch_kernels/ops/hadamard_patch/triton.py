@@ -146,15 +146,12 @@ def _load_vector(
     pointer, factor, block, M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """``vector * factor``, the same for every row, where `_load_rows` has the rows; None for None."""
-    if pointer is None:
-        return  # not `return None`, which Triton 3.6 would make a tensor of
-    else:
-        tiles = _load_rows(pointer, 0, 0, ROWS, block, M, K, ROWS, TILE, TILES)
-        done = ()
-        for i in tl.static_range(TILES):
-            done = done + (tiles[i] * factor,)
-        return done
+    """``vector * factor``, the same for every row, where `_load_rows` has the rows."""
+    tiles = _load_rows(pointer, 0, 0, ROWS, block, M, K, ROWS, TILE, TILES)
+    done = ()
+    for i in tl.static_range(TILES):
+        done = done + (tiles[i] * factor,)
+    return done
 
 
 @triton.jit
@@ -181,14 +178,20 @@ def _load_scale(
 
 @triton.jit
 def _times(tiles, others):
-    """Product, tile by tile; ``others`` None stands for ones."""
-    if others is None:
+    done = ()
+    for i in tl.static_range(len(tiles)):
+        done = done + (tiles[i] * others[i],)
+    return done
+
+
+@triton.jit
+def _times_vector(tiles, pointer, block, M: tl.constexpr, K: tl.constexpr):
+    """Rows times a vector, which None stands for ones of. Read for every row: held, it would cost registers."""
+    if pointer is None:
         return tiles
     else:
-        done = ()
-        for i in tl.static_range(len(tiles)):
-            done = done + (tiles[i] * others[i],)
-        return done
+        ROWS: tl.constexpr = tiles[0].shape[0]
+        return _times(tiles, _load_vector(pointer, 1.0, block, M, K, ROWS, tiles[0].shape[1], len(tiles)))
 
 
 @triton.jit
@@ -216,19 +219,29 @@ def _store_sum(pointer, sums, factor, part, width, block, M: tl.constexpr, K: tl
     _store_rows(pointer, done, part, width, part + 1, block, M, K)
 
 
+@triton.jit
+def _add_to_sum(pointer, tiles, others, factor, part, width, block, M: tl.constexpr, K: tl.constexpr):
+    """``factor`` times the product's sum, added to row ``part`` of [programs, width]."""
+    TILE: tl.constexpr = tiles[0].shape[1]
+    before = _load_rows(pointer, part, width, part + 1, block, M, K, 1, TILE, len(tiles))
+    done = ()
+    for i in tl.static_range(len(tiles)):
+        done = done + (before[i] + tl.sum(tiles[i] * others[i], axis=0, keep_dims=True) * factor,)
+    _store_rows(pointer, done, part, width, part + 1, block, M, K)
+
+
 # Else 1, multiples of 16 and other numbers of rows would each be compiled, in the middle of serving or of a capture.
 @triton.jit(do_not_specialize=["rows"])
 def hadamard_patch_kernel(
     x_ptr, residual_ptr, scale_ptr, pre_ptr, post_ptr, weight_ptr, h_ptr, y_ptr, normed_ptr,
     rows, x_stride, residual_stride, y_stride, eps,
     M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr,
+    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """y, and with ``residual`` and ``weight`` the norm of it; grid (programs, blocks)."""
     block = tl.program_id(1)
-    scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
-    pre = _load_vector(pre_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
-    post = _load_vector(post_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
+    if HELD:
+        scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
         if residual_ptr is not None:
@@ -237,18 +250,22 @@ def hadamard_patch_kernel(
             for i in tl.static_range(TILES):
                 z = z + (x[i] + other[i],)
             x = z
-        u = _paley(_sylvester(_times(x, pre), THERE), h_ptr, False, DOT)
-        y = _times(_sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK), post)
+        u = _paley(_sylvester(_times_vector(x, pre_ptr, block, M, K), THERE), h_ptr, False, DOT)
+        if not HELD:
+            scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
+        y = _sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK)
+        y = _times_vector(y, post_ptr, block, M, K)
         _store_rows(y_ptr, y, first, y_stride, rows, block, M, K)
         if weight_ptr is not None:
             squares = tl.zeros([ROWS], tl.float32)
             for i in tl.static_range(TILES):
-                squares += tl.sum(tl.reshape(y[i] * y[i], [ROWS, TILE << K]), axis=1)
+                # Not of a reshaped tile: there Triton before 3.9 gives a whole row to one thread, and LLVM no end.
+                squares += tl.sum(tl.sum(y[i] * y[i], axis=2), axis=1)
             inverse = tl.rsqrt(squares / (M << K) + eps)
-            weight = _load_vector(weight_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
             normed = ()
             for i in tl.static_range(TILES):
-                normed = normed + (y[i] * inverse[:, None, None] * weight[i],)
+                normed = normed + (y[i] * inverse[:, None, None],)
+            normed = _times_vector(normed, weight_ptr, block, M, K)
             _store_rows(normed_ptr, normed, first, y_stride, rows, block, M, K)
 
 
@@ -257,48 +274,60 @@ def hadamard_patch_backward_kernel(
     grad_ptr, x_ptr, scale_ptr, pre_ptr, post_ptr, h_ptr, dx_ptr, dscale_ptr, dpre_ptr, dpost_ptr,
     rows, grad_stride, x_stride, width,
     M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr,
+    THERE: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """dx, and each program's sums of dscale, dpre and dpost over its rows; grid (programs, blocks)."""
-    block = tl.program_id(1)
-    scale = _load_scale(scale_ptr, 1.0 / (M << K), block, M, K, ROWS, TILE, TILES, THERE)
-    pre = _load_vector(pre_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
-    post = _load_vector(post_ptr, 1.0, block, M, K, ROWS, TILE, TILES)
-    dscale, dpre, dpost = _zeros_like(scale), _zeros_like(scale), _zeros_like(scale)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
-        dy = _load_rows(grad_ptr, first, grad_stride, rows, block, M, K, ROWS, TILE, TILES)
-        a = _paley(_sylvester(_times(dy, post), THERE), h_ptr, False, DOT)
+    """dx, and each program's sums of dscale, dpre and dpost over its rows; grid (programs, blocks).
+
+    The sums are added to what is there, but for dscale's where HELD.
+    """
+    block, part = tl.program_id(1), tl.program_id(0)
+    factor: tl.constexpr = 1.0 / (M << K)
+    if HELD:
+        scale = _load_scale(scale_ptr, factor, block, M, K, ROWS, TILE, TILES, THERE)
+        dscale = _zeros_like(scale)
+    for first in range(part * ROWS, rows, tl.num_programs(0) * ROWS):
         if dscale_ptr is not None or dpost_ptr is not None:
-            u = _paley(_sylvester(_times(x, pre), THERE), h_ptr, False, DOT)
-            if dscale_ptr is not None:
+            x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
+            u = _paley(_sylvester(_times_vector(x, pre_ptr, block, M, K), THERE), h_ptr, False, DOT)
+        if dpost_ptr is not None:
+            if not HELD:
+                scale = _load_scale(scale_ptr, factor, block, M, K, ROWS, TILE, TILES, THERE)
+            w = _sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK)
+            dy = _load_rows(grad_ptr, first, grad_stride, rows, block, M, K, ROWS, TILE, TILES)
+            _add_to_sum(dpost_ptr, dy, w, 1.0, part, width, block, M, K)
+        if dx_ptr is not None or dscale_ptr is not None or dpre_ptr is not None:
+            dy = _load_rows(grad_ptr, first, grad_stride, rows, block, M, K, ROWS, TILE, TILES)
+            a = _paley(_sylvester(_times_vector(dy, post_ptr, block, M, K), THERE), h_ptr, False, DOT)
+        if dscale_ptr is not None:
+            if HELD:
                 dscale = _plus_product(dscale, a, u)
-            if dpost_ptr is not None:
-                w = _sylvester(_paley(_times(u, scale), h_ptr, True, DOT), BACK)
-                dpost = _plus_product(dpost, dy, w)
+            else:
+                _add_to_sum(dscale_ptr, a, u, factor, part, width, block, M, K)
         if dx_ptr is not None or dpre_ptr is not None:
+            if not HELD:
+                scale = _load_scale(scale_ptr, factor, block, M, K, ROWS, TILE, TILES, THERE)
             b = _sylvester(_paley(_times(a, scale), h_ptr, True, DOT), BACK)
             if dpre_ptr is not None:
-                dpre = _plus_product(dpre, b, x)
+                x = _load_rows(x_ptr, first, x_stride, rows, block, M, K, ROWS, TILE, TILES)
+                _add_to_sum(dpre_ptr, b, x, 1.0, part, width, block, M, K)
             if dx_ptr is not None:
-                _store_rows(dx_ptr, _times(b, pre), first, width, rows, block, M, K)
-    part = tl.program_id(0)
-    if dscale_ptr is not None:
-        _store_sum(dscale_ptr, dscale, 1.0 / (M << K), part, width, block, M, K)
-    if dpre_ptr is not None:
-        _store_sum(dpre_ptr, dpre, 1.0, part, width, block, M, K)
-    if dpost_ptr is not None:
-        _store_sum(dpost_ptr, dpost, 1.0, part, width, block, M, K)
+                _store_rows(dx_ptr, _times_vector(b, pre_ptr, block, M, K), first, width, rows, block, M, K)
+        if dpre_ptr is not None or dpost_ptr is not None or not HELD:
+            tl.debug_barrier()  # the sums are read again for the next row
+    if HELD and dscale_ptr is not None:
+        _store_sum(dscale_ptr, dscale, factor, part, width, block, M, K)
 
 
 # --- which kernel for which width ------------------------------------------------------------------------------------
 
 SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 
-# Elements of a row that a thread holds: the most that the static model finds without spills for all three kernels
+# Elements of a row that a thread holds: the most that the static model finds without spills for the forward
 # (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated). Sixteen make one exchange more.
 VALUES = 32
 MOST_THREADS = 1024
+# Those of a program whose threads may have 255 registers each; a multiprocessor has 65536.
+ROOMY_THREADS = 256
 # One stage: prefetching rows into shared memory would take more of it than most GPUs have.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -319,6 +348,22 @@ class Layout:
     @property
     def blocks(self) -> int:
         return self.d // (self.m << self.k)
+
+    # What a thread's registers hold was found by compiling (`benchmarks.triton_static`) with Triton 3.6, 3.7 and 3.9.
+
+    @property
+    def roomy(self) -> bool:
+        return self.warps * self.lanes <= ROOMY_THREADS
+
+    def holds_scale(self, alone: bool) -> bool:
+        """Whether scale stays in registers from row to row, and dscale's sums; alone: no other vector is needed."""
+        return self.roomy and (self.m == 1 or alone)
+
+    def backward_launches(self, vectors: bool) -> tuple[bool, tuple[tuple[int, ...], ...]]:
+        """Whether scale is held, and what each launch makes of dx, dscale, dpre, dpost; vectors: either of the last."""
+        crowded = self.m > 1 and self.warps * self.lanes >= ROOMY_THREADS
+        together = self.roomy and not (vectors and crowded)
+        return self.holds_scale(False) and not vectors, ((0, 1, 2, 3),) if together else ((0,), (1,), (2,), (3,))
 
     def groups(self, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Groups of index bits, ``(low, count, ...)``, for the way there and the way back.
@@ -341,11 +386,16 @@ class Layout:
 
         return flat([low, high, *middle]), flat([*reversed(middle), low, high])
 
-    def constants(self, itemsize: int) -> dict[str, Any]:
+    def constants(self, itemsize: int, held: bool) -> dict[str, Any]:
         there, back = self.groups(itemsize)
         sizes = {"M": self.m, "K": self.k, "ROWS": self.rows, "TILE": self.tile, "TILES": self.tiles}
         # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
-        return sizes | {"THERE": there, "BACK": back, "DOT": tl.float32 if INTERPRETED else tl.bfloat16}
+        return sizes | {
+            "THERE": there,
+            "BACK": back,
+            "DOT": tl.float32 if INTERPRETED else tl.bfloat16,
+            "HELD": held,
+        }
 
 
 def _power_of_two(most: int) -> int:
@@ -410,10 +460,10 @@ def _vector(vector: Tensor | None) -> Tensor | None:
     return (vector.float() if vector.dtype == torch.float64 else vector).contiguous()
 
 
-def _launch(kernel: Any, layout: Layout, x: Tensor, *arguments: Any) -> None:
+def _launch(kernel: Any, layout: Layout, held: bool, x: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(x):
         kernel[(_grid(layout, x), layout.blocks)](
-            *arguments, **layout.constants(x.element_size()), num_warps=layout.warps, **OPTIONS
+            *arguments, **layout.constants(x.element_size(), held), num_warps=layout.warps, **OPTIONS
         )
 
 
@@ -448,10 +498,11 @@ def _patch(
         return
     rows, others = _rows(x), None if residual is None else _rows(residual)
     pre, post = optional[:2]
+    held = layout.holds_scale(all(vector is None for vector in (pre, post, weight)))
     vectors = (_vector(scale), _vector(pre), _vector(post), _vector(weight))
     strides = (rows.stride(0), 0 if others is None else others.stride(0), layout.d)
     _launch(
-        hadamard_patch_kernel, layout, rows,
+        hadamard_patch_kernel, layout, held, rows,
         rows, others, *vectors, _factor(layout, x.device), y, normed, len(rows), *strides, eps,
     )  # fmt: skip
 
@@ -528,16 +579,21 @@ def hadamard_patch_backward(
     wanted = [operand is not None and bool(needs >> i & 1) for i, operand in enumerate((x, scale, *optional))]
     rows, dy = _rows(x), _rows(grad)
     dx = _kernel_output(x, final=down is None) if wanted[0] else None
+    held, launches = layout.backward_launches(wanted[2] or wanted[3])
+    shape = (_grid(layout, x), layout.d)
     sums = [
-        rows.new_empty((_grid(layout, x), layout.d), dtype=torch.float32) if wants else None for wants in wanted[1:4]
+        (rows.new_empty if held and i == 0 else rows.new_zeros)(shape, dtype=torch.float32) if wants else None
+        for i, wants in enumerate(wanted[1:4])
     ]
-    if any(wanted[:4]):
-        vectors = (_vector(scale), _vector(pre), _vector(post))
-        strides = (len(rows), dy.stride(0), rows.stride(0), layout.d)
-        _launch(
-            hadamard_patch_backward_kernel, layout, rows,
-            dy, rows, *vectors, _factor(layout, x.device), dx, *sums, *strides,
-        )  # fmt: skip
+    vectors = (_vector(scale), _vector(pre), _vector(post))
+    strides = (len(rows), dy.stride(0), rows.stride(0), layout.d)
+    for numbers in launches:
+        made = [result if i in numbers else None for i, result in enumerate((dx, *sums))]
+        if any(result is not None for result in made):
+            _launch(
+                hadamard_patch_backward_kernel, layout, held, rows,
+                dy, rows, *vectors, _factor(layout, x.device), *made, *strides,
+            )  # fmt: skip
     ddown, dup = (rows.new_empty(0, dtype=torch.float32) for _ in range(2))
     dscale, dpre, dpost = (ddown.clone() if part is None else part.sum(0) for part in sums)
     if down is not None and up is not None:

@@ -1,6 +1,7 @@
 """The kernels of the losses in CUDA C++ (csrc/topk_kl/losses.cuh); `gpu` makes the losses of them.
 
-Each is an operator that launches one kernel; what its operands are is said where Triton's kernel of that name is.
+Each is an operator that launches a kernel; what its operands are is said where Triton's kernel of that name is. Two are
+these kernels' alone, in place of a dozen of torch's: "teacher", which has a second kernel for its count, and "mean".
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 _SLOTS = "Tensor probs, Tensor ids"
 _PART = "int size, Tensor? bias"
 _SCHEMAS = {
+    "teacher": "(Tensor teacher_ids, float temperature, Tensor(a!) ids, Tensor(b!) present, Tensor(c!) count_and_scale)"
+    " -> ()",
+    "mean": "(Tensor losses, Tensor count, Tensor(a!) loss) -> ()",
     "slots": f"(Tensor hidden, Tensor weight, Tensor? bias, {_SLOTS}, Tensor scale, float temperature, Tensor(a!) z,"
     " Tensor(b!)? dhidden) -> ()",
     "tokens": f"(Tensor z, {_SLOTS}, Tensor? rest, Tensor scale, float temperature, bool tail, Tensor(a!) losses,"
@@ -52,7 +56,10 @@ class Kernels:
     @staticmethod
     def readable(rows: Tensor) -> Tensor:
         """The same rows, in 16-byte vectors."""
-        aligned = rows.data_ptr() % 16 == 0 and (len(rows) < 2 or rows.stride(0) * rows.element_size() % 16 == 0)
+        # data_ptr() would copy what is a lazy clone; torch's stubs leave this one out.
+        address = torch._C._data_address(rows)  # type: ignore[attr-defined]
+        step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
+        aligned = address % 16 == step % 16 == 0 and step < 2**31
         if rows.stride(1) == 1 and aligned:
             return rows
         return rows.clone(memory_format=torch.contiguous_format)

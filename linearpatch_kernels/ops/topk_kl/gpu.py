@@ -36,6 +36,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
 )
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+_IDS_AT_ONCE = 3 * 2**13  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda_calls.h
 _MOST = 2**31 - 1  # the kernels count in 32 bits
 
 
@@ -49,6 +50,21 @@ def kernels_for(hidden: Tensor) -> Any:
         return cuda.COMPILED
     kernels = _triton(hidden.device)
     return kernels if kernels and kernels.serves(hidden.shape[1]) else None
+
+
+def _counted(kernels: Any, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(ids in 32 bits, how many tokens have any, what every gradient is multiplied with)``, the last two [1]."""
+    if isinstance(kernels, cuda.Kernels):
+        narrow, both = (
+            torch.empty(ids.shape, dtype=torch.int32, device=ids.device),
+            ids.new_empty(2, dtype=torch.float32),
+        )
+        kernels.teacher(ids.contiguous(), temperature, narrow, both.new_empty(len(ids)), both)
+        return narrow, *both.split(1)
+    # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
+    ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
+    count = (ids >= 0).any(1).sum().clamp(min=1).float().reshape(1)
+    return ids, count, (count * temperature).reciprocal()
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,11 @@ class _Teacher:
     bounds: Tensor
 
     @classmethod
-    def of(cls, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int, block: int | None) -> _Teacher:
-        # What is below -1 is no absent slot, but as wrong as an id past the vocabulary.
-        ids = ids.masked_fill(ids < -1, _MOST).clamp(max=_MOST).int().contiguous()
+    def of(
+        cls, kernels: Any, probs: Tensor, ids: Tensor, temperature: float, vocabulary: int, block: int | None
+    ) -> _Teacher:
         probs = probs.float().contiguous()
-        count = (ids >= 0).any(1).sum().clamp(min=1)
-        scale = (count.float() * temperature).reciprocal().reshape(1)
+        ids, count, scale = _counted(kernels, ids, temperature)
         bounds = ids
         if block is not None:
             ids, order = ids.sort(dim=1)
@@ -90,7 +105,12 @@ class _Teacher:
         factors = torch.empty_like(losses) if gradient and rest is not None else None
         tail = normalization == "tail"
         kernels.tokens(z, self.probs, self.ids, rest, self.scale, temperature, tail, losses, normalizers, dz, factors)
-        return losses.sum() / self.count, normalizers, dz, factors
+        if isinstance(kernels, cuda.Kernels):
+            loss = losses.new_empty(())
+            kernels.mean(losses, self.count, loss)
+        else:
+            loss = losses.sum() / self.count.squeeze()
+        return loss, normalizers, dz, factors
 
 
 def _start(teacher: _Teacher) -> tuple[Tensor, Tensor]:
@@ -124,8 +144,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``out (+)= a @ b`` in float32; on the CPU the kernels are run for tests alone."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
-    elif add:  # not by addmm: not every torch lets a float32 be added to a product of halves
-        out.add_(torch.mm(a, b, out_dtype=torch.float32))
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
@@ -143,7 +163,7 @@ class _Vocabulary:
     @classmethod
     def of(cls, kernels: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Vocabulary:
         dtype = kernels.writable(torch.promote_types(hidden.dtype, weight.dtype))
-        at_once = max(1, _LOGITS_AT_ONCE // len(hidden) // kernels.BLOCK) * kernels.BLOCK
+        at_once = max(1, min(_IDS_AT_ONCE, _LOGITS_AT_ONCE // len(hidden)) // kernels.BLOCK) * kernels.BLOCK
         size = min(at_once, -(-len(weight) // 16) * 16)
         return cls(kernels, hidden.to(dtype), weight, bias, hidden.new_empty((len(hidden), size), dtype=torch.float32))
 
@@ -156,7 +176,10 @@ class _Vocabulary:
             yield first, rows
 
     def carried(self, teacher: _Teacher, temperature: float, dhidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The slots' z, and (m', s'); dhidden is then the sum of ``exp((z - m') / T) * weight`` over the rest."""
+        """The slots' z, and (m', s'); dhidden is then the sum of ``exp((z - m') / T) * weight`` over the rest.
+
+        What dhidden held before counts nothing.
+        """
         z, rest = _start(teacher)
         exp = None if dhidden is None else torch.empty_like(self.logits, dtype=self.hidden.dtype)
         for first, rows in self.parts():
@@ -165,7 +188,7 @@ class _Vocabulary:
                 dhidden,
             )  # fmt: skip
             if dhidden is not None and exp is not None:
-                _product(exp[:, : len(rows)], rows, dhidden, add=True)
+                _product(exp[:, : len(rows)], rows, dhidden, add=first > 0)
         return z, rest
 
     def gradients(
@@ -197,7 +220,7 @@ def _over_vocabulary(
     """The linear loss for "full" and "tail"; the gradients that are there are filled."""
     dhidden, dweight, dbias = grads
     vocabulary = _Vocabulary.of(kernels, hidden, weight, bias)
-    z, rest = vocabulary.carried(teacher, temperature, None if dhidden is None else dhidden.zero_())
+    z, rest = vocabulary.carried(teacher, temperature, dhidden)
     loss, normalizers, dz, factors = teacher.finished(kernels, z, rest, normalization, temperature, dhidden is not None)
     if dhidden is not None and dz is not None:
         slots = teacher.ids.shape[1]
@@ -227,15 +250,17 @@ def linear_topk_kl_loss(
         )
     check_ids(teacher_ids, len(weight))
     narrow = gradient_dtype(hidden)
+    rounds = normalization == "topk" and isinstance(kernels, cuda.Kernels)  # where it makes dhidden, in one go
+    dtypes = (narrow if rounds else torch.float32, torch.float32, torch.float32)
     grads = [
-        hidden.new_empty(shape, dtype=torch.float32) if wanted else None
-        for shape, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), flags, strict=True)
+        hidden.new_empty(shape, dtype=dtype) if wanted else None
+        for shape, dtype, wanted in zip((hidden.shape, weight.shape, weight.shape[:1]), dtypes, flags, strict=True)
     ]
     if teacher_ids.numel() and len(weight):
         hidden, weight = kernels.readable(hidden), kernels.readable(weight)
         bias = None if bias is None else bias.float().contiguous()
         block = None if normalization == "topk" else kernels.BLOCK
-        teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, len(weight), block)
+        teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, len(weight), block)
         if block is None:
             loss = _over_slots(kernels, hidden, weight, bias, teacher, temperature, grads)
         else:
@@ -256,8 +281,9 @@ def topk_kl_loss(
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, vocabulary)
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
-    if normalization == "topk":
+    block = None if normalization == "topk" else kernels.BLOCK
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, block)
+    if block is None:
         rest, index = None, teacher.ids.clamp(0, vocabulary - 1).long()
         z = logits.gather(1, index).float().masked_fill_(teacher.ids >= vocabulary, torch.nan)
     else:
@@ -277,7 +303,7 @@ def topk_kl_loss_backward(
         return topk_kl_loss_backward_reference(
             grad, logits, teacher_probs, teacher_ids, normalizers, normalization, temperature
         )
-    teacher = _Teacher.of(teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
+    teacher = _Teacher.of(kernels, teacher_probs, teacher_ids, temperature, vocabulary, kernels.BLOCK)
     dlogits = logits.new_empty(logits.shape, dtype=kernels.writable(logits.dtype))
     kernels.differentiate(
         kernels.readable(logits), vocabulary, None, teacher.probs, teacher.ids, teacher.bounds, 0, temperature,

@@ -41,20 +41,32 @@ def _weight_of(before, after, inverse):
     return tl.where(before == float("-inf"), 0.0, tl.exp((_finite(before) - _finite(after)) * inverse))
 
 
+@triton.jit
+def _load_slots(weight_ptr, ids, readable, stride, first, width, CHUNK: tl.constexpr):
+    """Columns ``first ..`` of the rows that the ids name."""
+    columns = first + tl.arange(0, CHUNK)[None, :]
+    mask = readable[:, None] & (columns < width)
+    return tl.load(weight_ptr + ids[:, None] * stride + columns, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["slots", "vocabulary"])
 def slots_kernel(
     hidden_ptr, weight_ptr, bias_ptr, probs_ptr, ids_ptr, scale_ptr, z_ptr, dhidden_ptr,
     slots, width, vocabulary, hidden_stride, weight_stride, inverse,
-    SLOTS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """The slots' z of a token, and with ``dhidden`` its gradient for "topk"; grid (tokens,)."""
+    """The slots' z of a token, and with ``dhidden`` its gradient for "topk"; grid (tokens,).
+
+    HELD: the hidden state stays in registers, and so does a row until its z is known; else both are read again.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CHUNK)
+    hidden_row = hidden_ptr + token * hidden_stride
     hidden, student, teacher = (), (), ()
     for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + columns
-        h = tl.load(hidden_ptr + token * hidden_stride + column, mask=column < width, other=0.0)
-        hidden = hidden + (h.to(tl.float32),)
+        if HELD:
+            column = i * CHUNK + columns
+            hidden = hidden + (tl.load(hidden_row + column, mask=column < width, other=0.0).to(tl.float32),)
         student = student + (tl.zeros([SLOTS, CHUNK], tl.float32),)
         teacher = teacher + (tl.zeros([SLOTS, CHUNK], tl.float32),)
     largest = tl.full([SLOTS], float("-inf"), tl.float32)
@@ -68,12 +80,14 @@ def slots_kernel(
         rows = ()
         z = tl.zeros([SLOTS], tl.float32)
         for i in tl.static_range(CHUNKS):
-            across = i * CHUNK + columns[None, :]
-            row = tl.load(
-                weight_ptr + ids[:, None] * weight_stride + across, mask=readable[:, None] & (across < width), other=0.0
-            ).to(tl.float32)
-            rows = rows + (row,)
-            z += tl.sum(row * hidden[i][None, :], axis=1)
+            row = _load_slots(weight_ptr, ids, readable, weight_stride, i * CHUNK, width, CHUNK)
+            if HELD:
+                rows = rows + (row,)
+                z += tl.sum(row * hidden[i][None, :], axis=1)
+            else:
+                column = i * CHUNK + columns
+                h = tl.load(hidden_row + column, mask=column < width, other=0.0).to(tl.float32)
+                z += tl.sum(row * h[None, :], axis=1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + ids, mask=readable, other=0.0).to(tl.float32)
         z = tl.where(ids < vocabulary, z, float("nan"))
@@ -89,8 +103,12 @@ def slots_kernel(
             largest = now
             carried, taught = (), ()
             for i in tl.static_range(CHUNKS):
-                carried = carried + (student[i] * kept[:, None] + rows[i] * e[:, None],)
-                taught = taught + (teacher[i] + rows[i] * p[:, None],)
+                if HELD:
+                    row = rows[i]
+                else:
+                    row = _load_slots(weight_ptr, ids, readable, weight_stride, i * CHUNK, width, CHUNK)
+                carried = carried + (student[i] * kept[:, None] + row * e[:, None],)
+                taught = taught + (teacher[i] + row * p[:, None],)
             student, teacher = carried, taught
     if dhidden_ptr is not None:
         kept = _weight_of(largest, tl.max(largest, axis=0), inverse)
@@ -307,7 +325,7 @@ def vocabulary_gradient_kernel(
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
-WIDEST = 16384
+WIDEST, WIDEST_HELD = 16384, 8192
 BLOCK = 2048  # of the vocabulary, in one program at a time
 CHUNK = 1024  # of a row of dhidden
 WARPS = 4  # of the kernels over the vocabulary
@@ -323,27 +341,32 @@ class Layout:
     chunks: int
     slots: int
     warps: int
+    held: bool
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"SLOTS": self.slots, "CHUNK": self.chunk, "CHUNKS": self.chunks}
+        return {"SLOTS": self.slots, "CHUNK": self.chunk, "CHUNKS": self.chunks, "HELD": self.held}
 
 
 @cache
 def layout_of(width: int, slots: int, lanes: int = 32) -> Layout | None:
-    """For `slots_kernel`: 32 numbers of the rows a thread, a row's in at most 16 of them; None for too wide a row."""
+    """For `slots_kernel`: 32 numbers of the rows a thread, a row's in at most 16 of them; None for too wide a row.
+
+    Of a row that takes all threads that there can be, a thread's registers hold no more than its two sums.
+    """
     if width > WIDEST:
         return None
-    whole = max(16, triton.next_power_of_2(width))
+    held = width <= WIDEST_HELD
+    whole = max(16, triton.next_power_of_2(width)) if held else 4096
     fitting = (whole >> i for i in range(max(1, whole.bit_length() - 6)))  # down to 64
     chunk = next((chunk for chunk in fitting if -(-width // chunk) * chunk <= 9 * width // 8), whole)
     chunks = -(-width // chunk)
-    held = 1 << (chunk * chunks).bit_length() - 1
-    warps = min(max(held // (16 * lanes), 1), 1024 // lanes)
-    together = max(2, 32 * lanes * warps // held)
+    numbers = 1 << (chunk * chunks).bit_length() - 1
+    warps = min(max(numbers // ((16 if held else 32) * lanes), 1), 1024 // lanes)
+    together = max(2, 32 * lanes * warps // numbers) if held else 1
     if INTERPRETED:
         together *= 8
-    return Layout(chunk, chunks, min(together, max(2, triton.next_power_of_2(slots))), warps)
+    return Layout(chunk, chunks, min(together, max(2, triton.next_power_of_2(slots))), warps, held)
 
 
 def slots_at_once(slots: int) -> int:
@@ -367,6 +390,11 @@ def combine_layout(width: int) -> tuple[dict[str, int], int]:
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
+
+
+def _registers(most: int) -> dict[str, int]:
+    """Left alone, NVIDIA's assembler spills a few of them to have one more program run at a time."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def _layout(width: int, slots: int) -> Layout | None:
@@ -446,6 +474,7 @@ def carry(
     _launch(
         vocabulary_kernel, (len(ids),), logits, bias, ids, bounds, z, rest, exp, dhidden, ids.shape[1], width, first,
         size, logits.stride(0), bounds.shape[1] - 1, 1 / temperature, BLOCK=BLOCK, CHUNK=CHUNK, warps=WARPS,
+        **_registers(128),
     )  # fmt: skip
 
 

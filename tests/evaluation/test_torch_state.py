@@ -1,0 +1,102 @@
+"""The process's settings of torch that ours is computed under, and that the caller gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from linearpatch_kernels.evaluation import torch_state
+from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+
+
+def settings() -> tuple[str, ...]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.fp32_precision,
+        torch.backends.mkldnn.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """The probe is made anew in every test; no test leaves a setting behind."""
+    before = torch_state._precision()
+    torch_state._onednn_serves.cache_clear()
+    yield
+    torch_state._onednn_serves.cache_clear()
+    assert before is not None
+    torch_state._restore(before)
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that oneDNN was measured on, which makes no bfloat16 of float32."""
+    monkeypatch.setattr(torch_state, "_cpu_information", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(torch_state, "_LARGEST_RATIO", float("inf"))
+    monkeypatch.setattr(torch_state, "_accelerator", lambda: "cpu")
+
+
+@pytest.mark.usefixtures("amd")
+def test_the_caller_gets_the_settings_back() -> None:
+    def interrupted() -> None:
+        with faster_float32_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            with evaluation_mode():
+                assert torch.get_float32_matmul_precision() == "medium"
+            assert torch.get_float32_matmul_precision() == "medium"
+            raise KeyError
+
+    before = settings()
+    with pytest.raises(KeyError):
+        interrupted()
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("amd")
+@pytest.mark.parametrize("chosen", ["high", "medium"])
+def test_what_the_caller_chose_stays(chosen: str) -> None:
+    torch.set_float32_matmul_precision(chosen)
+    before = settings()
+    with faster_float32_products():
+        assert settings() == before
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("amd")
+def test_what_the_caller_chose_by_the_newer_interface_stays() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # get_float32_matmul_precision raises from here on
+    with faster_float32_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("amd")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_LARGEST_RATIO", 0.0), ("_cpu_information", lambda: "GenuineIntel"), ("_accelerator", lambda: "cuda")],
+    ids=["its products are rounded", "never measured on such a processor", "the switch is a GPU's too"],
+)
+def test_nothing_is_changed_where(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    monkeypatch.setattr(torch_state, name, value)
+    before = settings()
+    with faster_float32_products():
+        assert settings() == before
+    assert settings() == before
+
+
+def test_products_keep_the_precision_of_float32() -> None:
+    """Whatever this machine's processor is."""
+    for rows, inner, columns in ((3, 5, 7), (64, 576, 1536), (16, 8192, 33)):
+        a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+        exact = a.double() @ b.double().mT
+        usual = torch.linalg.norm(torch.nn.functional.linear(a, b) - exact)
+        with faster_float32_products():
+            ours = torch.linalg.norm(torch.nn.functional.linear(a, b) - exact)
+        assert ours <= 4 * usual + 1e-6 * torch.linalg.norm(exact)
