@@ -1,5 +1,5 @@
-// What the kernels of patch.cuh and gradients.cuh ask of the machine, beside threadIdx, __syncthreads and their kind. All
-// memory is reached through these few functions: tests/simt has a second set of them, which watches every access.
+// What the kernels of patch.cuh and gradients.cuh ask of the machine, beside threadIdx, __syncthreads and their kind.
+// All memory is reached through these few functions: tests/simt has a second set of them, which watches every access.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,7 +36,9 @@ __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>
 __device__ __forceinline__ uint32_t load2(const void* p) { return *static_cast<const uint16_t*>(p); }
 
 // Two 16-bit numbers in a register.
-__device__ __forceinline__ float2 unpack(Half, uint32_t bits) { return __half22float2(*reinterpret_cast<__half2*>(&bits)); }
+__device__ __forceinline__ float2 unpack(Half, uint32_t bits) {
+  return __half22float2(*reinterpret_cast<__half2*>(&bits));
+}
 __device__ __forceinline__ float2 unpack(BFloat16, uint32_t bits) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
@@ -57,8 +59,8 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
 
 // 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
-  LINEARPATCH_PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-                  : "memory");
+  const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  LINEARPATCH_PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { LINEARPATCH_PTX("cp.async.wait_all;" ::: "memory"); }
 
@@ -69,13 +71,14 @@ __device__ __forceinline__ uint32_t pack_finite(BFloat16, float low, float high)
   return bits;
 }
 
-// The warp's product A B + c of a 16 x 16 and a 16 x 8 matrix of 16-bit numbers, in float32. A thread has the elements that
-// PTX gives it in mma.m16n8k16: with g = lane / 4 and q = 2 (lane % 4), a pair of columns q, q + 1 in each word of a, at
-// rows g, g + 8, g, g + 8, the last two words eight columns on; a pair of rows q, q + 1 and q + 8, q + 9 of column g in b;
-// and of c columns q, q + 1 of rows g and g + 8.
-#define LINEARPATCH_MULTIPLY_ADD(types)                                                                                     \
-  LINEARPATCH_PTX("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-                  : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)                                                              \
+// The warp's product A B + c of a 16 x 16 and a 16 x 8 matrix of 16-bit numbers, in float32. A thread has the elements
+// that PTX gives it in mma.m16n8k16: with g = lane / 4 and q = 2 (lane % 4), a pair of columns q, q + 1 in each word of a,
+// at rows g, g + 8, g, g + 8, the last two words eight columns on; a pair of rows q, q + 1 and q + 8, q + 9 of column g in
+// b; and of c columns q, q + 1 of rows g and g + 8.
+#define LINEARPATCH_MULTIPLY_ADD(types)                                        \
+  LINEARPATCH_PTX("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 "       \
+                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"      \
+                  : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)                 \
                   : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y))
 __device__ __forceinline__ float4 multiply_add(Half, uint4 a, uint2 b, float4 c) {
   LINEARPATCH_MULTIPLY_ADD("f16.f16");

@@ -10,7 +10,7 @@
 // g0 r t g1 g2 c q0 q1.
 //
 // The sums are float32, but factors have 16 bits: a value goes into a product as two bfloat16, itself rounded and what that
-// left of it, which together have 2^-17 of relative error. x itself is one.
+// left of it, which together have 2^-17 of relative error. x itself is one; x + residual is not.
 #pragma once
 
 #include "stages.cuh"
@@ -130,21 +130,59 @@ DEVICE void scale_across(WarpRow<tiles>& row, const float* scales, int lane) {
   }
 }
 
-// The signs are those for a row's own type, and for what is made of it, which may be beyond the range of float16.
-template <class T, int tiles>
+// The float in shared memory where the norm's weight for element i is: a thread's two fours of a tile, each next to those
+// of its neighbours.
+DEVICE int weight_place(int i) { return (i & ~255) + (i & 4) * 32 + (i >> 1 & 124) + (i & 3); }
+
+template <int tiles>
+DEVICE void fill_weights(const Numbers& weight, float* places) {
+  for (int i = 8 * threadIdx.x; i < tiles * kWarpTile; i += 8 * blockDim.x) {
+    float v[8];
+    Any(weight.dtype).load(weight.data, i, v);
+    write4(places + weight_place(i), make_float4(v[0], v[1], v[2], v[3]));
+    write4(places + weight_place(i + 4), make_float4(v[4], v[5], v[6], v[7]));
+  }
+}
+
+// Eight elements side by side, as a vector in memory has them, from indices as above.
+template <class T>
+DEVICE uint4 packed(const float4 (&values)[2]) {
+  return make_uint4(pack(T{}, values[0].x, values[0].y), pack(T{}, values[1].x, values[1].y),
+                    pack(T{}, values[0].z, values[0].w), pack(T{}, values[1].z, values[1].w));
+}
+
+// The sum of two such vectors, in float32.
+template <class T>
+DEVICE void add(const uint4& a, const uint4& b, float4 (&sums)[2]) {
+  const auto set = [](uint32_t one, uint32_t other, float& low, float& high) {
+    const float2 v = unpack(T{}, one), w = unpack(T{}, other);
+    low = v.x + w.x, high = v.y + w.y;
+  };
+  set(a.x, b.x, sums[0].x, sums[0].y), set(a.y, b.y, sums[1].x, sums[1].y);
+  set(a.z, b.z, sums[0].z, sums[0].w), set(a.w, b.w, sums[1].z, sums[1].w);
+}
+
+// The signs are those for a row's own type, and for what is made of it, which may be beyond the range of float16. Behind
+// x the residual, where fused.
+template <class T, int tiles, bool fused>
 DEVICE void transform_there(const char* x, const Signs<T>& first, const Signs<BFloat16>& later, WarpRow<tiles>& row) {
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
     const uint4 words = load16(x + 2 * kWarpTile * tile);
     float4 values[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-    first.add_left_product(values, make_uint2(words.x, words.y), make_uint2(words.z, words.w));
+    if constexpr (fused) {
+      add<T>(words, load16(x + 2 * kWarpTile * (tiles + tile)), values);
+      multiply_left(later, values);
+    } else {
+      first.add_left_product(values, make_uint2(words.x, words.y), make_uint2(words.z, words.w));
+    }
     multiply_right(later, values);
     row.set(tile, values);
   }
 }
 
-// give(tile, vector): eight elements of y, where those of x had been loaded.
-template <class T, int tiles, class Give>
+// give(tile, values): the elements of y where those of x had been loaded, at indices as above.
+template <int tiles, class Give>
 DEVICE void transform_back(const WarpRow<tiles>& row, const Signs<BFloat16>& signs, Give give) {
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
@@ -152,60 +190,102 @@ DEVICE void transform_back(const WarpRow<tiles>& row, const Signs<BFloat16>& sig
     row.get(tile, values);
     multiply_left(signs, values);
     multiply_right(signs, values);
-    give(tile, make_uint4(pack(T{}, values[0].x, values[0].y), pack(T{}, values[1].x, values[1].y),
-                          pack(T{}, values[0].z, values[0].w), pack(T{}, values[1].z, values[1].w)));
+    give(tile, values);
+  }
+}
+
+DEVICE float sum_of_squares(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
+
+DEVICE float sum_over_warp(float v) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
+}
+
+// The row over its root mean square, times the norm's weight.
+template <class T, int tiles>
+DEVICE void store_normed(const WarpRow<tiles>& row, float squares, float eps, const float* weights, char* normed, int lane) {
+  const float inverse = 1.0f / sqrtf(sum_over_warp(squares) / (tiles * kWarpTile) + eps);
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile) {
+    float4 v[2];
+    row.get(tile, v);
+    const float* const at = weights + kWarpTile * tile + 4 * lane;
+    const float4 low = read4(at), high = read4(at + 128);
+    v[0].x *= inverse * low.x, v[0].y *= inverse * low.y, v[1].x *= inverse * low.z, v[1].y *= inverse * low.w;
+    v[0].z *= inverse * high.x, v[0].w *= inverse * high.y, v[1].z *= inverse * high.z, v[1].w *= inverse * high.w;
+    store16(normed + 2 * kWarpTile * tile, packed<T>(v));
   }
 }
 
 // Warps stay and go from row to row; blockIdx.y is a diagonal block of H. While one row is worked on, the next one comes
 // into the warp's part of shared memory, where every thread reads what it has copied itself: no barrier.
-template <class T, int tiles>
+template <class T, int tiles, bool fused>
 __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows(const PatchRows call) {
-  constexpr int n = tiles * kWarpTile;
+  constexpr int n = tiles * kWarpTile, tables = fused ? 2 : 1, row_bytes = fused ? 4 * n : 2 * n;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int element = static_cast<int>(blockIdx.y) * n;
+  const int element = static_cast<int>(blockIdx.y) * n, own = 2 * element + 16 * lane;
   float* const scales = shared_memory();
-  char* const x = reinterpret_cast<char*>(scales + n) + 2 * n * warp + 16 * lane;
+  char* const x = reinterpret_cast<char*>(scales + tables * n) + row_bytes * warp + 16 * lane;
   const Signs<T> first(lane);
   const Signs<BFloat16> later(lane);
-  const auto fetch = [&](int index) {
-    const char* const from = call.x + index * call.x_stride + 2 * element + 16 * lane;
+  const auto copy_row = [&](char* to, const char* from) {
 #pragma unroll
-    for (int tile = 0; tile < tiles; ++tile) copy16(x + 2 * kWarpTile * tile, from + 2 * kWarpTile * tile);
+    for (int tile = 0; tile < tiles; ++tile) copy16(to + 2 * kWarpTile * tile, from + 2 * kWarpTile * tile);
+  };
+  const auto fetch = [&](int index) {
+    copy_row(x, call.x + index * call.x_stride + own);
+    if constexpr (fused) copy_row(x + 2 * n, call.residual + index * call.residual_stride + own);
   };
 
   const int rows = static_cast<int>(call.rows), step = gridDim.x * call.rows_together;
   int index = warp * gridDim.x + blockIdx.x;
   if (index < rows) fetch(index);
   fill_scales<tiles>(call.scale, element, scales);
+  if constexpr (fused) fill_weights<tiles>(call.norm_weight, scales + n);
   __syncthreads();
   for (; index < rows; index += step) {
     WarpRow<tiles> row;
     wait_for_copies();
-    transform_there<T>(x, first, later, row);
+    transform_there<T, tiles, fused>(x, first, later, row);
     if (index + step < rows) fetch(index + step);
     scale_across(row, scales, lane);
-    char* const y = call.y + index * call.y_stride + 2 * element + 16 * lane;
-    transform_back<T>(row, later, [&](int tile, uint4 vector) { store16(y + 2 * kWarpTile * tile, vector); });
+    char* const y = call.y + index * call.y_stride + own;
+    float squares = 0;
+    transform_back(row, later, [&](int tile, const float4(&values)[2]) {
+      store16(y + 2 * kWarpTile * tile, packed<T>(values));
+      if constexpr (fused) {
+        squares += sum_of_squares(values[0]) + sum_of_squares(values[1]);
+        row.set(tile, values);
+      }
+    });
+    if constexpr (fused)
+      store_normed<T>(row, squares, call.eps, scales + n, call.normed + index * call.normed_stride + own, lane);
   }
 }
 
 // --- which kernel ---
 
-template <class T, class Run>
+template <class T, bool fused, class Run>
 void with_warp_kernel_of(int n, Run run) {
   switch (n) {
-    case 1024: return run(patch_warp_rows<T, 4>);
-    case 2048: return run(patch_warp_rows<T, 8>);
-    case 4096: return run(patch_warp_rows<T, 16>);
+    case 1024: return run(patch_warp_rows<T, 4, fused>);
+    case 2048: return run(patch_warp_rows<T, 8, fused>);
+    case 4096: return run(patch_warp_rows<T, 16, fused>);
   }
+}
+
+template <class T, class Run>
+void with_warp_kernel_of(const PatchRows& call, Run run) {
+  const int n = call.shape.m << call.shape.k;
+  if (call.fused) return with_warp_kernel_of<T, true>(n, run);
+  with_warp_kernel_of<T, false>(n, run);
 }
 
 template <class Run>
 void with_warp_kernel(const PatchRows& call, Run run) {
-  const int n = call.shape.m << call.shape.k;
-  if (call.in == Dtype::float16) return with_warp_kernel_of<Half>(n, run);
-  with_warp_kernel_of<BFloat16>(n, run);
+  if (call.in == Dtype::float16) return with_warp_kernel_of<Half>(call, run);
+  with_warp_kernel_of<BFloat16>(call, run);
 }
 
 }  // namespace linearpatch::cuda
