@@ -2,7 +2,7 @@
 //
 //   gpu_plan KERNEL m inner blocks has_program dtype turns processors shared_per_block shared_per_processor
 //
-// prints: fixed m k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
+// prints: fixed, warp_rows, m, k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
 // of the kernel's parameter. Every block takes `turns` turns of the loop over rows. Tensor number i of the list below lies
 // at (i + 1) << 40.
 #include <cstdio>
@@ -26,9 +26,9 @@ T* place(Tensor tensor) {
 template <class Call>
 int print(const Call& call, const Launch& launch) {
   if (!launch.possible) return 1;
-  std::printf("%d %d %d %d %d %d %lld %d %lld\n", launch.fixed, call.signs_there ? 0 : call.shape.m, call.shape.k, launch.blocks,
-              launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes), call.rows_together,
-              static_cast<long long>(call.rows));
+  std::printf("%d %d %d %d %d %d %d %lld %d %lld\n", launch.fixed, launch.warp_rows, call.signs_there ? 0 : call.shape.m,
+              call.shape.k, launch.blocks, launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes),
+              call.rows_together, static_cast<long long>(call.rows));
   const auto* bytes = reinterpret_cast<const unsigned char*>(&call);
   for (size_t i = 0; i < sizeof call; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");

@@ -188,7 +188,7 @@ def test_a_warp_has_a_row_and_its_norm(emulator: Emulator, d: int, schedule: str
 @pytest.mark.parametrize("fused", [False, True], ids=["patch", "norm"])
 @pytest.mark.parametrize("d", WARP_ROWS)
 def test_few_rows_are_for_many_threads(emulator: Emulator, d: int, fused: bool) -> None:
-    """A warp gets a row to itself where each that the GPU holds has two: with fewer it is the time of one that counts."""
+    """A warp gets a row to itself where each that the GPU holds has two: with fewer the time of one row counts."""
     warps = {1024: 24, 2048: 16, 4096: 8}[d]
     x, v = torch.randn(4 * warps, d).bfloat16(), torch.randn(d)
     for processors in (1, 2):
