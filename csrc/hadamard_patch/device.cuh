@@ -57,12 +57,17 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
 #define LINEARPATCH_PTX(...) __trap()  // not before compute capability 8.0
 #endif
 
-// 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited.
+// 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited: for all
+// of its groups but the last `later`.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
   const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   LINEARPATCH_PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() { LINEARPATCH_PTX("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void end_group_of_copies() { LINEARPATCH_PTX("cp.async.commit_group;" ::: "memory"); }
+template <int later>
+__device__ __forceinline__ void wait_for_copies() {
+  LINEARPATCH_PTX("cp.async.wait_group %0;" ::"n"(later) : "memory");
+}
 
 // Rounded to a finite number, unless they are NaN.
 __device__ __forceinline__ uint32_t pack_finite(BFloat16, float low, float high) {

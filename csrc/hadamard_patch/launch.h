@@ -180,8 +180,9 @@ inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shar
   return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
 }
 
-// What a warp's row takes in shared memory: x in 16 bits, and the residual; beside the rows the scale, and the norm's weight.
-inline int64_t warp_row_bytes(const PatchRows& call, int n) { return (call.fused ? 4 : 2) * n; }
+// Shared memory for a warp: two rows of x, or one and one of the residual; and for all of a block: the scale, and the
+// norm's weight.
+inline int64_t warp_row_bytes(int n) { return 4 * n; }
 inline int64_t warp_table_bytes(const PatchRows& call, int n) { return (call.fused ? 8 : 4) * n; }
 
 // One block a processor. With less than two rows for every warp, what a warp takes for one of them counts, and many threads
@@ -189,14 +190,14 @@ inline int64_t warp_table_bytes(const PatchRows& call, int n) { return (call.fus
 inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
   const int n = call.shape.m << call.shape.k;
   if (!device.matrix_products || !has_warp_kernel(call.shape.m, call.shape.k, call.in) || call.in != call.out) return false;
-  const int64_t tables = warp_table_bytes(call, n), room = (device.shared_per_block - tables) / warp_row_bytes(call, n);
+  const int64_t tables = warp_table_bytes(call, n), room = (device.shared_per_block - tables) / warp_row_bytes(n);
   const int64_t warps = std::min<int64_t>(room, most_warp_rows(n / kWarpTile));
   launch.warp_rows = !call.channels && warps > 0 && call.rows >= 2 * warps * device.processors && call.rows <= kMostWarpRows;
   if (!launch.warp_rows) return false;
   launch.fixed = call.scale_in_shared = true;
   call.rows_together = static_cast<int>(warps);
   launch.threads = 32 * call.rows_together;
-  launch.shared_bytes = tables + warps * warp_row_bytes(call, n);
+  launch.shared_bytes = tables + warps * warp_row_bytes(n);
   launch.blocks = device.processors;
   return true;
 }

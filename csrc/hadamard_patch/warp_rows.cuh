@@ -218,11 +218,12 @@ DEVICE void store_normed(const WarpRow<tiles>& row, float squares, float eps, co
   }
 }
 
-// Warps stay and go from row to row; blockIdx.y is a diagonal block of H. While one row is worked on, the next one comes
-// into the warp's part of shared memory, where every thread reads what it has copied itself: no barrier.
+// Warps stay and go from row to row; blockIdx.y is a diagonal block of H. While one row is worked on, the next two come into
+// the warp's part of shared memory, where every thread reads what it has copied itself: no barrier. Two, so that the memory
+// has something to do while all warps are busy with what has come; where there is a residual, there is room for one.
 template <class T, int tiles, bool fused>
 __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows(const PatchRows call) {
-  constexpr int n = tiles * kWarpTile, tables = fused ? 2 : 1, row_bytes = fused ? 4 * n : 2 * n;
+  constexpr int n = tiles * kWarpTile, tables = fused ? 2 : 1, row_bytes = 4 * n, ahead = fused ? 1 : 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int element = static_cast<int>(blockIdx.y) * n, own = 2 * element + 16 * lane;
   float* const scales = shared_memory();
@@ -233,22 +234,27 @@ __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) copy16(to + 2 * kWarpTile * tile, from + 2 * kWarpTile * tile);
   };
-  const auto fetch = [&](int index) {
-    copy_row(x, call.x + index * call.x_stride + own);
-    if constexpr (fused) copy_row(x + 2 * n, call.residual + index * call.residual_stride + own);
+  const int rows = static_cast<int>(call.rows), step = gridDim.x * call.rows_together;
+  const auto fetch = [&](int index, char* to) {
+    if (index < rows) {
+      copy_row(to, call.x + index * call.x_stride + own);
+      if constexpr (fused) copy_row(to + 2 * n, call.residual + index * call.residual_stride + own);
+    }
+    end_group_of_copies();
   };
 
-  const int rows = static_cast<int>(call.rows), step = gridDim.x * call.rows_together;
-  int index = warp * gridDim.x + blockIdx.x;
-  if (index < rows) fetch(index);
+  int index = warp * gridDim.x + blockIdx.x, place = 0;
+#pragma unroll
+  for (int i = 0; i < ahead; ++i) fetch(index + i * step, x + 2 * n * i);
   fill_scales<tiles>(call.scale, element, scales);
   if constexpr (fused) fill_weights<tiles>(call.norm_weight, scales + n);
   __syncthreads();
   for (; index < rows; index += step) {
     WarpRow<tiles> row;
-    wait_for_copies();
-    transform_there<T, tiles, fused>(x, first, later, row);
-    if (index + step < rows) fetch(index + step);
+    wait_for_copies<ahead - 1>();
+    transform_there<T, tiles, fused>(x + 2 * n * place, first, later, row);
+    fetch(index + ahead * step, x + 2 * n * place);
+    place = ahead - 1 - place;
     scale_across(row, scales, lane);
     char* const y = call.y + index * call.y_stride + own;
     float squares = 0;

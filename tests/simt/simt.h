@@ -95,7 +95,8 @@ struct Thread {
   int lanes = 0;
   uint32_t factors[6] = {};  // of a product
   float sums[4] = {};
-  std::vector<std::pair<void*, const void*>> copies;  // that it has asked for, and that may be under way
+  // What it has asked for and may be under way, in groups; the last one is not ended.
+  std::vector<std::vector<std::pair<void*, const void*>>> copies{1};
   int64_t accesses = 0;
 };
 
@@ -392,7 +393,8 @@ inline bool release_block() {
 
 inline void enter() {
   machine.body(machine.argument);
-  if (!machine.threads[machine.running].copies.empty()) fault("copies that nothing has waited for");
+  for (const auto& group : machine.threads[machine.running].copies)
+    if (!group.empty()) fault("copies that nothing has waited for");
   leave(State::ended, 0);
 }
 
@@ -418,7 +420,7 @@ inline void run_block(int threads, int64_t shared_bytes) {
     thread.warp_barriers = thread.named_barriers = 0;
     thread.name = -1;
     thread.accesses = 0;
-    thread.copies.clear();
+    thread.copies.assign(1, {});
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = stack;
@@ -535,11 +537,15 @@ uint32_t pack(T type, float low, float high) {
   return narrowed(type, low) | static_cast<uint32_t>(narrowed(type, high)) << 16;
 }
 
-inline void copy16(void* to, const void* from) { simt::machine.threads[simt::machine.running].copies.emplace_back(to, from); }
-inline void wait_for_copies() {
-  auto& copies = simt::machine.threads[simt::machine.running].copies;
-  for (const auto& [to, from] : copies) simt::put(to, simt::get<uint4>(from));
-  copies.clear();
+inline void copy16(void* to, const void* from) {
+  simt::machine.threads[simt::machine.running].copies.back().emplace_back(to, from);
+}
+inline void end_group_of_copies() { simt::machine.threads[simt::machine.running].copies.emplace_back(); }
+template <int later>
+void wait_for_copies() {
+  auto& groups = simt::machine.threads[simt::machine.running].copies;
+  for (; groups.size() > later + 1; groups.erase(groups.begin()))
+    for (const auto& [to, from] : groups.front()) simt::put(to, simt::get<uint4>(from));
 }
 
 inline uint32_t pack_finite(BFloat16 type, float low, float high) {

@@ -93,7 +93,8 @@ MUTATIONS = {
         "of y never written",
     ),
     "a mask of half a warp": ("patch.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "shuffle"),
-    "a row before it has come": ("warp_rows.cuh", "    wait_for_copies();\n", "", "read before it was written"),
+    "a row before it has come": ("warp_rows.cuh", "    wait_for_copies<ahead - 1>();\n", "", "read before it was written"),
+    "a row too early": ("warp_rows.cuh", "<ahead - 1>", "<ahead>", "read before it was written"),
     "one place for two rows": ("warp_rows.cuh", "+ row_bytes * warp + 16 * lane;", "+ 16 * lane;", "race: shared word"),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
@@ -126,7 +127,7 @@ for d in (2048, 576):
     operators.add_patch_rms_norm(x, x, v, v, 1e-3, None, None, None, None)
     operators.hadamard_patch(x.bfloat16(), v, None, None, None, None)
     said += emulator.faults()
-emulator.configure("random", gpu=(1, 8 * 2048, 0))  # two warps, which have a row each
+emulator.configure("random", gpu=(1, 12 * 2048, 0))  # two warps, which have a row each
 operators.hadamard_patch(torch.randn(5, 2048).bfloat16(), torch.randn(2048), None, None, None, None)
 said += emulator.faults()
 print(*said, sep="\\n")

@@ -118,8 +118,8 @@ WARP_ROWS = [1024, 2048, 4096]
 
 
 def gpu_of_warps(warps: int, d: int, *, fused: bool) -> tuple[int, int, int]:
-    """One processor, whose shared memory has room for the tables of a width and for so many warps with a row."""
-    return (1, (8 if fused else 4) * d + warps * (4 if fused else 2) * d, 0)
+    """One processor, whose shared memory has room for the tables of a width and for so many warps with rows."""
+    return (1, (8 if fused else 4) * d + warps * 4 * d, 0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
