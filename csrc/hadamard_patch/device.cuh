@@ -60,7 +60,7 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
 // 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited: for all
 // of its groups but the last `later`.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
-  const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  [[maybe_unused]] const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   LINEARPATCH_PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
 __device__ __forceinline__ void end_group_of_copies() { LINEARPATCH_PTX("cp.async.commit_group;" ::: "memory"); }
