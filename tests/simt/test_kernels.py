@@ -303,7 +303,7 @@ def test_what_does_not_fit_the_device_goes_to_the_reference(emulator: Emulator) 
 
 
 def test_a_table_is_not_made_while_a_graph_is_captured(emulator: Emulator) -> None:
-    """H of order 180 has no program; that of 36 has one, and nothing to be copied. No other test has the first width."""
+    """H of order 180 has no program; that of 36 has one, and nothing to be copied. No other test has 1440."""
     for d, has_table in ((1440, True), (576, False)):
         x, operands = torch.randn(2, d), (torch.randn(d), None, None, None, None)
         emulator.configure(capturing=True)
