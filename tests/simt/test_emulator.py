@@ -93,7 +93,12 @@ MUTATIONS = {
         "of y never written",
     ),
     "a mask of half a warp": ("patch.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "shuffle"),
-    "a row before it has come": ("warp_rows.cuh", "    wait_for_copies<ahead - 1>();\n", "", "read before it was written"),
+    "a row before it has come": (
+        "warp_rows.cuh",
+        "    wait_for_copies<ahead - 1>();\n",
+        "",
+        "read before it was written",
+    ),
     "a row too early": ("warp_rows.cuh", "<ahead - 1>", "<ahead>", "read before it was written"),
     "one place for two rows": ("warp_rows.cuh", "+ row_bytes * warp + 16 * lane;", "+ 16 * lane;", "race: shared word"),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
