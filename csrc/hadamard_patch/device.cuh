@@ -57,8 +57,8 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
 #define LINEARPATCH_PTX(...) __trap()  // not before compute capability 8.0
 #endif
 
-// 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited: for all
-// of its groups but the last `later`.
+// 16 bytes from global to shared memory. They are there for the thread that asked for them, after it has waited: for
+// all of its groups but the last `later`.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
   [[maybe_unused]] const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   LINEARPATCH_PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
@@ -76,10 +76,10 @@ __device__ __forceinline__ uint32_t pack_finite(BFloat16, float low, float high)
   return bits;
 }
 
-// The warp's product A B + c of a 16 x 16 and a 16 x 8 matrix of 16-bit numbers, in float32. A thread has the elements
-// that PTX gives it in mma.m16n8k16: with g = lane / 4 and q = 2 (lane % 4), a pair of columns q, q + 1 in each word of a,
-// at rows g, g + 8, g, g + 8, the last two words eight columns on; a pair of rows q, q + 1 and q + 8, q + 9 of column g in
-// b; and of c columns q, q + 1 of rows g and g + 8.
+// The warp's product A B + c of a 16 x 16 and a 16 x 8 matrix of 16-bit numbers, in float32. A thread has the
+// elements that PTX gives it in mma.m16n8k16: with g = lane / 4 and q = 2 (lane % 4), a pair of columns q, q + 1 in
+// each word of a, at rows g, g + 8, g, g + 8, the last two words eight columns on; a pair of rows q, q + 1 and q + 8,
+// q + 9 of column g in b; and of c columns q, q + 1 of rows g and g + 8.
 #define LINEARPATCH_MULTIPLY_ADD(types)                                        \
   LINEARPATCH_PTX("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 "       \
                   "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"      \
