@@ -141,6 +141,7 @@ class Plan:
     """``parameter`` is the kernel's only one; ``rows`` are those of the whole call."""
 
     fixed: bool
+    warp_rows: bool
     order: int
     log2_inner: int
     blocks: int
@@ -153,6 +154,8 @@ class Plan:
 
     @property
     def source(self) -> str:
+        if self.warp_rows:
+            return "cuda_warp_rows"
         return "cuda_staged" if not self.fixed else "cuda_powers" if self.order == 1 else "cuda_factors"
 
 
@@ -181,5 +184,5 @@ def launch_plan(
     if ran.returncode:
         raise ValueError(f"{kernel}: no CUDA kernel for a row of {order} x {inner}")
     first, parameter = ran.stdout.split("\n")[:2]
-    fixed, *numbers = (int(number) for number in first.split())
-    return Plan(bool(fixed), *numbers, parameter=bytes.fromhex(parameter))
+    fixed, warp_rows, *numbers = (int(number) for number in first.split())
+    return Plan(bool(fixed), bool(warp_rows), *numbers, parameter=bytes.fromhex(parameter))

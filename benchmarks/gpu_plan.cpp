@@ -2,7 +2,7 @@
 //
 //   gpu_plan KERNEL m inner blocks has_program dtype turns processors shared_per_block shared_per_processor
 //
-// prints: fixed m k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
+// prints: fixed, warp_rows, m, k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
 // of the kernel's parameter. Every block takes `turns` turns of the loop over rows. Tensor number i of the list below lies
 // at (i + 1) << 40.
 #include <cstdio>
@@ -26,9 +26,9 @@ T* place(Tensor tensor) {
 template <class Call>
 int print(const Call& call, const Launch& launch) {
   if (!launch.possible) return 1;
-  std::printf("%d %d %d %d %d %d %lld %d %lld\n", launch.fixed, call.signs_there ? 0 : call.shape.m, call.shape.k, launch.blocks,
-              launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes), call.rows_together,
-              static_cast<long long>(call.rows));
+  std::printf("%d %d %d %d %d %d %d %lld %d %lld\n", launch.fixed, launch.warp_rows, call.signs_there ? 0 : call.shape.m,
+              call.shape.k, launch.blocks, launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes),
+              call.rows_together, static_cast<long long>(call.rows));
   const auto* bytes = reinterpret_cast<const unsigned char*>(&call);
   for (size_t i = 0; i < sizeof call; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");
@@ -61,7 +61,7 @@ int main(int count, char** arguments) {
     call.x = place<const char>(x), call.grad = place<const char>(grad), call.dx = place<char>(dx);
     call.x_stride = call.grad_stride = call.dx_stride = stride;
     call.in = call.out = dtype;
-    call.scale = place<const float>(scale);
+    call.scale = {place<const char>(scale), Dtype::float32};
     call.scale_sums = place<float>(scale_sums);
     call.signs_there = call.signs_back = table;
     return print_with_turns(call, number(7), [&] { return plan_gradients(call, width, 1, device); });
@@ -70,13 +70,13 @@ int main(int count, char** arguments) {
   call.x = place<const char>(x), call.y = place<char>(y);
   call.x_stride = call.y_stride = stride;
   call.in = call.out = dtype;
-  call.scale = place<const float>(scale);
+  call.scale = {place<const char>(scale), Dtype::float32};
   call.signs_there = call.signs_back = table;
   if (!std::strcmp(kernel, "add_patch_rms_norm")) {
     call.fused = true;
     call.residual = place<const char>(residual), call.normed = place<char>(normed);
     call.residual_stride = call.normed_stride = stride;
-    call.norm_weight = place<const float>(weight);
+    call.norm_weight = {place<const char>(weight), Dtype::float32};
     call.eps = 1e-5f;
   }
   return print_with_turns(call, number(7), [&] { return plan_patch(call, width, device); });

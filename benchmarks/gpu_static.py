@@ -296,9 +296,13 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
             device=(machine.multiprocessors, *machine.shared),
         )
         source = "cuda_gradients" if kernel == "hadamard_patch_backward" else plan.source
-        if plan.fixed:
-            element = {"float32": "KnownIfE", "float16": "4HalfE", "bfloat16": "8BFloat16E"}[dtype]
-            wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element)
+        element = {"float32": "KnownIfE", "float16": "4HalfE", "bfloat16": "8BFloat16E"}[dtype]
+        wanted: tuple[str, ...]
+        if plan.warp_rows:
+            fused = "Lb1E" if kernel == "add_patch_rms_norm" else "Lb0E"
+            wanted = ("patch_warp_rows", f"{element}Li{(plan.order << plan.log2_inner) // 256}E{fused}")
+        elif plan.fixed:
+            wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element, "Lb0E")  # without channel scales
         else:
             wanted = (f"StagedILi{plan.order}E",)
         programs = gpu_build.programs(source, number)

@@ -126,12 +126,13 @@ def _written(instruction: Instruction) -> list[tuple[str, int]]:
     """The registers and predicates (P) that an operation leaves its results in."""
     kind, *modifiers = instruction.opcode.split(".")
     wide = {"WIDE", "64"} & {*modifiers} or modifiers[:1] == ["F64"] or kind in ("DADD", "FADD2", "FMUL2", "FFMA2")
+    length = 4 if kind == "HMMA" else 2 if wide else 1  # a product's sums are float32
     keys = []
     for i, name in enumerate(instruction.parts[:2]):
         if re.fullmatch(r"P\d", name):
             keys.append(("P", int(name[1:])))
         elif (i == 0 or keys or instruction.parts[0] == "PT") and (found := re.fullmatch(r"(U?R)(\d+)", name)):
-            keys += [(found[1], int(found[2]) + more) for more in range(2 if wide else 1)]
+            keys += [(found[1], int(found[2]) + more) for more in range(length)]
             break
     return keys
 
@@ -302,7 +303,8 @@ class Warp:
             return True
         target = operands[-1].strip("`()")
         for condition in operands[:-1]:
-            given = self.predicate(condition) if condition[0] != "~" else FALSE  # BRA.DIV ~URZ: who is missing? Nobody
+            # BRA.DIV ~URZ, or a mask: who is missing? Nobody.
+            given = self.predicate(condition) if condition[0] != "~" and condition[:2] != "UR" else FALSE
             guard = None if guard is None or given is None else guard & given
         if guard is None:
             guard = FALSE if self.program.is_rare(target) else TRUE if self.program.is_rare_at(self.at) else None
@@ -357,7 +359,9 @@ class Warp:
         """The access by the memory that it reaches: a generic one may be one of shared memory."""
         bits = next((BITS[m] for m in modifiers if m in ("64", "128")), 32)
         load = kind in ("LD", "LDG", "LDS")
-        place = next(operand for operand in operands if "[" in operand)
+        *others, place = (operand for operand in operands if "[" in operand)
+        if kind == "LDGSTS":  # first to shared memory, as a store
+            self.memory("STS", [str(bits)], others, on)
         addresses = self.address(place, kind not in ("LDS", "STS"))
         if kind in ("LD", "ST") and (addresses[on] >> HIGH == SHARED_WINDOW).all():
             kind = "LDS" if load else "STS"
@@ -373,7 +377,8 @@ class Warp:
             )
             if name is None or (addresses[on] % (bits // 8)).any():
                 raise ValueError(f"not a place in a tensor: {first:#x}")
-            self.seen.moved[("" if load else "to ") + name] += int(on.sum()) * bits // 8
+            reads = load or kind == "LDGSTS"
+            self.seen.moved[("" if reads else "to ") + name] += int(on.sum()) * bits // 8
             kind = {"LD": "LDG", "ST": "STG"}.get(kind, kind)
         if load:
             for i in range(bits // 32):
@@ -405,10 +410,10 @@ class Warp:
 # Operations on floats, of which only the results' places matter, and those that leave nothing.
 OF_FLOATS = {
     *("FADD", "FFMA", "FADD2", "FMUL2", "FFMA2", "HADD2", "F2FP", "MUFU", "FCHK", "SHFL", "F2F", "DADD"),
-    *("HMUL2", "FMNMX"),
+    *("HMUL2", "FMNMX", "HMMA"),
 }
 OF_PAIRS = {"MOV", "LDC", "LDCU", "IADD", "IADD3", "SEL"}
-WITHOUT_RESULT = {"BAR", "NOP", "WARPSYNC", "BREAK", "DEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
+WITHOUT_RESULT = {"BAR", "NOP", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
 
 
 # --- operations on integers and predicates ---

@@ -98,14 +98,17 @@ void give_signs(Call& call, const Signs* signs) {
 
 bool on_vectors(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector == 0; }
 
-// v in float32, contiguous and aligned.
+// v contiguous, aligned, and of a type that the kernels read.
 Optional vector(const Optional& v) {
-  if (!v) return v;
-  const Tensor floats = torch::stable::contiguous(torch::stable::to(*v, ScalarType::Float));
-  return on_vectors(floats) ? floats : torch::stable::clone(floats);
+  if (!v || (kernel_dtype(*v) && v->is_contiguous() && on_vectors(*v))) return v;
+  const Tensor known = kernel_dtype(*v) ? *v : torch::stable::to(*v, ScalarType::Float);
+  const Tensor together = torch::stable::contiguous(known);
+  return on_vectors(together) ? together : torch::stable::clone(together);
 }
 
-const float* floats(const Optional& v) { return v ? static_cast<const float*>(v->const_data_ptr()) : nullptr; }
+Numbers numbers(const Optional& v) {
+  return v ? Numbers{static_cast<const char*>(v->const_data_ptr()), *kernel_dtype(*v)} : Numbers{};
+}
 
 // Bytes from row to row, if all leading dimensions have one stride in common and every row is made of whole vectors.
 std::optional<int64_t> row_stride(const Tensor& t) {
@@ -185,6 +188,7 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   call.rows = row_count(x);
   call.in = *kernel_dtype(x);
   call.out = *kernel_dtype(y);
+  call.channels = given.pre || given.post;
   call.fused = bool(normed);
   const Launch launch = plan_patch(call, width, place.device);
   if (!launch.possible) return false;
@@ -202,11 +206,12 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   }
   give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post), gain = vector(weight);
-  call.scale = floats(scale);
-  call.pre = floats(pre);
-  call.post = floats(post);
-  call.norm_weight = floats(gain);
-  const auto start = !launch.fixed ? launch_staged : call.shape.m == 1 ? launch_powers : launch_factors;
+  call.scale = numbers(scale);
+  call.pre = numbers(pre);
+  call.post = numbers(post);
+  call.norm_weight = numbers(gain);
+  const auto fixed = call.shape.m == 1 ? launch_powers : launch_factors;
+  const auto start = launch.warp_rows ? launch_warp_rows : launch.fixed ? fixed : launch_staged;
   check(start(call, launch, place.stream));
   return true;
 }
@@ -249,9 +254,9 @@ bool gradients_into(std::array<Tensor, 4>& results, const Tensor& grad, const Te
   }
   give_signs(call, signs_on(width, x, place));
   const Optional scale = vector(given.scale), pre = vector(given.pre), post = vector(given.post);
-  call.scale = floats(scale);
-  call.pre = floats(pre);
-  call.post = floats(post);
+  call.scale = numbers(scale);
+  call.pre = numbers(pre);
+  call.post = numbers(post);
   const int64_t parts = parts_of(launch, call);
   std::vector<std::pair<int, Tensor>> partial;
   float** const places[] = {nullptr, &call.scale_sums, &call.pre_sums, &call.post_sums};

@@ -14,7 +14,7 @@ Device device_limits(int index) {
     return value;
   };
   return {limit(cudaDevAttrMultiProcessorCount), limit(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+          limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor), limit(cudaDevAttrComputeCapabilityMajor) >= 8};
 }
 
 const char* make_current(int index) { return said(cudaSetDevice(index)); }

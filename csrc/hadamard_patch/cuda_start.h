@@ -26,6 +26,7 @@ struct Place {
 
 const char* launch_powers(const PatchRows&, const Launch&, void* stream);
 const char* launch_factors(const PatchRows&, const Launch&, void* stream);
+const char* launch_warp_rows(const PatchRows&, const Launch&, void* stream);
 const char* launch_staged(const PatchRows&, const Launch&, void* stream);
 const char* launch_gradients(const GradientRows&, const Launch&, void* stream);
 const char* launch_sum(const PartSums&, void* stream);

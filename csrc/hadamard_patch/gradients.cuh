@@ -42,17 +42,17 @@ struct Sums {
 
 // u and a come in as what their outer and inner stages made of x and dy, and go out scaled and on their way back.
 template <class Shape>
-DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, const float* scale, float norm,
+DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, const Scales<Shape>& scales,
                           const Sums<Shape>& sums, bool u_there, bool a_back, bool u_back, const GradientRows& call) {
   if constexpr (Shape::m == 0) {
     const auto as_it_is = [](int, float v) { return v; };
     if (u_there) multiply_by_table(shape, call.signs_there, u, spare, thread, as_it_is);
-    __syncthreads();
+    row_meets(shape);
     multiply_by_table(shape, call.signs_there, a, u, thread, as_it_is);
-    __syncthreads();
+    row_meets(shape);
     for (int i = thread; i < shape.size(); i += shape.threads) {
       const int p = swizzled(shape, i);
-      const float by = read(scale + i) * norm, of_a = read(u + p);
+      const float by = Any(scales.plain.dtype).one(scales.plain.data, scales.first + i) * scales.norm, of_a = read(u + p);
       if (u_there) {
         const float of_u = read(spare + p);
         if (sums) sums.add(i, of_a * of_u);
@@ -60,9 +60,9 @@ DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, 
       }
       write(u + p, of_a * by);
     }
-    __syncthreads();
+    row_meets(shape);
     if (a_back) multiply_by_table(shape, call.signs_back, u, a, thread, as_it_is);
-    __syncthreads();
+    row_meets(shape);
     if (u_back) multiply_by_table(shape, call.signs_back, spare, u, thread, as_it_is);
   } else {
     const Middle<Shape> middle{shape};
@@ -78,7 +78,6 @@ DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, 
 #pragma unroll
           for (int i = 0; i < count; ++i) sums.add(middle.start(unit) + middle.offset(i), of_a[i] * of_u[i]);
       }
-      const Scales<Shape> scales{nullptr, scale, norm};
       if (u_back) {
         scales.each(middle, unit, [&](int i, float by) { of_u[i] *= by; });
         middle.back(of_u);
@@ -112,11 +111,12 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     return Sums<Shape>{shape, call.sums_in_shared ? take() : parts + part + element, call.sums_in_shared};
   };
   const Sums<Shape> scale_sums = sums_in(call.scale_sums), pre_sums = sums_in(call.pre_sums), post_sums = sums_in(call.post_sums);
+  const Scales<Shape> scales{nullptr, call.scale, element, 1.0f / static_cast<float>(n)};
   const bool a_back = call.dx || call.pre_sums, u_back = call.post_sums, u_there = call.scale_sums || call.post_sums;
   scale_sums.clear(thread);
   pre_sums.clear(thread);
   post_sums.clear(thread);
-  __syncthreads();
+  row_meets(shape);
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * call.rows_together; first < call.rows;
        first += static_cast<int64_t>(gridDim.x) * call.rows_together) {
@@ -125,10 +125,8 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     const char* const x = call.x + index * call.x_stride;
     const char* const grad = call.grad + index * call.grad_stride;
     char* const dx = call.dx + index * call.dx_stride;
-    const auto load = [&](const char* row, int i, float* v) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] = 0;
-      if (there) in.load(row, element + i, v);
+    const auto fetch = [&](const auto& type, const char* row, const auto& tile) {
+      return there ? fetch_tile(type, row, tile, element) : Vectors<std::decay_t<decltype(tile)>::count>{};
     };
     // Both rows by the same instructions: they are many.
     const auto stages = [&](bool of_u, bool of_a, auto stage) {
@@ -138,41 +136,45 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     const auto inner_stages = [&](bool of_u, bool of_a) {
       if (shape.b) {
         stages(of_u, of_a, [&](bool first) { inner(shape, first ? u : a, thread); });
-        __syncthreads();
+        row_meets(shape);
       }
     };
 
     stages(u_there, true, [&](bool first) {
       const char* const of = first ? x : grad;
-      const float* const factors = first ? call.pre : call.post;
-      outer_there(shape, first ? u : a, thread, nullptr, [&](int i, float* v) {
-        load(of, i, v);
-        if (there && factors) multiply8(v, factors, element + i);
-      });
+      const Numbers factors = first ? call.pre : call.post;
+      outer_there(
+          shape, first ? u : a, thread, in, [&](const auto& type, const auto& tile) { return fetch(type, of, tile); },
+          [&](const auto& type, const auto& tile, const auto& vectors, float* v) {
+            type.each(vectors.raw, [&](int e, float value) { v[e] = value; });
+            if (there && factors.data) multiply_tile(factors, element, tile, v);
+          });
     });
-    __syncthreads();
+    row_meets(shape);
     inner_stages(u_there, true);
-    differentiate(shape, u, a, spare, thread, call.scale + element, 1.0f / static_cast<float>(n), scale_sums, u_there, a_back,
-                  u_back, call);
-    __syncthreads();
+    differentiate(shape, u, a, spare, thread, scales, scale_sums, u_there, a_back, u_back, call);
+    row_meets(shape);
     inner_stages(u_back, a_back);
     stages(u_back, a_back, [&](bool first) {
       const char* const with = first ? grad : x;
       const Sums<Shape> sums{shape, first ? post_sums.data : pre_sums.data, call.sums_in_shared};
-      outer_back(shape, first ? u : a, thread, nullptr, [&](int i, float* v) {
+      outer_back(shape, first ? u : a, thread, [&](const auto& tile, float* v) {
         if (!there) return;
         if (sums) {
-          float other[8];
-          load(with, i, other);
-          sums.add8(i, v, other);
+          float other[8 * std::decay_t<decltype(tile)>::count];
+          in.with([&](auto type) {
+            type.each(fetch(type, with, tile).raw, [&](int e, float value) { other[e] = value; });
+          });
+#pragma unroll
+          for (int h = 0; h < tile.count; ++h) sums.add8(tile.at(h), v + 8 * h, other + 8 * h);
         }
         if (first || !call.dx) return;
-        if (call.pre) multiply8(v, call.pre, element + i);
-        out.store(dx, element + i, v);
+        if (call.pre.data) multiply_tile(call.pre, element, tile, v);
+        store_tile(out, dx, tile, v, element);
       });
     });
   }
-  __syncthreads();
+  row_meets(shape);
   scale_sums.copy_to(call.scale_sums + part + element, thread);
   pre_sums.copy_to(call.pre_sums + part + element, thread);
   post_sums.copy_to(call.post_sums + part + element, thread);

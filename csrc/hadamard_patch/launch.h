@@ -18,6 +18,8 @@ constexpr int kWidest = 32768;           // elements of a row that is worked on
 constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
+constexpr int kMostWarpRows = 1 << 30;
+constexpr int kWarpTile = 256;             // elements of a tile of warp_rows.cuh: eight for each thread of a warp
 
 // A row of m 2^k elements, the bits of its outer and inner stages (stages.cuh), the threads that share it, and the floats
 // from row to row in shared memory.
@@ -28,18 +30,23 @@ struct RowShape {
 // Rows that share a warp keep out of each other's banks.
 constexpr int stride_of_rows(int elements, int threads) { return elements + (threads < 32 ? threads : 0); }
 
+// d numbers of a type, aligned to 16 bytes; or null.
+struct Numbers {
+  const char* data;
+  Dtype dtype;
+};
+
 struct PatchRows {
   bool fused;  // with a residual, which is added to x first, and the norm of y; else both are null
+  bool channels;  // whether pre or post is there
   const char* x;
   const char* residual;
   char* y;
   char* normed;
   int64_t rows, x_stride, residual_stride, y_stride, normed_stride;  // strides of a row in bytes
   Dtype in, out;                                                     // of x and residual, of y and normed
-  const float* scale;
-  const float* pre;          // or null
-  const float* post;         // or null
-  const float* norm_weight;  // with normed
+  Numbers scale, pre, post;
+  Numbers norm_weight;  // where fused
   float eps;
   RowShape shape;
   int rows_together;  // in one block of threads
@@ -54,9 +61,7 @@ struct GradientRows {
   char* dx;  // or null
   int64_t rows, x_stride, grad_stride, dx_stride;
   Dtype in, out;  // of x and grad, of dx
-  const float* scale;
-  const float* pre;
-  const float* post;
+  Numbers scale, pre, post;
   // Partial sums over rows, [parts, d] each, or null: of a u, b x and dy w (ops/hadamard_patch/reference.py), the first
   // without H's norm. Every row of threads has a part of its own.
   float* scale_sums;
@@ -81,13 +86,15 @@ struct PartSums {
 struct Device {
   int processors;
   int64_t shared_per_block, shared_per_processor;  // bytes
+  bool matrix_products = true;                     // multiply_add of device.cuh: compute capability 8.0 and newer
 };
 
 struct Launch {
   bool possible;
-  bool fixed;  // the kernel for this power of two, else the one for any width with this factor
+  bool fixed;  // the kernel for this width, else the one for any width with this factor
   int blocks, diagonal_blocks, threads;
   int64_t shared_bytes;
+  bool warp_rows = false;  // the kernel of warp_rows.cuh, which is a fixed one
 };
 
 // H_m, or its transpose, as multiply_by_table of stages.cuh wants it.
@@ -141,6 +148,14 @@ constexpr bool has_fixed_kernel(int m, int k, Dtype dtype) {
          (n == 576 || n == 896 || n == 1536 || n == 2560 || n == 3072 || n == 3584 || n == 5120);
 }
 
+// Widths whose rows a warp of its own works on, in 16 bits.
+constexpr bool has_warp_kernel(int m, int k, Dtype dtype) {
+  return dtype != Dtype::float32 && m == 1 && k >= 10 && k <= 12;
+}
+
+// Warps that a processor holds at a time: more need registers that a thread's part of a row takes.
+constexpr int most_warp_rows(int tiles) { return tiles <= 4 ? 24 : tiles <= 8 ? 16 : 8; }
+
 constexpr RowShape fixed_shape(int m, int k) {
   RowShape shape = staged_shape(m, k, true, false);
   if (m != 1) return shape;
@@ -165,6 +180,28 @@ inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shar
   return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
 }
 
+// Shared memory for a warp: two rows of x, or one and one of the residual; and for all of a block: the scale, and the
+// norm's weight.
+inline int64_t warp_row_bytes(int n) { return 4 * n; }
+inline int64_t warp_table_bytes(const PatchRows& call, int n) { return (call.fused ? 8 : 4) * n; }
+
+// One block a processor. With less than two rows for every warp, what a warp takes for one of them counts, and many threads
+// to a row are faster.
+inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
+  const int n = call.shape.m << call.shape.k;
+  if (!device.matrix_products || !has_warp_kernel(call.shape.m, call.shape.k, call.in) || call.in != call.out) return false;
+  const int64_t tables = warp_table_bytes(call, n), room = (device.shared_per_block - tables) / warp_row_bytes(n);
+  const int64_t warps = std::min<int64_t>(room, most_warp_rows(n / kWarpTile));
+  launch.warp_rows = !call.channels && warps > 0 && call.rows >= 2 * warps * device.processors && call.rows <= kMostWarpRows;
+  if (!launch.warp_rows) return false;
+  launch.fixed = call.scale_in_shared = true;
+  call.rows_together = static_cast<int>(warps);
+  launch.threads = 32 * call.rows_together;
+  launch.shared_bytes = tables + warps * warp_row_bytes(n);
+  launch.blocks = device.processors;
+  return true;
+}
+
 // Fills in the call's shape; `width` is that of a row, and its matrix.
 inline Launch plan_patch(PatchRows& call, const Width& width, const Device& device) {
   Launch launch{};
@@ -176,6 +213,8 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   const bool tabled = width.m != 1 && !width.has_program, few = call.rows < device.processors;
   launch.diagonal_blocks = static_cast<int>(width.blocks);
   const int m = static_cast<int>(width.m);
+  call.shape = {m, k, 0, 0, 0, 0};
+  if (plan_warp_rows(launch, call, device)) return launch;
   launch.fixed = !tabled && has_fixed_kernel(m, k, call.in) && !call.fused && !few && call.in == call.out;
   call.shape = launch.fixed ? fixed_shape(m, k) : staged_shape(m, k, width.has_program, few);
   const int64_t bytes_a_row = 4 * call.shape.stride * (tabled ? 2 : 1), besides = call.fused ? 4 * kMostThreads / 32 : 0;

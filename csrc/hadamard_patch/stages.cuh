@@ -12,8 +12,9 @@
 //   inner   the b bits; skipped for b = 0
 //   middle  H_m, or for m = 1 the middle bits; scale; H_m^T or the middle bits again
 //
-// So a row makes outer, inner, middle, inner, outer, and meets a barrier between two stages. The same thread has the same
-// tiles on the way back, so no barrier is needed between the end of one row and the beginning of the next.
+// So a row makes outer, inner, middle, inner, outer, and its threads meet between two stages, not those of other rows. The
+// same thread has the same tiles on the way back, so they need not meet between the end of one row and the beginning of
+// the next.
 #pragma once
 
 #include <type_traits>
@@ -58,6 +59,15 @@ struct Staged {
   DEVICE int order() const { return m ? m : order_; }
   DEVICE int size() const { return order() << k; }
 };
+
+// The threads of a row wait for each other; where several rows share a warp, for those of all of them.
+template <class Shape>
+DEVICE void row_meets(const Shape& shape) {
+  if (shape.threads <= 32)
+    __syncwarp();
+  else
+    some_meet(1 + threadIdx.x / shape.threads, shape.threads);
+}
 
 // f(Int<bits>) for a number of bits that may be known only at run time.
 template <int most, class Function>
@@ -154,23 +164,24 @@ DEVICE void multiply(float (&v)[m]) {
 
 // --- vectors of tensors ---
 
-// Eight consecutive elements.
-DEVICE void load8(float, const char* p, float* v) {
+// Eight consecutive elements as they lie in memory, the upper half only of float32.
+struct Raw {
+  uint4 low, high;
+};
+
+template <class Visit>
+DEVICE void unpack8(float, const Raw& raw, int first, Visit visit) {
+  const uint32_t words[] = {raw.low.x, raw.low.y, raw.low.z, raw.low.w, raw.high.x, raw.high.y, raw.high.z, raw.high.w};
 #pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const uint4 bits = load16(p + 4 * i);
-    v[i] = __uint_as_float(bits.x), v[i + 1] = __uint_as_float(bits.y);
-    v[i + 2] = __uint_as_float(bits.z), v[i + 3] = __uint_as_float(bits.w);
-  }
+  for (int i = 0; i < 8; ++i) visit(first + i, __uint_as_float(words[i]));
 }
-template <class T>
-DEVICE void load8(T type, const char* p, float* v) {
-  const uint4 bits = load16(p);
-  const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+template <class T, class Visit>
+DEVICE void unpack8(T type, const Raw& raw, int first, Visit visit) {
+  const uint32_t words[] = {raw.low.x, raw.low.y, raw.low.z, raw.low.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 two = unpack(type, words[i]);
-    v[2 * i] = two.x, v[2 * i + 1] = two.y;
+    visit(first + 2 * i, two.x), visit(first + 2 * i + 1, two.y);
   }
 }
 DEVICE void store8(float, char* p, const float* v) {
@@ -184,90 +195,179 @@ DEVICE void store8(T type, char* p, const float* v) {
   store16(p, make_uint4(pack(type, v[0], v[1]), pack(type, v[2], v[3]), pack(type, v[4], v[5]), pack(type, v[6], v[7])));
 }
 
-// The type of a tensor's elements where the compiler knows it, and where it doesn't: one kernel for all three then.
+// The type of a tensor's elements where the compiler knows it, and where it doesn't: one kernel for all three then. What
+// is done to several vectors is asked of `with`: a load behind a branch of its own waits for the load before it.
 template <class T>
 struct Known {
   static constexpr int bytes = sizeof(T) == 4 ? 4 : 2;
   DEVICE explicit Known(Dtype) {}
-  DEVICE void load(const char* row, int i, float* v) const { load8(T{}, row + i * bytes, v); }
+  DEVICE Raw fetch(const char* row, int i) const {
+    const char* const p = row + i * bytes;
+    Raw raw;
+    raw.low = load16(p);
+    if constexpr (bytes == 4) raw.high = load16(p + 16);
+    return raw;
+  }
+  template <class Function>
+  DEVICE void with(Function f) const { f(*this); }
+  // visit(i, element i of n vectors)
+  template <int n, class Visit>
+  DEVICE void each(const Raw (&raw)[n], Visit visit) const {
+#pragma unroll
+    for (int h = 0; h < n; ++h) unpack8(T{}, raw[h], 8 * h, visit);
+  }
+  DEVICE float one(const char* row, int i) const {
+    if constexpr (bytes == 4)
+      return read(reinterpret_cast<const float*>(row) + i);
+    else
+      return unpack(T{}, load2(row + i * bytes)).x;
+  }
+  DEVICE void load(const char* row, int i, float* v) const {
+    unpack8(T{}, fetch(row, i), 0, [&](int e, float value) { v[e] = value; });
+  }
   DEVICE void store(char* row, int i, const float* v) const { store8(T{}, row + i * bytes, v); }
 };
+
+template <class T>
+DEVICE void load8(T, const char* p, float* v) {
+  Known<T>(Dtype{}).load(p, 0, v);
+}
+
+// f(Known<...>) of a type.
+template <class Function>
+DEVICE void with_known_type(Dtype dtype, Function f) {
+  if (dtype == Dtype::float32) return f(Known<float>(dtype));
+  if (dtype == Dtype::float16) return f(Known<Half>(dtype));
+  f(Known<BFloat16>(dtype));
+}
+
 struct Any {
   Dtype dtype;
   DEVICE explicit Any(Dtype dtype) : dtype(dtype) {}
+  template <class Function>
+  DEVICE void with(Function f) const { with_known_type(dtype, f); }
+  DEVICE float one(const char* row, int i) const {
+    float v = 0;
+    with([&](auto type) { v = type.one(row, i); });
+    return v;
+  }
   DEVICE void load(const char* row, int i, float* v) const {
-    if (dtype == Dtype::float32) return load8(float{}, row + i * 4, v);
-    if (dtype == Dtype::float16) return load8(Half{}, row + i * 2, v);
-    load8(BFloat16{}, row + i * 2, v);
+    with([&](auto type) { type.load(row, i, v); });
   }
   DEVICE void store(char* row, int i, const float* v) const {
-    if (dtype == Dtype::float32) return store8(float{}, row + i * 4, v);
-    if (dtype == Dtype::float16) return store8(Half{}, row + i * 2, v);
-    store8(BFloat16{}, row + i * 2, v);
+    with([&](auto type) { type.store(row, i, v); });
   }
 };
 
-// v *= factors[i ...].
-DEVICE void multiply8(float* v, const float* factors, int i) {
-  float by[8];
-  load8(float{}, reinterpret_cast<const char*>(factors + i), by);
-#pragma unroll
-  for (int e = 0; e < 8; ++e) v[e] *= by[e];
-}
-
 // --- outer: between global memory and a row ---
 
-template <class Shape, int a, class Visit>
-DEVICE void each_outer_unit(const Shape& shape, int thread, Visit visit) {
-  each_unit(shape, shape.size() >> (3 + a), thread, [&](int unit) {
-    const int bits = shape.k - 3 - a;
-    visit(((unit >> bits) << shape.k) + ((unit & ((1 << bits) - 1)) << 3));
+// Vectors of eight that one thread has at a time: vector h begins at index at(h).
+template <int count_>
+struct Tile {
+  static constexpr int count = count_;
+  int start, step;
+  DEVICE int at(int h) const { return start + h * step; }
+};
+
+// v *= the factors of a tile, of which element `first` belongs to the row's first.
+template <int n>
+DEVICE void multiply_tile(const Numbers& factors, int first, const Tile<n>& tile, float* v) {
+  with_known_type(factors.dtype, [&](auto type) {
+#pragma unroll
+    for (int h = 0; h < n; ++h) {
+      float by[8];
+      type.load(factors.data, first + tile.at(h), by);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[8 * h + e] *= by[e];
+    }
   });
 }
 
-// load(i, v): eight values from index i on, which are multiplied by factors[i ...] if there are any.
-template <class Shape, class Load>
-DEVICE void outer_there(const Shape& shape, float* row, int thread, const float* factors, Load load) {
+// The vectors of a tile, of a row of `type` from its element `first` on.
+template <int n>
+struct Vectors {
+  Raw raw[n];
+};
+template <class Type, int n>
+DEVICE Vectors<n> fetch_tile(const Type& type, const char* row, const Tile<n>& tile, int first) {
+  Vectors<n> vectors;
+#pragma unroll
+  for (int h = 0; h < n; ++h) vectors.raw[h] = type.fetch(row, first + tile.at(h));
+  return vectors;
+}
+
+// To a row of `type`, from its element `first` on.
+template <class Type, int n>
+DEVICE void store_tile(const Type& type, char* row, const Tile<n>& tile, const float* v, int first) {
+  type.with([&](auto known) {
+#pragma unroll
+    for (int h = 0; h < n; ++h) known.store(row, first + tile.at(h), v + 8 * h);
+  });
+}
+
+template <int a, class Shape>
+DEVICE Tile<1 << a> outer_tile(const Shape& shape, int unit) {
+  const int bits = shape.k - 3 - a;
+  return {((unit >> bits) << shape.k) + ((unit & ((1 << bits) - 1)) << 3), 1 << (shape.k - a)};
+}
+
+// fetch(type, tile) has what unpack(type, tile, fetched, v) makes a tile's values v of. A shape that the compiler knows
+// fetches all of a thread's tiles before it unpacks one.
+template <class Shape, class Type, class Fetch, class Unpack>
+DEVICE void outer_there(const Shape& shape, float* row, int thread, const Type& type, Fetch fetch, Unpack unpack) {
   with_outer_bits(shape, [&](auto bits) {
-    constexpr int a = decltype(bits)::value;
-    each_outer_unit<Shape, a>(shape, thread, [&](int start) {
-      float v[8 << a];
-#pragma unroll
-      for (int h = 0; h < 1 << a; ++h) {
-        const int i = start + (h << (shape.k - a));
-        load(i, v + 8 * h);
-        if (factors) multiply8(v + 8 * h, factors, i);
-      }
+    constexpr int a = decltype(bits)::value, n = 1 << a;
+    const auto finish = [&](const Tile<n>& tile, auto& v) {
       butterflies<3 + a>(v);
-      const int from = swizzled(shape, start);
+      const int from = swizzled(shape, tile.start);
 #pragma unroll
-      for (int q = 0; q < 2 << a; ++q)
+      for (int q = 0; q < 2 * n; ++q)
         write4(row + place(from, swizzled(shape, (q & 1) * 4 + (q / 2 << (shape.k - a)))),
                make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]));
-    });
+    };
+    if constexpr (Shape::known) {
+      constexpr int units = Shape::size() >> (3 + a), turns = (units + Shape::threads - 1) / Shape::threads;
+      const auto each_turn = [&](auto act) {
+#pragma unroll
+        for (int turn = 0; turn < turns; ++turn) {
+          const int unit = thread + turn * Shape::threads;
+          if ((turn + 1) * Shape::threads <= units || unit < units) act(turn, outer_tile<a>(shape, unit));
+        }
+      };
+      decltype(fetch(type, Tile<n>{})) fetched[turns];
+      each_turn([&](int turn, const Tile<n>& tile) { fetched[turn] = fetch(type, tile); });
+      each_turn([&](int turn, const Tile<n>& tile) {
+        float v[8 * std::decay_t<decltype(tile)>::count];
+        unpack(type, tile, fetched[turn], v);
+        finish(tile, v);
+      });
+    } else {
+      each_unit(shape, shape.size() >> (3 + a), thread, [&](int unit) {
+        const auto tile = outer_tile<a>(shape, unit);
+        float v[8 * std::decay_t<decltype(tile)>::count];
+        type.with([&](const auto& known) { unpack(known, tile, fetch(known, tile), v); });
+        finish(tile, v);
+      });
+    }
   });
 }
 
-// give(i, v): eight values that belong at index i and after it, multiplied likewise.
+// give(tile, v): a tile's values.
 template <class Shape, class Give>
-DEVICE void outer_back(const Shape& shape, const float* row, int thread, const float* factors, Give give) {
+DEVICE void outer_back(const Shape& shape, const float* row, int thread, Give give) {
   with_outer_bits(shape, [&](auto bits) {
-    constexpr int a = decltype(bits)::value;
-    each_outer_unit<Shape, a>(shape, thread, [&](int start) {
-      float v[8 << a];
-      const int from = swizzled(shape, start);
+    constexpr int a = decltype(bits)::value, n = 1 << a;
+    each_unit(shape, shape.size() >> (3 + a), thread, [&](int unit) {
+      const auto tile = outer_tile<a>(shape, unit);
+      float v[8 * n];
+      const int from = swizzled(shape, tile.start);
 #pragma unroll
-      for (int q = 0; q < 2 << a; ++q) {
+      for (int q = 0; q < 2 * n; ++q) {
         const float4 four = read4(row + place(from, swizzled(shape, (q & 1) * 4 + (q / 2 << (shape.k - a)))));
         v[4 * q] = four.x, v[4 * q + 1] = four.y, v[4 * q + 2] = four.z, v[4 * q + 3] = four.w;
       }
       butterflies<3 + a>(v);
-#pragma unroll
-      for (int h = 0; h < 1 << a; ++h) {
-        const int i = start + (h << (shape.k - a));
-        if (factors) multiply8(v + 8 * h, factors, i);
-        give(i, v + 8 * h);
-      }
+      give(tile, v);
     });
   });
 }
@@ -342,7 +442,8 @@ struct Middle {
 template <class Shape>
 struct Scales {
   const float* quads;  // or null
-  const float* plain;
+  Numbers plain;
+  int first;  // the row's in `plain`
   float norm;
 
   template <class Visit>
@@ -355,21 +456,26 @@ struct Scales {
         visit(4 * q, four.x), visit(4 * q + 1, four.y), visit(4 * q + 2, four.z), visit(4 * q + 3, four.w);
       }
     } else {
-      const int start = middle.start(unit);
+      const int start = first + middle.start(unit);
+      float by[count];
+      with_known_type(plain.dtype, [&](auto type) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) visit(i, read(plain + start + middle.offset(i)) * norm);
+        for (int i = 0; i < count; ++i) by[i] = type.one(plain.data, start + middle.offset(i));
+      });
+#pragma unroll
+      for (int i = 0; i < count; ++i) visit(i, by[i] * norm);
     }
   }
 };
 
 // By all threads of the block; a barrier has to follow.
 template <class Shape>
-DEVICE void fill_quads(const Middle<Shape>& middle, const float* scale, float norm, float* quads) {
-  for (int i = 4 * threadIdx.x; i < middle.shape.size(); i += 4 * blockDim.x) {
-    const uint4 bits = load16(scale + i);
-    const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
+DEVICE void fill_quads(const Middle<Shape>& middle, const Scales<Shape>& scales, float* quads) {
+  for (int i = 8 * threadIdx.x; i < middle.shape.size(); i += 8 * blockDim.x) {
+    float v[8];
+    Any(scales.plain.dtype).load(scales.plain.data, scales.first + i, v);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) write(quads + middle.quad_place(i + e), __uint_as_float(words[e]) * norm);
+    for (int e = 0; e < 8; ++e) write(quads + middle.quad_place(i + e), v[e] * scales.norm);
   }
 }
 

@@ -165,6 +165,49 @@ def test_who_branches_off_comes_back_and_who_is_off_moves_nothing() -> None:
     assert seen.counts["BAR.SYNC.DEFER_BLOCKING"] == 1
 
 
+# Rows come to shared memory on their own, and a product leaves four sums.
+COPYING = """
+	.section	.nv.constant0.kernel,"a",@progbits
+	.zero		536
+	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   MOV R3, 0x100 ;
+        /*0020*/                   LEA R2, R0, c[0x0][0x210], 0x4 ;
+        /*0030*/                   SHF.L.U32 R6, R0, 0x4, RZ ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R6+0x200], desc[UR6][R2.64] ;
+        /*0050*/                   LDGDEPBAR ;
+        /*0060*/                   DEPBAR.LE SB0, 0x0 ;
+        /*0070*/                   LDS.128 R8, [R6+0x200] ;
+        /*0080*/                   MOV R13, 0x7 ;
+        /*0090*/                   HMMA.16816.F32.BF16 R12, R8, R4, RZ ;
+        /*00a0*/                   STG.E.128 desc[UR6][R2.64], R12 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_a_copy_to_shared_memory_is_a_load_and_a_store() -> None:
+    seen = ran(COPYING, 1)
+    assert seen.moved == {"x": 512, "to x": 512}
+    assert seen.wavefronts == 4 + 4
+    assert seen.counts["LDGSTS.E.BYPASS.128"] == seen.counts["HMMA.16816.F32.BF16"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[R6+0x200], desc", "[R6+0x1400], desc", "not a place in shared memory"),
+        ("[R2.64] ;\n        /*0050", "[R6.64] ;\n        /*0050", "not a place in a tensor"),
+        ("MOV R13, 0x7 ;", "MOV R13, 0x0 ;", "an address is not known"),
+    ],
+    ids=["shared", "tensor", "sums"],
+)
+def test_a_copy_or_a_product_gone_wrong_is_an_error(before: str, after: str, said: str) -> None:
+    text = COPYING.replace("STG.E.128 desc[UR6][R2.64]", "STS [R13]") if said.startswith("an address") else COPYING
+    assert text.count(before) == 1
+    with pytest.raises(ValueError, match=said):
+        ran(text.replace(before, after), 1)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [

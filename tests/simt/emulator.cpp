@@ -6,6 +6,7 @@
 
 #include "../../csrc/hadamard_patch/gradients.cuh"
 #include "../../csrc/hadamard_patch/patch.cuh"
+#include "../../csrc/hadamard_patch/warp_rows.cuh"
 
 #include "../../csrc/hadamard_patch/cuda.h"
 #include "../../csrc/hadamard_patch/cuda_start.h"
@@ -34,6 +35,10 @@ void watch_signs(const RowShape& shape, const uint32_t* there, const uint32_t* b
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
+void watch_vectors(std::initializer_list<Numbers> vectors, int64_t d) {
+  for (const Numbers& vector : vectors) simt::watch("a vector", vector.data, d * bytes_of(vector.dtype));
+}
+
 // Bytes from the first element of rows to their last.
 int64_t extent(int64_t rows, int64_t stride, int64_t length) { return rows ? (rows - 1) * stride + length : 0; }
 
@@ -55,7 +60,7 @@ const char* run_patch(const PatchRows& call, const Launch& launch, Choose with_k
   simt::watch("residual", call.residual, extent(call.rows, call.residual_stride, in));
   simt::watch("y", call.y, extent(call.rows, call.y_stride, out), true, in_place);
   simt::watch("normed", call.normed, extent(call.rows, call.normed_stride, out), true, false);
-  for (const float* vector : {call.scale, call.pre, call.post, call.norm_weight}) simt::watch("a vector", vector, d * 4);
+  watch_vectors({call.scale, call.pre, call.post, call.norm_weight}, d);
   watch_signs(call.shape, call.signs_there, call.signs_back);
   last_rows_together = call.rows_together;
   last_scale_in_shared = call.scale_in_shared;
@@ -82,6 +87,10 @@ const char* launch_factors(const PatchRows& call, const Launch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_factor_kernel(call, run); });
 }
 
+const char* launch_warp_rows(const PatchRows& call, const Launch& launch, void*) {
+  return run_patch(call, launch, [](const PatchRows& call, auto run) { with_warp_kernel(call, run); });
+}
+
 const char* launch_staged(const PatchRows& call, const Launch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_staged_kernel(call, run); });
 }
@@ -92,7 +101,7 @@ const char* launch_gradients(const GradientRows& call, const Launch& launch, voi
   simt::watch("x", call.x, extent(call.rows, call.x_stride, in));
   simt::watch("grad", call.grad, extent(call.rows, call.grad_stride, in));
   simt::watch("dx", call.dx, call.dx ? extent(call.rows, call.dx_stride, out) : 0, true, false);
-  for (const float* vector : {call.scale, call.pre, call.post}) simt::watch("a vector", vector, d * 4);
+  watch_vectors({call.scale, call.pre, call.post}, d);
   for (float* sums : {call.scale_sums, call.pre_sums, call.post_sums})
     simt::watch("partial sums", sums, parts * d * 4, true, false);
   watch_signs(call.shape, call.signs_there, call.signs_back);
@@ -126,7 +135,7 @@ VISIBLE void simt_configure(int schedule, unsigned seed, int count_wavefronts, i
   m.chance.seed(seed);
   m.count_wavefronts = count_wavefronts;
   m.faults.clear();
-  m.fault_count = m.barriers_met = m.shuffles = m.launches = 0;
+  m.fault_count = m.barriers_met = m.narrow_barriers_met = m.shuffles = m.products = m.launches = 0;
   m.wavefronts = {};
   linearpatch::cuda::device = {processors, shared_per_block, shared_per_processor};
   linearpatch::cuda::capturing = capturing;
@@ -143,8 +152,9 @@ VISIBLE const char* simt_faults() {
 VISIBLE void simt_counts(int64_t* counts) {
   const auto& m = simt::machine;
   const auto& last = linearpatch::cuda::last;
-  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.shuffles, m.wavefronts.counted, m.wavefronts.least,
-                              int64_t{last.fixed}, int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
+  for (const int64_t count : {m.launches, m.fault_count, m.barriers_met, m.narrow_barriers_met, m.shuffles, m.products,
+                              m.wavefronts.counted, m.wavefronts.least, int64_t{last.fixed}, int64_t{last.warp_rows},
+                              int64_t{last.blocks}, int64_t{last.threads}, last.shared_bytes,
                               int64_t{linearpatch::cuda::last_rows_together}, int64_t{linearpatch::cuda::last_scale_in_shared}})
     *counts++ = count;
 }

@@ -29,15 +29,21 @@ ONE_BLOCK = (1, 227 * KIB, 0)  # so that the few rows of a test are many turns o
 
 @dataclass(frozen=True)
 class Seen:
-    """Of all launches since `Emulator.configure`; from ``fixed`` on, of the last kernel that was not a sum of parts."""
+    """Of all launches since `Emulator.configure`; from ``fixed`` on, of the last kernel that was not a sum of parts.
+
+    ``barriers`` are those of whole blocks, ``narrow_barriers`` those of a warp or of some warps of a block.
+    """
 
     launches: int
     faults: int
     barriers: int
+    narrow_barriers: int
     shuffles: int
+    products: int
     wavefronts: int
     least_wavefronts: int
     fixed: bool
+    warp_rows: bool
     blocks: int
     threads: int
     shared_bytes: int
@@ -99,7 +105,7 @@ class Emulator:
         self.library.simt_configure(SCHEDULES[schedule], seed, count_wavefronts, *gpu, capturing)
 
     def seen(self) -> Seen:
-        counts = (ctypes.c_int64 * 12)()
+        counts = (ctypes.c_int64 * 15)()
         self.library.simt_counts(counts)
         return Seen(*counts)
 

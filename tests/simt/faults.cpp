@@ -11,7 +11,8 @@ struct Call {
 
 enum Fault { none, missing_barrier, divergent_barrier, ended_at_barrier, out_of_bounds_read, out_of_bounds_write,
              out_of_bounds_shared, unwritten_output, unwritten_shared, wrong_mask, mask_without_itself, mask_never_comes,
-             written_twice, written_by_two_blocks, misaligned, written_input, read_before_written };
+             written_twice, written_by_two_blocks, misaligned, written_input, read_before_written, missing_named,
+             named_never_comes, named_by_others };
 
 // out[i] = the sum of in[i], its mirror image in the block, and its neighbour in the warp.
 void kernel(const Call call) {
@@ -38,6 +39,13 @@ void kernel(const Call call) {
   if (is(read_before_written) && t == 9) v += 0 * read(call.out + i);
   write(call.out + (is(out_of_bounds_write) && t == n - 1 ? 2 * n : is(written_twice) && t == 2 ? i - 1
                     : is(written_by_two_blocks) ? t : i), v);
+  // Both warps meet; what the other one writes then may be read once they have met again.
+  some_meet(1, 64);
+  write(shared + t, v);
+  if (!is(missing_named)) {
+    if (!is(named_never_comes) || t < 32) some_meet(is(named_by_others) && t >= 32 ? 2 : 1, 64);
+  }
+  if (read(shared + (t ^ 32)) != read(shared + (t ^ 32))) write(call.out + i, v);
   if (is(misaligned) && t == 0) linearpatch::cuda::load16(call.in + 1);
 }
 

@@ -38,8 +38,10 @@
 
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
@@ -51,17 +53,13 @@ namespace simt {
 
 enum class Schedule { forward, reverse, random };
 
-// A moment in a block's life, as far as barriers order it: those of the block, and those of a thread's warp.
+// A moment in a block's life, as far as barriers order it: those of the block, those of a thread's warp, and those of the
+// threads that meet at a barrier with a number.
 struct Access {
-  int block = -1, thread = -1, barriers = 0, warp_barriers = 0;
+  int block = -1, thread = -1, barriers = 0, warp_barriers = 0, named_barriers = 0;
 
   // No barrier lies between them and they are not one thread's.
-  bool races_with(const Access& other) const {
-    if (thread < 0 || other.thread < 0) return false;
-    if (block != other.block) return true;
-    if (thread == other.thread || barriers != other.barriers) return false;
-    return thread / 32 != other.thread / 32 || warp_barriers == other.warp_barriers;
-  }
+  inline bool races_with(const Access& other) const;
 };
 
 // A word of memory, and who touched it last.
@@ -79,16 +77,26 @@ struct Buffer {
   std::vector<bool> written;
 };
 
-enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, ended };
+enum class State { ready, at_barrier, at_warp_barrier, at_named_barrier, at_exchange, ended };
+
+struct Thread;
+// What the threads of a warp that have come together make of what each has given; nothing else runs meanwhile.
+using Exchange = void (*)(Thread* warp, int threads);
 
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state = State::ready;
   int line = 0, warp_barriers = 0;
+  int name = -1, together = 0, named_barriers = 0;  // of the barrier that it meets some others at: always the same
   uint32_t mask = 0;
+  Exchange exchange = nullptr;
   float value = 0, received = 0;
   int lanes = 0;
+  uint32_t factors[6] = {};  // of a product
+  float sums[4] = {};
+  // What it has asked for and may be under way, in groups; the last one is not ended.
+  std::vector<std::vector<std::pair<void*, const void*>>> copies{1};
   int64_t accesses = 0;
 };
 
@@ -111,7 +119,7 @@ struct Machine {
   // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
   std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
   Wavefronts wavefronts;
-  int64_t barriers_met = 0, shuffles = 0, launches = 0;
+  int64_t barriers_met = 0, narrow_barriers_met = 0, shuffles = 0, products = 0, launches = 0;
   std::function<void()> after;  // the launch, before its buffers are forgotten
 
   void buffers_done() {
@@ -121,6 +129,15 @@ struct Machine {
   }
 };
 inline Machine machine;
+
+inline bool Access::races_with(const Access& other) const {
+  if (thread < 0 || other.thread < 0) return false;
+  if (block != other.block) return true;
+  if (thread == other.thread || barriers != other.barriers) return false;
+  const int name = machine.threads[thread].name;
+  if (name >= 0 && name == machine.threads[other.thread].name && named_barriers != other.named_barriers) return false;
+  return thread / 32 != other.thread / 32 || warp_barriers == other.warp_barriers;
+}
 
 inline void fault(const std::string& what) {
   if (++machine.fault_count <= 1000)
@@ -132,7 +149,7 @@ inline void fault(const std::string& what) {
 
 inline void note(Word& word, bool writes, const std::string& where) {
   const Thread& thread = machine.threads[machine.running];
-  const Access now{machine.block, machine.running, machine.barriers, thread.warp_barriers};
+  const Access now{machine.block, machine.running, machine.barriers, thread.warp_barriers, thread.named_barriers};
   if (now.races_with(word.write)) fault("race: " + where + (writes ? " written twice" : " read while it is written"));
   if (writes) {
     for (const Access& read : word.reads)
@@ -243,20 +260,63 @@ inline void leave(State state, int line) {
 inline void barrier(int line) { leave(State::at_barrier, line); }
 
 inline void warp_barrier(int line) {
-  machine.threads[machine.running].mask = 0xffffffffu;
+  Thread& self = machine.threads[machine.running];
+  self.mask = 0xffffffffu;
+  self.lanes = 0;
   leave(State::at_warp_barrier, line);
+}
+
+// Where `together` threads of a block meet, whole warps of them.
+inline void named_barrier(int line, int name, int together) {
+  Thread& self = machine.threads[machine.running];
+  if (name < 0 || name > 15) fault("barrier at line " + std::to_string(line) + ": a block has those from 0 to 15");
+  if (together % 32) fault("barrier at line " + std::to_string(line) + ": a part of a warp");
+  if (self.name >= 0 && self.name != name) fault("barrier at line " + std::to_string(line) + ": a thread that has met others before");
+  self.name = name;
+  self.together = together;
+  leave(State::at_named_barrier, line);
+}
+
+// Waits for the mask's threads of the warp, to do with them what they all came for.
+inline Thread& exchange(int line, uint32_t mask, const char* what, Exchange with) {
+  Thread& self = machine.threads[machine.running];
+  const int lane = machine.running % 32;
+  if (!(mask >> lane & 1)) fault(what + std::string(": a mask without the thread itself, line ") + std::to_string(line));
+  self.mask = mask;
+  self.exchange = with;
+  leave(State::at_exchange, line);
+  return self;
 }
 
 inline float shuffle_xor(int line, uint32_t mask, float value, int lanes) {
   Thread& self = machine.threads[machine.running];
-  const int lane = machine.running % 32;
-  if (!(mask >> lane & 1)) fault("shuffle: a mask without the thread itself, line " + std::to_string(line));
-  if (!(mask >> (lane ^ lanes) & 1)) fault("shuffle: from a thread that the mask lacks, line " + std::to_string(line));
-  self.mask = mask;
+  if (!(mask >> (machine.running % 32 ^ lanes) & 1))
+    fault("shuffle: from a thread that the mask lacks, line " + std::to_string(line));
   self.value = value;
   self.lanes = lanes;
-  leave(State::at_shuffle, line);
-  return self.received;
+  return exchange(line, mask, "shuffle", [](Thread* warp, int threads) {
+           for (int i = 0; i < threads; ++i) warp[i].received = (i ^ warp[i].lanes) < threads ? warp[i ^ warp[i].lanes].value : NAN;
+           ++machine.shuffles;
+         }).received;
+}
+
+// sums += A B, from where the threads have the elements of a 16 x 16 A and a 16 x 8 B (mma.m16n8k16), widened by `wide`.
+template <float (*wide)(uint16_t)>
+void multiply_matrices(Thread* warp, int threads) {
+  float a[16][16], b[16][8];
+  if (threads != 32) return fault("product: of less than a warp");
+  for (int lane = 0; lane < 32; ++lane)
+    for (int word = 0; word < 6; ++word)
+      for (int half = 0; half < 2; ++half) {
+        const float v = wide(static_cast<uint16_t>(warp[lane].factors[word] >> 16 * half));
+        const int g = lane / 4, pair = 2 * (lane % 4) + half;
+        if (word < 4) a[g + 8 * (word % 2)][pair + 8 * (word / 2)] = v;
+        else b[pair + 8 * (word - 4)][g] = v;
+      }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 16; ++k) warp[lane].sums[i] += a[lane / 4 + 8 * (i / 2)][k] * b[k][2 * (lane % 4) + i % 2];
+  ++machine.products;
 }
 
 inline int warp_end(int warp) { return std::min<int>(32 * warp + 32, machine.threads.size()); }
@@ -266,26 +326,46 @@ inline bool release_warp(int warp) {
   bool released = false;
   for (int i = 32 * warp; i < warp_end(warp); ++i) {
     Thread& one = machine.threads[i];
-    if (one.state != State::at_shuffle && one.state != State::at_warp_barrier) continue;
+    if (one.state != State::at_exchange && one.state != State::at_warp_barrier) continue;
     std::vector<int> together;
     bool complete = true;
     for (int lane = 0; lane < warp_end(warp) - 32 * warp; ++lane) {
       const Thread& other = machine.threads[32 * warp + lane];
       if (!(one.mask >> lane & 1)) continue;
-      complete = complete && other.state == one.state && other.line == one.line && other.mask == one.mask;
+      complete = complete && other.state == one.state && other.line == one.line && other.mask == one.mask &&
+                 other.exchange == one.exchange;
       together.push_back(32 * warp + lane);
     }
     if (!complete || together.empty()) continue;
-    for (int t : together) {
-      Thread& thread = machine.threads[t];
-      const int from = t ^ thread.lanes;
-      if (thread.state == State::at_shuffle) thread.received = from < warp_end(warp) ? machine.threads[from].value : NAN;
-    }
+    if (one.state == State::at_warp_barrier) ++machine.narrow_barriers_met;
+    if (one.state == State::at_exchange) one.exchange(&machine.threads[32 * warp], warp_end(warp) - 32 * warp);
     for (int t : together) {
       machine.threads[t].state = State::ready;
       ++machine.threads[t].warp_barriers;
     }
-    if (one.lanes) ++machine.shuffles;
+    released = true;
+  }
+  return released;
+}
+
+// Lets those go on that wait at a barrier with a number and have all come; it must be the same one.
+inline bool release_named() {
+  std::map<int, std::vector<int>> waiting;
+  for (size_t i = 0; i < machine.threads.size(); ++i)
+    if (machine.threads[i].state == State::at_named_barrier) waiting[machine.threads[i].name].push_back(i);
+  bool released = false;
+  for (const auto& [name, together] : waiting) {
+    const Thread& one = machine.threads[together[0]];
+    if (static_cast<int>(together.size()) < one.together) continue;
+    for (int i : together)
+      if (machine.threads[i].line != one.line || machine.threads[i].together != one.together ||
+          static_cast<int>(together.size()) != one.together)
+        fault("barrier at line " + std::to_string(one.line) + ": others with its number wait at another one");
+    for (int i : together) {
+      machine.threads[i].state = State::ready;
+      ++machine.threads[i].named_barriers;
+    }
+    ++machine.narrow_barriers_met;
     released = true;
   }
   return released;
@@ -313,6 +393,8 @@ inline bool release_block() {
 
 inline void enter() {
   machine.body(machine.argument);
+  for (const auto& group : machine.threads[machine.running].copies)
+    if (!group.empty()) fault("copies that nothing has waited for");
   leave(State::ended, 0);
 }
 
@@ -335,8 +417,10 @@ inline void run_block(int threads, int64_t shared_bytes) {
   for (Thread& thread : machine.threads) {
     if (!thread.stack) thread.stack = std::make_unique<char[]>(stack);
     thread.state = State::ready;
-    thread.warp_barriers = 0;
+    thread.warp_barriers = thread.named_barriers = 0;
+    thread.name = -1;
     thread.accesses = 0;
+    thread.copies.assign(1, {});
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = stack;
@@ -351,12 +435,17 @@ inline void run_block(int threads, int64_t shared_bytes) {
     }
     bool released = false;
     for (int warp = 0; 32 * warp < threads; ++warp) released = release_warp(warp) || released;
+    released = release_named() || released;
     if (released || release_block()) continue;
     for (int i = 0; i < threads; ++i) {
       const Thread& thread = machine.threads[i];
       machine.running = i;
-      if (thread.state == State::at_shuffle || thread.state == State::at_warp_barrier) {
+      if (thread.state == State::at_exchange || thread.state == State::at_warp_barrier) {
         fault("shuffle at line " + std::to_string(thread.line) + ": threads of its mask never come");
+        break;
+      }
+      if (thread.state == State::at_named_barrier) {
+        fault("barrier at line " + std::to_string(thread.line) + ": some of its threads never come");
         break;
       }
     }
@@ -413,12 +502,14 @@ namespace linearpatch::cuda {
 struct Half {};
 struct BFloat16 {};
 
+#define some_meet(name, together) simt::named_barrier(__LINE__, name, together)
 inline float* shared_memory() { return simt::machine.shared.data(); }
 inline float read(const float* p) { return simt::get<float>(p); }
 inline void write(float* p, float v) { simt::put(p, v); }
 inline float4 read4(const float* p) { return simt::get<float4>(p); }
 inline void write4(float* p, float4 v) { simt::put(p, v); }
 inline uint4 load16(const void* p) { return simt::get<uint4>(p); }
+inline uint32_t load2(const void* p) { return simt::get<uint16_t>(p); }
 inline void store16(void* p, uint4 v) { simt::put(p, v); }
 
 inline float widened(Half, uint16_t bits) {
@@ -444,6 +535,36 @@ float2 unpack(T type, uint32_t bits) {
 template <class T>
 uint32_t pack(T type, float low, float high) {
   return narrowed(type, low) | static_cast<uint32_t>(narrowed(type, high)) << 16;
+}
+
+inline void copy16(void* to, const void* from) {
+  simt::machine.threads[simt::machine.running].copies.back().emplace_back(to, from);
+}
+inline void end_group_of_copies() { simt::machine.threads[simt::machine.running].copies.emplace_back(); }
+template <int later>
+void wait_for_copies() {
+  auto& groups = simt::machine.threads[simt::machine.running].copies;
+  for (; groups.size() > later + 1; groups.erase(groups.begin()))
+    for (const auto& [to, from] : groups.front()) simt::put(to, simt::get<uint4>(from));
+}
+
+inline uint32_t pack_finite(BFloat16 type, float low, float high) {
+  const auto finite = [](float v) { return v != v ? v : std::clamp(v, -0x1.fep127f, 0x1.fep127f); };
+  return pack(type, finite(low), finite(high));
+}
+template <class T>
+float widened_as(uint16_t bits) {
+  return widened(T{}, bits);
+}
+template <class T>
+float4 multiply_add(T, uint4 a, uint2 b, float4 c, int line = __builtin_LINE()) {
+  simt::Thread& self = simt::machine.threads[simt::machine.running];
+  const uint32_t factors[] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  const float sums[] = {c.x, c.y, c.z, c.w};
+  std::copy_n(factors, 6, self.factors);
+  std::copy_n(sums, 4, self.sums);
+  simt::exchange(line, 0xffffffffu, "product", simt::multiply_matrices<widened_as<T>>);
+  return {self.sums[0], self.sums[1], self.sums[2], self.sums[3]};
 }
 
 }  // namespace linearpatch::cuda

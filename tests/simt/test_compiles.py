@@ -31,7 +31,7 @@ def compiled() -> dict[tuple[str, int], Cubin]:
 def test_no_kernel_spills(compiled: dict[tuple[str, int], Cubin], architecture: int) -> None:
     cubins = [cubin for (_, number), cubin in compiled.items() if number == architecture]
     spills = {name: size for cubin in cubins for name, size in cubin.spills.items()}
-    assert len(spills) == 38
+    assert len(spills) == 75
     assert not any(spills.values()), spills
     assert not any("warning" in cubin.said for cubin in cubins)
 
@@ -41,7 +41,15 @@ def test_rows_move_in_vectors_of_16_bytes(compiled: dict[tuple[str, int], Cubin]
     """All of global memory in the kernels for one width; every store where the scales may be read one by one."""
     if tool("nvdisasm") is None:
         pytest.skip("no nvdisasm: it comes with CUDA and with triton")
-    for source, kinds in (("cuda_powers", r"LDG|STG"), ("cuda_factors", r"LDG|STG"), ("cuda_staged", r"STG")):
+    everywhere = r"LDG|LDGSTS|STG"
+    for source, kinds in (
+        ("cuda_powers", everywhere),
+        ("cuda_factors", everywhere),
+        ("cuda_warp_rows", everywhere),
+        ("cuda_staged", "STG"),
+    ):
+        if source == "cuda_warp_rows" and architecture < 80:
+            continue  # has no products, so the kernels end before they do anything
         accesses = re.findall(rf"\b((?:{kinds})\.[\w.]+)", compiled[source, architecture].code())
         assert len(accesses) > 100
         assert all(".128" in access for access in accesses), {*accesses}

@@ -33,6 +33,9 @@ FAULTS = {
     "misaligned": "in not aligned to 16 bytes",
     "written_input": "in is only to be read",
     "read_before_written": "read before it was written",
+    "missing_named": "race: shared word",
+    "named_never_comes": "some of its threads never come",
+    "named_by_others": "a thread that has met others before",
 }
 
 
@@ -61,25 +64,43 @@ def test_a_fault_is_seen_in_every_schedule(faults: ctypes.CDLL, fault: str, sche
 MUTATIONS = {
     "no barrier before the middle stage": (
         "patch.cuh",
-        "    });\n    __syncthreads();\n    inner(shape, row, thread);",
+        "    });\n    row_meets(shape);\n    inner(shape, row, thread);",
         "    });\n    inner(shape, row, thread);",
         "race: shared word",
     ),
     "a barrier only for threads with a row": (
         "patch.cuh",
-        "    __syncthreads();\n    inner(shape, row, thread);\n    if (shape.b) __syncthreads();\n\n",
-        "    if (there) __syncthreads();\n    inner(shape, row, thread);\n    if (shape.b) __syncthreads();\n\n",
-        "barrier at line",
+        "    row_meets(shape);\n    inner(shape, row, thread);\n    if (shape.b) row_meets(shape);\n\n",
+        "    if (there) row_meets(shape);\n    inner(shape, row, thread);\n    if (shape.b) row_meets(shape);\n\n",
+        "never come",
     ),
-    "a vector too far": ("patch.cuh", "in.load(x, at(i), v);", "in.load(x, at(i) + 8, v);", "out of bounds"),
-    "rows without a check": (
+    "a vector too far": (
         "patch.cuh",
-        "if (there) out.store(y, at(i), v);",
-        "out.store(y, at(i), v);",
+        "fetch_tile(type, x, tile, element)",
+        "fetch_tile(type, x, tile, element + 8)",
         "out of bounds",
     ),
-    "an output left out": ("patch.cuh", "if (there) out.store(y", "if (there && i) out.store(y", "of y never written"),
+    "rows without a check": (
+        "patch.cuh",
+        "if (there) store_tile(out, y,",
+        "store_tile(out, y,",
+        "out of bounds",
+    ),
+    "an output left out": (
+        "patch.cuh",
+        "if (there) store_tile(out, y,",
+        "if (there && tile.start) store_tile(out, y,",
+        "of y never written",
+    ),
     "a mask of half a warp": ("patch.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu", "shuffle"),
+    "a row before it has come": (
+        "warp_rows.cuh",
+        "    wait_for_copies<ahead - 1>();\n",
+        "",
+        "read before it was written",
+    ),
+    "a row too early": ("warp_rows.cuh", "<ahead - 1>", "<ahead>", "read before it was written"),
+    "one place for two rows": ("warp_rows.cuh", "+ row_bytes * warp + 16 * lane;", "+ 16 * lane;", "race: shared word"),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
 
@@ -109,7 +130,11 @@ for d in (2048, 576):
     emulator.configure("random", seed=d)
     operators.hadamard_patch(x, v, None, None, None, None)
     operators.add_patch_rms_norm(x, x, v, v, 1e-3, None, None, None, None)
+    operators.hadamard_patch(x.bfloat16(), v, None, None, None, None)
     said += emulator.faults()
+emulator.configure("random", gpu=(1, 12 * 2048, 0))  # two warps, which have a row each
+operators.hadamard_patch(torch.randn(5, 2048).bfloat16(), torch.randn(2048), None, None, None, None)
+said += emulator.faults()
 print(*said, sep="\\n")
 """
 

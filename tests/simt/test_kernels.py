@@ -77,19 +77,25 @@ def test_every_operator_against_float64(
 
 @pytest.mark.parametrize("d", [1024, 2048, 4096, 8192])
 def test_powers_of_two_have_kernels_of_their_own(emulator: Emulator, d: int) -> None:
-    """Many rows a block, the last turn with fewer rows than the block has places; two exchanges, so two barriers."""
+    """Many rows a block, the last turn with fewer rows than the block has places; two exchanges, so two barriers.
+
+    They are those of the row's threads, or of the warp where it has several rows; what the block fills is one.
+    """
     for dtype in DTYPES:
         if (d, dtype) == (1024, torch.float32):
             continue
         emulator.configure("random", seed=d)
         x, scale = torch.randn(21 if d < 4096 else 7, d).to(dtype), torch.randn(d)
-        SIMT.hadamard_patch(x, scale, None, None, None, None)
+        SIMT.hadamard_patch(x, scale, scale, None, None, None)
         seen = emulator.seen()
         assert seen.fixed
+        assert not seen.warp_rows
         assert not emulator.faults()
         turns = -(-len(x) // seen.rows_together)
         assert turns > 1
-        assert seen.barriers == 1 + 2 * turns
+        assert seen.barriers == seen.blocks
+        rows_in_a_warp = max(1, 32 * seen.rows_together // seen.threads)
+        assert seen.narrow_barriers == 2 * -(-len(x) // rows_in_a_warp)
         assert seen.shuffles == 0
 
 
@@ -104,7 +110,132 @@ def test_widths_of_models_have_kernels_of_their_own(emulator: Emulator, d: int) 
             exact = REFERENCE.hadamard_patch_reference(*double(x, *operands))
             assert not check("patch", (y,), (REFERENCE.hadamard_patch_reference(x, *operands),), (exact,))
             assert emulator.seen().fixed == (dtype != torch.float32)
-        assert emulator.seen().barriers > 2
+        assert emulator.seen().narrow_barriers > 2
+        assert not emulator.faults()
+
+
+WARP_ROWS = [1024, 2048, 4096]
+
+
+def gpu_of_warps(warps: int, d: int, *, fused: bool) -> tuple[int, int, int]:
+    """One processor, whose shared memory has room for the tables of a width and for so many warps with rows."""
+    return (1, (8 if fused else 4) * d + warps * 4 * d, 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_a_warp_has_a_row(emulator: Emulator, d: int, schedule: str) -> None:
+    """In 16 bits, without channel scales: several turns, in the last one some warps have no row; no bank conflicts."""
+    for dtype in (torch.float16, torch.bfloat16):
+        wavefronts = []
+        for rows in (12, 21, 33):
+            gpu = gpu_of_warps(6, d, fused=False)
+            emulator.configure(schedule, seed=d, gpu=gpu, count_wavefronts=schedule == "forward")
+            wide = (torch.randn(rows, d + 72) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+            x, operands = wide[:, 8 : d + 8], (torch.randn(d), None, None, None, None)
+            references = REFERENCE.hadamard_patch_reference(x, *operands)
+            exact = REFERENCE.hadamard_patch_reference(*double(x, *operands))
+            y = SIMT.hadamard_patch(x, *operands)
+            untouched = wide.clone()
+            SIMT.hadamard_patch_out(x, *operands, x)
+            for i in range(rows):
+                assert not check(f"row {i}", (y[i],), (references[i],), (exact[i],))
+            assert x.equal(y)
+            assert wide[:, :8].equal(untouched[:, :8])
+            assert wide[:, d + 8 :].equal(untouched[:, d + 8 :])
+            assert not emulator.faults()
+            seen = emulator.seen()
+            assert seen.warp_rows
+            assert seen.barriers == 2
+            assert seen.rows_together == 6
+            wavefronts.append(seen)
+        _, two, three = wavefronts
+        assert three.products - two.products == 2 * 12 * 14 * d // 256
+        assert three.wavefronts - two.wavefronts == three.least_wavefronts - two.least_wavefronts
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_a_warp_has_a_row_and_its_norm(emulator: Emulator, d: int, schedule: str) -> None:
+    """As above, with x and the residual in places and of sizes of their own, and weights of every type."""
+    for dtype, parameter in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        wavefronts = []
+        for rows in (10, 17, 27):
+            gpu = gpu_of_warps(5, d, fused=True)
+            emulator.configure(schedule, seed=d, gpu=gpu, count_wavefronts=schedule == "forward")
+            sizes = torch.logspace(-3, 3, rows)[:, None]
+            x = (torch.randn(rows, d + 72) * sizes).to(dtype)[:, 8 : d + 8]
+            residual = (torch.randn(rows, d + 16) * sizes.flip(0)).to(dtype)[:, 16:]
+            scale, weight = torch.randn(d), torch.randn(d).to(parameter)
+            nothing = (None, None, None, None)
+            results = SIMT.add_patch_rms_norm(x, residual, scale, weight, 1e-3, *nothing)
+            references = REFERENCE.add_patch_rms_norm_reference(x, residual, scale, weight, 1e-3, *nothing)
+            exact = REFERENCE.add_patch_rms_norm_reference(*double(x, residual, scale, weight), 1e-3, *nothing)
+            for i in range(rows):
+                assert not check(f"row {i}", *([one[i] for one in of] for of in (results, references, exact)))
+            assert not emulator.faults()
+            seen = emulator.seen()
+            assert seen.warp_rows
+            assert seen.barriers == 1
+            assert seen.rows_together == 5
+            wavefronts.append(seen)
+        _, two, three = wavefronts
+        assert three.products - two.products == 10 * 16 * d // 256
+        assert three.shuffles - two.shuffles == 10 * 5
+        assert three.wavefronts - two.wavefronts == three.least_wavefronts - two.least_wavefronts
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["patch", "norm"])
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_few_rows_are_for_many_threads(emulator: Emulator, d: int, fused: bool) -> None:
+    """A warp gets a row to itself where each that the GPU holds has two: with fewer the time of one row counts."""
+    warps = {1024: 24, 2048: 16, 4096: 8}[d]
+    x, v = torch.randn(4 * warps, d).bfloat16(), torch.randn(d)
+    for processors in (1, 2):
+        enough = 2 * processors * warps
+        for rows in (1, enough - 1, enough):
+            emulator.configure(gpu=(processors, *H100[1:]))
+            if fused:
+                SIMT.add_patch_rms_norm(x[:rows], x[-rows:], v, v, 1e-3, None, None, None, None)
+            else:
+                SIMT.hadamard_patch(x[:rows], v, None, None, None, None)
+            seen = emulator.seen()
+            assert seen.launches == 1
+            assert seen.warp_rows == (rows == enough), (processors, rows)
+            assert not emulator.faults()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", WARP_ROWS)
+def test_what_is_not_finite_is_as_in_pytorch(emulator: Emulator, d: int, dtype: torch.dtype) -> None:
+    """Inf and NaN where the reference has them, not only anywhere in their row; next to the range's end, no Inf."""
+    inf, largest = float("inf"), torch.finfo(dtype).max
+    x, scale = torch.randn(9, d).to(dtype), torch.rand(d) + 0.5
+    for row, places in enumerate([{5: inf}, {d - 1: -inf}, {7: inf, 300: inf}, {0: inf, 1: -inf}, {9: float("nan")}]):
+        for i, value in places.items():
+            x[row, i] = value
+    x[5] = inf
+    x[6, 3] = largest
+    x[7, d // 2], x[7, d // 2 + 1] = largest / 4, -largest / 4
+    infinite = scale.clone()
+    infinite[d // 3] = inf
+    residual, weight = x.flip(0), torch.randn(d)
+    for vector in (scale, infinite):
+        nothing = (None, None, None, None)
+        emulator.configure(gpu=gpu_of_warps(4, d, fused=False))
+        results = [SIMT.hadamard_patch(x, vector, *nothing)]
+        assert emulator.seen().warp_rows
+        references = [REFERENCE.hadamard_patch_reference(x, vector, *nothing)]
+        assert references[0].isinf().any()
+        assert not emulator.faults()
+        emulator.configure(gpu=gpu_of_warps(4, d, fused=True))
+        for other in (residual, torch.randn(9, d).to(dtype)):
+            results += SIMT.add_patch_rms_norm(x, other, vector, weight, 1e-3, *nothing)
+            assert emulator.seen().warp_rows
+            references += REFERENCE.add_patch_rms_norm_reference(x, other, vector, weight, 1e-3, *nothing)
+        for result, reference in zip(results, references, strict=True):
+            for name in ("isnan", "isposinf", "isneginf"):
+                assert getattr(result, name)().equal(getattr(reference, name)()), name
         assert not emulator.faults()
 
 

@@ -1,0 +1,16 @@
+// The kernels for rows that a warp has to itself.
+#include "device.cuh"
+
+#include "warp_rows.cuh"
+
+#include "cuda_launch.cuh"
+
+namespace linearpatch::cuda {
+
+const char* launch_warp_rows(const PatchRows& call, const Launch& launch, void* stream) {
+  const char* error = nullptr;
+  with_warp_kernel(call, [&](auto* kernel) { error = start(kernel, call, launch, stream); });
+  return error;
+}
+
+}  // namespace linearpatch::cuda
