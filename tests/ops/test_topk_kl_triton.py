@@ -84,7 +84,7 @@ def test_compiles_ahead_of_time_without_atomics_or_spills(kernel: str) -> None:
 
 
 def test_the_static_model_has_the_slots_bound_by_memory() -> None:
-    """Modelled, unvalidated; rows are read in vectors of 16 bytes, and nothing else takes longer than reading them."""
+    """Modelled; rows are read in vectors of 16 bytes, and nothing else takes longer than reading them."""
     row = losses_row("linear_topk_kl_forward_backward", "sm_90", "bfloat16", 4096)
     assert row.ldg128 * 8 * 32 * row.warps >= row.rows * 4096
     assert row.spills == 0

@@ -60,6 +60,8 @@ def collected(directory: Path, commit: str) -> dict[str, Any]:
         "failed": by_step.get("failed", []) + by_step.get("not captured", []) + by_step.get("no cache", []),
         "sanitizer": summaries,
         "counters": counters(directory / "ncu.txt"),
+        # What the call printed last, where the file of its times did not come back.
+        "printed": _said(directory / "printed.txt", r".*\|.*|.* over an empty kernel .*"),
         "tests": _said(directory / "build.txt", r"^\d+ (passed|failed).*|^=+ .*(passed|failed).*"),
     }
 
@@ -128,14 +130,21 @@ def page(calls: Sequence[dict[str, Any]], note: str) -> str:
     cases = merged(calls)
     text += _section("Beside a copy of the same bytes", cases, ("patch", "norm", "backward"), _bandwidth)
     text += _section("A decoding step, over an empty kernel", cases, ("decode",), _decoding)
+    for call in calls:
+        if call["printed"]:
+            text += [f"## As commit {call['commit']} printed it", "", "```", *call["printed"], "```", ""]
     text += _section("The distillation losses", cases, ("loss, topk", "loss, full", "loss, tail"), _losses)
     text += _models(calls)
     text += _correctness(calls)
     if counted := next((call["counters"] for call in reversed(calls) if call["counters"]), None):
         head = ["kernel", *COUNTERS.values()]
         text += ["## What the counters say (ncu, warps stalled for each issue)", ""]
-        text += table(head, ([f"`{one['kernel'][:60]}`", *(one.get(name) for name in head[1:])] for one in counted))
+        text += table(head, ([f"`{_short(one['kernel'])}`", *(one.get(name) for name in head[1:])] for one in counted))
     return "\n".join(text).rstrip() + "\n"
+
+
+def _short(kernel: str) -> str:
+    return re.sub(r"^void |\(.*\)$|Known<(\w+)>", lambda found: found[1] or "", kernel)
 
 
 Case = tuple[dict[str, Any], dict[str, Any] | None]

@@ -323,7 +323,7 @@ def hadamard_patch_backward_kernel(
 SMALLEST_ORDER, LARGEST_ORDER, MOST_TILES = 64, 32768, 5
 
 # Elements of a row that a thread holds: the most that the static model finds without spills for the forward
-# (`python benchmarks/gpu_static.py --rank`; modelled, unvalidated). Sixteen make one exchange more.
+# (`python benchmarks/gpu_static.py --rank`; modelled). Sixteen make one exchange more.
 VALUES = 32
 # Of a program whose threads may have all the registers that there can be. A wider row is held by as many threads with
 # more elements each: twice the threads would each have half the registers, of which what is not a row's takes as many.
