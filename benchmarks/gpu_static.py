@@ -9,8 +9,8 @@ as free of conflicts.
 
 A model of the multiprocessor turns the counts into cycles per row. It knows throughput alone (memory, issue, float32,
 shared memory with shuffles, matrix units) and is blind to latency, barriers and the traffic of the caches, where the
-scale and the partial sums are. On an H100 it was wrong by that: 1.00 of the memory's speed for d = 4096 in bfloat16, where
-0.74 was measured (docs/results/gpu.md). So it ranks what issues less, and predicts no time.
+scale and the partial sums are. On an H100 it was wrong by that: 1.00 of the memory's speed for d = 4096 in bfloat16,
+where 0.74 was measured (docs/results/gpu.md). So it ranks what issues less, and predicts no time.
 
 ``dram_fraction`` is the time that the rows take at the memory's full speed, read and written, over the modelled time.
 ``three_pass_fraction`` is the modelled time over that of fast-hadamard-transform in three passes.
