@@ -12,7 +12,7 @@ from linearpatch_kernels.calibration import Span, stream_statistics
 from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.perplexity import eval_mode
 from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import num_layers, partial_decoder
 from linearpatch_kernels.modeling.patched import replace_patch
@@ -73,7 +73,7 @@ def _through(
     seen: list[tuple[Tensor, Tensor]] = []
     handle = patch.register_forward_hook(lambda _patch, args, output: seen.append((args[0], output)))
     try:
-        with evaluation_mode(student):
+        with eval_mode(student):
             for window in windows:
                 suffix(inputs_embeds=joint_state(student, store.batch([window], [begin]), begin), use_cache=False)
                 before, after = seen.pop()

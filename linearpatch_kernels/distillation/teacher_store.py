@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode
+from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, eval_mode
 from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     MARKER,
@@ -395,7 +395,7 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
         InputError: logits that are not finite.
     """
     layers = num_layers(model)
-    with evaluation_mode(model):
+    with eval_mode(model):
         states = residual_stream(model, windows, sorted({layers, *request.depths}))
         head = suffix_model(model, layers)
         step = max(1, _LOGITS_AT_ONCE // (request.vocabulary * len(windows)))

@@ -31,7 +31,7 @@ from linearpatch_kernels.distillation.teacher_store import TeacherBatch, Teacher
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.evaluation.perplexity import eval_mode
 from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
@@ -251,7 +251,7 @@ def heldout_losses(
     begin, device = joint_depth(student, joint), student.get_input_embeddings().weight.device
     measure = SuffixLoss(student, begin, student.get_input_embeddings().weight.dtype)
     total = torch.zeros(len(losses), dtype=torch.float64)
-    with evaluation_mode(student):
+    with eval_mode(student):
         for window in windows:
             batch = store.batch([window], [begin])
             state = joint_state(student, batch, begin)
@@ -382,7 +382,7 @@ def distill(
     }
     folder = None if directory is None else Path(directory).expanduser()
     alone = working_alone(folder, RUN_FILES) if folder is not None and processes.first else contextlib.nullcontext()
-    with evaluation_mode(student), alone:
+    with eval_mode(student), alone:
         processes.wait()
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeGuard
 
 import torch
@@ -38,6 +39,9 @@ def _accelerator() -> str:
     return "cpu" if found is None else found.type
 
 
+Precision = tuple[str, str, str]
+
+
 @contextmanager
 def faster_float32_products() -> Iterator[None]:
     """Products of float32 matrices on the CPU by oneDNN in place of MKL, where that is faster and as exact.
@@ -46,20 +50,39 @@ def faster_float32_products() -> Iterator[None]:
     ``set_float32_matmul_precision("medium")``, which lets oneDNN round to bfloat16; it does not where a processor's
     units for bfloat16 are no faster for it, as on the AMD ones seen. So the first product that is made this way is held
     against MKL's, and where it is not as exact nothing is changed. The setting is the process's: it is as the caller
-    had it when the context ends. Nothing is changed either where there is an accelerator, whose products the same
-    switch would round, or where the caller has chosen a precision.
+    had it when the last thread leaves the context. Nothing is changed either where there is an accelerator, whose
+    products the same switch would round, or where the caller has chosen a precision.
     """
-    if _accelerator() != "cpu" or not _is_default(precision := _precision()) or not _onednn_serves():
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
+    entered = _accelerator() == "cpu" and _enter()
     try:
         yield
     finally:
-        _restore(precision)
+        if entered:
+            _leave()
 
 
-Precision = tuple[str, str, str]
+_LOCK = Lock()
+_INSIDE: list[Precision] = []  # for every thread that is inside, what the first of them found
+
+
+def _enter() -> bool:
+    with _LOCK:
+        precision = _INSIDE[0] if _INSIDE else _precision()
+        if not _is_default(precision) or not _onednn_serves():
+            return False
+        if not _INSIDE:
+            torch.set_float32_matmul_precision("medium")
+        _INSIDE.append(precision)
+        return True
+
+
+def _leave() -> None:
+    with _LOCK:
+        precision = _INSIDE.pop()
+        if not _INSIDE:
+            _restore(precision)
+
+
 _MKLDNN: Any = torch.backends.mkldnn  # whose stubs leave `matmul` out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,3 +101,27 @@ def test_products_keep_the_precision_of_float32() -> None:
         with faster_float32_products():
             ours = torch.linalg.norm(torch.nn.functional.linear(a, b) - exact)
         assert ours <= 4 * usual + 1e-6 * torch.linalg.norm(exact)
+
+
+@pytest.mark.usefixtures("amd")
+def test_the_setting_stays_until_the_last_thread_is_out() -> None:
+    """Else what one thread computes would depend on when another one was done."""
+    before = settings()
+    inside, leave = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def other() -> None:
+        with faster_float32_products():
+            inside.set()
+            leave.wait(timeout=60)
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+
+    thread = threading.Thread(target=other)
+    with faster_float32_products():
+        thread.start()
+        assert inside.wait(timeout=60)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    leave.set()
+    thread.join(timeout=60)
+    assert seen == ["bf16"]
+    assert settings() == before
