@@ -410,7 +410,7 @@ class Warp:
 # Operations on floats, of which only the results' places matter, and those that leave nothing.
 OF_FLOATS = {
     *("FADD", "FFMA", "FADD2", "FMUL2", "FFMA2", "HADD2", "F2FP", "MUFU", "FCHK", "SHFL", "F2F", "DADD"),
-    *("HMUL2", "FMNMX", "HMMA"),
+    *("HMUL2", "FMNMX", "HMMA", "UFFMA", "UFADD", "UFMUL"),
 }
 OF_PAIRS = {"MOV", "LDC", "LDCU", "IADD", "IADD3", "SEL"}
 WITHOUT_RESULT = {"BAR", "NOP", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
@@ -552,6 +552,8 @@ def _funnel(warp: Warp, modifiers: Sequence[str], operands: Sequence[str], on: L
         result = double << shift if "L" in modifiers else double >> shift
     elif "L" in modifiers:
         result = (a & MASK) << shift if "HI" not in modifiers else (c & MASK) << shift
+    elif "HI" not in modifiers:  # the lower word of both
+        result = (double >> shift) & MASK
     elif "S32" in modifiers:
         result = (_signed(c & MASK) >> np.minimum(shift, 31).astype(np.int64)).astype(np.uint64)
         warp.set(target, result, on)

@@ -161,12 +161,13 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
       outer_back(shape, first ? u : a, thread, [&](const auto& tile, float* v) {
         if (!there) return;
         if (sums) {
-          float other[8 * std::decay_t<decltype(tile)>::count];
-          in.with([&](auto type) {
-            type.each(fetch(type, with, tile).raw, [&](int e, float value) { other[e] = value; });
-          });
+          // Eight at a time: a tile's beside v is more than a thread has registers for at m = 36 on sm_80.
 #pragma unroll
-          for (int h = 0; h < tile.count; ++h) sums.add8(tile.at(h), v + 8 * h, other + 8 * h);
+          for (int h = 0; h < tile.count; ++h) {
+            float other[8];
+            in.load(with, element + tile.at(h), other);
+            sums.add8(tile.at(h), v + 8 * h, other);
+          }
         }
         if (first || !call.dx) return;
         if (call.pre.data) multiply_tile(call.pre, element, tile, v);

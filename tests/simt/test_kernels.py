@@ -86,7 +86,8 @@ def test_powers_of_two_have_kernels_of_their_own(emulator: Emulator, d: int) -> 
             continue
         emulator.configure("random", seed=d)
         x, scale = torch.randn(21 if d < 4096 else 7, d).to(dtype), torch.randn(d)
-        SIMT.hadamard_patch(x, scale, scale, None, None, None)
+        # With channel scales the kernel for 8192 would spill on sm_120: the one for any width has those rows.
+        SIMT.hadamard_patch(x, scale, None if d == 8192 else scale, None, None, None)
         seen = emulator.seen()
         assert seen.fixed
         assert not seen.warp_rows

@@ -45,7 +45,8 @@ def test_a_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     }
     assert [line["op"] for line in call["model"]][:3] == ["made", "decode", "prefill"]
     written = tmp_path / "page.md"
-    assert publish.main([str(tmp_path), "--results", str(tmp_path / "results"), "--page", str(written)]) == 0
+    arguments = [str(tmp_path), "--commit", "abc", "--results", str(tmp_path / "results"), "--page", str(written)]
+    assert publish.main(arguments) == 0
     text = written.read_text()
     assert "Measured on no GPU: a dry run, whose times mean nothing" in text
     assert "## Beside a copy of the same bytes" in text
