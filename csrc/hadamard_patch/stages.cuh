@@ -457,11 +457,13 @@ struct Scales {
       }
     } else {
       const int start = first + middle.start(unit);
-      // All of a unit's scales at once would be too many registers for m = 36 beside its u and a.
+      float by[count];
       with_known_type(plain.dtype, [&](auto type) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) visit(i, type.one(plain.data, start + middle.offset(i)) * norm);
+        for (int i = 0; i < count; ++i) by[i] = type.one(plain.data, start + middle.offset(i));
       });
+#pragma unroll
+      for (int i = 0; i < count; ++i) visit(i, by[i] * norm);
     }
   }
 };
