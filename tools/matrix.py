@@ -118,6 +118,10 @@ def prepare(corner: Corner) -> None:
     ready = corner.place / "ready"
     if ready.is_file() and ready.read_text() == recipe:
         return
+    if corner.place.exists() and any(corner.place.iterdir()) and not (corner.place / "venv").is_dir():
+        raise SystemExit(
+            f"{corner.place} is not an environment of the matrix: name another folder by LINEARPATCH_MATRIX"
+        )
     shutil.rmtree(corner.place, ignore_errors=True)
     corner.place.mkdir(parents=True)
     say(corner, "install")

@@ -122,3 +122,15 @@ def test_the_table_is_put_between_its_marks(matrix: ModuleType, monkeypatch: pyt
     assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [*versions.values(), "4,321", "0", "7"]
     with pytest.raises(ValueError, match="README"):
         matrix.with_table("no marks")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEARPATCH_MATRIX", str(tmp_path))
+    corner = matrix.CORNERS[0]
+    corner.place.mkdir()
+    (corner.place / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not an environment of the matrix"):
+        matrix.prepare(corner)
+    assert (corner.place / "thesis.txt").read_text() == "mine"
