@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 @pytest.fixture(scope="session")
 def dense() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def _dense_is_as_it_was(dense: PreTrainedModel) -> Iterator[None]:
+    """Every file's tests share it, and students share its parameters."""
+    yield
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in dense.parameters())
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,10 @@ def train(
 
 
 def full_training(student: PreTrainedModel, store: TeacherStore, names: set[str], run: Distillation, loss: str) -> None:
-    """The same steps through the whole model, by the book: nothing is cached, everything runs from the tokens."""
+    """The same steps through the whole model, by the book: nothing is cached, everything runs from the tokens.
+
+    It leaves gradients and frozen parameters: the student is to have its own.
+    """
     settings = TrainingSettings(steps=8, learning_rate=3e-3, loss=loss)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
@@ -98,7 +101,7 @@ def full_training(student: PreTrainedModel, store: TeacherStore, names: set[str]
 @pytest.mark.parametrize("kind", ["dense", "hadamard", "low-rank"])
 def test_it_is_full_training_bit_for_bit(dense: PreTrainedModel, store: TeacherStore, kind: str, loss: str) -> None:
     patch = random_patch(kind)
-    ours, theirs = student_of(dense, patch), student_of(dense, patch)
+    ours, theirs = student_of(dense, patch), student_of(copy.deepcopy(dense), patch)
     before = state_of(ours)
     run = train(ours, store, loss=loss)
     assert run.best_step > 0
