@@ -11,6 +11,7 @@ namespace linearpatch::cuda {
 
 struct Half {};
 struct BFloat16 {};
+struct TensorFloat32 {};  // a float of whose mantissa the products read ten bits
 
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ float4 memory[];
@@ -80,17 +81,24 @@ __device__ __forceinline__ uint32_t pack_finite(BFloat16, float low, float high)
 // elements that PTX gives it in mma.m16n8k16: with g = lane / 4 and q = 2 (lane % 4), a pair of columns q, q + 1 in
 // each word of a, at rows g, g + 8, g, g + 8, the last two words eight columns on; a pair of rows q, q + 1 and q + 8,
 // q + 9 of column g in b; and of c columns q, q + 1 of rows g and g + 8.
-#define LINEARPATCH_MULTIPLY_ADD(types)                                        \
-  LINEARPATCH_PTX("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 "       \
+//
+// Of TensorFloat32 numbers, A is 16 x 8 and B 8 x 8 (mma.m16n8k8): with q = lane % 4, the words of a are at rows g and g + 8
+// of column q, then of q + 4, those of b at rows q and q + 4 of column g.
+#define LINEARPATCH_MULTIPLY_ADD(shape, types)                            \
+  LINEARPATCH_PTX("mma.sync.aligned." shape ".row.col.f32." types ".f32 "      \
                   "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"      \
                   : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)                 \
                   : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y))
 __device__ __forceinline__ float4 multiply_add(Half, uint4 a, uint2 b, float4 c) {
-  LINEARPATCH_MULTIPLY_ADD("f16.f16");
+  LINEARPATCH_MULTIPLY_ADD("m16n8k16", "f16.f16");
   return c;
 }
 __device__ __forceinline__ float4 multiply_add(BFloat16, uint4 a, uint2 b, float4 c) {
-  LINEARPATCH_MULTIPLY_ADD("bf16.bf16");
+  LINEARPATCH_MULTIPLY_ADD("m16n8k16", "bf16.bf16");
+  return c;
+}
+__device__ __forceinline__ float4 multiply_add(TensorFloat32, uint4 a, uint2 b, float4 c) {
+  LINEARPATCH_MULTIPLY_ADD("m16n8k8", "tf32.tf32");
   return c;
 }
 #undef LINEARPATCH_MULTIPLY_ADD

@@ -150,11 +150,12 @@ constexpr bool has_fixed_kernel(int m, int k, Dtype dtype) {
 
 // Widths whose rows a warp of its own works on, in 16 bits.
 constexpr bool has_warp_kernel(int m, int k, Dtype dtype) {
-  return dtype != Dtype::float32 && m == 1 && k >= 10 && k <= 12;
+  if (dtype == Dtype::float32) return false;
+  return m == 1 ? k >= 10 && k <= 12 : k == 8 && (m == 12 || m == 20);
 }
 
 // Warps that a processor holds at a time: more need registers that a thread's part of a row takes.
-constexpr int most_warp_rows(int tiles) { return tiles <= 4 ? 24 : tiles <= 8 ? 16 : 8; }
+constexpr int most_warp_rows(int tiles) { return tiles <= 4 ? 24 : tiles <= 8 ? 16 : tiles <= 12 ? 12 : 8; }
 
 constexpr RowShape fixed_shape(int m, int k) {
   RowShape shape = staged_shape(m, k, true, false);

@@ -9,8 +9,9 @@
 // Where values lie between, at index 4 t + 2 r + c of thread 4 g + q: the bits of an element's index are, from the lowest,
 // g0 r t g1 g2 c q0 q1.
 //
-// The sums are float32, but factors have 16 bits: a value goes into a product as two bfloat16, itself rounded and what that
-// left of it, which together have 2^-17 of relative error. x itself is one; x + residual is not.
+// The sums are float32, but a product reads fewer bits of its factors. x is such a factor itself; what comes later is made
+// one (Later): where a row is bfloat16, a TensorFloat32, whose ten bits are three more than the result keeps; where it is
+// float16, the sum of two bfloat16, which have 2^-17 of relative error, for ten bits are what the result keeps.
 #pragma once
 
 #include "stages.cuh"
@@ -42,6 +43,24 @@ struct Signs {
   }
 };
 
+// H_16, as either factor, of TensorFloat32 numbers: in step s, columns q and q + 4 of a factor's eight are 4 t + 2 r + c of the
+// index above, with c = s. The halves of a step are the same but for the sign of one, which the compiler is not to know.
+template <>
+struct Signs<TensorFloat32> {
+  uint4 steps[2];
+  DEVICE explicit Signs(int lane) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const auto from = [&](int lanes) { return __float_as_uint(__shfl_xor_sync(0xffffffffu, of(lane ^ lanes, s), lanes)); };
+      steps[s] = make_uint4(from(1), from(2), from(4), from(8) ^ 0x80000000u);
+    }
+  }
+  DEVICE static float of(int lane, int s) {
+    const uint32_t common = lane / 4 & (2 * (lane % 4) + s);
+    return (common ^ common >> 1 ^ common >> 2) & 1 ? -1.0f : 1.0f;
+  }
+};
+
 // A tile's values, at indices as above, as the sum of two bfloat16. The first is finite: from one that is not, nothing but
 // NaN would be left.
 struct Terms {
@@ -58,6 +77,18 @@ struct Terms {
   }
 };
 
+// A tile's values as TensorFloat32, each step's of either side. A product cuts off the bits that it does not read: on average
+// 0.72 2^-11 of a value. That added before makes up for it, and leaves as it is what needs no more bits; it is one
+// instruction where to round takes three.
+struct Cut {
+  uint4 of[2];
+  DEVICE explicit Cut(const float4 (&values)[2]) {
+    const auto more = [](float v) { return __float_as_uint(fmaf(v, 0.72f / 2048, v)); };
+    of[0] = make_uint4(more(values[0].x), more(values[0].z), more(values[1].x), more(values[1].z));
+    of[1] = make_uint4(more(values[0].y), more(values[0].w), more(values[1].y), more(values[1].w));
+  }
+};
+
 DEVICE void multiply_left(const Signs<BFloat16>& signs, float4 (&tile)[2]) {
   const Terms terms(tile);
   tile[0] = tile[1] = make_float4(0, 0, 0, 0);
@@ -70,6 +101,30 @@ DEVICE void multiply_right(const Signs<BFloat16>& signs, float4 (&tile)[2]) {
 #pragma unroll
   for (const auto& w : terms.of) signs.add_right_product(tile, make_uint4(w[0], w[1], w[2], w[3]));
 }
+
+DEVICE void multiply_left(const Signs<TensorFloat32>& signs, float4 (&tile)[2]) {
+  const Cut w(tile);
+  tile[0] = tile[1] = make_float4(0, 0, 0, 0);
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    tile[0] = multiply_add(TensorFloat32{}, signs.steps[s], make_uint2(w.of[s].x, w.of[s].z), tile[0]);
+    tile[1] = multiply_add(TensorFloat32{}, signs.steps[s], make_uint2(w.of[s].y, w.of[s].w), tile[1]);
+  }
+}
+DEVICE void multiply_right(const Signs<TensorFloat32>& signs, float4 (&tile)[2]) {
+  const Cut w(tile);
+  tile[0] = tile[1] = make_float4(0, 0, 0, 0);
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const uint4 h = signs.steps[s];
+    tile[0] = multiply_add(TensorFloat32{}, w.of[s], make_uint2(h.x, h.y), tile[0]);
+    tile[1] = multiply_add(TensorFloat32{}, w.of[s], make_uint2(h.z, h.w), tile[1]);
+  }
+}
+
+// The type of factors that are made of float32 values, for rows of T.
+template <class T>
+using Later = std::conditional_t<std::is_same_v<T, BFloat16>, TensorFloat32, BFloat16>;
 
 // A row's values in a thread: of its eight in each tile, those with one index side by side.
 template <int tiles>
@@ -113,20 +168,26 @@ DEVICE void fill_scales(const Numbers& scale, int first, float* places) {
   }
 }
 
-// Across the tiles, to the basis of H, where the scale is, and back.
+// H_m, or butterflies, across the tiles to the basis of H, where the scale is, and back.
 template <int tiles>
 DEVICE void scale_across(WarpRow<tiles>& row, const float* scales, int lane) {
-  constexpr int bits = bits_of(tiles);
+  constexpr bool butterfly = (tiles & (tiles - 1)) == 0;
 #pragma unroll
   for (int index = 0; index < 8; ++index) {
     float(&v)[tiles] = row.v[index];
-    butterflies<bits>(v);
+    if constexpr (butterfly)
+      butterflies<bits_of(tiles)>(v);
+    else
+      multiply<tiles, true>(v);
 #pragma unroll
     for (int tile = 0; tile < tiles; tile += 4) {
       const float4 by = read4(scales + (index * (tiles / 4) + tile / 4) * 128 + 4 * lane);
       v[tile] *= by.x, v[tile + 1] *= by.y, v[tile + 2] *= by.z, v[tile + 3] *= by.w;
     }
-    butterflies<bits>(v);
+    if constexpr (butterfly)
+      butterflies<bits_of(tiles)>(v);
+    else
+      multiply<tiles, false>(v);
   }
 }
 
@@ -165,7 +226,7 @@ DEVICE void add(const uint4& a, const uint4& b, float4 (&sums)[2]) {
 // The signs are those for a row's own type, and for what is made of it, which may be beyond the range of float16. Behind
 // x the residual, where fused.
 template <class T, int tiles, bool fused>
-DEVICE void transform_there(const char* x, const Signs<T>& first, const Signs<BFloat16>& later, WarpRow<tiles>& row) {
+DEVICE void transform_there(const char* x, const Signs<T>& first, const Signs<Later<T>>& later, WarpRow<tiles>& row) {
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
     const uint4 words = load16(x + 2 * kWarpTile * tile);
@@ -182,8 +243,8 @@ DEVICE void transform_there(const char* x, const Signs<T>& first, const Signs<BF
 }
 
 // give(tile, values): the elements of y where those of x had been loaded, at indices as above.
-template <int tiles, class Give>
-DEVICE void transform_back(const WarpRow<tiles>& row, const Signs<BFloat16>& signs, Give give) {
+template <int tiles, class Factor, class Give>
+DEVICE void transform_back(const WarpRow<tiles>& row, const Signs<Factor>& signs, Give give) {
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
     float4 values[2];
@@ -229,7 +290,7 @@ __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows
   float* const scales = shared_memory();
   char* const x = reinterpret_cast<char*>(scales + tables * n) + row_bytes * warp + 16 * lane;
   const Signs<T> first(lane);
-  const Signs<BFloat16> later(lane);
+  const Signs<Later<T>> later(lane);
   const auto copy_row = [&](char* to, const char* from) {
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) copy16(to + 2 * kWarpTile * tile, from + 2 * kWarpTile * tile);
@@ -277,7 +338,9 @@ void with_warp_kernel_of(int n, Run run) {
   switch (n) {
     case 1024: return run(patch_warp_rows<T, 4, fused>);
     case 2048: return run(patch_warp_rows<T, 8, fused>);
+    case 3072: return run(patch_warp_rows<T, 12, fused>);
     case 4096: return run(patch_warp_rows<T, 16, fused>);
+    case 5120: return run(patch_warp_rows<T, 20, fused>);
   }
 }
 

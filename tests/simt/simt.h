@@ -16,6 +16,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -300,6 +301,14 @@ inline float shuffle_xor(int line, uint32_t mask, float value, int lanes) {
          }).received;
 }
 
+template <size_t n>
+void add_products(Thread* warp, const float (&a)[16][n], const float (&b)[n][8]) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (size_t k = 0; k < n; ++k) warp[lane].sums[i] += a[lane / 4 + 8 * (i / 2)][k] * b[k][2 * (lane % 4) + i % 2];
+  ++machine.products;
+}
+
 // sums += A B, from where the threads have the elements of a 16 x 16 A and a 16 x 8 B (mma.m16n8k16), widened by `wide`.
 template <float (*wide)(uint16_t)>
 void multiply_matrices(Thread* warp, int threads) {
@@ -313,10 +322,21 @@ void multiply_matrices(Thread* warp, int threads) {
         if (word < 4) a[g + 8 * (word % 2)][pair + 8 * (word / 2)] = v;
         else b[pair + 8 * (word - 4)][g] = v;
       }
+  add_products(warp, a, b);
+}
+
+// The same of a 16 x 8 A and an 8 x 8 B (mma.m16n8k8), floats of which the products read ten bits of the mantissa.
+inline void multiply_cut_matrices(Thread* warp, int threads) {
+  float a[16][8], b[8][8];
+  if (threads != 32) return fault("product: of less than a warp");
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i)
-      for (int k = 0; k < 16; ++k) warp[lane].sums[i] += a[lane / 4 + 8 * (i / 2)][k] * b[k][2 * (lane % 4) + i % 2];
-  ++machine.products;
+    for (int word = 0; word < 6; ++word) {
+      const float v = std::bit_cast<float>(warp[lane].factors[word] & 0xffffe000u);
+      const int g = lane / 4, q = lane % 4;
+      if (word < 4) a[g + 8 * (word % 2)][q + 4 * (word / 2)] = v;
+      else b[q + 4 * (word - 4)][g] = v;
+    }
+  add_products(warp, a, b);
 }
 
 inline int warp_end(int warp) { return std::min<int>(32 * warp + 32, machine.threads.size()); }
@@ -501,6 +521,7 @@ namespace linearpatch::cuda {
 
 struct Half {};
 struct BFloat16 {};
+struct TensorFloat32 {};
 
 #define some_meet(name, together) simt::named_barrier(__LINE__, name, together)
 inline float* shared_memory() { return simt::machine.shared.data(); }
@@ -563,7 +584,10 @@ float4 multiply_add(T, uint4 a, uint2 b, float4 c, int line = __builtin_LINE()) 
   const float sums[] = {c.x, c.y, c.z, c.w};
   std::copy_n(factors, 6, self.factors);
   std::copy_n(sums, 4, self.sums);
-  simt::exchange(line, 0xffffffffu, "product", simt::multiply_matrices<widened_as<T>>);
+  if constexpr (std::is_same_v<T, TensorFloat32>)
+    simt::exchange(line, 0xffffffffu, "product", simt::multiply_cut_matrices);
+  else
+    simt::exchange(line, 0xffffffffu, "product", simt::multiply_matrices<widened_as<T>>);
   return {self.sums[0], self.sums[1], self.sums[2], self.sums[3]};
 }
 

@@ -115,7 +115,7 @@ def test_widths_of_models_have_kernels_of_their_own(emulator: Emulator, d: int) 
         assert not emulator.faults()
 
 
-WARP_ROWS = [1024, 2048, 4096]
+WARP_ROWS = [1024, 2048, 3072, 4096, 5120]
 
 
 def gpu_of_warps(warps: int, d: int, *, fused: bool) -> tuple[int, int, int]:
