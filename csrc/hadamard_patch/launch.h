@@ -148,14 +148,17 @@ constexpr bool has_fixed_kernel(int m, int k, Dtype dtype) {
          (n == 576 || n == 896 || n == 1536 || n == 2560 || n == 3072 || n == 3584 || n == 5120);
 }
 
-// Widths whose rows a warp of its own works on, in 16 bits.
-constexpr bool has_warp_kernel(int m, int k, Dtype dtype) {
-  if (dtype == Dtype::float32) return false;
-  return m == 1 ? k >= 10 && k <= 12 : k == 8 && (m == 12 || m == 20);
+// Widths whose rows a warp of its own works on, or two, in 16 bits; else 0. A warp has up to 20 tiles of a row.
+constexpr int warps_of_a_row(int m, int k, Dtype dtype) {
+  if (dtype == Dtype::float32) return 0;
+  if (m == 1) return k >= 10 && k <= 12 ? 1 : k == 13 ? 2 : 0;
+  return k == 8 && (m == 12 || m == 20) ? 1 : k == 9 && m == 12 ? 2 : 0;
 }
 
 // Warps that a processor holds at a time: more need registers that a thread's part of a row takes.
-constexpr int most_warp_rows(int tiles) { return tiles <= 4 ? 24 : tiles <= 8 ? 16 : tiles <= 12 ? 12 : 8; }
+constexpr int most_warps(int tiles, int warps) {
+  return tiles <= 4 ? 24 : tiles <= 8 ? 16 : tiles <= 12 && warps == 1 ? 12 : 8;
+}
 
 constexpr RowShape fixed_shape(int m, int k) {
   RowShape shape = staged_shape(m, k, true, false);
@@ -181,24 +184,27 @@ inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shar
   return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
 }
 
-// Shared memory for a warp: two rows of x, or one and one of the residual; and for all of a block: the scale, and the
-// norm's weight.
-inline int64_t warp_row_bytes(int n) { return 4 * n; }
-inline int64_t warp_table_bytes(const PatchRows& call, int n) { return (call.fused ? 8 : 4) * n; }
+// Shared memory of warp_rows.cuh, for a warp: two of its parts of x, or one and one of the residual; and for all of a block:
+// the scale, and where there is a norm its weight, and every warp's sum of squares.
+inline int64_t warp_bytes(int part) { return 4 * part; }
+inline int64_t warp_table_bytes(const PatchRows& call, int n, int warps) {
+  return (call.fused ? 8 : 4) * n + (call.fused && warps > 1 ? 4 * kMostThreads / 32 : 0);
+}
 
 // One block a processor. With less than two rows for every warp, what a warp takes for one of them counts, and many threads
 // to a row are faster.
 inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
-  const int n = call.shape.m << call.shape.k;
-  if (!device.matrix_products || !has_warp_kernel(call.shape.m, call.shape.k, call.in) || call.in != call.out) return false;
-  const int64_t tables = warp_table_bytes(call, n), room = (device.shared_per_block - tables) / warp_row_bytes(n);
-  const int64_t warps = std::min<int64_t>(room, most_warp_rows(n / kWarpTile));
-  launch.warp_rows = !call.channels && warps > 0 && call.rows >= 2 * warps * device.processors && call.rows <= kMostWarpRows;
+  const int n = call.shape.m << call.shape.k, warps = warps_of_a_row(call.shape.m, call.shape.k, call.in);
+  if (!device.matrix_products || !warps || call.in != call.out || call.channels) return false;
+  const int part = n / warps;
+  const int64_t tables = warp_table_bytes(call, n, warps), room = (device.shared_per_block - tables) / warp_bytes(part);
+  const int64_t together = std::min<int64_t>(room, most_warps(part / kWarpTile, warps)) / warps;
+  launch.warp_rows = together > 0 && call.rows >= 2 * together * device.processors && call.rows <= kMostWarpRows;
   if (!launch.warp_rows) return false;
   launch.fixed = call.scale_in_shared = true;
-  call.rows_together = static_cast<int>(warps);
-  launch.threads = 32 * call.rows_together;
-  launch.shared_bytes = tables + warps * warp_row_bytes(n);
+  call.rows_together = static_cast<int>(together);
+  launch.threads = 32 * warps * call.rows_together;
+  launch.shared_bytes = tables + together * warps * warp_bytes(part);
   launch.blocks = device.processors;
   return true;
 }

@@ -157,47 +157,90 @@ DEVICE int scale_place(int i) {
 }
 
 // By all threads of the block, the scale times the norm of H squared, from its number `first` on; a barrier has to follow.
-template <int tiles>
+// Of two warps' row, the one's after the other's.
+template <int tiles, int warps>
 DEVICE void fill_scales(const Numbers& scale, int first, float* places) {
-  constexpr int n = tiles * kWarpTile;
+  constexpr int n = warps * tiles * kWarpTile;
   for (int i = 8 * threadIdx.x; i < n; i += 8 * blockDim.x) {
+    const int tile = i / kWarpTile, of_warp = tile / warps * kWarpTile + i % kWarpTile;
     float v[8];
     Any(scale.dtype).load(scale.data, first + i, v);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) write(places + scale_place<tiles>(i + e), v[e] * (1.0f / n));
+    for (int e = 0; e < 8; ++e)
+      write(places + n / warps * (tile % warps) + scale_place<tiles>(of_warp + e), v[e] * (1.0f / n));
   }
 }
 
-// H_m, or butterflies, across the tiles to the basis of H, where the scale is, and back.
+// H_m, or butterflies, across a thread's tiles, to the basis of H or back.
+template <bool there, int tiles>
+DEVICE void multiply_across(float (&v)[tiles]) {
+  if constexpr ((tiles & (tiles - 1)) == 0)
+    butterflies<bits_of(tiles)>(v);
+  else
+    multiply<tiles, there>(v);
+}
+
+// Across the tiles to the basis of H, where the scale is, and back.
 template <int tiles>
 DEVICE void scale_across(WarpRow<tiles>& row, const float* scales, int lane) {
-  constexpr bool butterfly = (tiles & (tiles - 1)) == 0;
 #pragma unroll
   for (int index = 0; index < 8; ++index) {
     float(&v)[tiles] = row.v[index];
-    if constexpr (butterfly)
-      butterflies<bits_of(tiles)>(v);
-    else
-      multiply<tiles, true>(v);
+    multiply_across<true>(v);
 #pragma unroll
     for (int tile = 0; tile < tiles; tile += 4) {
       const float4 by = read4(scales + (index * (tiles / 4) + tile / 4) * 128 + 4 * lane);
       v[tile] *= by.x, v[tile + 1] *= by.y, v[tile + 2] *= by.z, v[tile + 3] *= by.w;
     }
-    if constexpr (butterfly)
-      butterflies<bits_of(tiles)>(v);
-    else
-      multiply<tiles, false>(v);
+    multiply_across<false>(v);
   }
+}
+
+// The same of a row that two warps share, tile by tile in turn. The last butterfly is across the warps: with s and t for
+// their scales, a and b become (a + b) s + (a - b) t and (b + a) s + (b - a) t. Each warp needs the other's values once;
+// they go through the place where the row's x was, which has room for half of them.
+template <int tiles>
+DEVICE void scale_across_two(WarpRow<tiles>& row, const float* scales, float* own, const float* others, int lane, int pair) {
+  constexpr int quads = tiles / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half)
+      some_meet(1 + pair, 64);
+    else
+      __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float(&v)[tiles] = row.v[4 * half + i];
+      multiply_across<true>(v);
+#pragma unroll
+      for (int q = 0; q < quads; ++q)
+        write4(own + (i * quads + q) * 128 + 4 * lane, make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]));
+    }
+    some_meet(1 + pair, 64);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float(&v)[tiles] = row.v[4 * half + i];
+#pragma unroll
+      for (int q = 0; q < quads; ++q) {
+        const float* const at = scales + ((4 * half + i) * quads + q) * 128 + 4 * lane;
+        const float4 first = read4(at), second = read4(at + tiles * kWarpTile);
+        const float4 other = read4(others + (i * quads + q) * 128 + 4 * lane);
+        const auto both = [](float& v, float u, float s, float t) { v = (v + u) * s + (v - u) * t; };
+        both(v[4 * q], other.x, first.x, second.x), both(v[4 * q + 1], other.y, first.y, second.y);
+        both(v[4 * q + 2], other.z, first.z, second.z), both(v[4 * q + 3], other.w, first.w, second.w);
+      }
+      multiply_across<false>(v);
+    }
+  }
+  some_meet(1 + pair, 64);
 }
 
 // The float in shared memory where the norm's weight for element i is: a thread's two fours of a tile, each next to those
 // of its neighbours.
 DEVICE int weight_place(int i) { return (i & ~255) + (i & 4) * 32 + (i >> 1 & 124) + (i & 3); }
 
-template <int tiles>
-DEVICE void fill_weights(const Numbers& weight, float* places) {
-  for (int i = 8 * threadIdx.x; i < tiles * kWarpTile; i += 8 * blockDim.x) {
+DEVICE void fill_weights(const Numbers& weight, int n, float* places) {
+  for (int i = 8 * threadIdx.x; i < n; i += 8 * blockDim.x) {
     float v[8];
     Any(weight.dtype).load(weight.data, i, v);
     write4(places + weight_place(i), make_float4(v[0], v[1], v[2], v[3]));
@@ -263,71 +306,91 @@ DEVICE float sum_over_warp(float v) {
   return v;
 }
 
-// The row over its root mean square, times the norm's weight.
-template <class T, int tiles>
-DEVICE void store_normed(const WarpRow<tiles>& row, float squares, float eps, const float* weights, char* normed, int lane) {
-  const float inverse = 1.0f / sqrtf(sum_over_warp(squares) / (tiles * kWarpTile) + eps);
+// With the other warp of the row; `sums` has a float for every warp of the block. It can be used again after a barrier of the
+// two, as there are on the way of every row.
+DEVICE float sum_over_two(float v, float* sums) {
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) write(sums + warp, v);
+  some_meet(1 + warp / 2, 64);
+  return read(sums + (warp & ~1)) + read(sums + (warp | 1));
+}
+
+// The row over its root mean square, times the norm's weight. `weights` and `normed` are of the thread's first tile.
+template <class T, int warps, int tiles>
+DEVICE void store_normed(const WarpRow<tiles>& row, float squares, float eps, const float* weights, char* normed) {
+  const float inverse = 1.0f / sqrtf(squares / (warps * tiles * kWarpTile) + eps);
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
     float4 v[2];
     row.get(tile, v);
-    const float* const at = weights + kWarpTile * tile + 4 * lane;
+    const float* const at = weights + kWarpTile * warps * tile;
     const float4 low = read4(at), high = read4(at + 128);
     v[0].x *= inverse * low.x, v[0].y *= inverse * low.y, v[1].x *= inverse * low.z, v[1].y *= inverse * low.w;
     v[0].z *= inverse * high.x, v[0].w *= inverse * high.y, v[1].z *= inverse * high.z, v[1].w *= inverse * high.w;
-    store16(normed + 2 * kWarpTile * tile, packed<T>(v));
+    store16(normed + 2 * kWarpTile * warps * tile, packed<T>(v));
   }
 }
 
-// Warps stay and go from row to row; blockIdx.y is a diagonal block of H. While one row is worked on, the next two come into
-// the warp's part of shared memory, where every thread reads what it has copied itself: no barrier. Two, so that the memory
-// has something to do while all warps are busy with what has come; where there is a residual, there is room for one.
-template <class T, int tiles, bool fused>
-__global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows(const PatchRows call) {
-  constexpr int n = tiles * kWarpTile, tables = fused ? 2 : 1, row_bytes = 4 * n, ahead = fused ? 1 : 2;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int element = static_cast<int>(blockIdx.y) * n, own = 2 * element + 16 * lane;
+// Warps stay and go from row to row, one to a row or two, which then have its tiles in turn; blockIdx.y is a diagonal block
+// of H. While one row is worked on, the next two come into the warp's part of shared memory, where every thread reads what
+// it has copied itself: no barrier. Two, so that the memory has something to do while all warps are busy with what has come;
+// where there is a residual, there is room for one.
+template <class T, int tiles, int warps, bool fused>
+__global__ void __launch_bounds__(32 * most_warps(tiles, warps), 1) patch_warp_rows(const PatchRows call) {
+  constexpr int part = tiles * kWarpTile, n = warps * part, tables = fused ? 2 : 1, warp_bytes = 4 * part;
+  constexpr int ahead = fused ? 1 : 2, tile_bytes = 2 * kWarpTile;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = warp % warps;  // whose tiles are turn, turn + warps, ...
+  const int element = static_cast<int>(blockIdx.y) * n, own = 2 * element + tile_bytes * turn + 16 * lane;
   float* const scales = shared_memory();
-  char* const x = reinterpret_cast<char*>(scales + tables * n) + row_bytes * warp + 16 * lane;
+  char* const places = reinterpret_cast<char*>(scales + tables * n);
+  char* const x = places + warp_bytes * warp + 16 * lane;
   const Signs<T> first(lane);
   const Signs<Later<T>> later(lane);
   const auto copy_row = [&](char* to, const char* from) {
 #pragma unroll
-    for (int tile = 0; tile < tiles; ++tile) copy16(to + 2 * kWarpTile * tile, from + 2 * kWarpTile * tile);
+    for (int tile = 0; tile < tiles; ++tile) copy16(to + tile_bytes * tile, from + tile_bytes * warps * tile);
   };
   const int rows = static_cast<int>(call.rows), step = gridDim.x * call.rows_together;
   const auto fetch = [&](int index, char* to) {
     if (index < rows) {
       copy_row(to, call.x + index * call.x_stride + own);
-      if constexpr (fused) copy_row(to + 2 * n, call.residual + index * call.residual_stride + own);
+      if constexpr (fused) copy_row(to + 2 * part, call.residual + index * call.residual_stride + own);
     }
     end_group_of_copies();
   };
 
-  int index = warp * gridDim.x + blockIdx.x, place = 0;
+  int index = warp / warps * gridDim.x + blockIdx.x, place = 0;
 #pragma unroll
-  for (int i = 0; i < ahead; ++i) fetch(index + i * step, x + 2 * n * i);
-  fill_scales<tiles>(call.scale, element, scales);
-  if constexpr (fused) fill_weights<tiles>(call.norm_weight, scales + n);
+  for (int i = 0; i < ahead; ++i) fetch(index + i * step, x + 2 * part * i);
+  fill_scales<tiles, warps>(call.scale, element, scales);
+  if constexpr (fused) fill_weights(call.norm_weight, n, scales + n);
   __syncthreads();
   for (; index < rows; index += step) {
     WarpRow<tiles> row;
     wait_for_copies<ahead - 1>();
-    transform_there<T, tiles, fused>(x + 2 * n * place, first, later, row);
-    fetch(index + ahead * step, x + 2 * n * place);
+    transform_there<T, tiles, fused>(x + 2 * part * place, first, later, row);
+    if constexpr (warps == 2) {
+      const auto exchanged = [&](int of) { return reinterpret_cast<float*>(places + warp_bytes * of + 2 * part * place); };
+      scale_across_two(row, scales, exchanged(warp), exchanged(warp ^ 1), lane, warp / 2);
+    }
+    fetch(index + ahead * step, x + 2 * part * place);
     place = ahead - 1 - place;
-    scale_across(row, scales, lane);
+    if constexpr (warps == 1) scale_across(row, scales, lane);
     char* const y = call.y + index * call.y_stride + own;
     float squares = 0;
     transform_back(row, later, [&](int tile, const float4(&values)[2]) {
-      store16(y + 2 * kWarpTile * tile, packed<T>(values));
+      store16(y + tile_bytes * warps * tile, packed<T>(values));
       if constexpr (fused) {
         squares += sum_of_squares(values[0]) + sum_of_squares(values[1]);
         row.set(tile, values);
       }
     });
-    if constexpr (fused)
-      store_normed<T>(row, squares, call.eps, scales + n, call.normed + index * call.normed_stride + own, lane);
+    if constexpr (fused) {
+      squares = sum_over_warp(squares);
+      if constexpr (warps == 2) squares = sum_over_two(squares, reinterpret_cast<float*>(places + warp_bytes * (blockDim.x / 32)));
+      store_normed<T, warps>(row, squares, call.eps, scales + n + kWarpTile * turn + 4 * lane,
+                             call.normed + index * call.normed_stride + own);
+    }
   }
 }
 
@@ -336,11 +399,13 @@ __global__ void __launch_bounds__(32 * most_warp_rows(tiles), 1) patch_warp_rows
 template <class T, bool fused, class Run>
 void with_warp_kernel_of(int n, Run run) {
   switch (n) {
-    case 1024: return run(patch_warp_rows<T, 4, fused>);
-    case 2048: return run(patch_warp_rows<T, 8, fused>);
-    case 3072: return run(patch_warp_rows<T, 12, fused>);
-    case 4096: return run(patch_warp_rows<T, 16, fused>);
-    case 5120: return run(patch_warp_rows<T, 20, fused>);
+    case 1024: return run(patch_warp_rows<T, 4, 1, fused>);
+    case 2048: return run(patch_warp_rows<T, 8, 1, fused>);
+    case 3072: return run(patch_warp_rows<T, 12, 1, fused>);
+    case 4096: return run(patch_warp_rows<T, 16, 1, fused>);
+    case 5120: return run(patch_warp_rows<T, 20, 1, fused>);
+    case 6144: return run(patch_warp_rows<T, 12, 2, fused>);
+    case 8192: return run(patch_warp_rows<T, 16, 2, fused>);
   }
 }
 

@@ -67,6 +67,7 @@ struct Access {
 struct Word {
   Access write;
   std::vector<Access> reads;  // since that write, one a thread and stretch between barriers
+  bool on_its_way = false;    // a copy that nothing has waited for
 };
 
 struct Buffer {
@@ -117,7 +118,7 @@ struct Machine {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   bool count_wavefronts = true;
-  // Of each warp, what its threads asked for in their n-th access since the last barrier: first word, words.
+  // Of each warp, what its threads asked for in their n-th access since it last met others: first word, words.
   std::map<std::pair<int, int64_t>, std::vector<std::pair<int, int>>> in_flight;
   Wavefronts wavefronts;
   int64_t barriers_met = 0, narrow_barriers_met = 0, shuffles = 0, products = 0, launches = 0;
@@ -186,12 +187,24 @@ inline bool touch_shared(const void* p, int words, bool writes) {
   Thread& thread = machine.threads[machine.running];
   for (int i = 0; i < words; ++i) {
     Word& word = machine.shared_words[first + i];
-    if (!writes && word.write.thread < 0) fault("shared memory: word " + std::to_string(first + i) + " read before it was written");
+    if (!writes && (word.write.thread < 0 || word.on_its_way))
+      fault("shared memory: word " + std::to_string(first + i) + " read before it was written");
     note(word, writes, "shared word " + std::to_string(first + i));
+    if (writes) word.on_its_way = false;
   }
   if (machine.count_wavefronts)
     machine.in_flight[{machine.running / 32, thread.accesses++}].push_back({static_cast<int>(first), words});
   return true;
+}
+
+// A copy may come as soon as it is asked for; it is there when it is waited for.
+inline void begin_to_write(const void* p, int words) {
+  if (!in_shared(p)) return;  // which is said when it comes
+  const int64_t first = static_cast<const float*>(p) - machine.shared.data();
+  for (int64_t i = first; i < std::min<int64_t>(first + words, machine.shared.size()); ++i) {
+    note(machine.shared_words[i], true, "shared word " + std::to_string(i));
+    machine.shared_words[i].on_its_way = true;
+  }
 }
 
 inline bool touch_global(const void* p, int bytes, bool writes) {
@@ -229,8 +242,11 @@ void put(void* p, T value) {
 }
 
 // 32 banks of a word; an access of 16 bytes goes by quarters of a warp.
-inline void settle_wavefronts() {
-  for (const auto& [key, accesses] : machine.in_flight) {
+// Of a warp that has met others: of its accesses since it last did, the n-th of each thread belong together.
+inline void settle_wavefronts(int warp) {
+  const auto begin = machine.in_flight.lower_bound({warp, 0}), end = machine.in_flight.lower_bound({warp + 1, 0});
+  for (auto one = begin; one != end; ++one) {
+    const auto& accesses = one->second;
     const int words = accesses[0].second, group = 32 / words;
     for (size_t begin = 0; begin < accesses.size(); begin += group) {
       std::set<int> by_bank[32];
@@ -245,8 +261,11 @@ inline void settle_wavefronts() {
       machine.wavefronts.least += 1;
     }
   }
-  machine.in_flight.clear();
-  for (Thread& thread : machine.threads) thread.accesses = 0;
+  machine.in_flight.erase(begin, end);
+  for (size_t i = 32 * warp; i < std::min<size_t>(32 * warp + 32, machine.threads.size()); ++i) machine.threads[i].accesses = 0;
+}
+inline void settle_wavefronts() {
+  for (int warp = 0; 32 * warp < static_cast<int>(machine.threads.size()); ++warp) settle_wavefronts(warp);
 }
 
 // --- threads ---
@@ -384,6 +403,7 @@ inline bool release_named() {
     for (int i : together) {
       machine.threads[i].state = State::ready;
       ++machine.threads[i].named_barriers;
+      if (i % 32 == 0) settle_wavefronts(i / 32);
     }
     ++machine.narrow_barriers_met;
     released = true;
@@ -559,6 +579,7 @@ uint32_t pack(T type, float low, float high) {
 }
 
 inline void copy16(void* to, const void* from) {
+  simt::begin_to_write(to, 4);
   simt::machine.threads[simt::machine.running].copies.back().emplace_back(to, from);
 }
 inline void end_group_of_copies() { simt::machine.threads[simt::machine.running].copies.emplace_back(); }

@@ -100,7 +100,14 @@ MUTATIONS = {
         "read before it was written",
     ),
     "a row too early": ("warp_rows.cuh", "<ahead - 1>", "<ahead>", "read before it was written"),
-    "one place for two rows": ("warp_rows.cuh", "+ row_bytes * warp + 16 * lane;", "+ 16 * lane;", "race: shared word"),
+    "two warps that do not wait": ("warp_rows.cuh", "    some_meet(1 + pair, 64);\n#pragma", "#pragma", "race: shared word"),
+    "a place that is filled too early": (
+        "warp_rows.cuh",
+        "  some_meet(1 + pair, 64);\n}",
+        "}",
+        "race: shared word",
+    ),
+    "one place for two rows": ("warp_rows.cuh", "places + warp_bytes * warp + 16 * lane;", "places + 16 * lane;", "race: shared word"),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
 
@@ -134,6 +141,9 @@ for d in (2048, 576):
     said += emulator.faults()
 emulator.configure("random", gpu=(1, 12 * 2048, 0))  # two warps, which have a row each
 operators.hadamard_patch(torch.randn(5, 2048).bfloat16(), torch.randn(2048), None, None, None, None)
+said += emulator.faults()
+emulator.configure("random", gpu=(1, 12 * 8192, 0))  # two rows, which have two warps each
+operators.hadamard_patch(torch.randn(5, 8192).bfloat16(), torch.randn(8192), None, None, None, None)
 said += emulator.faults()
 print(*said, sep="\\n")
 """
