@@ -100,14 +100,24 @@ MUTATIONS = {
         "read before it was written",
     ),
     "a row too early": ("warp_rows.cuh", "<ahead - 1>", "<ahead>", "read before it was written"),
-    "two warps that do not wait": ("warp_rows.cuh", "    some_meet(1 + pair, 64);\n#pragma", "#pragma", "race: shared word"),
+    "two warps that do not wait": (
+        "warp_rows.cuh",
+        "    some_meet(1 + pair, 64);\n#pragma",
+        "#pragma",
+        "race: shared word",
+    ),
     "a place that is filled too early": (
         "warp_rows.cuh",
         "  some_meet(1 + pair, 64);\n}",
         "}",
         "race: shared word",
     ),
-    "one place for two rows": ("warp_rows.cuh", "places + warp_bytes * warp + 16 * lane;", "places + 16 * lane;", "race: shared word"),
+    "one place for two rows": (
+        "warp_rows.cuh",
+        "places + warp_bytes * warp + 16 * lane;",
+        "places + 16 * lane;",
+        "race: shared word",
+    ),
     "a swizzle that is not one to one": ("stages.cuh", "(i >> above & 3)", "(i >> 3 & 3)", "race: shared word"),
 }
 
