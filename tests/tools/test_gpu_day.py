@@ -85,6 +85,8 @@ def test_a_case_that_was_measured_again_shows_both(tmp_path: Path) -> None:
     assert publish.main([*arguments, "--commit", "old", "--commit", "new", "--note", "A note."]) == 0
     assert "(commit old; commit new). A note." in page.read_text()
     assert "| cuda | patch | 8 x 64 | bfloat16 | 62.5 | 1.60 | 0.80 (0.50) |" in page.read_text()
+    assert publish.main([*arguments[1:], "--commit", "newest", "--add"]) == 0
+    assert "commit old; commit new; commit newest" in page.read_text()
     assert publish.main([*arguments, "--commit", "old"]) == 2
     assert publish.main([str(tmp_path / "absent")]) == 2
 

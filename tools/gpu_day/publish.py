@@ -1,8 +1,8 @@
 """The files of a GPU day -> ``benchmarks/results/gpu-DEVICE.json`` and ``docs/results/gpu.md``.
 
-``python -m tools.gpu_day.publish DIRECTORY... [--commit REVISION] [--note TEXT]``. Several directories are calls of one
-day on one kind of machine, the later ones of newer code: of a case that was measured twice, the last figures are shown,
-and the first ones beside them.
+``python -m tools.gpu_day.publish DIRECTORY... [--commit REVISION] [--note TEXT] [--add]``. Several directories are calls
+on one kind of machine, the later ones of newer code; with ``--add`` those that the JSON holds already come before them. Of a
+case that was measured twice, the last figures are shown, and the first ones beside them.
 """
 
 from __future__ import annotations
@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directories", nargs="+", type=Path, help="what `run.sh` left in $OUT, the first call first")
     parser.add_argument("--commit", action="append", default=[], help="of each directory, in their order")
     parser.add_argument("--note", default="", help="a sentence for the page's first paragraph")
+    parser.add_argument("--add", action="store_true", help="keep the calls that were published before")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
@@ -247,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls = [collected(place, commit) for place, commit in zip(options.directories, commits, strict=True)]
     slug = re.sub(r"[^a-z0-9]+", "-", (calls[-1]["device"] or "dry").lower()).strip("-")
     result = options.results / f"gpu-{slug}.json"
+    if options.add and result.exists():
+        calls = [*json.loads(result.read_text())["calls"], *calls]
     for file, content in (
         (result, json.dumps({"calls": calls}, indent=1) + "\n"),
         (options.page, page(calls, options.note)),
