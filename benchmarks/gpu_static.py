@@ -168,11 +168,12 @@ def _wavefronts(opcode: str) -> int:
 
 
 def _products(opcode: str) -> int:
-    """Multiply-adds of a warp-level matrix product, from its shape: HMMA.16816 is 16 x 8 x 16."""
+    """Multiply-adds of a warp-level matrix product, from its shape: HMMA.16816 is 16 x 8 x 16. Those of TF32 take twice the
+    time, and count twice."""
     if opcode.split(".")[0] not in ("HMMA", "QMMA"):
         return 0
     shape = re.search(r"\.(16)(8)(\d+)\.", opcode + ".")
-    return 16 * 8 * int(shape[3]) if shape else 0
+    return 16 * 8 * int(shape[3]) * (2 if opcode.endswith(".TF32") else 1) if shape else 0
 
 
 def warp_counts(counts: Counter[str]) -> WarpCounts:
@@ -301,7 +302,8 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
         wanted: tuple[str, ...]
         if plan.warp_rows:
             fused = "Lb1E" if kernel == "add_patch_rms_norm" else "Lb0E"
-            wanted = ("patch_warp_rows", f"{element}Li{(plan.order << plan.log2_inner) // 256}E{fused}")
+            warps = plan.threads // 32 // plan.rows_together
+            wanted = ("patch_warp_rows", f"{element}Li{(plan.order << plan.log2_inner) // 256 // warps}ELi{warps}E{fused}")
         elif plan.fixed:
             wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element, "Lb0E")  # without channel scales
         else:

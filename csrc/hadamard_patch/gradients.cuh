@@ -93,7 +93,7 @@ DEVICE void differentiate(const Shape& shape, float* u, float* a, float* spare, 
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::block_threads, 1) patch_gradients(const GradientRows call) {
+__global__ void __launch_bounds__(resident_gradients(Shape::m), 1) patch_gradients(const GradientRows call) {
   const Shape shape(call.shape);
   const Any in(call.in), out(call.out);
   const int n = shape.size(), thread = threadIdx.x % shape.threads, lane = threadIdx.x / shape.threads;

@@ -17,7 +17,7 @@ constexpr int kFewestPowerOfTwo = 7;     // log2 of the narrowest row without a 
 constexpr int kWidest = 32768;           // elements of a row that is worked on
 constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
 constexpr int kMostDiagonalBlocks = 65535;
-constexpr int kThreadsPerProcessor = 512;  // the kernels have up to 128 registers a thread
+constexpr int kFixedThreads = 128;       // of a block, at most
 constexpr int kMostWarpRows = 1 << 30;
 constexpr int kWarpTile = 256;             // elements of a tile of warp_rows.cuh: eight for each thread of a warp
 
@@ -177,10 +177,17 @@ inline int rows_in_a_block(const RowShape& shape, int64_t bytes_a_row, int64_t b
   return rows;
 }
 
-inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shared_bytes, const Device& device) {
+// Threads that a processor holds of a kernel: what its registers leave room for, as its launch bounds promise. A block more
+// than it holds would begin when others have ended, and make a call take two turns.
+constexpr int resident_fixed(int m, int k, bool channels) { return m == 1 && k == 13 ? 256 : channels ? 384 : 512; }
+constexpr int resident_staged(int m) { return m == 1 ? 512 : 256; }
+constexpr int resident_gradients(int m) { return m == 1 ? 384 : 256; }
+
+inline int blocks_for(int64_t rows, int rows_together, int threads, int64_t shared_bytes, int resident_threads,
+                      const Device& device) {
   const int64_t enough = (rows + rows_together - 1) / rows_together;
   const int64_t by_shared = device.shared_per_processor / (shared_bytes + 1024);  // a kilobyte a block is the system's
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(kThreadsPerProcessor / threads, by_shared));
+  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(resident_threads / threads, by_shared));
   return static_cast<int>(std::max<int64_t>(1, std::min(enough, resident * device.processors)));
 }
 
@@ -230,7 +237,8 @@ inline Launch plan_patch(PatchRows& call, const Width& width, const Device& devi
   call.rows_together = rows_in_a_block(call.shape, bytes_a_row, besides + (launch.fixed ? row_bytes : 0), limit);
   launch.threads = call.rows_together * call.shape.threads;
   launch.shared_bytes = call.rows_together * bytes_a_row + besides;
-  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes + row_bytes, device);
+  const int resident = launch.fixed ? resident_fixed(m, k, call.channels) : resident_staged(m);
+  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes + row_bytes, resident, device);
   const bool several_turns = call.rows > static_cast<int64_t>(launch.blocks) * call.rows_together;
   call.scale_in_shared = launch.fixed || (!tabled && several_turns && launch.shared_bytes + row_bytes <= limit);
   if (call.scale_in_shared) launch.shared_bytes += row_bytes;
@@ -263,7 +271,8 @@ inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_
   call.sums_in_shared = launch.shared_bytes <= limit;
   if (!call.sums_in_shared) launch.shared_bytes = call.rows_together * work;
   launch.possible = launch.shared_bytes <= limit;
-  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes, device);
+  launch.blocks = blocks_for(call.rows, call.rows_together, launch.threads, launch.shared_bytes,
+                             resident_gradients(static_cast<int>(width.m)), device);
   return launch;
 }
 

@@ -40,16 +40,10 @@ DEVICE void to_basis_scale_and_back(const Shape& shape, float* row, float* other
   }
 }
 
-// Blocks that a processor holds at least: four leave 128 registers, in which channel scales find no room.
-template <class Shape>
-constexpr int least_blocks(bool channels) {
-  return Shape::least_blocks - (channels && Shape::least_blocks == 4);
-}
-
 // Blocks of threads stay and go from row to row; blockIdx.y is a diagonal block of H. Without `channels` there are no scales
 // of channels; with them, either may be there.
 template <class In, class Out, class Shape, bool channels>
-__global__ void __launch_bounds__(Shape::block_threads, least_blocks<Shape>(channels)) patch_rows(const PatchRows call) {
+__global__ void __launch_bounds__(Shape::block_threads, Shape::least_blocks(channels)) patch_rows(const PatchRows call) {
   const Shape shape(call.shape);
   const In in(call.in);
   const Out out(call.out);

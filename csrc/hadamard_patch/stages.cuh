@@ -41,7 +41,8 @@ struct Fixed {
   static constexpr RowShape shape = fixed_shape(m_, k_);
   static constexpr int m = m_, k = k_, a = shape.a, b = shape.b, threads = shape.threads, stride = shape.stride;
   static constexpr int middle_bits = m == 1 ? k - 3 - a : 0, inner_at = 3 + middle_bits;
-  static constexpr int block_threads = 128, least_blocks = m > 1 ? 3 : a == 3 ? 4 : 2;
+  static constexpr int block_threads = kFixedThreads;
+  static constexpr int least_blocks(bool channels) { return resident_fixed(m, k, channels) / block_threads; }
   DEVICE explicit Fixed(const RowShape&) {}
   static DEVICE constexpr int order() { return m; }
   static DEVICE constexpr int size() { return m << k; }
@@ -52,7 +53,8 @@ template <int m_>
 struct Staged {
   static constexpr bool known = false;
   static constexpr int m = m_, middle_bits = m == 1 ? kMiddleBits : 0, inner_at = 3 + middle_bits;
-  static constexpr int block_threads = kMostThreads, least_blocks = m == 1 ? 2 : 1;
+  static constexpr int block_threads = kMostThreads;
+  static constexpr int least_blocks(bool) { return resident_staged(m) / block_threads; }
   int k, a, b, order_, threads, stride;
   DEVICE explicit Staged(const RowShape& shape)
       : k(shape.k), a(shape.a), b(shape.b), order_(shape.m), threads(shape.threads), stride(shape.stride) {}

@@ -27,18 +27,24 @@ def compiled() -> dict[tuple[str, int], Cubin]:
     return compile_all(ARCHITECTURES)
 
 
+# Bytes that a thread of a kernel stores and loads for want of registers, at most. Gradients on sm_75: none of the default
+# ones. A warp's rows of 5120, of which a thread has 160 values: a dozen words of four thousand instructions, and on an H100
+# 1.5 times as fast as the kernel without (docs/results/gpu.md).
+SPILLS = {
+    r"patch_gradientsINS0_6StagedILi36E": {75: 40},
+    r"patch_warp_rows.*Li20ELi1E": {80: 60, 90: 76, 100: 80, 120: 64},
+    r"patch_warp_rows.*BFloat16ELi16ELi2ELb1E": {100: 28},
+}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills(compiled: dict[tuple[str, int], Cubin], architecture: int) -> None:
     cubins = [cubin for (_, number), cubin in compiled.items() if number == architecture]
     spills = {name: size for cubin in cubins for name, size in cubin.spills.items()}
-    assert len(spills) == 72
-    spilled = {name: size for name, size in spills.items() if size}
-    if architecture == 75:  # none of the default ones; what freed the last registers elsewhere was not enough there
-        assert all("patch_gradientsINS0_6StagedILi36E" in name and size <= 40 for name, size in spilled.items()), (
-            spilled
-        )
-    else:
-        assert not spilled
+    assert len(spills) == 88
+    allowed = {pattern: sizes[architecture] for pattern, sizes in SPILLS.items() if architecture in sizes}
+    for name, size in spills.items():
+        assert size <= max((most for pattern, most in allowed.items() if re.search(pattern, name)), default=0), name
     assert not any("warning" in cubin.said for cubin in cubins)
 
 
