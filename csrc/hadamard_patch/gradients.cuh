@@ -181,24 +181,28 @@ __global__ void __launch_bounds__(resident_gradients(Shape::m), 1) patch_gradien
   post_sums.copy_to(call.post_sums + part + element, thread);
 }
 
-// total = factor * the sum of the parts, each [d], in their order within each of eight warps, whose sums are added last.
-// A thread has four columns, a block of 256 threads 128 of them.
-__global__ void __launch_bounds__(256) add_parts(const PartSums call) {
+// total = factor * the sum of the parts, each [d], in their order within each of kSumLanes threads, whose sums are added
+// last. A thread has four columns, which eight neighbours read as one line of the cache; a block of few columns, so that
+// enough blocks ask the memory at a time.
+__global__ void __launch_bounds__(kSumThreads) add_parts(const PartSums call) {
+  constexpr int neighbours = kSumColumns / 4;
   float* const sums = shared_memory();
-  const int warp = threadIdx.x / 32, column = (blockIdx.x * 32 + threadIdx.x % 32) * 4;
+  const int lane = threadIdx.x / neighbours, column = (blockIdx.x * neighbours + threadIdx.x % neighbours) * 4;
   double total[4] = {};
-  if (column < call.d)
-    for (int64_t i = warp; i < call.parts; i += 8) {
+  if (column < call.d) {
+#pragma unroll 4
+    for (int64_t i = lane; i < call.parts; i += kSumLanes) {
       const uint4 four = load16(call.sums + i * call.d + column);
       total[0] += __uint_as_float(four.x), total[1] += __uint_as_float(four.y);
       total[2] += __uint_as_float(four.z), total[3] += __uint_as_float(four.w);
     }
+  }
   write4(sums + 4 * threadIdx.x, make_float4(total[0], total[1], total[2], total[3]));
   __syncthreads();
-  if (warp || column >= call.d) return;
+  if (lane || column >= call.d) return;
   float4 all = make_float4(0, 0, 0, 0);
-  for (int i = 0; i < 8; ++i) {
-    const float4 one = read4(sums + 4 * (threadIdx.x + 32 * i));
+  for (int i = 0; i < kSumLanes; ++i) {
+    const float4 one = read4(sums + 4 * (threadIdx.x + neighbours * i));
     all.x += one.x, all.y += one.y, all.z += one.z, all.w += one.w;
   }
   const float by = call.factor;
