@@ -1,16 +1,21 @@
-"""The pages: every relative link leads somewhere, the README stays short, no environment variable is left out."""
+"""The pages: links lead somewhere, the README is short and its Python runs, no environment variable is left out."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from markdown_it import MarkdownIt  # comes with rich
 from markdown_it.token import Token
+from modeling.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+
+from linearpatch_kernels.modeling.saving import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -80,6 +85,22 @@ def test_the_readme_stays_short() -> None:
     text = (ROOT / "README.md").read_bytes()
     assert len(text.splitlines()) <= 150
     assert len(text) <= 9000
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First what makes a checkpoint, then what loads it: the README has them the other way round."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", layers=9, hidden_size=64, head_dim=16, max_position_embeddings=512)
+    save_checkpoint(model, tiny_tokenizer(), "MODEL")
+    words = random.Random(0)
+    Path("my.txt").write_text(" ".join(str(words.randrange(VOCABULARY - 4)) for _ in range(73 * 512)))
+    blocks = [token.content for token in parsed(ROOT / "README.md") if token.type == "fence" and token.info == "python"]
+    loading, making = blocks
+    exec(making, {})
+    names: dict[str, Any] = {}
+    exec(loading, names)
+    assert names["model"].config.num_hidden_layers == 3
+    assert Path("DIR/linearpatch/plan.json").is_file()
 
 
 def test_every_environment_variable_is_described() -> None:
