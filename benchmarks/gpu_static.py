@@ -168,8 +168,8 @@ def _wavefronts(opcode: str) -> int:
 
 
 def _products(opcode: str) -> int:
-    """Multiply-adds of a warp-level matrix product, from its shape: HMMA.16816 is 16 x 8 x 16. Those of TF32 take twice the
-    time, and count twice."""
+    """Multiply-adds of a warp-level matrix product, from its shape: HMMA.16816 is 16 x 8 x 16. Those of TF32 take twice
+    the time, and count twice."""
     if opcode.split(".")[0] not in ("HMMA", "QMMA"):
         return 0
     shape = re.search(r"\.(16)(8)(\d+)\.", opcode + ".")
@@ -303,7 +303,10 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
         if plan.warp_rows:
             fused = "Lb1E" if kernel == "add_patch_rms_norm" else "Lb0E"
             warps = plan.threads // 32 // plan.rows_together
-            wanted = ("patch_warp_rows", f"{element}Li{(plan.order << plan.log2_inner) // 256 // warps}ELi{warps}E{fused}")
+            wanted = (
+                "patch_warp_rows",
+                f"{element}Li{(plan.order << plan.log2_inner) // 256 // warps}ELi{warps}E{fused}",
+            )
         elif plan.fixed:
             wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element, "Lb0E")  # without channel scales
         else:

@@ -181,17 +181,17 @@ __global__ void __launch_bounds__(resident_gradients(Shape::m), 1) patch_gradien
   post_sums.copy_to(call.post_sums + part + element, thread);
 }
 
-// total = factor * the sum of the parts, each [d], in their order within each of kSumLanes threads, whose sums are added
+// total = factor * the sum of the parts, each [d], in their order within each of kPartLanes threads, whose sums are added
 // last. A thread has four columns, which eight neighbours read as one line of the cache; a block of few columns, so that
 // enough blocks ask the memory at a time.
-__global__ void __launch_bounds__(kSumThreads) add_parts(const PartSums call) {
-  constexpr int neighbours = kSumColumns / 4;
+__global__ void __launch_bounds__(kPartThreads) add_parts(const PartSums call) {
+  constexpr int neighbours = kPartColumns / 4;
   float* const sums = shared_memory();
   const int lane = threadIdx.x / neighbours, column = (blockIdx.x * neighbours + threadIdx.x % neighbours) * 4;
   double total[4] = {};
   if (column < call.d) {
 #pragma unroll 4
-    for (int64_t i = lane; i < call.parts; i += kSumLanes) {
+    for (int64_t i = lane; i < call.parts; i += kPartLanes) {
       const uint4 four = load16(call.sums + i * call.d + column);
       total[0] += __uint_as_float(four.x), total[1] += __uint_as_float(four.y);
       total[2] += __uint_as_float(four.z), total[3] += __uint_as_float(four.w);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kSumThreads) add_parts(const PartSums call) {
   __syncthreads();
   if (lane || column >= call.d) return;
   float4 all = make_float4(0, 0, 0, 0);
-  for (int i = 0; i < kSumLanes; ++i) {
+  for (int i = 0; i < kPartLanes; ++i) {
     const float4 one = read4(sums + 4 * (threadIdx.x + neighbours * i));
     all.x += one.x, all.y += one.y, all.z += one.z, all.w += one.w;
   }

@@ -18,7 +18,7 @@ constexpr int kWidest = 32768;           // elements of a row that is worked on
 constexpr int kWidestTabled = 12288;     // where H_m has no program: two rows of float32 in shared memory
 constexpr int kMostDiagonalBlocks = 65535;
 constexpr int kFixedThreads = 128;       // of a block, at most
-constexpr int kSumThreads = 256, kSumColumns = 32, kSumLanes = kSumThreads * 4 / kSumColumns;  // of add_parts
+constexpr int kPartThreads = 256, kPartColumns = 32, kPartLanes = kPartThreads * 4 / kPartColumns;  // of add_parts
 constexpr int kMostWarpRows = 1 << 30;
 constexpr int kWarpTile = 256;             // elements of a tile of warp_rows.cuh: eight for each thread of a warp
 
@@ -253,10 +253,10 @@ inline int64_t parts_of(const Launch& launch, const GradientRows& call) {
 
 inline Launch plan_sum(const PartSums& call) {
   return {.possible = true,
-          .blocks = (call.d + kSumColumns - 1) / kSumColumns,
+          .blocks = (call.d + kPartColumns - 1) / kPartColumns,
           .diagonal_blocks = 1,
-          .threads = kSumThreads,
-          .shared_bytes = 16 * kSumThreads};
+          .threads = kPartThreads,
+          .shared_bytes = 16 * kPartThreads};
 }
 
 inline Launch plan_gradients(GradientRows& call, const Width& width, int wanted_sums, const Device& device) {

@@ -54,14 +54,19 @@ def save_checkpoint(
         model: a causal LM.
         tokenizer: with ``save_pretrained``, or None.
         overwrite: replace a directory that an earlier call wrote, and that holds nothing else.
-        extra_files: relative path -> content (text is written as UTF-8).
+        extra_files: relative path -> content (text is written as UTF-8). Engines read every safetensors file beside
+            the weights as weights, so one of those goes into a folder, such as ``linearpatch/plan.safetensors``.
         companions: files of the model that this one was made from (license, vocabulary, ...), written where neither
             the model nor the tokenizer wrote one of their name.
 
     Raises:
-        InputError: as `check_output`; the disk is full or fails; an extra file outside the directory; what was written
-            is not the model. What was finished by then is kept, and the message says where.
+        InputError: as `check_output`; the disk is full or fails; an extra file outside the directory, or that would be
+            taken for weights; what was written is not the model. What was finished by then is kept, and the message
+            says where.
     """
+    for name in extra_files or {}:
+        if Path(name).suffix == ".safetensors" and len(Path(name).parts) == 1:
+            raise InputError(f"{name} would be taken for weights beside them: write it as linearpatch/{name}")
     check_output(directory, parameter_bytes(model) + _EXTRA_BYTES, overwrite)
     with written_whole(directory, extra_files or {}) as draft:
         _write_model(model, draft)

@@ -117,7 +117,7 @@ class PrunePlan:
         }
 
     def files(self) -> dict[str, bytes]:
-        """File name -> content: what :meth:`save` writes and what a checkpoint carries along."""
+        """File name -> content: what :meth:`save` writes. A checkpoint carries them in a folder of their own."""
         text = json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n"
         return {"plan.json": text.encode(), "plan.safetensors": save(self.tensors(), metadata={"format": "pt"})}
 

@@ -135,6 +135,12 @@ def test_an_extra_file_stays_inside(llama: PreTrainedModel, tmp_path: Path, name
     assert os.listdir(tmp_path) == []
 
 
+def test_an_extra_file_that_would_be_read_as_weights_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"taken for weights.*linearpatch/plan\.safetensors"):
+        save_checkpoint(llama, None, tmp_path / "out", extra_files={"plan.safetensors": b"x"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_without_a_model(tmp_path: Path) -> None:
     save_files(tmp_path / "out", {"report.md": "# Report", "plots/a.png": b"\x89"})
     assert contents(tmp_path / "out").keys() == {"report.md", "plots/a.png", saving.MARKER}

@@ -1,8 +1,8 @@
 """The files of a GPU day -> ``benchmarks/results/gpu-DEVICE.json`` and ``docs/results/gpu.md``.
 
-``python -m tools.gpu_day.publish DIRECTORY... [--commit REVISION] [--note TEXT] [--add]``. Several directories are calls
-on one kind of machine, the later ones of newer code; with ``--add`` those that the JSON holds already come before them. Of a
-case that was measured twice, the last figures are shown, and the first ones beside them.
+``python -m tools.gpu_day.publish DIRECTORY... [--commit REVISION] [--note TEXT] [--add]``. Several directories are
+calls on one kind of machine, the later ones of newer code; with ``--add`` those that the JSON holds already come before
+them. Of a case that was measured twice, the last figures are shown, and the first ones beside them.
 """
 
 from __future__ import annotations
