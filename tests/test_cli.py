@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 import linearpatch_kernels.modeling  # noqa: F401 - registers the patched classes
+from linearpatch_kernels import __version__
 from linearpatch_kernels.cli import console, main
 from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS, directories
@@ -698,7 +698,7 @@ def test_no_command_shows_the_help(run: Run) -> None:
 
 
 def test_the_version(run: Run) -> None:
-    assert run("--version") == Outcome(0, f"linearpatch {importlib.metadata.version('linearpatch-kernels')}\n", "")
+    assert run("--version") == Outcome(0, f"linearpatch {__version__}\n", "")
 
 
 # --- what is refused: flags, before the model is looked at -----------------------------------------------------------

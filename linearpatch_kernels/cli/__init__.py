@@ -7,7 +7,6 @@ at once.
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import math
 import os
@@ -19,6 +18,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from linearpatch_kernels import __version__
 from linearpatch_kernels.cli.console import print_error, problems
 from linearpatch_kernels.cli.demo import demo
 from linearpatch_kernels.cli.distill import distill
@@ -59,7 +59,7 @@ for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"linearpatch {importlib.metadata.version('linearpatch-kernels')}")
+        typer.echo(f"linearpatch {__version__}")
         raise typer.Exit
 
 
