@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_machines import MACHINES, device_of, machine_of, measured
+from benchmarks.gpu_machines import MACHINES, Measured, device_of, machine_of, measured
 from benchmarks.gpu_static import aligned, cuda_turns, row_of_turns
 
 OPERATORS = {"patch": "hadamard_patch_forward", "norm": "add_patch_rms_norm", "backward": "hadamard_patch_backward"}
@@ -34,10 +34,15 @@ class Prediction:
         return max(self.terms, key=self.terms.__getitem__)
 
 
-def predictions(file: Path) -> Iterator[Prediction | str]:
-    """One for each case in CUDA of the newest call, or why there is none."""
-    found = measured(file)
-    arch = next(arch for arch, machine in MACHINES.items() if machine.device == device_of(file))
+def predictions(found: Measured, device: str | None) -> Iterator[Prediction | str]:
+    """One for each case in CUDA of the newest call, or why there is none.
+
+    Raises:
+        ValueError: the model has no figures for the device.
+    """
+    arch = next((arch for arch, machine in MACHINES.items() if machine.device == device), None)
+    if arch is None:
+        raise ValueError(f"{device} is not a machine of the model")
     machine = machine_of(arch)
     for case in found.cases:
         op, rows, d, dtype = (case[name] for name in ("op", "rows", "d", "dtype"))
@@ -77,13 +82,20 @@ def table(found: list[Prediction]) -> str:
 
 
 def report(file: Path) -> str:
-    found = list(predictions(file))
+    """
+    Raises:
+        ValueError: the file has no such calls, or is of a device that the model does not have.
+    """
+    call = measured(file)
+    if call is None:
+        raise ValueError(f"{file} has no times of the patch in CUDA")
+    found = list(predictions(call, device_of(file)))
     known = [one for one in found if isinstance(one, Prediction)]
-    text = [f"Microseconds of a call, commit {measured(file).commit} measured, the kernels as they are predicted:"]
+    text = [f"Microseconds of a call, commit {call.commit} measured, the kernels as they are predicted:"]
     text += [table(known), *(f"No prediction for {one}" for one in found if isinstance(one, str))]
     ratios = [one.measured / one.predicted for one in known]
     text.append(f"Measured over predicted: {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} cases.")
-    changed = changed_since(measured(file).commit)
+    changed = changed_since(call.commit)
     text.append(
         f"Changed since it was measured: {'not known' if changed is None else ', '.join(changed) or 'nothing'}."
     )

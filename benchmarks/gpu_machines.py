@@ -78,9 +78,11 @@ class Measured:
 
 
 @cache
-def measured(file: Path) -> Measured:
+def measured(file: Path) -> Measured | None:
     calls = json.loads(file.read_text())["calls"]
-    call = next(call for call in reversed(calls) if any(map(_is_case, call["times"])))
+    call = next((call for call in reversed(calls) if any(map(_is_case, call["times"]))), None)
+    if call is None:
+        return None
     cases = tuple(line for line in call["times"] if _is_case(line))
     empties = [line["times"]["empty"]["us"] for line in call["times"] if line.get("op") == "decode"]
     return Measured(
@@ -106,7 +108,6 @@ def machine_of(arch: str) -> Machine:
     """With the measured copy for its memory, and the clock of that day, where there is one."""
     machine = MACHINES[arch]
     for file in sorted(RESULTS.glob("gpu-*.json")):
-        if device_of(file) == machine.device:
-            found = measured(file)
+        if device_of(file) == machine.device and (found := measured(file)):
             return replace(machine, bandwidth=found.copy, clock=found.clock, memory="measured copy")
     return machine

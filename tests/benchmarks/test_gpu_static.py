@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -469,8 +468,16 @@ def test_the_newest_call_that_has_cases_counts(tmp_path: Path) -> None:
     file = tmp_path / "gpu-a.json"
     file.write_text(json.dumps({"calls": [call("old", 9), call("new", 4), {"commit": "failed", "times": []}]}))
     found = gpu_machines.measured(file)
+    assert found is not None
     assert (found.commit, found.copy, found.clock, found.empty) == ("new", 2e12, 1.5e9, 2e-6)
     assert gpu_machines.device_of(file) == "A"
+    with pytest.raises(ValueError, match="A is not a machine of the model"):
+        gpu_against.report(file)
+    file = tmp_path / "gpu-b.json"
+    file.write_text(json.dumps({"calls": [{"device": "A", "commit": "failed", "times": []}]}))
+    assert gpu_machines.measured(file) is None
+    with pytest.raises(ValueError, match="no times of the patch"):
+        gpu_against.report(file)
 
 
 def test_what_leaves_memory_as_the_bound_is_above_one() -> None:
@@ -547,13 +554,14 @@ def test_limits_keep_the_promises() -> None:
     }  # 20 tiles a thread: tests/simt/test_compiles.py
     wide = [row for row in LIMITS if row.arch.startswith("sm_") and row.kernel not in LOSSES]  # they store one logit
     assert all(row.stg == row.stg128 for row in wide)
-    for source, d in product(("cuda", "triton"), (2048, 4096, 8192)):
+    of_memory = {("cuda", d): 1.4 for d in (2048, 3072, 4096, 5120, 8192)}
+    for (source, d), least in (of_memory | {("triton", d): 1.2 for d in (2048, 4096, 8192)}).items():
         row = rows["hadamard_patch_forward", source, "sm_90", "bfloat16", d]
         assert row.ldg == row.ldg128
         assert row.dram_fraction is not None
-        assert row.dram_fraction >= 0.90
+        assert row.dram_fraction >= least
         assert row.three_pass_fraction is not None
-        assert row.three_pass_fraction <= 0.4
+        assert row.three_pass_fraction <= 0.334
 
 
 @pytest.mark.slow
@@ -569,7 +577,10 @@ def test_measured_calls_are_predicted(tmp_path: Path) -> None:
     newest["times"] += [line for line in kept if line["dtype"] == "bfloat16"]
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"calls": [newest]}))
-    found = list(gpu_against.predictions(file))
+    call = gpu_machines.measured(file)
+    assert call is not None
+    found = list(gpu_against.predictions(call, gpu_machines.device_of(file)))
+    assert len(found) == len(chosen)
     least, most = (float(number) for number in CHECKED.split() if number[0].isdigit())
     for one in found:
         assert isinstance(one, gpu_against.Prediction)
