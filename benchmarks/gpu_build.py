@@ -88,7 +88,7 @@ def _folder() -> Path:
         raise FileNotFoundError("no nvcc and C++ compiler")
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     known = hashlib.sha256(" ".join([said, *FLAGS]).encode())
-    for path in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), PLAN]):
+    for path in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")]):
         known.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"linearpatch-cubins-{os.getuid()}" / known.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def programs(source: str, arch: int) -> dict[str, Program]:
 
 @dataclass(frozen=True)
 class Plan:
-    """``parameter`` is the kernel's only one; ``rows`` are those of the whole call."""
+    """``parameter`` is the kernel's only one; ``rows`` are those that it speaks of."""
 
     fixed: bool
     warp_rows: bool
@@ -160,26 +160,27 @@ class Plan:
 
 
 def launch_plan(
-    kernel: str, *, order: int, inner: int, blocks: int, has_program: bool, dtype: int, turns: int,
-    device: tuple[int, int, int],
+    kernel: str, *, order: int, inner: int, blocks: int, has_program: bool, dtype: int, rows: int,
+    turns: int, device: tuple[int, int, int],
 ) -> Plan:  # fmt: skip
-    """By launch.h, for so many rows that every block takes ``turns`` turns of its loop over rows.
+    """By launch.h, for a call of ``rows`` rows; its parameter has every block take ``turns`` turns of its loop.
 
     Args:
         dtype: 0 float32, 1 float16, 2 bfloat16.
+        turns: whatever ``rows`` would give.
         device: multiprocessors, and bytes of shared memory that a block and that a multiprocessor may have.
 
     Raises:
         ValueError: there is no kernel for this.
     """
-    program = _folder() / "gpu_plan"
+    program = _folder() / f"gpu_plan-{hashlib.sha256(PLAN.read_bytes()).hexdigest()[:16]}"
     with _alone(program):
         if not program.exists():
             made = program.with_suffix(".new")
             command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", PLAN, "-I", PLAN.parent, "-o", made]
             subprocess.run(command, check=True)
             made.rename(program)
-    arguments = [kernel, order, inner, blocks, int(has_program), dtype, turns, *device]
+    arguments = [kernel, order, inner, blocks, int(has_program), dtype, rows, turns, *device]
     ran = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise ValueError(f"{kernel}: no CUDA kernel for a row of {order} x {inner}")

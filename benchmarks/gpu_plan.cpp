@@ -1,10 +1,10 @@
 // How the host would launch a kernel: csrc/hadamard_patch/launch.h for one call on a given device, for gpu_static.py.
 //
-//   gpu_plan KERNEL m inner blocks has_program dtype turns processors shared_per_block shared_per_processor
+//   gpu_plan KERNEL m inner blocks has_program dtype rows turns processors shared_per_block shared_per_processor
 //
-// prints: fixed, warp_rows, m, k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, values a row has, and the bytes
-// of the kernel's parameter. Every block takes `turns` turns of the loop over rows. Tensor number i of the list below lies
-// at (i + 1) << 40.
+// prints: fixed, warp_rows, m, k, blocks, diagonal_blocks, threads, shared_bytes, rows_together, rows, and the bytes of the
+// kernel's parameter. The launch is that of a call of `rows` rows; the parameter says as many rows as give every block
+// `turns` turns of the loop over rows. Tensor number i of the list below lies at (i + 1) << 40.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,25 +35,24 @@ int print(const Call& call, const Launch& launch) {
   return 0;
 }
 
-// The number of rows decides how many blocks there are, up to as many as the device holds.
-template <class Call, class Plan>
-int print_with_turns(Call& call, int turns, Plan plan) {
-  call.rows = int64_t{1} << 24;
-  const Launch many = plan();
-  call.rows = int64_t{turns} * many.blocks * call.rows_together;
-  return print(call, plan());
+template <class Call>
+int print_with_turns(Call& call, int turns, const Launch& launch) {
+  call.rows = int64_t{turns} * launch.blocks * call.rows_together;
+  return print(call, launch);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 11) return 2;
+  if (count != 12) return 2;
   const auto number = [&](int i) { return std::atoll(arguments[i]); };
   const char* const kernel = arguments[1];
   Width width{number(2) * number(3) * number(4), number(2), number(3), number(4), number(5) != 0, nullptr, nullptr};
   const bool tabled = width.m != 1 && !width.has_program;
   const Dtype dtype = static_cast<Dtype>(number(6));
-  const Device device{static_cast<int>(number(8)), number(9), number(10)};
+  const int64_t rows = number(7);
+  const int turns = static_cast<int>(number(8));
+  const Device device{static_cast<int>(number(9)), number(10), number(11)};
   const int64_t stride = width.d * (dtype == Dtype::float32 ? 4 : 2);
   const auto* const table = tabled ? place<const uint32_t>(signs) : nullptr;
   if (!std::strcmp(kernel, "hadamard_patch_backward")) {
@@ -64,7 +63,8 @@ int main(int count, char** arguments) {
     call.scale = {place<const char>(scale), Dtype::float32};
     call.scale_sums = place<float>(scale_sums);
     call.signs_there = call.signs_back = table;
-    return print_with_turns(call, number(7), [&] { return plan_gradients(call, width, 1, device); });
+    call.rows = rows;
+    return print_with_turns(call, turns, plan_gradients(call, width, 1, device));
   }
   PatchRows call{};
   call.x = place<const char>(x), call.y = place<char>(y);
@@ -79,5 +79,6 @@ int main(int count, char** arguments) {
     call.norm_weight = {place<const char>(weight), Dtype::float32};
     call.eps = 1e-5f;
   }
-  return print_with_turns(call, number(7), [&] { return plan_patch(call, width, device); });
+  call.rows = rows;
+  return print_with_turns(call, turns, plan_patch(call, width, device));
 }

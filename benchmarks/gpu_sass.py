@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,17 @@ from functools import cached_property
 
 BYTES_AN_INSTRUCTION = 16
 JUMPS = ("BRA", "EXIT", "RET", "BRX", "BRXU", "JMP", "JMX", "CALL")
+WITHOUT_RESULT = (*JUMPS, "BAR", "WARPSYNC")  # and what begins with an address
+ACCESSES = ("LDG", "LDS", "LD", "LDL", "LDC", "LDCU", "ULDC", "STG", "STS", "ST", "STL")
+_NAMED = re.compile(r"(U?[RP])(\d+|Z|T)")
+_PLACE = re.compile(r"\b(U?[RP])(\d+)\b(\.64)?")
+
+
+def _places(operand: str, length: int) -> Iterator[tuple[str, int]]:
+    """The registers in an operand. In an address they are single ones, or pairs that say so."""
+    for file, number, pair in _PLACE.findall(operand):
+        registers = 1 if file.endswith("P") else 2 if pair else 1 if "[" in operand else length
+        yield from ((file, int(number) + more) for more in range(registers))
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,45 @@ class Instruction:
     def parts(self) -> list[str]:
         """The operands one by one."""
         return [part.strip().replace(".reuse", "") for part in self.operands.split(",")] if self.operands else []
+
+    @cached_property
+    def bits(self) -> int:
+        """What an access of memory moves for a thread."""
+        return next((int(m) for m in self.opcode.split(".") if m in ("64", "128")), 32)
+
+    @cached_property
+    def _results(self) -> int:
+        """How many operands are results: a predicate has a second beside it, a register the carries."""
+        named = [_NAMED.fullmatch(part) for part in self.parts]
+        if self.kind in WITHOUT_RESULT or not named or named[0] is None:
+            return 0
+        if named[0][1].endswith("P"):
+            return 2 if len(named) > 1 and named[1] and self.kind != "FCHK" else 1
+        carries = itertools.takewhile(lambda name: name is not None and name[1].endswith("P"), named[1:])
+        return 1 + sum(1 for _ in carries)
+
+    def _length(self, i: int) -> int:
+        """Registers in a row that operand ``i`` is."""
+        result = i < self._results
+        if self.kind == "HMMA":  # the sums are float32
+            return 2 if i == 2 else 4
+        if self.kind in ACCESSES:
+            return self.bits // 32
+        if "WIDE" in self.opcode.split("."):
+            return 2 if result or i == len(self.parts) - 1 else 1
+        pairs = self.kind in ("DADD", "FADD2", "FMUL2", "FFMA2") or ".64" in self.opcode
+        return 2 if pairs or (result and ".F64" in self.opcode) else 1
+
+    @cached_property
+    def written(self) -> tuple[tuple[str, int], ...]:
+        """The registers (R, UR) and predicates (P, UP) that its results are left in."""
+        return tuple(place for i in range(self._results) for place in _places(self.parts[i], self._length(i)))
+
+    @cached_property
+    def read(self) -> tuple[tuple[str, int], ...]:
+        """Those that it needs, its guard among them."""
+        operands = [(part, self._length(i)) for i, part in enumerate(self.parts) if i >= self._results]
+        return tuple(place for part, length in [*operands, (self.guard, 1)] for place in _places(part, length))
 
 
 def is_for_rare_floats(function: str) -> bool:

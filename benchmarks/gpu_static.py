@@ -7,13 +7,21 @@ one more turn of the loop over rows adds is counted, with every loop as often as
 and the bank conflicts of the addresses seen. In Triton's the loop over rows is the only one, and shared memory is taken
 as free of conflicts.
 
-A model of the multiprocessor turns the counts into cycles per row. It knows throughput alone (memory, issue, float32,
-shared memory with shuffles, matrix units) and is blind to latency, barriers and the traffic of the caches, where the
-scale and the partial sums are. On an H100 it was wrong by that: 1.00 of the memory's speed for d = 4096 in bfloat16,
-where 0.74 was measured (docs/results/gpu.md). So it ranks what issues less, and predicts no time.
+A model of the multiprocessor turns the counts into cycles a row. What each unit is busy: memory, issue, float32, the
+data pipe of the first-level cache ("lsu"), matrix units. And for CUDA "latency": the time that the blocks of a
+multiprocessor take together, instruction by instruction, where memory answers after its latency, however much is asked
+of it (`gpu_block`); barriers, copies that are asked for a row ahead, and units that several warps want are in it.
+Memory's speed is that of the measured copy where the machine was measured (``benchmarks/results``), else the published
+one; a row's ``memory`` says which.
 
-``dram_fraction`` is the time that the rows take at the memory's full speed, read and written, over the modelled time.
-``three_pass_fraction`` is the modelled time over that of fast-hadamard-transform in three passes.
+The model is blind to the instruction cache, to what a branch costs, to the lanes of integers, to the second-level
+cache's speed, to a memory that answers later the more it is asked for, and to power. All measured calls took longer
+than it says. ``python benchmarks/gpu_static.py --against FILE`` sets it beside them (`gpu_against`, the table:
+benchmarks/NOTES.md).
+
+``dram_fraction`` is the time that the rows take at the memory's speed, read and written, over the largest of the other
+terms: above 1, all else leaves memory as the bound. ``three_pass_fraction`` is the modelled time, memory's included,
+over that of fast-hadamard-transform in three passes, which has no latency in the model.
 
 Triton's rows need triton, CUDA's nvcc; nvdisasm comes with either. What is not there is named and left out.
 """
@@ -38,6 +46,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_build  # noqa: E402 - after the path is set
+from benchmarks.gpu_block import cycles_together, products  # noqa: E402 - after the path is set
+from benchmarks.gpu_machines import Machine, machine_of  # noqa: E402 - after the path is set
 from benchmarks.gpu_sass import (  # noqa: E402 - after the path is set
     Instruction,
     Program,
@@ -49,6 +59,7 @@ from benchmarks.gpu_sass import (  # noqa: E402 - after the path is set
 from benchmarks.gpu_warp import Launched, Seen, Warp  # noqa: E402 - after the path is set
 
 STATUS = "modelled, unvalidated"
+CHECKED = "modelled: an H100 took 1.07 to 2.02 times as long"  # as `--against` prints it
 DEFAULT_DS = (576, 2048, 3072, 4096, 5120, 8192)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("hadamard_patch_forward", "hadamard_patch_backward", "add_patch_rms_norm")
@@ -59,45 +70,6 @@ ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Published figures.
-
-    Attributes:
-        bandwidth: bytes/s of the memory.
-        clock: of the multiprocessors, the boost clock in Hz.
-        lanes: float32 operations a cycle and multiprocessor.
-        matrix_products: bfloat16 products with float32 sums a cycle and multiprocessor, by warp-level instructions.
-        shared: bytes of shared memory that a block, and that a multiprocessor may have (CUDA C++ Programming Guide,
-            Technical Specifications per Compute Capability).
-    """
-
-    name: str
-    bandwidth: float
-    multiprocessors: int
-    clock: float
-    lanes: int
-    matrix_products: int
-    shared: tuple[int, int]
-
-
-KIB = 1024
-MACHINES = {
-    # 108 multiprocessors of 64 lanes, 1.41 GHz, 2,039 GB/s, 312 TFLOP/s in bfloat16:
-    # glennklockwood.com/garden/processors/A100, thundercompute.com/blog/nvidia-a100-specs-full-guide
-    "sm_80": Machine("A100 80 GB", 2.039e12, 108, 1.41e9, 64, 1024, (163 * KIB, 164 * KIB)),
-    # 132 of 128 lanes, 3.35 TB/s: glennklockwood.com/garden/processors/h100. 1.755 GHz is the lowest boost clock listed
-    # for it. Its full matrix rate (2048) is that of warp groups; half of it for one warp's instructions is assumed.
-    "sm_90": Machine("H100 SXM", 3.35e12, 132, 1.755e9, 128, 1024, (227 * KIB, 228 * KIB)),
-    # 148 of 128 lanes, 1.86 GHz for matrix units (1.98 GHz otherwise): hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100;
-    # 8 TB/s: glennklockwood.com/garden/processors/B200. The rate of one warp's matrix instructions is assumed: sm_80's.
-    "sm_100": Machine("B200", 8.0e12, 148, 1.86e9, 128, 1024, (227 * KIB, 228 * KIB)),
-    # 170 of 128 lanes, 2.407 GHz, 1,792 GB/s, 838 TFLOP/s for sparse matrices and half-precision sums, a fourth of it
-    # otherwise: pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090.
-    "sm_120": Machine("RTX 5090", 1.792e12, 170, 2.407e9, 128, 256, (99 * KIB, 100 * KIB)),
-}
-
-
-@dataclass(frozen=True)
 class WarpCounts:
     """What one warp executes for the rows that its block holds at a time."""
 
@@ -105,16 +77,18 @@ class WarpCounts:
     fp: int  # float32 additions, multiplications, multiply-adds
     shfl: int = 0
     smem_wavefronts: int = 0
+    global_wavefronts: int = 0  # 128 bytes each, from the first-level cache to registers or back
     matrix_products: int = 0
 
 
 def modelled_cycles(
     machine: Machine, counts: WarpCounts, *, row_bytes: float, warps: int, rows: int = 1
 ) -> dict[str, float]:
-    """Cycles a row and multiprocessor that each unit is busy; the largest is the modelled time.
+    """Cycles a row and multiprocessor that each unit is busy.
 
-    Per multiprocessor and cycle: four instructions are issued, the machine's lanes add or multiply, one shuffle or one
-    wavefront of shared memory (128 bytes) is served.
+    Per multiprocessor and cycle: four instructions are issued, the machine's lanes add or multiply, and the data pipe
+    of the first-level cache ("lsu") serves one shuffle or 128 bytes, of shared memory or on their way from or to
+    memory.
 
     Args:
         counts: of one warp for ``rows`` rows.
@@ -126,7 +100,7 @@ def modelled_cycles(
         "dram": row_bytes / machine.bandwidth * machine.multiprocessors * machine.clock,
         "issue": share * counts.instructions / 4,
         "fp": share * counts.fp * 32 / machine.lanes,
-        "mio": share * (counts.shfl + counts.smem_wavefronts),
+        "lsu": share * (counts.shfl + counts.smem_wavefronts + counts.global_wavefronts),
         "matrix": share * counts.matrix_products / machine.matrix_products,
     }
 
@@ -160,20 +134,19 @@ def _wide(counts: Counter[str], prefix: str) -> int:
 def _wavefronts(opcode: str) -> int:
     """128-byte passes through shared memory that an access of a whole warp needs where no two lanes collide."""
     kind, *modifiers = opcode.split(".")
-    if kind in ("LDS", "STS", "ATOMS"):
+    if kind in ("LDS", "STS", "ATOMS", "LDGSTS"):
         return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
     if kind in ("LDSM", "STSM"):
         return int(modifiers[-1]) if modifiers[-1].isdigit() else int(modifiers[-1][-1])
     return 0
 
 
-def _products(opcode: str) -> int:
-    """Multiply-adds of a warp-level matrix product, from its shape: HMMA.16816 is 16 x 8 x 16. Those of TF32 take twice
-    the time, and count twice."""
-    if opcode.split(".")[0] not in ("HMMA", "QMMA"):
+def _lines(opcode: str) -> int:
+    """The same of an access to global memory whose lanes lie side by side. A copy to shared memory is one there."""
+    kind, *modifiers = opcode.split(".")
+    if kind == "LDGSTS":
         return 0
-    shape = re.search(r"\.(16)(8)(\d+)\.", opcode + ".")
-    return 16 * 8 * int(shape[3]) * (2 if opcode.endswith(".TF32") else 1) if shape else 0
+    return (4 if "128" in modifiers else 2 if "64" in modifiers else 1) if kind in ("LDG", "STG") else 0
 
 
 def warp_counts(counts: Counter[str]) -> WarpCounts:
@@ -182,7 +155,8 @@ def warp_counts(counts: Counter[str]) -> WarpCounts:
         fp=_total(counts, "FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"),
         shfl=_total(counts, "SHFL"),
         smem_wavefronts=sum(count * _wavefronts(opcode) for opcode, count in counts.items()),
-        matrix_products=sum(count * _products(opcode) for opcode, count in counts.items()),
+        global_wavefronts=sum(count * _lines(opcode) for opcode, count in counts.items()),
+        matrix_products=sum(count * products(opcode) for opcode, count in counts.items()),
     )
 
 
@@ -214,6 +188,7 @@ class KernelRow:
     rows: int
     resident_blocks: int | None
     cycles: dict[str, float] | None
+    memory: str | None
     status: str = STATUS
 
     @property
@@ -230,20 +205,34 @@ ARRAYS = {
 }
 
 
+def resident_blocks(machine: Machine, registers: int, shared_bytes: int, warps: int) -> int:
+    """Blocks that a multiprocessor holds at a time: by its registers, shared memory, warps."""
+    allocated = -(-registers // 8) * 8 * 32 * warps
+    return min(65536 // allocated, machine.shared[1] // (shared_bytes + 1024), 64 // warps, 32)
+
+
 def nvidia_row(
     kernel: str, source: str, arch: str, dtype: str, d: int, *, counts: Counter[str], registers: int, shared_bytes: int,
-    warps: int, rows: int, wavefronts: int | None = None, spills: int = 0,
+    warps: int, rows: int, resident: int | None = None, wavefronts: tuple[int, int] | None = None,
+    latency: float | None = None, spills: int = 0,
 ) -> KernelRow:  # fmt: skip
-    """A row from the counts of one warp; ``wavefronts`` of shared memory where they are known from addresses."""
+    """A row from the counts of one warp.
+
+    Args:
+        resident: blocks of a multiprocessor, where fewer are launched than it holds.
+        wavefronts: of shared and of global memory, where they are known from addresses.
+        latency: cycles a row of `cycles_together`, where the instructions are known one by one.
+    """
     itemsize = ITEMSIZES[dtype]
-    work, machine = warp_counts(counts), MACHINES[arch]
+    work, machine = warp_counts(counts), machine_of(arch)
     if wavefronts is not None:
-        work = replace(work, smem_wavefronts=wavefronts)
+        work = replace(work, smem_wavefronts=wavefronts[0], global_wavefronts=wavefronts[1])
     cycles = modelled_cycles(machine, work, row_bytes=len(ARRAYS[kernel]) * d * itemsize, warps=warps, rows=rows)
+    if latency is not None:
+        cycles["latency"] = latency
+    besides = max(value for unit, value in cycles.items() if unit != "dram")
     time = max(cycles.values())
     peer = three_pass_cycles(machine, d, itemsize) if kernel == "hadamard_patch_forward" else None
-    allocated = -(-registers // 8) * 8 * 32 * warps
-    resident = min(65536 // allocated, machine.shared[1] // (shared_bytes + 1024), 32)
     return KernelRow(
         kernel, source, arch, dtype, d,
         registers=registers,
@@ -257,25 +246,54 @@ def nvidia_row(
         smem_wavefronts=work.smem_wavefronts,
         bar=_total(counts, "BAR"),
         instructions=work.instructions,
-        dram_fraction=round(cycles["dram"] / time, 3),
+        dram_fraction=round(cycles["dram"] / besides, 3),
         three_pass_fraction=None if peer is None else round(time / peer, 3),
         fp=work.fp,
         mma=_total(counts, "HMMA"),
         warps=warps,
         rows=rows,
-        resident_blocks=resident,
+        resident_blocks=resident or resident_blocks(machine, registers, shared_bytes, warps),
         cycles={unit: round(value, 1) for unit, value in cycles.items()},
+        memory=machine.memory,
+        status=STATUS if latency is None or machine.memory == "published" else CHECKED,
     )  # fmt: skip
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gpu_build.Plan, Seen]:
-    """What all warps of a block do for one more turn of their loop over rows, by running two and three.
+MANY_ROWS = 1 << 24
+FEW_TURNS = 3  # a copy that is asked for two rows ahead has come by then
 
-    Returns:
-        Source, name of the kernel, how it is launched, and what was seen.
+
+@dataclass(frozen=True)
+class Turns:
+    """What all warps of a block do for one more turn of their loop over rows.
+
+    Attributes:
+        kernel: its name in the source.
+        plan: how it is launched.
+        resident: blocks that a multiprocessor works on at a time.
+        seen: what was counted, of one block.
+        cycles: of the resident blocks together (`cycles_together`).
+        around: theirs before the first turn and after the last.
+    """
+
+    source: str
+    kernel: str
+    plan: gpu_build.Plan
+    resident: int
+    seen: Seen
+    cycles: float
+    around: float
+
+    @property
+    def warps(self) -> int:
+        return self.plan.threads // 32
+
+
+def cuda_turns(kernel: str, arch: str, dtype: str, d: int, rows: int = MANY_ROWS) -> Turns:
+    """By running three turns and four of the launch for a call of ``rows`` rows.
 
     Raises:
         ValueError: there is no kernel for this, or a row was not read and written once.
@@ -284,9 +302,9 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
 
     signs, log2_inner = paley_factor(d)
     order, number = len(signs), int(arch[3:])
-    machine, itemsize = MACHINES[arch], ITEMSIZES[dtype]
-    seen = []
-    for turns in (2, 3):
+    machine, itemsize = machine_of(arch), ITEMSIZES[dtype]
+    seen, cycles, resident = [], [], 0
+    for turns in (FEW_TURNS, FEW_TURNS + 1):
         plan = gpu_build.launch_plan(
             kernel,
             order=order,
@@ -294,6 +312,7 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
             blocks=d // (order << log2_inner),
             has_program=order in gpu_build.orders_with_programs(),
             dtype=("float32", "float16", "bfloat16").index(dtype),
+            rows=rows,
             turns=turns,
             device=(machine.multiprocessors, *machine.shared),
         )
@@ -302,11 +321,9 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
         wanted: tuple[str, ...]
         if plan.warp_rows:
             fused = "Lb1E" if kernel == "add_patch_rms_norm" else "Lb0E"
-            warps = plan.threads // 32 // plan.rows_together
-            wanted = (
-                "patch_warp_rows",
-                f"{element}Li{(plan.order << plan.log2_inner) // 256 // warps}ELi{warps}E{fused}",
-            )
+            of_a_row = plan.threads // 32 // plan.rows_together
+            tiles = (plan.order << plan.log2_inner) // 256 // of_a_row
+            wanted = ("patch_warp_rows", f"{element}Li{tiles}ELi{of_a_row}E{fused}")
         elif plan.fixed:
             wanted = (f"FixedILi{plan.order}ELi{plan.log2_inner}E", element, "Lb0E")  # without channel scales
         else:
@@ -321,28 +338,37 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int) -> tuple[str, str, gp
         launched = Launched(
             plan.parameter, (plan.blocks, plan.diagonal_blocks), plan.threads, tensors, plan.shared_bytes
         )
-        warps = [Warp(programs[name], launched, warp).run() for warp in range(plan.threads // 32)]
-        seen.append(sum(warps, Seen()))
-    turn = seen[1] - seen[0]
+        warps = [Warp(programs[name], launched, warp) for warp in range(plan.threads // 32)]
+        seen.append(sum((warp.run() for warp in warps), Seen()))
+        cubin = gpu_build.compiled(source, number)
+        resident = resident_blocks(machine, cubin.registers[name], plan.shared_bytes, len(warps))
+        resident = min(resident, -(-plan.blocks * plan.diagonal_blocks // machine.multiprocessors))
+        cycles.append(cycles_together([warp.steps for warp in warps], resident, machine))
+    turn, time = seen[1] - seen[0], cycles[1] - cycles[0]
     row = plan.rows_together * d // plan.diagonal_blocks * itemsize
     if any(turn.moved[name] != row for name in ARRAYS[kernel]):
         raise ValueError(f"a row is not read or written once: {dict(turn.moved)} bytes")
-    return source, name, plan, turn
+    return Turns(source, name, plan, resident, turn, time, cycles[0] - FEW_TURNS * time)
 
 
 def cuda_row(kernel: str, arch: str, dtype: str, d: int) -> KernelRow:
-    source, name, plan, turn = cuda_turns(kernel, arch, dtype, d)
-    cubin = gpu_build.compiled(source, int(arch[3:]))
-    warps = plan.threads // 32
+    return row_of_turns(kernel, arch, dtype, d, cuda_turns(kernel, arch, dtype, d))
+
+
+def row_of_turns(kernel: str, arch: str, dtype: str, d: int, turns: Turns) -> KernelRow:
+    cubin = gpu_build.compiled(turns.source, int(arch[3:]))
+    seen, warps, rows = turns.seen, turns.warps, turns.plan.rows_together
     return nvidia_row(
         kernel, "cuda", arch, dtype, d,
-        counts=Counter({opcode: -(-count // warps) for opcode, count in turn.counts.items()}),
-        wavefronts=-(-turn.wavefronts // warps),
-        registers=cubin.registers[name],
-        spills=cubin.spills[name],
-        shared_bytes=plan.shared_bytes,
+        counts=Counter({opcode: -(-count // warps) for opcode, count in seen.counts.items()}),
+        registers=cubin.registers[turns.kernel],
+        spills=cubin.spills[turns.kernel],
+        shared_bytes=turns.plan.shared_bytes,
         warps=warps,
-        rows=plan.rows_together,
+        rows=rows,
+        resident=turns.resident,
+        wavefronts=(-(-seen.wavefronts // warps), -(-seen.lines // warps)),
+        latency=turns.cycles / (rows * turns.resident),
     )  # fmt: skip
 
 
@@ -477,6 +503,7 @@ def _amd_row(kernel: str, arch: str, dtype: str, d: int, compiled: Any, layout: 
         rows=layout.rows,
         resident_blocks=None,
         cycles=None,
+        memory=None,
     )  # fmt: skip
 
 
@@ -532,7 +559,7 @@ def ranked(kernel: str, arch: str, dtype: str, d: int) -> list[KernelRow]:
         in_flight = (row.resident_blocks or 0) * row.rows * d * ITEMSIZES[dtype]
         return (
             row.spills > 0,
-            -(row.dram_fraction or 0),
+            -min(row.dram_fraction or 0, 1),  # memory's own time is the least
             -min(in_flight, 40_000),
             row.warps * row.instructions / row.rows,
         )
@@ -546,17 +573,17 @@ COUNTS = (
     *("registers", "spills", "shared_bytes", "resident_blocks", "warps", "rows"),
     *("ldg", "ldg128", "stg", "stg128", "shfl", "smem_wavefronts", "bar", "mma", "fp", "instructions"),
 )
-CYCLES = ("dram", "issue", "fp", "mio", "matrix")
+CYCLES = ("dram", "issue", "fp", "lsu", "matrix", "latency")
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def count_table(rows: Sequence[KernelRow]) -> str:
     head = ("kernel", "source", "arch", "dtype", "d", *COUNTS)
-    return _aligned([head, *(tuple("" if (v := getattr(row, c)) is None else str(v) for c in head) for row in rows)])
+    return aligned([head, *(tuple("" if (v := getattr(row, c)) is None else str(v) for c in head) for row in rows)])
 
 
 def cycle_table(rows: Sequence[KernelRow]) -> str:
@@ -573,21 +600,35 @@ def cycle_table(rows: Sequence[KernelRow]) -> str:
             "of dram's speed",
             "three passes",
             "of their time",
+            "memory",
+            "status",
         )
     ]
     for row in rows:
         if row.cycles is None:
             continue
-        bound = max(CYCLES, key=lambda unit, cycles=row.cycles: cycles[unit])
+        bound = max(row.cycles, key=row.cycles.__getitem__)
         peer = ("", "")
         if row.three_pass_fraction is not None:
-            three_passes = three_pass_cycles(MACHINES[row.arch], row.d, ITEMSIZES[row.dtype])
+            three_passes = three_pass_cycles(machine_of(row.arch), row.d, ITEMSIZES[row.dtype])
             peer = (f"{three_passes:.0f}", f"{row.three_pass_fraction:.3f}")
-        cells = (f"{row.cycles[unit]:.0f}" for unit in CYCLES)
+        cells = (f"{row.cycles[unit]:.0f}" if unit in row.cycles else "" for unit in CYCLES)
         lines.append(
-            (row.kernel, row.source, row.arch, row.dtype, str(row.d), *cells, bound, f"{row.dram_fraction:.3f}", *peer)
+            (
+                row.kernel,
+                row.source,
+                row.arch,
+                row.dtype,
+                str(row.d),
+                *cells,
+                bound,
+                f"{row.dram_fraction:.3f}",
+                *peer,
+                row.memory or "",
+                row.status,
+            )
         )
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def read_rows(path: Path) -> list[KernelRow]:
@@ -602,7 +643,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--d", nargs="+", type=int, help="default: those of most models")
     parser.add_argument("--source", nargs="+", default=("cuda", "triton"), choices=("cuda", "triton"))
     parser.add_argument("--rank", action="store_true", help="rank Triton's ways to hold each width instead (H100)")
+    parser.add_argument(
+        "--against", type=Path, help="predict what this file of benchmarks/results measured, and no more"
+    )
     options = parser.parse_args(arguments)
+    if options.against:
+        from benchmarks import gpu_against  # which reads machine code with this module
+
+        print(gpu_against.report(options.against))
+        return 0
     rows: list[KernelRow] = []
     if options.rank:
         for d in options.d or DEFAULT_DS:
@@ -624,7 +673,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         print(f"No row of {source} for {', '.join(map(str, selected))}: {error}")
     print("Counts of one warp for `rows` rows.")
     print(count_table(rows))
-    print(f"\nCycles a row and multiprocessor: {STATUS}.")
+    print("\nCycles a row and multiprocessor.")
     print(cycle_table(rows))
     if options.json:
         options.json.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")

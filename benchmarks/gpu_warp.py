@@ -31,6 +31,7 @@ SHARED_WINDOW = 0x7E00  # the upper half of a generic address of shared memory
 MOST_INSTRUCTIONS = 1_000_000
 FALSE, TRUE, ZERO = np.zeros(LANES, bool), np.ones(LANES, bool), np.zeros(LANES, np.uint64)
 BITS = {"U8": 8, "32": 32, "64": 64, "128": 128}
+ROWS = ("x", "residual", "y", "normed", "grad", "dx")  # tensors of which every row is reached once
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal,
 }  # fmt: skip
@@ -54,13 +55,16 @@ class Seen:
 
     counts: Counter[str] = field(default_factory=Counter)
     wavefronts: int = 0  # of shared memory, from the addresses
+    lines: int = 0  # of 128 bytes, which accesses to global memory from registers, or to them, touch
     moved: Counter[str] = field(default_factory=Counter)  # bytes by tensor
 
     def __add__(self, other: Seen) -> Seen:
-        return Seen(self.counts + other.counts, self.wavefronts + other.wavefronts, self.moved + other.moved)
+        sums = self.counts + other.counts, self.wavefronts + other.wavefronts, self.lines + other.lines
+        return Seen(*sums, self.moved + other.moved)
 
     def __sub__(self, other: Seen) -> Seen:
-        return Seen(self.counts - other.counts, self.wavefronts - other.wavefronts, self.moved - other.moved)
+        differences = self.counts - other.counts, self.wavefronts - other.wavefronts, self.lines - other.lines
+        return Seen(*differences, self.moved - other.moved)
 
 
 @cache
@@ -121,20 +125,22 @@ def bank_wavefronts(addresses: Lanes, active: Lanes, size: int) -> int:
     return passes
 
 
-@cache
-def _written(instruction: Instruction) -> list[tuple[str, int]]:
-    """The registers and predicates (P) that an operation leaves its results in."""
-    kind, *modifiers = instruction.opcode.split(".")
-    wide = {"WIDE", "64"} & {*modifiers} or modifiers[:1] == ["F64"] or kind in ("DADD", "FADD2", "FMUL2", "FFMA2")
-    length = 4 if kind == "HMMA" else 2 if wide else 1  # a product's sums are float32
-    keys = []
-    for i, name in enumerate(instruction.parts[:2]):
-        if re.fullmatch(r"P\d", name):
-            keys.append(("P", int(name[1:])))
-        elif (i == 0 or keys or instruction.parts[0] == "PT") and (found := re.fullmatch(r"(U?R)(\d+)", name)):
-            keys += [(found[1], int(found[2]) + more) for more in range(length)]
-            break
-    return keys
+@dataclass(frozen=True)
+class Step:
+    """An instruction as it was executed.
+
+    Attributes:
+        kind: of the memory that was reached, where the address decided.
+        passes: 128 bytes each, through shared memory or the first-level cache.
+        rows: whether it moves a part of a row, not what all rows share.
+        barrier: which one, and of how many threads.
+    """
+
+    instruction: Instruction
+    kind: str
+    passes: int = 0
+    rows: bool = False
+    barrier: tuple[int, int] | None = None
 
 
 class Warp:
@@ -152,6 +158,8 @@ class Warp:
         self.active = self.thread < launched.threads
         self.at = 0
         self.seen = Seen()
+        self.steps: list[Step] = []
+        self.spilled: dict[int, Lanes] = {}  # words of local memory, by their address
         base = len(program.constants[0]) - len(launched.parameters)
         bank = bytearray(program.constants[0][:base] + launched.parameters)
         threads, grid = (0x360, 0x370) if base >= 0x380 else (0x0, 0xC)
@@ -264,6 +272,7 @@ class Warp:
     def step(self, instruction: Instruction) -> bool:
         """False once all threads have ended."""
         kind, *modifiers = instruction.opcode.split(".")
+        self.steps.append(Step(instruction, kind))
         operands = instruction.parts
         guard = self.predicate(instruction.guard[1:]) if instruction.guard else TRUE
         if kind in ("BRA", "BRX", "BRXU", "EXIT", "CALL", "RET"):
@@ -275,7 +284,9 @@ class Warp:
             if on is None:
                 raise ValueError("whether memory is reached depends on data")
             if on.any():
-                name = self.memory(kind, modifiers, operands, on)
+                name = self.memory(instruction, kind, modifiers, operands, on)
+        elif kind == "BAR":
+            self.steps[-1] = Step(instruction, kind, barrier=self.barrier(operands))
         else:
             self.compute(kind, modifiers, operands, self.active if on is None else on, instruction)
             if on is None:  # what it may have left is not known
@@ -355,19 +366,23 @@ class Warp:
             total = total + part * np.uint64(scale)
         return total if wide else total & MASK
 
-    def memory(self, kind: str, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> str:
+    def memory(self, of: Instruction, kind: str, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> str:
         """The access by the memory that it reaches: a generic one may be one of shared memory."""
-        bits = next((BITS[m] for m in modifiers if m in ("64", "128")), 32)
+        bits = of.bits
         load = kind in ("LD", "LDG", "LDS")
         *others, place = (operand for operand in operands if "[" in operand)
+        if kind in ("LDL", "STL"):
+            return self.spill(of, kind, modifiers, operands, on)
         if kind == "LDGSTS":  # first to shared memory, as a store
-            self.memory("STS", [str(bits)], others, on)
+            self.memory(of, "STS", [str(bits)], others, on)
         addresses = self.address(place, kind not in ("LDS", "STS"))
         if kind in ("LD", "ST") and (addresses[on] >> HIGH == SHARED_WINDOW).all():
             kind = "LDS" if load else "STS"
             addresses = addresses & MASK
         if kind in ("LDS", "STS"):
-            self.seen.wavefronts += bank_wavefronts(addresses, on, bits // 8)
+            passes = bank_wavefronts(addresses, on, bits // 8)
+            self.seen.wavefronts += passes
+            self.steps[-1] = Step(of, kind, passes)
             if (addresses[on] % (bits // 8)).any() or addresses[on].max() >= 0x400 + self.launched.shared_bytes:
                 raise ValueError("not a place in shared memory")
         else:
@@ -380,20 +395,53 @@ class Warp:
             reads = load or kind == "LDGSTS"
             self.seen.moved[("" if reads else "to ") + name] += int(on.sum()) * bits // 8
             kind = {"LD": "LDG", "ST": "STG"}.get(kind, kind)
+            passes = self.steps[-1].passes  # a copy's are those of its store
+            if kind != "LDGSTS":
+                passes = len(np.unique(addresses[on] // 128))
+                self.seen.lines += passes
+            self.steps[-1] = Step(of, kind, passes, name in ROWS)
         if load:
             for i in range(bits // 32):
                 self.set(operands[0], None, on, i)
         return ".".join([kind, *modifiers])
 
+    def spill(self, of: Instruction, kind: str, modifiers: Sequence[str], operands: Sequence[str], on: Lanes) -> str:
+        """Local memory, where a thread's words lie beside those of its neighbours: a line for each."""
+        place = next(operand for operand in operands if "[" in operand)
+        (address,) = {int(a) for a in self.address(place, wide=False)[on]}
+        words = of.bits // 32
+        for i in range(words):
+            at = address + 4 * i
+            if kind == "LDL":
+                self.set(operands[0], self.spilled[at], on, i)
+            else:
+                value = self.value(operands[1], i)
+                self.spilled[at] = (
+                    value if value is None or on.all() else np.where(on, value, self.spilled.get(at, ZERO))
+                )
+        self.seen.lines += words
+        self.steps[-1] = Step(of, kind, words)
+        return ".".join([kind, *modifiers])
+
+    def barrier(self, operands: Sequence[str]) -> tuple[int, int]:
+        """Number and threads. A register that stands for both has the threads in its upper half; one operand, all."""
+        values = [self.value(operand) for operand in operands]
+        if any(value is None for value in values):
+            raise ValueError("which barrier this is depends on data")
+        number, *threads = (int(value[0]) for value in values)
+        if not threads:
+            return number & 15, self.launched.threads
+        return number & 15, threads[0] >> 16 if operands[0] == operands[1] else threads[0]
+
     # --- everything else ---
 
     def forget(self, instruction: Instruction) -> None:
         """What an instruction writes is not known from here on."""
-        for key in _written(instruction):
-            if key[0] == "P":
-                self.predicates[f"P{key[1]}"] = None
+        for file, number in instruction.written:
+            if file.endswith("P"):
+                self.predicates[f"{file}{number}"] = None
             else:
-                self.registers[key] = None
+                self.registers[file, number] = None
 
     def compute(self, kind: str, modifiers: Sequence[str], operands: Sequence[str], on: Lanes, of: Instruction) -> None:
         known = kind if kind in OPERATIONS else kind.removeprefix("U")
@@ -413,7 +461,7 @@ OF_FLOATS = {
     *("HMUL2", "FMNMX", "HMMA", "UFFMA", "UFADD", "UFMUL"),
 }
 OF_PAIRS = {"MOV", "LDC", "LDCU", "IADD", "IADD3", "SEL"}
-WITHOUT_RESULT = {"BAR", "NOP", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
+WITHOUT_RESULT = {"NOP", "WARPSYNC", "BREAK", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL"}
 
 
 # --- operations on integers and predicates ---
