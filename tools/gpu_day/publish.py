@@ -31,6 +31,7 @@ COUNTERS = {
     f"{STALL}short_scoreboard_per_issue_active.ratio": "short scoreboard",
     f"{STALL}barrier_per_issue_active.ratio": "barrier",
     f"{STALL}wait_per_issue_active.ratio": "wait",
+    f"{STALL}no_instruction_per_issue_active.ratio": "no instruction",
 }
 
 
