@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
+from linearpatch_kernels.torch_state import own_state
 
 # Tokens that are worked on at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256

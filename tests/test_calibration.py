@@ -28,8 +28,8 @@ from linearpatch_kernels.calibration import (
     residual_stream,
 )
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
 from linearpatch_kernels.hadamard import hadamard_matrix
+from linearpatch_kernels.torch_state import faster_float32_products
 
 LAYERS, WIDTH = 6, 48
 SPANS = [Span(2, 4), Span(1, 6), Span(0, 2)]

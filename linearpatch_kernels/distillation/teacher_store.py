@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, eval_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     MARKER,
     Entries,
@@ -40,6 +39,7 @@ from linearpatch_kernels.files import (
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
+from linearpatch_kernels.torch_state import own_state
 
 DEFAULT_TOP_K = 50
 

@@ -32,7 +32,6 @@ from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import eval_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     append_line,
@@ -47,6 +46,7 @@ from linearpatch_kernels.modeling.families import linear_head, num_layers, parti
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
 from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.torch_state import own_state
 
 LOSSES = ("tail", "topk", "full")
 """The rest of the vocabulary in one bucket; the paper's, over the K alone; over the vocabulary, without a bucket."""

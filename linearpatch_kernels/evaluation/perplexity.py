@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+from linearpatch_kernels.torch_state import faster_float32_products
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]

@@ -14,7 +14,6 @@ from linearpatch_kernels.calibration import Span, residual_stream, stream_statis
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Sublayer,
     decoder_layers,
@@ -27,6 +26,7 @@ from linearpatch_kernels.modeling.families import (
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
+from linearpatch_kernels.torch_state import own_state
 
 REFIT = "refit"
 """The name of `refit_merges` beside those of the patches."""

@@ -22,7 +22,6 @@ from linearpatch_kernels.evaluation.perplexity import (
     evaluation_mode,
     token_losses,
 )
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
@@ -37,6 +36,7 @@ from linearpatch_kernels.surgery.merging import (
     merge_layers,
 )
 from linearpatch_kernels.surgery.sensitivity import LayerScores, score_layers
+from linearpatch_kernels.torch_state import own_state
 
 ANGULAR, BI, SLEB, LOSS = "angular", "bi", "sleb", "loss"
 

@@ -14,7 +14,6 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.surgery.fitting import (
     DEFAULT_RANK,
@@ -34,6 +33,7 @@ from linearpatch_kernels.surgery.selection import (
     needs_moments,
     usable_candidates,
 )
+from linearpatch_kernels.torch_state import own_state
 
 AUTO = "auto"
 # How many spans the score ``loss`` runs the model on, and what heals them for that.

@@ -23,10 +23,10 @@ from linearpatch_kernels.evaluation.report import (
     plot_joint_magnitudes,
     plot_sweep,
 )
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.pruning import SweepPoint
 from linearpatch_kernels.surgery.scoring import PAIR_SCORES
+from linearpatch_kernels.torch_state import own_state
 
 HEATMAP = "depth-cosine.png"
 MAGNITUDES = "joint-magnitudes.png"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, partial_decoder, sublayers
+from linearpatch_kernels.torch_state import own_state
 
 # Tokens raised to float32 at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
