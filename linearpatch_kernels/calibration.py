@@ -16,11 +16,10 @@ import functools
 import json
 import operator
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -32,37 +31,11 @@ from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, e
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
+from linearpatch_kernels.span import Span as Span  # also where 0.1.0 had it
 from linearpatch_kernels.torch_state import own_state
 
 # Tokens that are worked on at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
-
-
-class Span(NamedTuple):
-    """The layers [start, end) of the dense model: half-open, counted from 0, written ``13:19``."""
-
-    start: int
-    end: int
-
-    def __str__(self) -> str:
-        return f"{self.start}:{self.end}"
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-    @classmethod
-    def parse(cls, text: str) -> Span:
-        """``"13:19"`` -> ``Span(13, 19)``; InputError for anything that is not START:END with START < END."""
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
-        if match is None:
-            raise InputError(
-                f"{text!r} is not a span: write START:END, half-open, for example 13:19 for layers 13 to 18"
-            )
-        span = cls(int(match[1]), int(match[2]))
-        if span.length < 1:
-            raise InputError(f"the span {span} is empty or reversed: write START:END with START < END (half-open)")
-        return span
 
 
 class Ranks(Protocol):

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
@@ -39,6 +38,7 @@ from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, w
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_plan import leaves
 from linearpatch_kernels.text import fingerprint_model
 from linearpatch_kernels.torch_state import own_state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
+from linearpatch_kernels.calibration import residual_stream, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.evaluation.perplexity import evaluation_mode
@@ -24,6 +24,7 @@ from linearpatch_kernels.modeling.families import (
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
 from linearpatch_kernels.torch_state import own_state

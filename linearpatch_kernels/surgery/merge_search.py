@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream
+from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import (
     Progress,
@@ -23,6 +23,7 @@ from linearpatch_kernels.evaluation.perplexity import (
     token_losses,
 )
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.surgery.merging import (

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import (
     Heads,
@@ -27,6 +26,7 @@ from linearpatch_kernels.modeling.families import (
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.sensitivity import LayerScores
 from linearpatch_kernels.torch_state import own_state
 

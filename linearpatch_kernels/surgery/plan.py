@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
 PLAN_FORMAT = "linearpatch-plan"

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, calibrate, collect_moments
+from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import (
     DEFAULT_RANK,
     RANKED_FITS,

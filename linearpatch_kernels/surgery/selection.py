@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, residual_stream
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
