@@ -37,6 +37,7 @@ from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
 from benchmarks.table import markdown
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.structure import structure
@@ -58,7 +59,7 @@ from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.scoring import choose_spans
-from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.text import cache_dir, split_windows, token_windows
 
 DROPS = (3, 6, 9)
 STEPS, LENGTH = 100, 512

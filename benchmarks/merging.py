@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
 from linearpatch_kernels.calibration import Span, calibrate, residual_stream
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings
@@ -51,7 +52,7 @@ from linearpatch_kernels.surgery.pruning import plan_pruning
 from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.surgery.selection import fitted_joints
 from linearpatch_kernels.surgery.sensitivity import score_layers
-from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.text import cache_dir, split_windows, token_windows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe (authors')": {"rule": "authors"},

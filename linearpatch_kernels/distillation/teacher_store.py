@@ -9,7 +9,6 @@ appears whole or not at all: a killed writer goes on where it was, and ends with
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -36,9 +35,9 @@ from linearpatch_kernels.files import (
     write_sealed,
     write_whole,
 )
+from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
 from linearpatch_kernels.torch_state import own_state
 
 DEFAULT_TOP_K = 50
@@ -143,13 +142,6 @@ def _state(depth: int) -> str:
     return f"state.{depth}"
 
 
-def fingerprint_windows(windows: Tensor) -> str:
-    """16 hex digits of token ids [W, T]."""
-    state = hashlib.sha256(json.dumps([*windows.shape]).encode())
-    state.update(windows.to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return state.hexdigest()[:16]
-
-
 def store_request(
     model: PreTrainedModel,
     windows: Tensor,
@@ -211,7 +203,7 @@ def write_teacher_store(
     Args:
         model: the teacher.
         depths: keep the hidden states at these depths too, in bfloat16.
-        tokenizer: fingerprint of the tokenizer that made the windows (`text.fingerprint_tokenizer`).
+        tokenizer: fingerprint of the tokenizer that made the windows (`fingerprints.fingerprint_tokenizer`).
         shard_windows: windows in a shard; None: about 64 MB of them.
         batch_size: windows per forward pass.
         processes: several share the shards out among them; all return the whole store.

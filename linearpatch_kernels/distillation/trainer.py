@@ -42,10 +42,10 @@ from linearpatch_kernels.files import (
     write_sealed,
     write_whole,
 )
+from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
-from linearpatch_kernels.text import fingerprint_model
 from linearpatch_kernels.torch_state import own_state
 
 LOSSES = ("tail", "topk", "full")

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from linearpatch_kernels.demo_data import installed_package_dir
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import Progress, evaluation_mode
-from linearpatch_kernels.text import installed_package_dir
 
 
 @dataclass(frozen=True)
