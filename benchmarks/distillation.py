@@ -36,7 +36,7 @@ from benchmarks.authors_loop import AuthorsLoop
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
 from benchmarks.table import markdown
-from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
@@ -50,7 +50,8 @@ from linearpatch_kernels.distillation.trainer import (
     distill,
     heldout_losses,
 )
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode, token_losses
+from linearpatch_kernels.evaluation.perplexity import token_losses
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.families import num_layers, suffix_model
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
@@ -60,6 +61,7 @@ from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.text import cache_dir, split_windows, token_windows
+from linearpatch_kernels.torch_state import evaluation_mode
 
 DROPS = (3, 6, 9)
 STEPS, LENGTH = 100, 512

@@ -32,13 +32,13 @@ from transformers import PreTrainedModel
 
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
-from linearpatch_kernels.calibration import Span, calibrate, residual_stream
+from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode, model_logits
+from linearpatch_kernels.forward import model_logits, residual_stream
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, partial_decoder
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
@@ -53,6 +53,7 @@ from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.surgery.selection import fitted_joints
 from linearpatch_kernels.surgery.sensitivity import score_layers
 from linearpatch_kernels.text import cache_dir, split_windows, token_windows
+from linearpatch_kernels.torch_state import evaluation_mode
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe (authors')": {"rule": "authors"},

@@ -16,7 +16,7 @@ import functools
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
+from linearpatch_kernels.forward import Progress, check_windows, residual_stream
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.span import Span as Span  # also where 0.1.0 had it
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 # Tokens that are worked on at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
@@ -347,30 +347,6 @@ def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStat
     if sums is None:
         raise InputError("there is no calibration text: give at least one window of tokens")
     return sums.statistics()
-
-
-def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
-    """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
-    last = max(depths)
-    view = partial_decoder(model, 0, last, embed=True)
-    found: dict[int, Tensor] = {}
-
-    def keep(depth: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[depth] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    layers = decoder_layers(model)
-    handles = [
-        layers[depth].register_forward_pre_hook(keep(depth), with_kwargs=True) for depth in depths if depth < last
-    ]
-    try:
-        found[last] = view(input_ids=ids.to(model_device(model)), use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _stretch(

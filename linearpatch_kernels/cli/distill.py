@@ -432,7 +432,7 @@ def _windows(
 ) -> _Windows:
     import torch
 
-    from linearpatch_kernels.evaluation.perplexity import check_windows
+    from linearpatch_kernels.forward import check_windows
     from linearpatch_kernels.text import split_windows, token_windows
 
     wanted = settings.steps * settings.windows_per_step

@@ -76,8 +76,8 @@ def evaluate(
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
     from linearpatch_kernels.evaluation.notes import left_out
-    from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.fingerprints import tokenizer_difference
+    from linearpatch_kernels.forward import check_windows
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.text import read_text
 

@@ -118,8 +118,8 @@ def make_windows(
     """
     import torch
 
-    from linearpatch_kernels.evaluation.perplexity import check_windows
     from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
+    from linearpatch_kernels.forward import check_windows
     from linearpatch_kernels.text import split_windows, token_windows
 
     needed = samples + heldout

@@ -12,12 +12,11 @@ from linearpatch_kernels.calibration import stream_statistics
 from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
-from linearpatch_kernels.evaluation.perplexity import eval_mode
 from linearpatch_kernels.modeling.families import num_layers, partial_decoder
 from linearpatch_kernels.modeling.patched import replace_patch
 from linearpatch_kernels.nn import HadamardPatch
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 # Relative to the mean eigenvalue: where the text never went, the two should be alike as matrices.
 _RIDGE = 1e-4

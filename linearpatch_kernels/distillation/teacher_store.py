@@ -21,9 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, eval_mode
 from linearpatch_kernels.files import (
     MARKER,
     Entries,
@@ -36,9 +34,10 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
+from linearpatch_kernels.forward import Progress, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 DEFAULT_TOP_K = 50
 

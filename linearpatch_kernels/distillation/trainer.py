@@ -25,13 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import eval_mode
 from linearpatch_kernels.files import (
     Entries,
     append_line,
@@ -43,10 +41,11 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 LOSSES = ("tail", "topk", "full")
 """The rest of the vocabulary in one bucket; the paper's, over the K alone; over the vocabulary, without a bucket."""

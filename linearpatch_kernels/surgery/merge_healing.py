@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream, stream_statistics
+from linearpatch_kernels.calibration import stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.families import (
     Sublayer,
     decoder_layers,
@@ -27,7 +27,7 @@ from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 REFIT = "refit"
 """The name of `refit_merges` beside those of the patches."""

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import (
-    Progress,
-    check_windows,
-    evaluation_mode,
-    token_losses,
-)
+from linearpatch_kernels.evaluation.perplexity import token_losses
+from linearpatch_kernels.forward import Progress, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
@@ -37,7 +32,7 @@ from linearpatch_kernels.surgery.merging import (
     merge_layers,
 )
 from linearpatch_kernels.surgery.sensitivity import LayerScores, score_layers
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 ANGULAR, BI, SLEB, LOSS = "angular", "bi", "sleb", "loss"
 

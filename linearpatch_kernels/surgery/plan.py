@@ -45,7 +45,7 @@ class PrunePlan:
     """The joints of one pruned model over the dense model's layer numbers, and where they come from.
 
     Attributes:
-        model: fingerprint of the dense model (:func:`linearpatch_kernels.fingerprints.fingerprint_model`), "" if not known.
+        model: of the dense model (:func:`linearpatch_kernels.fingerprints.fingerprint_model`), "" if not known.
         num_layers: layers of the dense model.
         joints: not overlapping, not touching; kept in the order of the model.
         score: what chose the spans (a name of ``scoring.SCORES``, or ``given``).

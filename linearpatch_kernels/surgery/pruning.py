@@ -13,7 +13,7 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, calibr
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
+from linearpatch_kernels.forward import Progress, check_batch_size, check_windows
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import (

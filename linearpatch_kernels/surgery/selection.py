@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, Ranks
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.forward import Progress, batches, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 DENSE = "dense"
 """The name under which :func:`compare_candidates` reports the model itself."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
+from linearpatch_kernels.forward import Progress, batches, check_windows
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, partial_decoder, sublayers
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.torch_state import own_state
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 # Tokens raised to float32 at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256

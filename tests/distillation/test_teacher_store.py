@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels import fingerprints
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation import teacher_store
 from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherStore, store_request, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import working_alone
+from linearpatch_kernels.forward import residual_stream
 
 
 def contents(directory: Path) -> dict[str, bytes]:
