@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder_layers, partial_decoder
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
 #: A Transformers model, or anything that maps token ids [B, T] to logits [B, T, V] (or to an object with `.logits`).
 Model = nn.Module | Callable[[Tensor], Any]
+Start = int | Literal["tokens"]
+End = int | Literal["hidden", "logits"]
 
 
 def check_windows(model: Any, windows: Tensor) -> None:
@@ -85,25 +90,87 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+class PartialRun(nn.Module):
+    """A part of a decoder as one map: from the tokens or the stream at a depth, to another depth or to the logits.
+
+    ``PartialRun(model, "tokens", 4)`` maps token ids [B, T] to the residual stream [B, T, d] at depth 4,
+    ``PartialRun(model, 4, 9)`` that to the stream at depth 9, and ``PartialRun(model, 9, "logits")`` to the logits
+    [B, T, V]; ``"hidden"`` is what the head is applied to, the stream behind the final norm. Parts that follow on each
+    other make the whole model, bit for bit: masks and position embeddings come from Transformers' own code.
+
+    Every parameter is shared with the model, in which nothing changes, and has gradients where it is trained. The
+    layers that run are those that the model has now; they have no key/value cache. Parts with other maps between them,
+    such as patches, make an `nn.Sequential`.
+
+    Args:
+        model: a causal LM of a supported family (or its decoder, where the logits are not asked for).
+        start: ``"tokens"``, or the depth i of the stream that is given: what enters layer i, before a patch there.
+        end: the depth of the stream that comes out (L: behind the last layer), or ``"hidden"`` or ``"logits"``.
+
+    Raises:
+        InputError: not ``0 <= start <= end <= L``.
+    """
+
+    def __init__(self, model: nn.Module, start: Start, end: End) -> None:
+        super().__init__()
+        self._embeds, self._to_logits = start == "tokens", end == "logits"
+        first = 0 if start == "tokens" else start
+        last = end if isinstance(end, int) else num_layers(model)
+        if end != "logits":
+            view = partial_decoder(model, first, last, embed=self._embeds, norm=end == "hidden")
+        else:
+            view = model if self._embeds else suffix_model(cast(PreTrainedModel, model), first)
+        self.view, self.training = view, view.training
+        # The depth of a stream that comes out, and of those on the way the layers that they enter.
+        self._end = end
+        self._entered = dict(zip(range(first, last), decoder_layers(model)[first:last], strict=True))
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Token ids [B, T], which are brought to the model's device, or the stream [B, T, d], which is where it is."""
+        if self._embeds:
+            output = self.view(input_ids=given.to(model_device(self.view)), use_cache=False)
+        else:
+            output = self.view(inputs_embeds=given, use_cache=False)
+        result: Tensor = output.logits if self._to_logits else output.last_hidden_state
+        return result
+
+    def states(self, given: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
+        """The stream [B, T, d] at each of ``depths``, from the first layer's to ``end``, in one run."""
+        found: dict[int, Tensor] = {}
+        on_the_way = [depth for depth in depths if depth != self._end]
+        with entering((self._entered[depth], functools.partial(found.__setitem__, depth)) for depth in on_the_way):
+            result = self(given)
+        if isinstance(self._end, int):
+            found[self._end] = result
+        return found
+
+
 def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
     """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
-    last = max(depths)
-    view = partial_decoder(model, 0, last, embed=True)
-    found: dict[int, Tensor] = {}
+    return PartialRun(model, "tokens", max(depths)).states(ids, depths)
 
-    def keep(depth: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[depth] = args[0] if args else kwargs["hidden_states"]
 
-        return hook
+@contextmanager
+def entering(modules: Iterable[tuple[nn.Module, Callable[[Tensor], object]]]) -> Iterator[None]:
+    """While it is open, each module's function is called with what enters it, the hidden state."""
+    with ExitStack() as hooks:
+        for module, function in modules:
 
-    layers = decoder_layers(model)
-    handles = [
-        layers[depth].register_forward_pre_hook(keep(depth), with_kwargs=True) for depth in depths if depth < last
-    ]
-    try:
-        found[last] = view(input_ids=ids.to(model_device(model)), use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tell: Any = function) -> None:
+                tell(args[0] if args else kwargs["hidden_states"])
+
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def leaving(modules: Iterable[tuple[nn.Module, Callable[[Tensor], object]]]) -> Iterator[None]:
+    """While it is open, each module's function is called with what leaves it."""
+    with ExitStack() as hooks:
+        for module, function in modules:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor, tell: Any = function) -> None:
+                tell(output)
+
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield
