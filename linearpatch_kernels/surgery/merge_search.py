@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import token_losses
-from linearpatch_kernels.forward import Progress, check_windows, residual_stream
-from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
+from linearpatch_kernels.forward import PartialRun, Progress, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import keep_layers, num_layers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
@@ -240,11 +240,11 @@ class PrefixLosses:
         Infinity where its logits are not finite: such a candidate is never chosen.
         """
         count = max(1, math.ceil(share_of_windows * len(self._windows)))
-        suffix = suffix_model(candidate, depth)
+        suffix = PartialRun(candidate, depth, "logits")
         total, tokens = 0.0, 0
         with evaluation_mode(candidate):
             for batch, states in zip(self._windows[:count], self._states, strict=False):
-                losses = token_losses(suffix(inputs_embeds=states[depth], use_cache=False).logits, batch)
+                losses = token_losses(suffix(states[depth]), batch)
                 if not bool(losses.isfinite().all()):
                     return math.inf
                 total += float(losses.double().sum())

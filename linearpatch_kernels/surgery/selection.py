@@ -21,8 +21,8 @@ from linearpatch_kernels.calibration import CalibrationStatistics, Ranks
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.forward import Progress, batches, check_windows, residual_stream
-from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.forward import End, PartialRun, Progress, batches, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
@@ -74,38 +74,29 @@ def compare_candidates(
         checked_spans([joint.span for joint in joints], layers)
     starts = sorted({joints[0].span.start for joints in candidates.values()})
     meters = QualityMeters((DENSE, *candidates), lenient=noted is not None)
-    runs = {name: _Suffix(model, joints) for name, joints in candidates.items()}
-    head = suffix_model(model, layers)
+    suffixes = {name: _from_first_joint(model, joints) for name, joints in candidates.items()}
+    head = PartialRun(model, layers, "logits")
     with torch.no_grad(), evaluation_mode(model):
         for _, batch in batches(windows, batch_size, description, progress):
             states = residual_stream(model, batch, [*starts, layers])
-            teacher = head(inputs_embeds=states[layers], use_cache=False).logits
+            teacher = head(states[layers])
             meters.update(DENSE, teacher, batch, teacher)
             for name in [name for name in meters.names if name != DENSE]:
-                meters.update(name, runs[name](states[candidates[name][0].span.start]), batch, teacher)
+                meters.update(name, suffixes[name](states[candidates[name][0].span.start]), batch, teacher)
     if shared is not None:
         meters = functools.reduce(operator.add, shared.gather(meters))
     return meters.results(noted)
 
 
-class _Suffix:
-    """What a pruned model does from its first joint on, as views of the dense model's layers."""
-
-    def __init__(self, model: PreTrainedModel, joints: Sequence[Joint]) -> None:
-        ends = [following.span.start for following in joints[1:]]
-        maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
-        self.patches = [_as_built(model, joint, maps.get(joint.span)) for joint in joints]
-        self.between = [
-            partial_decoder(model, joint.span.end, end) for joint, end in zip(joints[:-1], ends, strict=True)
-        ]
-        self.last = suffix_model(model, joints[-1].span.end)
-
-    def __call__(self, state: Tensor) -> Tensor:
-        for patch, part in zip(self.patches, [*self.between, None], strict=True):
-            state = state if patch is None else patch(state)
-            if part is not None:
-                state = part(inputs_embeds=state, use_cache=False).last_hidden_state
-        return self.last(inputs_embeds=state, use_cache=False).logits
+def _from_first_joint(model: PreTrainedModel, joints: Sequence[Joint]) -> nn.Sequential:
+    """What a pruned model does from its first joint on, in the dense model's layers: a stream [B, T, d] to logits."""
+    maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
+    ends: list[End] = [*(following.span.start for following in joints[1:]), "logits"]
+    parts: list[nn.Module] = []
+    for joint, end in zip(joints, ends, strict=True):
+        patch = _as_built(model, joint, maps.get(joint.span))
+        parts += [*([] if patch is None else [patch]), PartialRun(model, joint.span.end, end)]
+    return nn.Sequential(*parts)
 
 
 def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> nn.Module | None:
