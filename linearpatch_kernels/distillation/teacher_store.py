@@ -34,8 +34,8 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
-from linearpatch_kernels.forward import Progress, check_windows, residual_stream
-from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
+from linearpatch_kernels.forward import PartialRun, Progress, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
@@ -388,12 +388,9 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
     layers = num_layers(model)
     with eval_mode(model):
         states = residual_stream(model, windows, sorted({layers, *request.depths}))
-        head = suffix_model(model, layers)
+        head = PartialRun(model, layers, "logits")
         step = max(1, _LOGITS_AT_ONCE // (request.vocabulary * len(windows)))
-        parts = [
-            _likeliest(head(inputs_embeds=part, use_cache=False).logits, request.top_k)
-            for part in states[layers].split(step, dim=1)
-        ]
+        parts = [_likeliest(head(part), request.top_k) for part in states[layers].split(step, dim=1)]
     probs, ids = (torch.cat([part[i] for part in parts], dim=1) for i in (0, 1))
     mass = probs.double().sum(-1)
     if not bool(mass.isfinite().all()):
