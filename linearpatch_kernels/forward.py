@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.processes import Processes
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -88,6 +90,34 @@ def model_device(model: nn.Module) -> torch.device:
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((place for place in places if place is not None), "meta"))
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How passes over windows are made: it travels from whoever asks for a result down to every pass.
+
+    Attributes:
+        batch_size: windows per forward pass.
+        processes: they share the work out among them, and all of them get the whole result; by default this one alone.
+        progress: called after every batch.
+    """
+
+    batch_size: int = 1
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    progress: Progress | None = None
+
+    def batches(self, windows: Tensor, description: str) -> Iterator[tuple[int, Tensor]]:
+        """`batches` of this size, with a report of each."""
+        return batches(windows, self.batch_size, description, self.progress)
+
+    def report(self, description: str, done: int, total: int) -> None:
+        """Tell what is being done, how many windows are done, and how many there are."""
+        if self.progress is not None:
+            self.progress(description, done, total)
+
+
+PLAIN = Run()
+"""One window at a time, in this process alone, without reports."""
 
 
 class PartialRun(nn.Module):

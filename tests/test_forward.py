@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.forward import PartialRun, entering, leaving, residual_stream
+from linearpatch_kernels.forward import PLAIN, PartialRun, Run, entering, leaving, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.torch_state import evaluation_mode
 
@@ -101,3 +101,20 @@ def test_what_enters_and_leaves_a_module_is_told_while_it_is_open() -> None:
     assert len(seen) == 2
     assert not norm._forward_hooks
     assert not norm._forward_pre_hooks
+
+
+def test_a_run_makes_batches_and_tells_of_each_once_it_is_done() -> None:
+    told: list[tuple[str, int, int]] = []
+    run = Run(2, progress=lambda *words: told.append(words))
+    windows = IDS.expand(5, 2, -1)[:, 0]
+    seen = []
+    for start, batch in run.batches(windows, "running"):
+        assert len(told) == len(seen)
+        seen.append((start, len(batch)))
+    assert seen == [(0, 2), (2, 2), (4, 1)]
+    assert told == [("running", 2, 5), ("running", 4, 5), ("running", 5, 5)]
+    assert [len(batch) for _, batch in PLAIN.batches(windows, "running")] == [1] * 5
+    PLAIN.report("running", 1, 1)
+    assert len(told) == 3
+    with pytest.raises(InputError, match="batch size"):
+        next(Run(0).batches(windows, "running"))

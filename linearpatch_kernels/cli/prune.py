@@ -208,6 +208,7 @@ def _compare(
     dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter, notes: Notes
 ) -> dict[str, Quality]:
     """Quality on the report's windows: dense, plain removal, the paper's patch, and what was kept."""
+    from linearpatch_kernels.forward import Run
     from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
 
     if windows.evaluation is None:
@@ -216,7 +217,7 @@ def _compare(
     candidates[_row(pruning.plan)] = pruning.plan.joints
     with run.stage("evaluate"):
         return compare_candidates(
-            dense, windows.evaluation, candidates, description="evaluating", noted=notes, progress=run
+            dense, windows.evaluation, candidates, description="evaluating", noted=notes, run=Run(progress=run)
         )
 
 

@@ -34,7 +34,7 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
-from linearpatch_kernels.forward import PartialRun, Progress, check_windows, residual_stream
+from linearpatch_kernels.forward import PartialRun, Progress, Run, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import eval_mode, own_state
@@ -220,7 +220,7 @@ def write_teacher_store(
     if not processes.first:
         processes.wait()
         request = _as_there(request, model, folder)
-        _write_shards(model, windows, folder, request, batch_size, processes, None)
+        _write_shards(model, windows, folder, request, Run(batch_size, processes))
         processes.wait()
         processes.wait()
         return TeacherStore.open(folder)
@@ -230,7 +230,7 @@ def write_teacher_store(
         if repaired or not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
-        repaired += _write_shards(model, windows, folder, request, batch_size, processes, progress)
+        repaired += _write_shards(model, windows, folder, request, Run(batch_size, processes, progress))
         processes.wait()
         index, listed = (
             folder / "index.json",
@@ -324,18 +324,10 @@ def _check_same(found: StoreRequest, wanted: StoreRequest, folder: Path) -> None
             )
 
 
-def _write_shards(
-    model: PreTrainedModel,
-    windows: Tensor,
-    folder: Path,
-    request: StoreRequest,
-    batch_size: int,
-    processes: Processes,
-    progress: Progress | None,
-) -> list[str]:
+def _write_shards(model: PreTrainedModel, windows: Tensor, folder: Path, request: StoreRequest, run: Run) -> list[str]:
     """This process's share of the shards that are not there or damaged; returns the damaged ones."""
     damaged = []
-    mine = request.shards[processes.rank :: processes.count]
+    mine = request.shards[run.processes.rank :: run.processes.count]
     total = sum(part.stop - part.start for _, part in mine)
     done = 0
     for name, part in mine:
@@ -343,15 +335,13 @@ def _write_shards(
         if not exists or not _is_sound(folder / name, request):
             damaged += [name] * exists
             states = []
-            for batch in windows[part].split(batch_size):
+            for batch in windows[part].split(run.batch_size):
                 states.append(teacher_answers(model, batch, request))
-                if progress is not None:
-                    progress("asking the teacher", done + sum(len(s["input_ids"]) for s in states), total)
+                run.report("asking the teacher", done + sum(len(s["input_ids"]) for s in states), total)
             shard = {key: torch.cat([state[key] for state in states]) for key in request.layout}
             write_sealed(folder / name, shard, {"request": request.to_json(), "shard": name})
         done += part.stop - part.start
-        if progress is not None:
-            progress("asking the teacher", done, total)
+        run.report("asking the teacher", done, total)
     return damaged
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.forward import PartialRun, Progress, batches, check_windows, entering
+from linearpatch_kernels.forward import PLAIN, PartialRun, Run, check_windows, entering
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -42,9 +42,7 @@ class LayerScores:
 
 @own_state()
 @torch.no_grad()
-def score_layers(
-    model: nn.Module, windows: Tensor, *, width: int = 2, batch_size: int = 1, progress: Progress | None = None
-) -> LayerScores:
+def score_layers(model: nn.Module, windows: Tensor, *, width: int = 2, run: Run = PLAIN) -> LayerScores:
     """Score every unit, layer and span of ``width`` layers over token ``windows`` [W, T].
 
     The sensitivity of a unit is, averaged over its channels c, ``mean_t |a_tc| * sum_r |W[r, c]|`` with a [T, channels]
@@ -62,11 +60,11 @@ def score_layers(
     check_windows(model, windows)
     channels = _ChannelSums(model)
     stream = _StreamSums(layers, width)
-    run = PartialRun(model, "tokens", layers)
+    decoder = PartialRun(model, "tokens", layers)
     places = [(layer, functools.partial(stream.add, depth)) for depth, layer in enumerate(decoder_layers(model))]
     with evaluation_mode(model), entering([*channels.places(), *places]):
-        for _, batch in batches(windows, batch_size, "scoring the layers", progress):
-            stream.add(layers, run(batch))
+        for _, batch in run.batches(windows, "scoring the layers"):
+            stream.add(layers, decoder(batch))
     count, length = windows.shape
     angles, influences = stream.spans[0] / count, stream.spans[1] / (count * length)
     spans = [Span(start, start + width) for start in range(layers - width + 1)]
