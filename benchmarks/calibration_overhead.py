@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.families import decoder
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.text import demo_model_path, demo_text, token_windows
+from linearpatch_kernels.text import token_windows
 
 ROUNDS = 7
 

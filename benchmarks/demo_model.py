@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.hardware import describe
 from benchmarks.table import markdown
 from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.demo_data import demo_model_path
 from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import load_model
@@ -27,7 +28,6 @@ from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.text import demo_model_path
 
 SPAN = Span(13, 19)
 PROMPT, NEW, REPEATS = 256, 16, 7

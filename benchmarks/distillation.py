@@ -36,7 +36,8 @@ from benchmarks.authors_loop import AuthorsLoop
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
 from benchmarks.table import markdown
-from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.structure import structure
@@ -49,8 +50,9 @@ from linearpatch_kernels.distillation.trainer import (
     distill,
     heldout_losses,
 )
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode, token_losses
-from linearpatch_kernels.modeling.families import num_layers, suffix_model
+from linearpatch_kernels.evaluation.perplexity import token_losses
+from linearpatch_kernels.forward import PartialRun, residual_stream
+from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import Patch
@@ -58,7 +60,8 @@ from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.scoring import choose_spans
-from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.text import cache_dir, split_windows, token_windows
+from linearpatch_kernels.torch_state import evaluation_mode
 
 DROPS = (3, 6, 9)
 STEPS, LENGTH = 100, 512
@@ -198,11 +201,11 @@ class Study:
             layers = num_layers(self.model)
             starts = sorted({span.start for span in self.spans.values()})
             found: dict[str, list[Tensor]] = {}
-            head = suffix_model(self.model, layers)
+            head = PartialRun(self.model, layers, "logits")
             with evaluation_mode(self.model):
                 for window in self.reported.split(1):
                     states = residual_stream(self.model, window, [*starts, layers])
-                    logits = head(inputs_embeds=states[layers], use_cache=False).logits
+                    logits = head(states[layers])
                     kept = {"loss": token_losses(logits, window), "likeliest": logits.argmax(-1)}
                     for name, tensor in (kept | {f"state.{start}": states[start] for start in starts}).items():
                         found.setdefault(name, []).append(tensor)
@@ -227,11 +230,11 @@ class Study:
     def quality(self, student: PreTrainedModel, drop: int) -> dict[str, dict[str, float]]:
         """Per text the loss, and how often the likeliest token is the dense model's."""
         start = self.spans[drop].start
-        suffix = suffix_model(student, start)
+        suffix = PartialRun(student, start, "logits")
         losses, agreeing = [], []
         with evaluation_mode(student):
             for i, window in enumerate(self.reported.split(1)):
-                logits = suffix(inputs_embeds=self.dense[f"state.{start}"][i : i + 1], use_cache=False).logits
+                logits = suffix(self.dense[f"state.{start}"][i : i + 1])
                 losses.append(token_losses(logits, window))
                 agreeing.append((logits.argmax(-1) == self.dense["likeliest"][i])[:, :-1])
         return self._by_text(torch.cat(losses), torch.cat(agreeing))

@@ -1,6 +1,6 @@
 """float32 products on this processor by MKL and by oneDNN: ``python -m benchmarks.float32_products [--json FILE]``.
 
-What `evaluation.torch_state.faster_float32_products` goes by: for the shapes of language models how many times faster
+What `torch_state.faster_float32_products` goes by: for the shapes of language models how many times faster
 oneDNN is (medians of calls in turns, one thread), and the relative errors of both against float64. Where a processor
 has units for bfloat16 that oneDNN prefers, the error says so.
 """
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.hardware import describe
 from benchmarks.table import markdown
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+from linearpatch_kernels.torch_state import faster_float32_products
 
 # tokens, inner, outer: projections of models 576 and 4096 wide, a head over part of a vocabulary, a Gram matrix
 SHAPES = ((256, 576, 1536), (2048, 576, 576), (2048, 1536, 576), (256, 576, 49152), (576, 4096, 576), (256, 4096, 4096))

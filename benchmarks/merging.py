@@ -32,13 +32,14 @@ from transformers import PreTrainedModel
 
 from benchmarks.hardware import describe
 from benchmarks.memory import peak_memory
-from linearpatch_kernels.calibration import Span, calibrate, residual_stream
+from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode, model_logits
-from linearpatch_kernels.modeling.families import keep_layers, num_layers, partial_decoder
+from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
+from linearpatch_kernels.modeling.families import keep_layers, num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.apply import apply_plan
@@ -51,7 +52,8 @@ from linearpatch_kernels.surgery.pruning import plan_pruning
 from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.surgery.selection import fitted_joints
 from linearpatch_kernels.surgery.sensitivity import score_layers
-from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.text import cache_dir, split_windows, token_windows
+from linearpatch_kernels.torch_state import evaluation_mode
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "CoMe (authors')": {"rule": "authors"},
@@ -188,7 +190,7 @@ class Study:
         errors = []
         for window in windows.split(1):
             wanted = residual_stream(self.model, window, [span.end])[span.end]
-            found = partial_decoder(model, 0, behind, embed=True)(input_ids=window, use_cache=False).last_hidden_state
+            found = PartialRun(model, "tokens", behind)(window)
             if behind in patches(model):
                 found = patches(model)[behind](found)
             errors.append(stream_error(found, wanted, "relative"))
@@ -197,11 +199,11 @@ class Study:
     def print_costs(self) -> None:
         """Memory of a scoring pass beside that of bare passes, and the time of one merge."""
         window = token_windows(self.tokenizer, demo_text("calibration"), length=512, count=1)
-        decoder = partial_decoder(self.model, 0, num_layers(self.model), embed=True)
+        decoder = PartialRun(self.model, "tokens", num_layers(self.model))
 
         def without_head() -> None:
             with torch.no_grad(), evaluation_mode(self.model):
-                decoder(input_ids=window, use_cache=False)
+                decoder(window)
 
         runs: dict[str, Callable[[], object]] = {
             "scoring": lambda: score_layers(self.model, window),

@@ -7,11 +7,12 @@ was calibrated on (not used for the fit) and of another text.
 from __future__ import annotations
 
 from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.surgery.fitting import fit_least_squares, fit_low_rank, shrunk
 from linearpatch_kernels.surgery.plan import Joint
 from linearpatch_kernels.surgery.selection import compare_candidates
-from linearpatch_kernels.text import demo_model_path, demo_text, split_windows, token_windows
+from linearpatch_kernels.text import split_windows, token_windows
 
 SPAN = Span(13, 19)
 SHARES = (1.0, 0.85, 0.75, 0.6, 0.5)

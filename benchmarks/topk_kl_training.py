@@ -19,6 +19,7 @@ from benchmarks.hardware import describe
 from benchmarks.table import markdown
 from benchmarks.topk_kl import divergence
 from linearpatch_kernels.calibration import Span
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.loading import load_model
@@ -26,7 +27,7 @@ from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.text import demo_model_path, demo_text, token_windows
+from linearpatch_kernels.text import token_windows
 
 SPAN = Span(13, 19)
 SLOTS = 50

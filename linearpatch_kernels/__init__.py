@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from linearpatch_kernels.backend import backends
-    from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
+    from linearpatch_kernels.calibration import CalibrationStatistics, calibrate
     from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
     from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
     from linearpatch_kernels.errors import InputError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
     from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+    from linearpatch_kernels.span import Span
     from linearpatch_kernels.surgery.apply import apply_plan
     from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
     from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
@@ -73,7 +74,7 @@ __all__ = [
 
 _HOME = {
     "backend": ("backends",),
-    "calibration": ("CalibrationStatistics", "Span", "calibrate"),
+    "calibration": ("CalibrationStatistics", "calibrate"),
     "distillation.teacher_store": ("TeacherStore", "write_teacher_store"),
     "distillation.trainer": ("TrainingSettings", "distill"),
     "errors": ("InputError",),
@@ -90,6 +91,7 @@ _HOME = {
     ),
     "ops.hadamard_patch": ("add_patch_rms_norm", "hadamard_patch"),
     "ops.topk_kl": ("linear_topk_kl_loss", "topk_kl_loss"),
+    "span": ("Span",),
     "surgery.apply": ("apply_plan",),
     "surgery.merge_plan": ("MergePlan", "apply_merges"),
     "surgery.merge_search": ("MergeSettings", "plan_merging"),

@@ -16,11 +16,10 @@ import functools
 import json
 import operator
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,55 +27,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, evaluation_mode, model_device
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
+from linearpatch_kernels.forward import Progress, Run, check_windows, residual_stream
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, num_layers, partial_decoder
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.span import Span as Span  # also where 0.1.0 had it
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 # Tokens that are worked on at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
-
-
-class Span(NamedTuple):
-    """The layers [start, end) of the dense model: half-open, counted from 0, written ``13:19``."""
-
-    start: int
-    end: int
-
-    def __str__(self) -> str:
-        return f"{self.start}:{self.end}"
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-    @classmethod
-    def parse(cls, text: str) -> Span:
-        """``"13:19"`` -> ``Span(13, 19)``; InputError for anything that is not START:END with START < END."""
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
-        if match is None:
-            raise InputError(
-                f"{text!r} is not a span: write START:END, half-open, for example 13:19 for layers 13 to 18"
-            )
-        span = cls(int(match[1]), int(match[2]))
-        if span.length < 1:
-            raise InputError(f"the span {span} is empty or reversed: write START:END with START < END (half-open)")
-        return span
-
-
-class Ranks(Protocol):
-    """The processes among which a pass is shared out: what `processes.Processes` is."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def count(self) -> int: ...
-
-    def gather(self, one: Any) -> list[Any]:
-        """What every rank has, in their order."""
-        ...
 
 
 class Positions(IntEnum):
@@ -273,7 +233,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     *,
     moments: Sequence[Span] = (),
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStatistics:
     """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.surgery` needs.
@@ -291,8 +251,8 @@ def calibrate(
             vary.
         moments: spans whose second moments are kept in the same pass (``16 d^2`` bytes each). Where the spans are only
             known from this pass's scores, use :func:`collect_moments` for a second one.
-        ranks: every one of them calls this with the same batches (a sequence), runs its own stretch of them, and gets
-            the statistics of all.
+        ranks: processes; every one of them calls this with the same batches (a sequence), runs its own stretch of
+            them, and gets the statistics of all. None: this one alone.
         progress: called after each batch.
 
     Raises:
@@ -302,19 +262,19 @@ def calibrate(
     Source: LinearPatch (arXiv 2505.24680) sections 3.1 and 3.2 for the cosines and the Hadamard-domain means, ShortGPT
     (arXiv 2403.03853) eq. 1 for block influence, arXiv 2403.17887 section 3.2 for the angular distance.
     """
+    run = Run(processes=ranks or Processes(), progress=progress)
     spans = _checked_spans(moments, num_layers(model))
     sums = _Sums(num_layers(model), hidden_size(model), spans)
     windows = 0
     with evaluation_mode(model):
-        for ids, total in _batches(model, _stretch(batches, ranks)):
+        for ids, total in _batches(model, _stretch(batches, run.processes)):
             sums.add_batch(residual_stream(model, ids, range(num_layers(model) + 1)))
             windows += len(ids)
-            if progress is not None:
-                progress("calibrating", windows, total)
+            run.report("calibrating", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
     mine = sums.statistics()
-    return mine if ranks is None else functools.reduce(operator.add, ranks.gather(mine))
+    return functools.reduce(operator.add, run.processes.gather(mine))
 
 
 @own_state()
@@ -324,7 +284,7 @@ def collect_moments(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     spans: Sequence[Span],
     *,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
     progress: Progress | None = None,
 ) -> dict[Span, Moments]:
     """The second moments of ``spans``, in a pass that runs no layer behind the last of them.
@@ -332,6 +292,7 @@ def collect_moments(
     Memory beyond the forward pass: the residual stream of the batch at the depths the spans name, and ``16 d^2`` bytes
     a span. Arguments and errors as for :func:`calibrate`.
     """
+    run = Run(processes=ranks or Processes(), progress=progress)
     wanted = _checked_spans(spans, num_layers(model))
     if not wanted:
         return {}
@@ -339,17 +300,14 @@ def collect_moments(
     depths = sorted({depth for span in wanted for depth in span})
     windows = 0
     with evaluation_mode(model):
-        for ids, total in _batches(model, _stretch(batches, ranks)):
+        for ids, total in _batches(model, _stretch(batches, run.processes)):
             _add_moments(sums, residual_stream(model, ids, depths))
             windows += len(ids)
-            if progress is not None:
-                progress("second moments", windows, total)
+            run.report("second moments", windows, total)
     if windows == 0:
         raise InputError("there is no calibration text: give at least one window of tokens")
     mine = {span: moment.total() for span, moment in sums.items()}
-    if ranks is None:
-        return mine
-    found: list[dict[Span, Moments]] = ranks.gather(mine)
+    found: list[dict[Span, Moments]] = run.processes.gather(mine)
     return {span: functools.reduce(operator.add, [one[span] for one in found]) for span in mine}
 
 
@@ -376,39 +334,15 @@ def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStat
     return sums.statistics()
 
 
-def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
-    """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
-    last = max(depths)
-    view = partial_decoder(model, 0, last, embed=True)
-    found: dict[int, Tensor] = {}
-
-    def keep(depth: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[depth] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    layers = decoder_layers(model)
-    handles = [
-        layers[depth].register_forward_pre_hook(keep(depth), with_kwargs=True) for depth in depths if depth < last
-    ]
-    try:
-        found[last] = view(input_ids=ids.to(model_device(model)), use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _stretch(
-    batches: Iterable[Tensor | Mapping[str, Tensor]], ranks: Ranks | None
+    batches: Iterable[Tensor | Mapping[str, Tensor]], processes: Processes
 ) -> Iterable[Tensor | Mapping[str, Tensor]]:
-    """This rank's share of the batches, in their order, so that the ranks' shares one after the other are the whole."""
-    if ranks is None or ranks.count == 1:
+    """This process's share of the batches, in their order: the shares one after the other are the whole."""
+    if processes.count == 1:
         return batches
-    if not isinstance(batches, Sequence) or len(batches) < ranks.count:
-        raise InputError(f"{ranks.count} processes need a sequence of at least as many batches to calibrate on")
-    bounds = [len(batches) * rank // ranks.count for rank in (ranks.rank, ranks.rank + 1)]
+    if not isinstance(batches, Sequence) or len(batches) < processes.count:
+        raise InputError(f"{processes.count} processes need a sequence of at least as many batches to calibrate on")
+    bounds = [len(batches) * rank // processes.count for rank in (processes.rank, processes.rank + 1)]
     return batches[slice(*bounds)]
 
 

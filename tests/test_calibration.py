@@ -18,18 +18,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearpatch_kernels import calibration
-from linearpatch_kernels.calibration import (
-    CalibrationStatistics,
-    Moments,
-    Positions,
-    Span,
-    calibrate,
-    collect_moments,
-    residual_stream,
-)
+from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.hadamard import hadamard_matrix
+from linearpatch_kernels.torch_state import faster_float32_products
 
 LAYERS, WIDTH = 6, 48
 SPANS = [Span(2, 4), Span(1, 6), Span(0, 2)]

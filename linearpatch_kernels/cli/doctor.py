@@ -20,7 +20,8 @@ def doctor(json_file: JsonFile = None) -> None:
     import torch
 
     from linearpatch_kernels.backend import backends
-    from linearpatch_kernels.text import cache_dir, demo_model_path, demo_text
+    from linearpatch_kernels.demo_data import demo_model_path, demo_text
+    from linearpatch_kernels.text import cache_dir
 
     def version(package: str) -> str:
         try:

@@ -71,13 +71,15 @@ def evaluate(
     batch_size: BatchSize = 1,
 ) -> None:
     """Perplexity of MODEL; with --teacher its top-1 agreement and KL; with --tasks zero-shot accuracy."""
+    from linearpatch_kernels.demo_data import demo_text
     from linearpatch_kernels.evaluation.agreement import compare_quality
     from linearpatch_kernels.evaluation.latency import compare_speed, model_size
     from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
     from linearpatch_kernels.evaluation.notes import left_out
-    from linearpatch_kernels.evaluation.perplexity import check_windows
+    from linearpatch_kernels.fingerprints import tokenizer_difference
+    from linearpatch_kernels.forward import check_windows
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.text import demo_text, read_text, tokenizer_difference
+    from linearpatch_kernels.text import read_text
 
     check_alone("evaluate")
     check_json(json_file, made_from=[text, on_disk(model), on_disk(teacher)])

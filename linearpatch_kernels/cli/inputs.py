@@ -42,8 +42,8 @@ def find_model(
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    from linearpatch_kernels.demo_data import demo_model_path
     from linearpatch_kernels.modeling.loading import ModelSource
-    from linearpatch_kernels.text import demo_model_path
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
@@ -85,7 +85,8 @@ class Texts:
 
 def read_texts(text: Path | None, heldout_text: Path | None) -> Texts:
     """The texts that the flags name; without ``--text`` the demo's."""
-    from linearpatch_kernels.text import demo_text, read_text
+    from linearpatch_kernels.demo_data import demo_text
+    from linearpatch_kernels.text import read_text
 
     if text is not None:
         texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
@@ -117,9 +118,9 @@ def make_windows(
     """
     import torch
 
-    from linearpatch_kernels.distillation.teacher_store import fingerprint_windows
-    from linearpatch_kernels.evaluation.perplexity import check_windows
-    from linearpatch_kernels.text import fingerprint_text, fingerprint_tokenizer, split_windows, token_windows
+    from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
+    from linearpatch_kernels.forward import check_windows
+    from linearpatch_kernels.text import split_windows, token_windows
 
     needed = samples + heldout
     extra = 0 if texts.report is not None else report

@@ -137,6 +137,7 @@ def merge(
 ) -> None:
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
     from linearpatch_kernels.evaluation.notes import left_out
+    from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import check_alone
@@ -151,7 +152,6 @@ def merge(
         plan_merging,
     )
     from linearpatch_kernels.surgery.pruning import check_rank, rank_for
-    from linearpatch_kernels.text import fingerprint_model
 
     check_alone("merge")
     if variant is not None and variant not in VARIANTS:

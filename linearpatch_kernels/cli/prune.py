@@ -96,6 +96,7 @@ def prune(
 ) -> None:
     """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
     from linearpatch_kernels.evaluation.notes import left_out
+    from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.surgery.apply import apply_plan
@@ -104,7 +105,6 @@ def prune(
     from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning, rank_for
     from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
     from linearpatch_kernels.surgery.selection import needs_moments
-    from linearpatch_kernels.text import fingerprint_model
 
     if (drop is None) == (spans is None):
         raise InputError("say what to remove: either --drop N or --spans START:END")
@@ -208,6 +208,7 @@ def _compare(
     dense: PreTrainedModel, pruning: Pruning, windows: Windows, run: Reporter, notes: Notes
 ) -> dict[str, Quality]:
     """Quality on the report's windows: dense, plain removal, the paper's patch, and what was kept."""
+    from linearpatch_kernels.forward import Run
     from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
 
     if windows.evaluation is None:
@@ -216,7 +217,7 @@ def _compare(
     candidates[_row(pruning.plan)] = pruning.plan.joints
     with run.stage("evaluate"):
         return compare_candidates(
-            dense, windows.evaluation, candidates, description="evaluating", noted=notes, progress=run
+            dense, windows.evaluation, candidates, description="evaluating", noted=notes, run=Run(progress=run)
         )
 
 

@@ -86,6 +86,7 @@ def sweep(
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
+    from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.saving import save_files
     from linearpatch_kernels.processes import check_alone
     from linearpatch_kernels.surgery.fitting import FITS
@@ -93,7 +94,6 @@ def sweep(
     from linearpatch_kernels.surgery.pruning import sweep as run_sweep
     from linearpatch_kernels.surgery.reporting import sweep_report
     from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
-    from linearpatch_kernels.text import fingerprint_model
 
     check_alone("sweep")
     names = list(dict.fromkeys(name.strip() for name in fits.split(",")))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch
+from linearpatch_kernels.torch_state import own_state
 
 FORMS = ("keep", "scale", "scales", "low-rank", "dense")
 """As it is; H D H.T; the same between two diagonals; that and a low-rank term; a full matrix."""

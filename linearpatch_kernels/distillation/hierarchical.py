@@ -7,7 +7,6 @@ nothing of each other), then all groups in one run together with the Top-K KL of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
@@ -35,13 +33,15 @@ from linearpatch_kernels.distillation.trainer import (
 )
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, write_sealed
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree, partial_decoder
+from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.forward import PartialRun, leaving
+from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_plan import leaves
-from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.torch_state import own_state
 
 STREAM_ERRORS = ("relative", "mse")
 """Squared error per token over the squared norm of the teacher's state, so that a token of huge values (an attention
@@ -236,10 +236,7 @@ class GroupsLoss(nn.Module):
     ) -> Tensor:
         """``losses`` [len(losses)] as `SuffixLoss`, given the teacher's states [B, T, d] behind each group too."""
         streams: list[Tensor] = []
-        with contextlib.ExitStack() as hooks:
-            for (end,) in self._ends:
-                handle = end.register_forward_hook(lambda _module, _inputs, output: streams.append(output))
-                hooks.callback(handle.remove)
+        with leaving((end, streams.append) for (end,) in self._ends):
             of_output = [name for name in losses if name != LAYERS]
             found = dict(zip(of_output, self.final(state, probs, ids, of_output), strict=True))
         errors = [stream_error(x, y, self._error) for x, y in zip(streams, targets, strict=True)]
@@ -279,7 +276,7 @@ class LayerLoss(nn.Module):
 
     def __init__(self, lone: PreTrainedModel, precision: torch.dtype, error: str) -> None:
         super().__init__()
-        self.layer = partial_decoder(lone, 0, 1)
+        self.layer = PartialRun(lone, 0, 1)
         self._precision, self._error = precision, error
 
     def forward(self, state: Tensor, target: Tensor, losses: Sequence[str]) -> Tensor:
@@ -287,7 +284,7 @@ class LayerLoss(nn.Module):
         assert list(losses) == [LAYERS]
         mixed = torch.autocast(state.device.type, self._precision, enabled=self._precision != torch.float32)
         with mixed:
-            found = self.layer(inputs_embeds=state, use_cache=False).last_hidden_state
+            found = self.layer(state)
         return stream_error(found, target, self._error).unsqueeze(0)
 
 

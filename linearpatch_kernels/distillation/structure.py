@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, stream_statistics
+from linearpatch_kernels.calibration import stream_statistics
 from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
-from linearpatch_kernels.evaluation.perplexity import eval_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.modeling.families import num_layers, partial_decoder
+from linearpatch_kernels.forward import PartialRun, entering, leaving
+from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.patched import replace_patch
 from linearpatch_kernels.nn import HadamardPatch
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 # Relative to the mean eigenvalue: where the text never went, the two should be alike as matrices.
 _RIDGE = 1e-4
@@ -69,14 +70,10 @@ def _through(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Per window the tokens [T, d] before and after the patch."""
     begin = joint_depth(student, joint)
-    suffix = partial_decoder(student, begin, num_layers(student))
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = patch.register_forward_hook(lambda _patch, args, output: seen.append((args[0], output)))
-    try:
-        with eval_mode(student):
-            for window in windows:
-                suffix(inputs_embeds=joint_state(student, store.batch([window], [begin]), begin), use_cache=False)
-                before, after = seen.pop()
-                yield before.flatten(0, 1), after.flatten(0, 1)
-    finally:
-        handle.remove()
+    run = PartialRun(student, begin, num_layers(student))
+    seen: list[Tensor] = []
+    with eval_mode(student), entering([(patch, seen.append)]), leaving([(patch, seen.append)]):
+        for window in windows:
+            run(joint_state(student, store.batch([window], [begin]), begin))
+            yield seen[0].flatten(0, 1), seen[1].flatten(0, 1)
+            seen.clear()

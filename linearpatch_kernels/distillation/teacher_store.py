@@ -9,7 +9,6 @@ appears whole or not at all: a killed writer goes on where it was, and ends with
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -22,10 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, check_windows, eval_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     MARKER,
     Entries,
@@ -37,9 +33,11 @@ from linearpatch_kernels.files import (
     write_sealed,
     write_whole,
 )
-from linearpatch_kernels.modeling.families import hidden_size, num_layers, suffix_model
+from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
+from linearpatch_kernels.forward import PartialRun, Progress, Run, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.text import fingerprint_model, model_difference, same_tokenizer
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 DEFAULT_TOP_K = 50
 
@@ -143,13 +141,6 @@ def _state(depth: int) -> str:
     return f"state.{depth}"
 
 
-def fingerprint_windows(windows: Tensor) -> str:
-    """16 hex digits of token ids [W, T]."""
-    state = hashlib.sha256(json.dumps([*windows.shape]).encode())
-    state.update(windows.to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return state.hexdigest()[:16]
-
-
 def store_request(
     model: PreTrainedModel,
     windows: Tensor,
@@ -211,7 +202,7 @@ def write_teacher_store(
     Args:
         model: the teacher.
         depths: keep the hidden states at these depths too, in bfloat16.
-        tokenizer: fingerprint of the tokenizer that made the windows (`text.fingerprint_tokenizer`).
+        tokenizer: fingerprint of the tokenizer that made the windows (`fingerprints.fingerprint_tokenizer`).
         shard_windows: windows in a shard; None: about 64 MB of them.
         batch_size: windows per forward pass.
         processes: several share the shards out among them; all return the whole store.
@@ -229,7 +220,7 @@ def write_teacher_store(
     if not processes.first:
         processes.wait()
         request = _as_there(request, model, folder)
-        _write_shards(model, windows, folder, request, batch_size, processes, None)
+        _write_shards(model, windows, folder, request, Run(batch_size, processes))
         processes.wait()
         processes.wait()
         return TeacherStore.open(folder)
@@ -239,7 +230,7 @@ def write_teacher_store(
         if repaired or not (folder / "request.json").exists():
             write_whole(folder / "request.json", _json(request.to_json()))
         processes.wait()
-        repaired += _write_shards(model, windows, folder, request, batch_size, processes, progress)
+        repaired += _write_shards(model, windows, folder, request, Run(batch_size, processes, progress))
         processes.wait()
         index, listed = (
             folder / "index.json",
@@ -333,18 +324,10 @@ def _check_same(found: StoreRequest, wanted: StoreRequest, folder: Path) -> None
             )
 
 
-def _write_shards(
-    model: PreTrainedModel,
-    windows: Tensor,
-    folder: Path,
-    request: StoreRequest,
-    batch_size: int,
-    processes: Processes,
-    progress: Progress | None,
-) -> list[str]:
+def _write_shards(model: PreTrainedModel, windows: Tensor, folder: Path, request: StoreRequest, run: Run) -> list[str]:
     """This process's share of the shards that are not there or damaged; returns the damaged ones."""
     damaged = []
-    mine = request.shards[processes.rank :: processes.count]
+    mine = request.shards[run.processes.rank :: run.processes.count]
     total = sum(part.stop - part.start for _, part in mine)
     done = 0
     for name, part in mine:
@@ -352,15 +335,13 @@ def _write_shards(
         if not exists or not _is_sound(folder / name, request):
             damaged += [name] * exists
             states = []
-            for batch in windows[part].split(batch_size):
+            for batch in windows[part].split(run.batch_size):
                 states.append(teacher_answers(model, batch, request))
-                if progress is not None:
-                    progress("asking the teacher", done + sum(len(s["input_ids"]) for s in states), total)
+                run.report("asking the teacher", done + sum(len(s["input_ids"]) for s in states), total)
             shard = {key: torch.cat([state[key] for state in states]) for key in request.layout}
             write_sealed(folder / name, shard, {"request": request.to_json(), "shard": name})
         done += part.stop - part.start
-        if progress is not None:
-            progress("asking the teacher", done, total)
+        run.report("asking the teacher", done, total)
     return damaged
 
 
@@ -397,12 +378,9 @@ def teacher_answers(model: PreTrainedModel, windows: Tensor, request: StoreReque
     layers = num_layers(model)
     with eval_mode(model):
         states = residual_stream(model, windows, sorted({layers, *request.depths}))
-        head = suffix_model(model, layers)
+        head = PartialRun(model, layers, "logits")
         step = max(1, _LOGITS_AT_ONCE // (request.vocabulary * len(windows)))
-        parts = [
-            _likeliest(head(inputs_embeds=part, use_cache=False).logits, request.top_k)
-            for part in states[layers].split(step, dim=1)
-        ]
+        parts = [_likeliest(head(part), request.top_k) for part in states[layers].split(step, dim=1)]
     probs, ids = (torch.cat([part[i] for part in parts], dim=1) for i in (0, 1))
     mass = probs.double().sum(-1)
     if not bool(mass.isfinite().all()):

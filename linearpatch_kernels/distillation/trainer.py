@@ -25,14 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import residual_stream
 from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
 from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import eval_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     append_line,
@@ -43,10 +40,12 @@ from linearpatch_kernels.files import (
     write_sealed,
     write_whole,
 )
-from linearpatch_kernels.modeling.families import linear_head, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.forward import PartialRun
+from linearpatch_kernels.modeling.families import linear_head, num_layers
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
-from linearpatch_kernels.text import fingerprint_model
+from linearpatch_kernels.torch_state import eval_mode, own_state
 
 LOSSES = ("tail", "topk", "full")
 """The rest of the vocabulary in one bucket; the paper's, over the K alone; over the vocabulary, without a bucket."""
@@ -217,10 +216,7 @@ class SuffixLoss(nn.Module):
         super().__init__()
         weight = linear_head(student)
         self.whole = weight is None
-        layers = num_layers(student)
-        self.suffix = (
-            suffix_model(student, begin) if weight is None else partial_decoder(student, begin, layers, norm=True)
-        )
+        self.suffix = PartialRun(student, begin, "logits" if weight is None else "hidden")
         self.precision = precision
         # Not a parameter of this module: it is read, never trained, and converted once.
         self._head = [weight.detach().to(precision)] if weight is not None else []
@@ -229,8 +225,7 @@ class SuffixLoss(nn.Module):
         """``losses`` [len(losses)] of states [B, T, d], true probabilities and ids [B, T, K]: means over the tokens."""
         mixed = torch.autocast(state.device.type, self.precision, enabled=self.precision != torch.float32)
         with mixed:
-            output = self.suffix(inputs_embeds=state, use_cache=False)
-        hidden = (output.logits if self.whole else output.last_hidden_state).flatten(0, 1)
+            hidden = self.suffix(state).flatten(0, 1)
         true, ids = probs.flatten(0, 1), ids.flatten(0, 1)
         found = []
         for loss in losses:
@@ -263,7 +258,8 @@ def heldout_losses(
 def joint_state(student: PreTrainedModel, batch: TeacherBatch, begin: int) -> Tensor:
     """The stream that enters layer ``begin`` [B, T, d]: the store's, or that of the student's own prefix."""
     if begin not in batch.states:
-        return residual_stream(student, batch.input_ids, [begin])[begin]
+        prefix: Tensor = PartialRun(student, "tokens", begin)(batch.input_ids)
+        return prefix
     weight = student.get_input_embeddings().weight
     return batch.states[begin].to(weight.device, weight.dtype)
 

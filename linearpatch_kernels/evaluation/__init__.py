@@ -9,7 +9,8 @@ from linearpatch_kernels.evaluation.agreement import (
 )
 from linearpatch_kernels.evaluation.latency import ModelSize, Speed, compare_speed, model_size
 from linearpatch_kernels.evaluation.multiple_choice import evaluate_tasks
-from linearpatch_kernels.evaluation.perplexity import Progress, perplexity, token_losses
+from linearpatch_kernels.evaluation.perplexity import perplexity, token_losses
+from linearpatch_kernels.forward import Progress
 
 __all__ = [
     "ModelSize",

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted
-from linearpatch_kernels.evaluation.perplexity import (
-    Model,
-    Progress,
-    batches,
-    check_windows,
-    evaluation_mode,
-    exp_loss,
-    model_logits,
-    over_predictions,
-    require_finite,
-    token_losses,
-)
+from linearpatch_kernels.evaluation.perplexity import exp_loss, over_predictions, require_finite, token_losses
+from linearpatch_kernels.forward import Model, Progress, batches, check_windows, model_logits
+from linearpatch_kernels.torch_state import evaluation_mode
 
 
 @dataclass(frozen=True)

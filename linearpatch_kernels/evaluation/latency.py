@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, eval_mode, model_device
+from linearpatch_kernels.forward import Progress, model_device
+from linearpatch_kernels.torch_state import eval_mode
 
 
 @dataclass(frozen=True)

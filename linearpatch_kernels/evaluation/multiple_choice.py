@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from linearpatch_kernels.demo_data import installed_package_dir
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, evaluation_mode
-from linearpatch_kernels.text import installed_package_dir
+from linearpatch_kernels.forward import Progress
+from linearpatch_kernels.torch_state import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,16 @@
-"""Perplexity over windows of tokens, and how any model is asked for logits."""
+"""Perplexity over windows of tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
-
-#: Called with what is being done, how many windows are done, and how many there are.
-Progress = Callable[[str, int, int], None]
-#: A Transformers model, or anything that maps token ids [B, T] to logits [B, T, V] (or to an object with `.logits`).
-Model = nn.Module | Callable[[Tensor], Any]
+from linearpatch_kernels.forward import Model, Progress, batches, check_windows, model_logits
+from linearpatch_kernels.torch_state import evaluation_mode
 
 # Logits upcast at a time: 16 MB of float32, whatever the vocabulary.
 _CHUNK_ELEMENTS = 1 << 22
@@ -98,94 +92,6 @@ def over_predictions(function: Callable[..., Tensor], *logits: Tensor) -> Tensor
 
 def _raised(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def batches(
-    windows: Tensor, batch_size: int, description: str, progress: Progress | None
-) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first window, windows ``[<= batch_size, T]``), reporting each batch once it has been worked on."""
-    check_batch_size(batch_size)
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        yield start, batch
-        if progress:
-            progress(description, start + len(batch), len(windows))
-
-
-def check_batch_size(batch_size: int) -> None:
-    """InputError for a number of windows per forward pass that no tensor can be split into."""
-    if not 1 <= batch_size < 1 << 31:
-        raise InputError(f"the batch size must be a number from 1 to {(1 << 31) - 1}, not {batch_size}")
-
-
-def model_logits(model: Model, windows: Tensor) -> Tensor:
-    """Logits ``[B, T, V]`` of token ids ``[B, T]``, without a key/value cache and without gradients."""
-    # Not inference_mode: what a module caches on its first call must stay usable in training.
-    with torch.no_grad():
-        if isinstance(model, nn.Module):
-            windows = windows.to(model_device(model))
-            output = model(input_ids=windows, use_cache=False) if hasattr(model, "config") else model(windows)
-        else:
-            output = model(windows)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Where the model's input belongs: the device of its first parameter (its embedding), or the one that accelerate
-    brings it to for a call; the CPU where there is none."""
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.device.type == "meta":
-        hooks = (vars(module).get("_hf_hook") for module in model.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((place for place in places if place is not None), "meta"))
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def evaluation_mode(*models: Model) -> Iterator[None]:
-    """`eval_mode`, and products of float32 by the library that is the fastest here (`faster_float32_products`)."""
-    with eval_mode(*models), faster_float32_products():
-        yield
-
-
-@contextmanager
-def eval_mode(*models: Model) -> Iterator[None]:
-    """Eval mode for the modules among ``models``; afterwards they are in the mode they were in."""
-    training = [m for m in models if isinstance(m, nn.Module) and m.training]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()
-
-
-def check_windows(model: Any, windows: Tensor) -> None:
-    """Raise InputError where windows are malformed, or hold ids or positions that the model does not have.
-
-    The model's ``config`` tells, if there is one: what has just that will do.
-    """
-    if not isinstance(windows, Tensor):
-        raise InputError(
-            f"windows must be a tensor of token ids [count >= 1, length >= 2], not {type(windows).__name__}"
-        )
-    whole = not windows.is_floating_point() and not windows.is_complex() and windows.dtype != torch.bool
-    if windows.dim() != 2 or not whole or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
-    if int(windows.min()) < 0:
-        raise InputError(f"windows must be token ids, and {int(windows.min())} is none")
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and int(windows.max()) >= vocabulary:
-        raise InputError(
-            f"the text has token id {int(windows.max())} but the model's vocabulary ends at {vocabulary - 1}: "
-            "the tokenizer does not belong to this model"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and windows.shape[1] > positions:
-        raise InputError(f"windows of {windows.shape[1]} tokens exceed the model's {positions} positions: shorten them")
 
 
 def require_finite(values: Tensor, first_window: int, whose: str) -> None:

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import find_adapter_config_file
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import reading, said
 from linearpatch_kernels.modeling.families import family_of
 from linearpatch_kernels.modeling.gguf import GGUFFile
@@ -33,6 +32,7 @@ from linearpatch_kernels.modeling.weights import (
     refuse_missing,
 )
 from linearpatch_kernels.text import cache_dir
+from linearpatch_kernels.torch_state import own_state
 
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """How accelerate shares a model out: what fits best; the same to every device; one device after the other."""

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.files import MARKER, check_output, is_ours, save_files, written_whole
 from linearpatch_kernels.modeling.config_forms import write_both_forms
+from linearpatch_kernels.torch_state import evaluation_mode
 
 __all__ = ["MARKER", "check_output", "is_ours", "no_progress_bar", "parameter_bytes", "save_checkpoint", "save_files"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
 from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.plan import PrunePlan
+from linearpatch_kernels.torch_state import own_state
 
 
 @own_state()

@@ -15,11 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span
+from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import own_state
 
 PatchT = TypeVar("PatchT", bound=Patch)
 

@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream, stream_statistics
+from linearpatch_kernels.calibration import stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.forward import PartialRun, Start, entering, residual_stream
 from linearpatch_kernels.modeling.families import (
-    Sublayer,
     decoder_layers,
     keep_layers,
     merge_tree,
     num_layers,
-    partial_decoder,
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, SHRINKAGE, fit_patch
 from linearpatch_kernels.surgery.merge_plan import leaves
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 REFIT = "refit"
 """The name of `refit_merges` beside those of the patches."""
@@ -79,18 +78,16 @@ class _Stream:
 
     def __init__(self, windows: Tensor) -> None:
         self.states: list[Tensor] = list(windows)
-        self._depth = 0
+        self._depth: Start = "tokens"
 
     @torch.no_grad()
     def advance(self, model: PreTrainedModel, depth: int) -> None:
         """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
-        embed = self.states[0].dim() == 1
-        view = partial_decoder(model, self._depth, depth, embed=embed)
-        device = model.get_input_embeddings().weight.device
+        run = PartialRun(model, self._depth, depth)
         with evaluation_mode(model):
+            # One by one in the same list: the stream is held once.
             for index, state in enumerate(self.states):
-                given = {"input_ids" if embed else "inputs_embeds": state.unsqueeze(0).to(device)}
-                self.states[index] = view(**given, use_cache=False).last_hidden_state[0]
+                self.states[index] = run(state.unsqueeze(0))[0]
         self._depth = depth
 
 
@@ -188,15 +185,14 @@ class CandidateRefits:
 
 def _refit_layer(model: PreTrainedModel, index: int, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """A new down projection in a layer, given per window the stream entering it and the one that should leave it."""
-    half = sublayers(model)[1]
-    layer = partial_decoder(model, index, index + 1)
+    projection: Any = decoder_layers(model)[index].get_submodule(sublayers(model)[1].output.projection)
+    layer = PartialRun(model, index, index + 1)
     windows = list(pairs)
     held = len(windows) // 4
     change = _least_squares_change(
-        _output_moments(layer, half, windows[:-held]), _output_moments(layer, half, windows[-held:])
+        _output_moments(layer, projection, windows[:-held]), _output_moments(layer, projection, windows[-held:])
     )
     if change is not None:
-        projection: Any = decoder_layers(model)[index].get_submodule(half.output.projection)
         weight = projection.weight.detach()
         new = (weight.double() + SHRINKAGE * change.to(weight.device)).to(weight.dtype)
         projection.weight = nn.Parameter(new, requires_grad=projection.weight.requires_grad)
@@ -230,24 +226,19 @@ def _ridge_solution(moments: _OutputMoments, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def _output_moments(layer: Any, half: Sublayer, pairs: Sequence[tuple[Tensor, Tensor]]) -> _OutputMoments:
-    """Of a view of one layer, over windows: the stream entering it and the one that should leave it, [T, d]."""
+def _output_moments(layer: PartialRun, projection: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> _OutputMoments:
+    """Of a run of one layer, over windows: the stream entering it and the one that should leave it, [T, d]."""
     inputs: list[Tensor] = []
-    projection = layer.layers[0].get_submodule(half.output.projection)
-    handle = projection.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     sums: list[Tensor] = []
-    try:
-        with evaluation_mode(layer):
-            for state, wanted in pairs:
-                leaving = layer(inputs_embeds=state.unsqueeze(0), use_cache=False).last_hidden_state[0]
-                a, y = inputs.pop()[0].double(), wanted.to(leaving.device, torch.float64)
-                lacking = y - leaving.double()
-                weighted = a / y.square().sum(dim=-1, keepdim=True).clamp_min(_EPSILON)
-                error = lacking.square().sum(dim=-1) / y.square().sum(dim=-1).clamp_min(_EPSILON)
-                part = [weighted.T @ a, weighted.T @ lacking, error.sum()]
-                sums = [one + other for one, other in zip(sums, part, strict=True)] if sums else part
-    finally:
-        handle.remove()
+    with evaluation_mode(layer), entering([(projection, inputs.append)]):
+        for state, wanted in pairs:
+            leaving = layer(state.unsqueeze(0))[0]
+            a, y = inputs.pop()[0].double(), wanted.to(leaving.device, torch.float64)
+            lacking = y - leaving.double()
+            weighted = a / y.square().sum(dim=-1, keepdim=True).clamp_min(_EPSILON)
+            error = lacking.square().sum(dim=-1) / y.square().sum(dim=-1).clamp_min(_EPSILON)
+            part = [weighted.T @ a, weighted.T @ lacking, error.sum()]
+            sums = [one + other for one, other in zip(sums, part, strict=True)] if sums else part
     return _OutputMoments(*sums)
 
 

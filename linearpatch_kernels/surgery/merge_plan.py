@@ -11,9 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import (
     Entries,
     finite,
@@ -25,8 +23,10 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merging import Merge, merge_layers
 from linearpatch_kernels.surgery.plan import MOST_LAYERS
+from linearpatch_kernels.torch_state import own_state
 
 MERGE_FILE = "merge.json"
 _FORMAT = "linearpatch-merge"

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import (
-    Progress,
-    check_windows,
-    evaluation_mode,
-    token_losses,
-)
-from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.modeling.families import keep_layers, num_layers, suffix_model
+from linearpatch_kernels.evaluation.perplexity import token_losses
+from linearpatch_kernels.forward import PartialRun, Progress, Run, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import keep_layers, num_layers
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.merge_healing import REFIT, CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.surgery.merging import (
@@ -37,6 +32,7 @@ from linearpatch_kernels.surgery.merging import (
     merge_layers,
 )
 from linearpatch_kernels.surgery.sensitivity import LayerScores, score_layers
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 ANGULAR, BI, SLEB, LOSS = "angular", "bi", "sleb", "loss"
 
@@ -166,15 +162,14 @@ def plan_merging(
     plan = MergePlan(num_layers(model)) if plan is None else plan
     if plan.layers < settings.layers:
         raise InputError(f"the plan to go on from leaves {plan.layers} layers and {settings.layers} are asked for")
+    run = Run(batch_size, progress=progress)
     current = apply_merges(model, plan)
     while num_layers(current) > settings.layers:
         most = num_layers(current) - settings.layers + 1
         width = most if settings.width is None else min(settings.width, most)
         spans = _allowed_spans(current, plan.tree, width, settings.repeat)
-        scores = score_layers(current, fit_windows, width=width, batch_size=batch_size, progress=progress)
-        chooser = _Chooser(
-            model, current, scores, fit_windows, heldout_windows, settings, plan.tree, batch_size, progress
-        )
+        scores = score_layers(current, fit_windows, width=width, run=run)
+        chooser = _Chooser(model, current, scores, fit_windows, heldout_windows, settings, plan.tree, run)
         merge, record = chooser.choose(spans)
         current = merge_layers(current, merge)
         plan = plan.extended(merge, record)
@@ -244,11 +239,11 @@ class PrefixLosses:
         Infinity where its logits are not finite: such a candidate is never chosen.
         """
         count = max(1, math.ceil(share_of_windows * len(self._windows)))
-        suffix = suffix_model(candidate, depth)
+        suffix = PartialRun(candidate, depth, "logits")
         total, tokens = 0.0, 0
         with evaluation_mode(candidate):
             for batch, states in zip(self._windows[:count], self._states, strict=False):
-                losses = token_losses(suffix(inputs_embeds=states[depth], use_cache=False).logits, batch)
+                losses = token_losses(suffix(states[depth]), batch)
                 if not bool(losses.isfinite().all()):
                     return math.inf
                 total += float(losses.double().sum())
@@ -275,8 +270,7 @@ class _Chooser:
     windows: Tensor | None
     settings: MergeSettings
     tree: list[Any]
-    batch_size: int
-    progress: Progress | None
+    run: Run
 
     def choose(self, spans: Sequence[Span]) -> tuple[Merge, dict[str, Any]]:
         settings = self.settings
@@ -314,7 +308,7 @@ class _Chooser:
     def _prefix_losses(self, spans: Sequence[Span]) -> PrefixLosses:
         assert self.windows is not None  # plan_merging checks it
         # No batch is more than a first look is to take.
-        batch_size = min(self.batch_size, math.ceil(_QUICK * len(self.windows)))
+        batch_size = min(self.run.batch_size, math.ceil(_QUICK * len(self.windows)))
         return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), batch_size)
 
     def _measure(self, losses: PrefixLosses, spans: Sequence[Span]) -> Measure:
@@ -327,8 +321,7 @@ class _Chooser:
     def _reported(self, spans: Sequence[Span]) -> Any:
         for done, span in enumerate(spans, 1):
             yield span
-            if self.progress is not None:
-                self.progress("choosing the place", done, len(spans))
+            self.run.report("choosing the place", done, len(spans))
 
     def _place_loss(self, losses: PrefixLosses, measure: Measure, span: Span) -> float:
         if self.settings.skip_score == SLEB:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
@@ -28,7 +26,9 @@ from linearpatch_kernels.modeling.families import (
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.sensitivity import LayerScores
+from linearpatch_kernels.torch_state import own_state
 
 EXACT = "exact"
 """Every KV group brings its own query heads and every unit its layer's norm gain, folded into its projections."""

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
 from linearpatch_kernels.nn import Patch, build_patch
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import own_state
 
 PLAN_FORMAT = "linearpatch-plan"
 PLAN_VERSION = 1
@@ -45,7 +45,7 @@ class PrunePlan:
     """The joints of one pruned model over the dense model's layer numbers, and where they come from.
 
     Attributes:
-        model: fingerprint of the dense model (:func:`linearpatch_kernels.text.fingerprint_model`), "" if not known.
+        model: of the dense model (:func:`linearpatch_kernels.fingerprints.fingerprint_model`), "" if not known.
         num_layers: layers of the dense model.
         joints: not overlapping, not touching; kept in the order of the model.
         score: what chose the spans (a name of ``scoring.SCORES``, or ``given``).

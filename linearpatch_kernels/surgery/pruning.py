@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, calibrate, collect_moments
+from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import Progress, check_batch_size, check_windows
-from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.forward import Progress, Run, check_batch_size, check_windows
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.fitting import (
     DEFAULT_RANK,
     RANKED_FITS,
@@ -34,6 +35,7 @@ from linearpatch_kernels.surgery.selection import (
     needs_moments,
     usable_candidates,
 )
+from linearpatch_kernels.torch_state import own_state
 
 AUTO = "auto"
 # How many spans the score ``loss`` runs the model on, and what heals them for that.
@@ -65,7 +67,7 @@ def plan_pruning(
     about: Mapping[str, Any] | None = None,
     fingerprint: str = "",
     batch_size: int = 4,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
     noted: Noted = warn,
     progress: Progress | None = None,
 ) -> Pruning:
@@ -105,6 +107,8 @@ def plan_pruning(
     check_rank(rank, hidden_size(model), [fit], score)
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="--fit auto, which chooses on other text")
+    # Comparing holds the logits of two models at once, so it takes one window at a time.
+    comparing = Run(processes=ranks or Processes(), progress=progress)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
@@ -118,7 +122,7 @@ def plan_pruning(
             statistics = statistics.with_moments(found)
         chosen = short
         if score == LOSS and heldout_windows is not None:
-            chosen = [_best_healed(model, heldout_windows, statistics, short, fit, rank, ranks, noted, progress)]
+            chosen = [_best_healed(model, heldout_windows, statistics, short, fit, rank, noted, comparing)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
             model,
@@ -127,9 +131,8 @@ def plan_pruning(
             chosen,
             rank=rank,
             structured=structured,
-            ranks=ranks,
             noted=noted,
-            progress=progress,
+            run=comparing,
         )
         plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
         return Pruning(plan, statistics, choice)
@@ -174,9 +177,8 @@ def _best_healed(
     spans: Sequence[Span],
     fit: str,
     rank: int,
-    ranks: Ranks | None,
     noted: Noted,
-    progress: Progress | None,
+    run: Run,
 ) -> Span:
     """The span with the lowest held-out loss once a low-rank patch has healed it, or without where that does harm.
 
@@ -189,9 +191,7 @@ def _best_healed(
             candidates |= usable_candidates(statistics, [span], ways, rank=rank, noted=noted)
     if not candidates:
         raise UnusableFit(f"the text does not allow the fit {fit} at any of {', '.join(map(str, spans))}: give another")
-    found = compare_candidates(
-        model, windows, candidates, description="choosing the span", ranks=ranks, noted=noted, progress=progress
-    )
+    found = compare_candidates(model, windows, candidates, description="choosing the span", noted=noted, run=run)
     usable = [name for name in candidates if name in found]
     if not usable:
         raise InputError(
@@ -275,7 +275,7 @@ def sweep(
         candidates,
         description="evaluating the sweep",
         noted=noted,
-        progress=progress,
+        run=Run(progress=progress),
     )
     points = [
         SweepPoint(drop, fit, PrunePlan(layers, candidates[name], score=score), found_quality[name])

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Positions, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics, Positions
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
 from linearpatch_kernels.evaluation.report import (
     CandidateRow,
     Drawing,
@@ -23,10 +22,11 @@ from linearpatch_kernels.evaluation.report import (
     plot_joint_magnitudes,
     plot_sweep,
 )
-from linearpatch_kernels.evaluation.torch_state import own_state
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
 from linearpatch_kernels.surgery.pruning import SweepPoint
 from linearpatch_kernels.surgery.scoring import PAIR_SCORES
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 HEATMAP = "depth-cosine.png"
 MAGNITUDES = "joint-magnitudes.png"

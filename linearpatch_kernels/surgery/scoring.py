@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Span
+from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.span import Span
 
 
 def _cosine(statistics: CalibrationStatistics) -> Tensor:

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Ranks, Span, residual_stream
+from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.forward import PLAIN, End, PartialRun, Run, check_windows, residual_stream
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.surgery.apply import joint_maps
 from linearpatch_kernels.surgery.fitting import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan, checked_spans
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 DENSE = "dense"
 """The name under which :func:`compare_candidates` reports the model itself."""
@@ -41,11 +42,9 @@ def compare_candidates(
     windows: Tensor,
     candidates: Mapping[str, Sequence[Joint]],
     *,
-    batch_size: int = 1,
     description: str = "comparing",
-    ranks: Ranks | None = None,
     noted: Noted | None = None,
-    progress: Progress | None = None,
+    run: Run = PLAIN,
 ) -> dict[str, Quality]:
     """The quality of every candidate, and of the dense model under ``"dense"``, in one pass over ``windows`` [W, T].
 
@@ -53,8 +52,8 @@ def compare_candidates(
     agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits
     twice, and its residual stream at every candidate's first joint.
 
-    With ``ranks`` every one of them calls this with the same arguments, runs its own stretch of the windows (all of
-    them, where there are fewer windows than ranks), and gets the qualities over all.
+    Of several processes every one calls this with the same arguments, runs its own stretch of the windows (all of
+    them, where there are fewer windows than processes), and gets the qualities over all.
 
     Args:
         noted: where given, a candidate with logits that are not finite is left out instead of raising, and a note says
@@ -64,47 +63,38 @@ def compare_candidates(
         InputError: windows that do not fit the model, spans that do not, activations that are not finite.
     """
     check_windows(model, windows)
-    shared = ranks if ranks is not None and 1 < ranks.count <= len(windows) else None
-    if shared is not None:
-        windows = windows.tensor_split(shared.count)[shared.rank]
+    shared = 1 < run.processes.count <= len(windows)
+    if shared:
+        windows = windows.tensor_split(run.processes.count)[run.processes.rank]
     layers = num_layers(model)
     candidates = {name: sorted(joints, key=lambda joint: joint.span) for name, joints in candidates.items()}
     for joints in candidates.values():
         checked_spans([joint.span for joint in joints], layers)
     starts = sorted({joints[0].span.start for joints in candidates.values()})
     meters = QualityMeters((DENSE, *candidates), lenient=noted is not None)
-    runs = {name: _Suffix(model, joints) for name, joints in candidates.items()}
-    head = suffix_model(model, layers)
+    suffixes = {name: _from_first_joint(model, joints) for name, joints in candidates.items()}
+    head = PartialRun(model, layers, "logits")
     with torch.no_grad(), evaluation_mode(model):
-        for _, batch in batches(windows, batch_size, description, progress):
+        for _, batch in run.batches(windows, description):
             states = residual_stream(model, batch, [*starts, layers])
-            teacher = head(inputs_embeds=states[layers], use_cache=False).logits
+            teacher = head(states[layers])
             meters.update(DENSE, teacher, batch, teacher)
             for name in [name for name in meters.names if name != DENSE]:
-                meters.update(name, runs[name](states[candidates[name][0].span.start]), batch, teacher)
-    if shared is not None:
-        meters = functools.reduce(operator.add, shared.gather(meters))
+                meters.update(name, suffixes[name](states[candidates[name][0].span.start]), batch, teacher)
+    if shared:
+        meters = functools.reduce(operator.add, run.processes.gather(meters))
     return meters.results(noted)
 
 
-class _Suffix:
-    """What a pruned model does from its first joint on, as views of the dense model's layers."""
-
-    def __init__(self, model: PreTrainedModel, joints: Sequence[Joint]) -> None:
-        ends = [following.span.start for following in joints[1:]]
-        maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
-        self.patches = [_as_built(model, joint, maps.get(joint.span)) for joint in joints]
-        self.between = [
-            partial_decoder(model, joint.span.end, end) for joint, end in zip(joints[:-1], ends, strict=True)
-        ]
-        self.last = suffix_model(model, joints[-1].span.end)
-
-    def __call__(self, state: Tensor) -> Tensor:
-        for patch, part in zip(self.patches, [*self.between, None], strict=True):
-            state = state if patch is None else patch(state)
-            if part is not None:
-                state = part(inputs_embeds=state, use_cache=False).last_hidden_state
-        return self.last(inputs_embeds=state, use_cache=False).logits
+def _from_first_joint(model: PreTrainedModel, joints: Sequence[Joint]) -> nn.Sequential:
+    """What a pruned model does from its first joint on, in the dense model's layers: a stream [B, T, d] to logits."""
+    maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
+    ends: list[End] = [*(following.span.start for following in joints[1:]), "logits"]
+    parts: list[nn.Module] = []
+    for joint, end in zip(joints, ends, strict=True):
+        patch = _as_built(model, joint, maps.get(joint.span))
+        parts += [*([] if patch is None else [patch]), PartialRun(model, joint.span.end, end)]
+    return nn.Sequential(*parts)
 
 
 def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> nn.Module | None:
@@ -176,17 +166,15 @@ def choose_fit(
     *,
     rank: int = DEFAULT_RANK,
     structured: bool = False,
-    batch_size: int = 1,
-    ranks: Ranks | None = None,
     noted: Noted = warn,
-    progress: Progress | None = None,
+    run: Run = PLAIN,
 ) -> FitChoice:
     """Fit every candidate on ``statistics``, compare them on held-out ``windows`` [W, T], keep the best.
 
     The lowest loss wins, and a cheaper patch (fewer operations per token) wins over it when it takes back at least 98
     % as much of the loss that plain removal costs. Plain removal is a candidate, so nothing that is worse wins.
     ``structured`` leaves the dense d x d map out. A fit that this text does not allow (a silent channel has no ratio of
-    magnitudes), or with which the model's logits are not finite, is left out and a note says so. ``ranks`` share the
+    magnitudes), or with which the model's logits are not finite, is left out and a note says so. Processes share the
     candidates out to fit them, and then the windows to compare them.
 
     Raises:
@@ -194,23 +182,14 @@ def choose_fit(
     """
     names = [name for name in FITS if not (structured and name in DENSE_FITS)]
     reasons: list[str] = []
-    mine = names if ranks is None else names[ranks.rank :: ranks.count]
+    mine = names[run.processes.rank :: run.processes.count]
     fitted = usable_candidates(statistics, spans, {name: name for name in mine}, rank=rank, noted=reasons.append)
-    each = [(fitted, reasons)] if ranks is None else ranks.gather((fitted, reasons))
+    each = run.processes.gather((fitted, reasons))
     for reason in (reason for _, given in each for reason in given):
         noted(reason)
     everything = {name: joints for usable, _ in each for name, joints in usable.items()}
     candidates = {name: everything[name] for name in names if name in everything}
-    found = compare_candidates(
-        model,
-        windows,
-        candidates,
-        batch_size=batch_size,
-        description="choosing the fit",
-        ranks=ranks,
-        noted=noted,
-        progress=progress,
-    )
+    found = compare_candidates(model, windows, candidates, description="choosing the fit", noted=noted, run=run)
     return decide({name: joints for name, joints in candidates.items() if name in found}, found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.perplexity import Progress, batches, check_windows, evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import own_state
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, partial_decoder, sublayers
+from linearpatch_kernels.forward import PLAIN, PartialRun, Run, check_windows, entering
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 # Tokens raised to float32 at once: bounds the working memory, whatever the window.
 _CHUNK_TOKENS = 256
@@ -41,9 +42,7 @@ class LayerScores:
 
 @own_state()
 @torch.no_grad()
-def score_layers(
-    model: nn.Module, windows: Tensor, *, width: int = 2, batch_size: int = 1, progress: Progress | None = None
-) -> LayerScores:
+def score_layers(model: nn.Module, windows: Tensor, *, width: int = 2, run: Run = PLAIN) -> LayerScores:
     """Score every unit, layer and span of ``width`` layers over token ``windows`` [W, T].
 
     The sensitivity of a unit is, averaged over its channels c, ``mean_t |a_tc| * sum_r |W[r, c]|`` with a [T, channels]
@@ -61,18 +60,11 @@ def score_layers(
     check_windows(model, windows)
     channels = _ChannelSums(model)
     stream = _StreamSums(layers, width)
-    view = partial_decoder(model, 0, layers, embed=True)
-    handles = channels.hooks()
-    for depth, layer in enumerate(decoder_layers(model)):
-        handles.append(layer.register_forward_pre_hook(stream.hook(depth), with_kwargs=True))
-    device = next(model.parameters()).device
-    try:
-        with evaluation_mode(model):
-            for _, batch in batches(windows, batch_size, "scoring the layers", progress):
-                stream.add(layers, view(input_ids=batch.to(device), use_cache=False).last_hidden_state)
-    finally:
-        for handle in handles:
-            handle.remove()
+    decoder = PartialRun(model, "tokens", layers)
+    places = [(layer, functools.partial(stream.add, depth)) for depth, layer in enumerate(decoder_layers(model))]
+    with evaluation_mode(model), entering([*channels.places(), *places]):
+        for _, batch in run.batches(windows, "scoring the layers"):
+            stream.add(layers, decoder(batch))
     count, length = windows.shape
     angles, influences = stream.spans[0] / count, stream.spans[1] / (count * length)
     spans = [Span(start, start + width) for start in range(layers - width + 1)]
@@ -92,9 +84,10 @@ class _ChannelSums:
         self._layers = decoder_layers(model)
         self._sums: dict[tuple[str, int], Tensor] = {}
 
-    def hooks(self) -> list[Any]:
+    def places(self) -> list[tuple[nn.Module, Callable[[Tensor], None]]]:
+        """The projections, each with the function that adds what enters it."""
         return [
-            self._projection(layer, half).register_forward_pre_hook(self._hook(half, index))
+            (self._projection(layer, half), functools.partial(self._add, half, index))
             for index, layer in enumerate(self._layers)
             for half in self._halves
         ]
@@ -119,14 +112,11 @@ class _ChannelSums:
     def _projection(self, layer: nn.Module, half: Sublayer) -> Any:
         return layer.get_submodule(half.output.projection)
 
-    def _hook(self, half: Sublayer, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total = torch.zeros((), dtype=torch.float64)
-            for chunk in args[0].flatten(0, -2).split(_CHUNK_TOKENS):
-                total = total + chunk.float().abs().sum(dim=0).to("cpu", torch.float64)
-            self._sums[half.name, index] = self._sums.get((half.name, index), 0) + total
-
-        return hook
+    def _add(self, half: Sublayer, index: int, a: Tensor) -> None:
+        total = torch.zeros((), dtype=torch.float64)
+        for chunk in a.flatten(0, -2).split(_CHUNK_TOKENS):
+            total = total + chunk.float().abs().sum(dim=0).to("cpu", torch.float64)
+        self._sums[half.name, index] = self._sums.get((half.name, index), 0) + total
 
 
 class _StreamSums:
@@ -138,12 +128,6 @@ class _StreamSums:
         self.spans = torch.zeros(2, layers - width + 1, dtype=torch.float64)
         self._width = width
         self._recent: deque[Tensor] = deque(maxlen=width)
-
-    def hook(self, depth: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            self.add(depth, args[0] if args else kwargs["hidden_states"])
-
-        return hook
 
     def add(self, depth: int, state: Tensor) -> None:
         """The stream [B, T, d] at ``depth``, in the order of the depths."""

@@ -13,7 +13,7 @@ from students import HELDOUT, TRAINING
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream
+from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation import hierarchical
 from linearpatch_kernels.distillation.hierarchical import (
     LAYERS,
@@ -31,6 +31,7 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss

@@ -8,10 +8,11 @@ from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, residual_stream
+from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.structure import input_moments, structure
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import heldout_losses
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
 from linearpatch_kernels.surgery.apply import apply_plan

@@ -16,12 +16,12 @@ from modeling.tiny import FAMILY_NAMES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels import text
-from linearpatch_kernels.calibration import residual_stream
+from linearpatch_kernels import fingerprints
 from linearpatch_kernels.distillation import teacher_store
 from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherStore, store_request, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import working_alone
+from linearpatch_kernels.forward import residual_stream
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -275,7 +275,7 @@ def test_a_store_of_version_0_1_is_gone_on_with(
 ) -> None:
     """Its fingerprints were other ones; they are compared with what that version would have written today."""
     with monkeypatch.context() as earlier:
-        earlier.setattr(teacher_store, "fingerprint_model", text._fingerprint_0_1)
+        earlier.setattr(teacher_store, "fingerprint_model", fingerprints._fingerprint_0_1)
         old = write_teacher_store(dense, windows, tmp_path, top_k=10, shard_windows=5, tokenizer="0123456789abcdef")
     before = contents(tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()

@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from linearpatch_kernels.demo_data import installed_package_dir
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation import evaluate_tasks
 from linearpatch_kernels.evaluation.multiple_choice import LOCAL_TASKS, check_tasks
-from linearpatch_kernels.text import installed_package_dir
 
 pytest.importorskip("lm_eval", reason="needs pip install 'linearpatch-kernels[eval]'")
 

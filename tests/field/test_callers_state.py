@@ -29,7 +29,6 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.evaluation.perplexity import perplexity
-from linearpatch_kernels.evaluation.torch_state import own_state
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
@@ -45,6 +44,7 @@ from linearpatch_kernels.surgery.pruning import plan_pruning
 from linearpatch_kernels.surgery.reporting import joint_magnitudes
 from linearpatch_kernels.surgery.scoring import SCORES
 from linearpatch_kernels.text import token_windows
+from linearpatch_kernels.torch_state import own_state
 from tests.field.support import VOCABULARY, numbers, save_model, tiny, word_tokenizer
 
 SPAN = Span(2, 4)

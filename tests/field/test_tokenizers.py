@@ -12,13 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.text import (
-    fingerprint_tokenizer,
-    leading_tokens,
-    same_tokenizer,
-    token_windows,
-    tokenizer_difference,
-)
+from linearpatch_kernels.fingerprints import fingerprint_tokenizer, same_tokenizer, tokenizer_difference
+from linearpatch_kernels.text import leading_tokens, token_windows
 
 from .support import VOCABULARY, linearpatch, numbers, save_model, text_file, tiny, word_tokenizer
 

@@ -15,10 +15,10 @@ from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
+from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
-from linearpatch_kernels.text import fingerprint_model
 
 from .tiny import VOCABULARY, tiny_model, tiny_tokenizer
 

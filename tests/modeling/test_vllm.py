@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.nn import DiagonalPatch
 from linearpatch_kernels.surgery.apply import apply_plan
 from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.text import cache_dir, demo_text, token_windows
+from linearpatch_kernels.text import cache_dir, token_windows
 
 REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
 VENV = Path(os.environ.get("LINEARPATCH_VLLM") or cache_dir() / "vllm")

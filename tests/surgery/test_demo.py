@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
+from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.evaluation.agreement import Quality, evaluate_quality, healed_share
 from linearpatch_kernels.hadamard import hadamard_matrix
 from linearpatch_kernels.nn import HadamardPatch
@@ -19,7 +20,7 @@ from linearpatch_kernels.surgery.fitting import fit_patch
 from linearpatch_kernels.surgery.plan import PrunePlan
 from linearpatch_kernels.surgery.scoring import choose_spans
 from linearpatch_kernels.surgery.selection import FitChoice, choose_fit, compare_candidates, fitted_joints
-from linearpatch_kernels.text import demo_text, split_windows, token_windows
+from linearpatch_kernels.text import split_windows, token_windows
 
 pytestmark = pytest.mark.demo
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.forward import Run
 from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, layer_kinds, sublayers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
@@ -349,7 +350,7 @@ def test_the_two_rules_differ_where_heads_share_keys() -> None:
 def test_scores_are_their_definitions(family: str, hooked_states: object) -> None:
     model = varied(family)
     windows = torch.randint(3, VOCABULARY, (3, 300 if family == "llama" else 20))[:, :100]
-    found = score_layers(model, windows, width=3, batch_size=2)
+    found = score_layers(model, windows, width=3, run=Run(2))
     inputs: dict[tuple[str, int], Tensor] = {}
     handles = []
     for half, path in (("attention", "self_attn.o_proj"), ("feed-forward", "mlp.down_proj")):

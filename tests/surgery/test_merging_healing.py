@@ -8,8 +8,9 @@ from modeling.tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, calibrate, residual_stream, stream_statistics
+from linearpatch_kernels.calibration import Span, calibrate, stream_statistics
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.surgery.fitting import SHRINKAGE, fit_patch

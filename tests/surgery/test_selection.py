@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import CalibrationStatistics, Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, evaluate_quality
+from linearpatch_kernels.forward import Run
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
 from linearpatch_kernels.surgery import selection
 from linearpatch_kernels.surgery.apply import apply_plan
@@ -49,7 +50,7 @@ def test_a_candidate_is_as_good_as_the_model_that_is_built(
     dense: PreTrainedModel, heldout: Tensor, statistics: CalibrationStatistics, spans: list[Span]
 ) -> None:
     candidates = {fit: fitted_joints(statistics, spans, fit, rank=RANK) for fit in FITS}
-    found = compare_candidates(dense, heldout, candidates, batch_size=2)
+    found = compare_candidates(dense, heldout, candidates, run=Run(2))
     assert list(found) == ["dense", *FITS]
     assert_same_quality(found["dense"], evaluate_quality(dense, heldout, dense))
     assert (found["dense"].top1_agreement, found["dense"].kl) == (1.0, 0.0)
@@ -115,7 +116,7 @@ def test_layers_run_once_a_window_and_behind_a_joint_once_a_candidate(
 ) -> None:
     candidates = {f"{i}": (Joint(Span(2, 4), random_patch("low-rank", seed=i)),) for i in range(count)}
     calls = count_calls(dense.model.layers)
-    compare_candidates(dense, heldout, candidates, batch_size=batch_size)
+    compare_candidates(dense, heldout, candidates, run=Run(batch_size))
     assert calls == [5, 5, 5, 5, 5 + 5 * count, 5 + 5 * count]
 
 
@@ -211,10 +212,10 @@ def test_the_table() -> None:
 
 def test_choose_fit(dense: PreTrainedModel, heldout: Tensor, statistics: CalibrationStatistics) -> None:
     spans = [Span(3, 5), Span(1, 2)]
-    made = choose_fit(dense, heldout, statistics, spans, rank=RANK, batch_size=2)
+    made = choose_fit(dense, heldout, statistics, spans, rank=RANK, run=Run(2))
     assert set(made.candidates) == set(FITS)
     expected = {name: fitted_joints(statistics, spans, name, rank=RANK) for name in FITS}
-    assert made.found == compare_candidates(dense, heldout, expected, batch_size=2)
+    assert made.found == compare_candidates(dense, heldout, expected, run=Run(2))
     assert [joint.span for joint in made.joints] == sorted(spans)
     best = made.table[0]
     assert best["loss"] == min(quality.loss for name, quality in made.found.items() if name != "dense")
@@ -266,7 +267,7 @@ def test_ranks_share_the_work_and_the_result(
                     statistics,
                     [Span(2, 4)],
                     rank=RANK,
-                    ranks=Rank(rank, together, table),
+                    run=Run(processes=Rank(rank, together, table)),
                 ),
                 range(count),
             )

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from linearpatch_kernels.evaluation import torch_state
-from linearpatch_kernels.evaluation.perplexity import evaluation_mode
-from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+from linearpatch_kernels import torch_state
+from linearpatch_kernels.torch_state import evaluation_mode, faster_float32_products
 
 
 def settings() -> tuple[str, ...]:

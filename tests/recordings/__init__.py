@@ -1,0 +1,1 @@
+"""What tiny models give, kept from one version of the code to the next: `make` writes it, `test_recording` compares."""
