@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded, reading
+from linearpatch_kernels.torch_internals import accelerate_hook
 
 # Long enough that a cut costs nothing, short enough that a tokenizer's memory stays small.
 _PIECE_CHARACTERS = 1 << 16
@@ -529,7 +530,7 @@ def _values(model: nn.Module, name: str, tensor: Tensor) -> bytes:
 def _brought(model: nn.Module, name: str) -> Tensor | None:
     """A tensor that accelerate keeps off its module (``device_map``) and brings for a call; None: it has no values."""
     path, _, leaf = name.rpartition(".")
-    kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
+    kept = getattr(accelerate_hook(model.get_submodule(path)), "weights_map", None)
     return None if kept is None else kept[leaf]
 
 

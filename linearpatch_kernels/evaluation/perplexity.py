@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.torch_state import faster_float32_products
+from linearpatch_kernels.torch_internals import accelerate_hook
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -136,7 +137,7 @@ def model_device(model: nn.Module) -> torch.device:
     brings it to for a call; the CPU where there is none."""
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type == "meta":
-        hooks = (vars(module).get("_hf_hook") for module in model.modules())
+        hooks = map(accelerate_hook, model.modules())
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((place for place in places if place is not None), "meta"))
     return torch.device("cpu") if parameter is None else parameter.device
