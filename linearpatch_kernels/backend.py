@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.torch_internals import has_kernel
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 FORCED = os.environ.get("LINEARPATCH_BACKEND") or None
@@ -45,17 +44,8 @@ def _load_extension() -> str | None:
     return None
 
 
-def _registered(operator: str, key: str) -> bool:
-    """Whether an operator of ours has a kernel of its own under a dispatch key.
-
-    Looked up and not listed: it is asked in every call of a loss, and to list what CUDA has takes torch a millisecond.
-    """
-    name = f"linearpatch::{operator}"
-    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-
-
 def _compiled_for(key: str) -> bool:
-    return _registered("hadamard_patch", key)
+    return has_kernel("hadamard_patch", key)
 
 
 def _cpu() -> bool | str:
@@ -97,7 +87,7 @@ def triton_serves(device_type: str) -> bool:
 
 def compiled_for_gpus(device_type: str, operator: str) -> bool:
     """Whether the extension has this operator for GPUs, and may be used on tensors of such a device."""
-    return device_type == "cuda" and FORCED in (None, "cuda") and _registered(operator, "CUDA")
+    return device_type == "cuda" and FORCED in (None, "cuda") and has_kernel(operator, "CUDA")
 
 
 def backends() -> dict[str, bool | str]:
@@ -142,8 +132,14 @@ def check_forced_serves(operator: str, tensor: Tensor) -> None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Not so of meta tensors and of what a tracer works with: only their shapes are worked out."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor | FunctionalTensor)
+    """Not so of meta tensors and of what a tracer works with: only their shapes are worked out.
+
+    A tracer's tensors, torch's fake ones among them, are of classes that take every operation on them over. Dynamo's
+    stand for a caller's, and are not to be told from it.
+    """
+    if tensor.device.type == "meta":
+        return False
+    return torch.compiler.is_dynamo_compiling() or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _not_served(operator: str, device: torch.device) -> RuntimeError:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.text import PROBES, leading_tokens, token_ids
+from linearpatch_kernels.torch_internals import accelerate_hook
 
 
 def fingerprint_text(text: str | Sequence[str]) -> str:
@@ -220,7 +221,7 @@ def _values(model: nn.Module, name: str, tensor: Tensor) -> bytes:
 def _brought(model: nn.Module, name: str) -> Tensor | None:
     """A tensor that accelerate keeps off its module (``device_map``) and brings for a call; None: it has no values."""
     path, _, leaf = name.rpartition(".")
-    kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
+    kept = getattr(accelerate_hook(model.get_submodule(path)), "weights_map", None)
     return None if kept is None else kept[leaf]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.torch_internals import accelerate_hook
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -86,7 +87,7 @@ def model_device(model: nn.Module) -> torch.device:
     brings it to for a call; the CPU where there is none."""
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type == "meta":
-        hooks = (vars(module).get("_hf_hook") for module in model.modules())
+        hooks = map(accelerate_hook, model.modules())
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((place for place in places if place is not None), "meta"))
     return torch.device("cpu") if parameter is None else parameter.device

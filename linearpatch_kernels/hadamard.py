@@ -8,7 +8,8 @@ The factor ``H_m`` is kept entry by entry, so m is bounded: by `LARGEST_FACTOR`,
 kernels keep twice as many bytes, plain PyTorch keeps it in the dtype that it computes in: 1 GiB in float32, 2 GiB in
 float64.
 
-This file needs nothing but torch, because it travels inside the modeling file of a patched checkpoint.
+This file, with what it imports of this package, needs nothing but torch, because it travels inside the modeling file of
+a patched checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.torch_internals import where_constants_are_made
 
 # Of a factor H_m, which has m * m entries. Part of the definition: a larger m would be another matrix for some widths.
 LARGEST_FACTOR = 16384
@@ -183,14 +185,15 @@ def _paley_matrix(m: int, device: torch.device) -> Tensor:
     conference[0, 1:] = 1
     conference[1:, 0] = -1 if first else 1
     conference[1:, 1:] = differences.flip(list(range(n, 2 * n))).reshape(q, q)
+    diagonal = conference.diagonal()  # filled so, because fill_diagonal_ cannot be functionalised
+    diagonal.fill_(1)
     if first:
-        return conference.fill_diagonal_(1)
+        return conference
     # kron(conference, [[1, 1], [1, -1]]) + kron(identity, [[1, -1], [-1, -1]])
     matrix = torch.empty(q + 1, 2, q + 1, 2, dtype=torch.int8, device=device)
-    conference.fill_diagonal_(1)
     matrix[:, 0, :, 0] = conference
     matrix[:, 1, :, 1] = -conference
-    conference.fill_diagonal_(-1)
+    diagonal.fill_(-1)
     matrix[:, 0, :, 1] = conference
     matrix[:, 1, :, 0] = conference
     return matrix.reshape(m, m)
@@ -265,11 +268,11 @@ def _factor(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     # A tensor made while a tracer or a fake-tensor mode watches belongs to it and must not outlive it, and an
     # ordinary one must not enter a trace; one made in inference mode could not be saved for a later backward.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or (apart := where_constants_are_made()) is None:
         return build()
     key = (m, k, dtype, device)
     if key not in _FACTORS:
-        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        with torch.inference_mode(False), torch.no_grad(), apart():
             _FACTORS[key] = build()
     return _FACTORS[key]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.modeling.families import decoder_layers, rms_norms, sublayers
+from linearpatch_kernels.torch_internals import StorageMark
 
 RECOMPUTE = ("none", "activation", "layer")
 """Nothing; the output of the feed-forward's activation, so that no matrix product is done twice; all of a layer."""
@@ -111,17 +111,15 @@ def _forgetting(activations: list[nn.Module]) -> Iterator[None]:
 
     In ``act(gate) * up`` the activation keeps ``gate`` already, so the third tensor of that shape is one too many.
     """
-    latest: list[tuple[StorageWeakRef, torch.Size, Callable[[], Tensor]]] = []
+    latest: list[tuple[StorageMark, torch.Size, Callable[[], Tensor]]] = []
 
     def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            # A weak reference, unlike an address, never comes to mean another tensor.
-            storage = StorageWeakRef(output.untyped_storage())
-            latest[:] = [(storage, output.shape, functools.partial(module.forward, args[0].detach()))]
+            latest[:] = [(StorageMark(output), output.shape, functools.partial(module.forward, args[0].detach()))]
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        for storage, shape, again in latest:
-            if StorageWeakRef(tensor.untyped_storage()) == storage and tensor.shape == shape:
+        for mark, shape, again in latest:
+            if mark.marks(tensor) and tensor.shape == shape:
                 latest.clear()
                 return again
         return tensor

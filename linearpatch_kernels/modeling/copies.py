@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.torch_internals import ACCELERATE_ATTRIBUTES, accelerate_hook, forward_before_accelerate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -169,7 +170,7 @@ def shallow_copy(module: ModuleT) -> ModuleT:
             vars(clone).pop(name, None)
         elif name.startswith("_") and isinstance(value, dict | set):
             vars(clone)[name] = copy.copy(value)
-    if "_hf_hook" in vars(clone) and clone._modules:
+    if accelerate_hook(clone) is not None and clone._modules:
         _without_accelerate(clone)
     return clone
 
@@ -180,8 +181,8 @@ def _without_accelerate(clone: nn.Module) -> None:
     It is bound to that module, and would run it instead of the copy. Weights that accelerate keeps elsewhere stay with
     the modules that hold them, whose own hooks bring them.
     """
-    before = vars(clone).get("_old_forward")
-    for name in [name for name in vars(clone) if name in ("_hf_hook", "_old_forward") or name in vars(nn.Module)]:
+    before = forward_before_accelerate(clone)
+    for name in [name for name in vars(clone) if name in ACCELERATE_ATTRIBUTES or name in vars(nn.Module)]:
         if name not in _MACHINERY:
             del vars(clone)[name]
     if before is not None and getattr(before, "__func__", before) is not type(clone).forward:

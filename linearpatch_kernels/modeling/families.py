@@ -35,6 +35,7 @@ from linearpatch_kernels.modeling.copies import (
     share_tensors,
     shared_copy,
 )
+from linearpatch_kernels.torch_internals import accelerate_hook
 
 PATCHED_PREFIX = "linearpatch_"
 
@@ -357,7 +358,7 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
 
 def is_dispatched(model: nn.Module) -> bool:
     """Whether accelerate moves the model's weights, or what flows between them, about (``device_map``)."""
-    return any("_hf_hook" in vars(module) for module in model.modules())
+    return any(accelerate_hook(module) is not None for module in model.modules())
 
 
 def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import make_autograd_impl
-from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
-from torch.library import custom_op
+from torch.library import Library, custom_op
 
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
+from linearpatch_kernels.torch_internals import may_be_dual, transformed
+
+_AUTOGRAD = Library("linearpatch", "IMPL")
 
 
 class DerivativeError(InputError, NotImplementedError):
@@ -25,7 +26,7 @@ class DerivativeError(InputError, NotImplementedError):
 
 def _in_forward_mode(operands: Iterable[Any]) -> bool:
     """Whether an operand carries a tangent."""
-    return forward_ad._current_level >= 0 and any(
+    return may_be_dual() and any(
         isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None for operand in operands
     )
 
@@ -44,44 +45,113 @@ def refuse_forward_mode(name: str, operands: Iterable[Any]) -> None:
         )
 
 
-def _in_torch_func(operands: Iterable[Any]) -> bool:
-    """Whether torch.func differentiates: it has no way into torch.library's formulas, and blames other code."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        and torch.is_grad_enabled()
-        and torch._C._any_requires_grad(*operands)
-    )
+def _recorded(operands: Iterable[Any]) -> bool:
+    """Whether autograd is to differentiate by an operand."""
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in operands)
 
 
-def _guard_derivatives(operator: CustomOpDef, otherwise: Callable[..., Any] | None) -> None:
-    """Take torch.library's place under the autograd key, for the derivatives that it gets wrong or has no formula for.
+_BELOW_AUTOGRAD: dict[int, Any] = {}
+
+
+def _below_autograd(keys: Any) -> Any:
+    """The dispatch keys of a call without autograd's and those before it."""
+    known = keys.raw_repr()
+    if known not in _BELOW_AUTOGRAD:  # a key's name is slow to come by
+        found = False
+        while not found:
+            key = keys.highestPriorityTypeId()
+            keys, found = keys.remove(key), "Autograd" in key.name
+        _BELOW_AUTOGRAD[known] = keys
+    return _BELOW_AUTOGRAD[known]
+
+
+class Operator:
+    """An operator in torch's dispatcher, with derivatives that torch.library's own registration gets wrong or lacks.
 
     Args:
-        otherwise: what computes in the operator's place then; None: it raises.
+        name, schema, kernel, fake, mutates_args: as of `define_operator`; the functions take every argument.
+        told: the operator's name in messages.
+        otherwise: what computes in the operator's place for a derivative that it has no formula for; None: it raises.
     """
-    differentiate = make_autograd_impl(operator._opoverload, operator)
-    name = operator._name.removesuffix("_reference")
 
-    def guarded(keyset: Any, *operands: Any) -> Any:
-        if otherwise is not None and (_in_forward_mode(operands) or _in_torch_func(operands) or unknown(operands)):
-            return otherwise(*operands)
-        refuse_forward_mode(name, operands)
-        if _in_torch_func(operands):
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        mutates_args: Iterable[str],
+        told: str,
+        otherwise: Callable[..., Any] | None,
+    ) -> None:
+        self._definition = custom_op(f"linearpatch::{name}", kernel, mutates_args=tuple(mutates_args), schema=schema)
+        self._definition.register_fake(fake)
+        self.register_kernel = self._definition.register_kernel
+        self.register_vmap = self._definition.register_vmap
+        self.overload = getattr(torch.ops.linearpatch, name).default
+        self._told, self._otherwise = told, otherwise
+        self._arguments = schema.partition(" -> ")[0].count(",") + 1
+        self._backward: Callable[..., Any] | None = None
+        self._setup_context: Callable[..., None] | None = None
+        self._function = self._differentiated()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of two registrations
+            _AUTOGRAD.impl(name, self._under_autograd, "Autograd", with_keyset=True, allow_override=True)
+
+    def __call__(self, *operands: Any) -> Any:
+        return self.overload(*operands)
+
+    def completed(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With the last ones, which callers may leave out, and which torch takes away where they are None."""
+        return *operands, *(None,) * (self._arguments - len(operands))
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """The formula, as ``torch.library.register_autograd`` takes it; a gradient for every argument of the schema."""
+        self._backward, self._setup_context = backward, setup_context
+
+    def _under_autograd(self, keys: Any, *operands: Any) -> Any:
+        recorded = _recorded(operands)
+        in_torch_func = recorded and transformed(operands)
+        if self._otherwise is not None and (
+            in_torch_func or (recorded and self._backward is None) or _in_forward_mode(operands)
+        ):
+            return self._otherwise(*operands)
+        refuse_forward_mode(self._told, operands)
+        if in_torch_func:
             raise DerivativeError(
-                f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev, hessian): use torch.autograd.grad"
-                " or backward()"
+                f"{self._told} cannot be differentiated by torch.func (grad, vjp, jacrev, hessian):"
+                " use torch.autograd.grad or backward()"
             )
-        return differentiate(keyset, *operands)
+        if recorded:
+            return self._function.apply(*self.completed(operands), keys)
+        return self.overload.redispatch(_below_autograd(keys), *operands)
 
-    def unknown(operands: tuple[Any, ...]) -> bool:
-        return operator._backward_fn is None and torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
+    def _differentiated(self) -> Any:
+        """The operator and its formula as an ``autograd.Function``, whose last operand are the dispatch keys."""
+        operator = self
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of two registrations
-        operator._lib.impl(operator._name, guarded, "Autograd", with_keyset=True, allow_override=True)
+        class Differentiated(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *operands_and_keys: Any) -> Any:
+                *operands, keys = operands_and_keys
+                result = operator.overload.redispatch(_below_autograd(keys), *operands)
+                if operator._setup_context is not None:
+                    operator._setup_context(ctx, tuple(operands), result)
+                return result
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                if operator._backward is None:
+                    raise DerivativeError(f"{operator._told} has no derivative")
+                gradients = operator._backward(ctx, *grads)
+                return *gradients, None
+
+        return Differentiated
 
 
-def refuse_second_derivative(operator: CustomOpDef, of: str) -> None:
+def refuse_second_derivative(operator: Operator, of: str) -> None:
     """Register the autograd of an operator that computes gradients: it raises, in the name of the function."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -104,7 +174,7 @@ def define_operator(
     triton: str | None = None,
     compiled: str | None = None,
     otherwise: Callable[..., Any] | None = None,
-) -> CustomOpDef:
+) -> Operator:
     """Define ``linearpatch::name`` with its reference on every device, and ``linearpatch::name_reference``.
 
     A compiled kernel registered for a device (``STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, m)``, before or after)
@@ -113,7 +183,7 @@ def define_operator(
 
     Args:
         schema: arguments and returns, ``(Tensor x, ...) -> Tensor``; the first argument is a tensor. Those with a
-            default may be left out by callers; the functions below are given all of them.
+            default, which is None, may be left out by callers; the functions below are given all of them.
         reference: the operator in plain PyTorch; takes every argument of the schema positionally.
         fake: the shapes, dtypes and strides of the result; the same arguments, whose tensors are on one device.
         triton: the module whose function ``name`` runs on tensors of the devices that Triton serves; imported then.
@@ -124,27 +194,21 @@ def define_operator(
             reference, if it is differentiable; None: such a derivative raises. Takes the same arguments.
     """
 
-    declared = torch._C.parse_schema(f"linearpatch::{name}{schema}").arguments
-
-    def completed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With the last ones, which torch takes away where they are equal to their defaults."""
-        return *arguments, *(argument.default_value for argument in declared[len(arguments) :])
-
     def in_its_own_precision(*arguments: Any) -> Any:
         with without_autocast(arguments[0].device):
-            return reference(*completed(arguments))
+            return reference(*operator.completed(arguments))
 
     def without_formula(*arguments: Any) -> Any:
         assert otherwise is not None
         check_reference_allowed(f"such derivative of {name}", arguments[0].device)
         with without_autocast(arguments[0].device):
-            return otherwise(*completed(arguments))
+            return otherwise(*operator.completed(arguments))
 
     def where_no_kernel_is(*arguments: Any) -> Any:
         device = arguments[0].device.type
         if triton is not None and (triton_serves(device) or (compiled and compiled_for_gpus(device, compiled))):
             with without_autocast(arguments[0].device):
-                return getattr(import_module(triton), name)(*completed(arguments))
+                return getattr(import_module(triton), name)(*operator.completed(arguments))
         check_reference_allowed(name, arguments[0].device)
         return in_its_own_precision(*arguments)
 
@@ -153,16 +217,16 @@ def define_operator(
         devices = sorted({argument.device.type for argument in arguments if isinstance(argument, Tensor)})
         if len(devices) > 1:
             raise InputError(f"{name} needs its tensors on one device, not on {' and '.join(devices)}")
-        return fake(*completed(arguments))
+        return fake(*operator.completed(arguments))
 
     for variant, implementation in ((name + "_reference", in_its_own_precision), (name, where_no_kernel_is)):
-        operator = custom_op(f"linearpatch::{variant}", implementation, mutates_args=tuple(mutates_args), schema=schema)
-        operator.register_fake(on_one_device)
-        _guard_derivatives(operator, otherwise and without_formula)
+        operator = Operator(
+            variant, schema, implementation, on_one_device, mutates_args, name, otherwise and without_formula
+        )
     return operator
 
 
-def batch_by_rows(operator: CustomOpDef, rows: Sequence[int]) -> None:
+def batch_by_rows(operator: Operator, rows: Sequence[int]) -> None:
     """Register the vmap rule: a batch of row arguments is more rows, any other batch is a loop.
 
     Args:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
@@ -27,6 +26,7 @@ from linearpatch_kernels.ops.registration import (
     define_operator,
     refuse_forward_mode,
 )
+from linearpatch_kernels.torch_internals import below_autograd, below_versions, called_by, may_be_dual
 
 _OPTIONAL = "Tensor? pre_scale, Tensor? post_scale, Tensor? down, Tensor? up"
 _OMISSIBLE = _OPTIONAL.replace(",", "=None,") + "=None"  # where nothing that is required follows
@@ -123,12 +123,11 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    needs = sum(int(wanted) << i for i, wanted in enumerate(ctx.needs_input_grad))
+    needs = sum(int(wanted) << i for i, wanted in enumerate(ctx.needs_input_grad[:6]))
     gradients = torch.ops.linearpatch.hadamard_patch_backward.default(grad, *inputs, needs)
-    # needs_input_grad ends where the call's arguments did, and so must this; what was saved has all six.
     return tuple(
         gradient.to(tensor.dtype) if wanted else None
-        for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
+        for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad[:6], strict=True)
     )
 
 
@@ -170,11 +169,11 @@ def _run(operator: Any, *operands: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return operator(*operands)
-    call = operator._op  # what an OpOverload calls when it is called
+    call = called_by(operator)
     try:
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or may_be_dual():
             return call(*operands)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return call(*operands)
     except RuntimeError:
         _check_tensors(operator, operands)
@@ -248,10 +247,12 @@ def hadamard_patch(
     if torch.compiler.is_compiling():
         _call_out(*operands)
         return out
-    # What torch.library does around an operator that writes to an operand, without its 15 microseconds.
     try:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            _call_out._op(*operands)
+        if below_versions is None:
+            _call_out(*operands)
+            return out
+        with below_versions():
+            called_by(_call_out)(*operands)
     except RuntimeError:
         _check_tensors(_call_out, operands)
         raise

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearpatch_kernels.torch_internals import address
+
 _SLOTS = "Tensor probs, Tensor ids"
 _PART = "int size, Tensor? bias"
 _SCHEMAS = {
@@ -56,10 +58,8 @@ class Kernels:
     @staticmethod
     def readable(rows: Tensor) -> Tensor:
         """The same rows, in 16-byte vectors."""
-        # data_ptr() would copy what is a lazy clone; torch's stubs leave this one out.
-        address = torch._C._data_address(rows)  # type: ignore[attr-defined]
         step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
-        aligned = address % 16 == step % 16 == 0 and step < 2**31
+        aligned = address(rows) % 16 == step % 16 == 0 and step < 2**31
         if rows.stride(1) == 1 and aligned:
             return rows
         return rows.clone(memory_format=torch.contiguous_format)

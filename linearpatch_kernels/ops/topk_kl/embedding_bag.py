@@ -21,6 +21,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
     gradient_dtype,
     linear_topk_kl_loss_reference,
 )
+from linearpatch_kernels.torch_internals import embedding_bag_products
 
 
 def linear_topk_kl_loss_embedding_bag(
@@ -40,7 +41,7 @@ def linear_topk_kl_loss_embedding_bag(
     The products are in the weight's dtype, and their sums in float32; dhidden is rounded to that dtype on its way.
     """
     served = normalization == "topk" and hidden.dtype == weight.dtype and not (weight_grad or bias_grad)
-    if not served or not teacher_ids.numel() or not hidden.shape[1]:
+    if embedding_bag_products is None or not served or not teacher_ids.numel() or not hidden.shape[1]:
         return linear_topk_kl_loss_reference(
             hidden,
             weight,
@@ -61,9 +62,7 @@ def linear_topk_kl_loss_embedding_bag(
     tokens, slots = p.shape
     flat, offsets = index.flatten(), torch.arange(0, tokens * slots, max(slots, 1), device=index.device)
     bags = torch.arange(tokens, device=index.device).repeat_interleave(slots)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        hidden[kept], weight.detach(), flat, offsets, bags, 0
-    )
+    products = embedding_bag_products(hidden[kept], weight.detach(), flat, offsets, bags, 0)
     z = products.to(dtype).view(tokens, slots)
     z = z if bias is None else z + bias[index].to(dtype)
     normalizers = _normalizers(z, index, present, "topk", temperature)

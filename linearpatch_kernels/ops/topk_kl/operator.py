@@ -137,8 +137,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 def _anchors(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Empty functions of the tensors that require a gradient, which do not keep the memory of those."""
-    recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), recorded:  # torch.library saves what a backward needs below autograd
+    with torch.enable_grad():
         return [tensor[:0].clone() for tensor in tensors if tensor is not None and tensor.requires_grad]
 
 
