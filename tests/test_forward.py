@@ -21,10 +21,10 @@ from linearpatch_kernels.torch_state import evaluation_mode
 IDS = torch.randint(3, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=[(make, name) for make in (tiny_model, tiny_patched_model) for name in FAMILY_NAMES], ids=str)
+@pytest.fixture(params=[f"{kind} {name}" for kind in ("stock", "patched") for name in FAMILY_NAMES])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    make, name = request.param
-    return make(name)
+    kind, name = request.param.split()
+    return tiny_model(name) if kind == "stock" else tiny_patched_model(name)
 
 
 @torch.no_grad()
