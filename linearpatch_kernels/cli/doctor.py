@@ -24,6 +24,8 @@ def doctor(json_file: JsonFile = None) -> None:
     from linearpatch_kernels.text import cache_dir
 
     def version(package: str) -> str:
+        if package == "torch":  # which says for what it was built, too
+            return torch.__version__
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

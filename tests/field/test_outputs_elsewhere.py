@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -175,10 +176,15 @@ def _written(model: PreTrainedModel, prompt: Tensor, **more: Any) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_to_generate_that_the_dense_model_knows(family: str, way: str) -> None:
     """The pruned model as a draft and with one: mlx-examples #1155, vllm #24506. Every way gives the greedy tokens of
-    the model that is asked, as it does with the dense model in the pruned one's place."""
+    the model that is asked, as it does with the dense model in the pruned one's place. (Transformers before 5.23 stops
+    with two of the dense model where a layer has a sliding window.)"""
     dense = tiny(family)
     pruned = cut(dense, {2: HadamardPatch(48, 2), 4: LowRankPatch(48, 2)})
     prompt = torch.randint(3, 97, (1, 6), generator=torch.Generator().manual_seed(0))
+    try:
+        _written(_ASSISTED[way](dense, dense)[0], prompt, **_ASSISTED[way](dense, dense)[1])
+    except RuntimeError as error:
+        pytest.skip(f"Transformers {transformers.__version__} does not do it with the dense model: {error}")
     for other in (dense, pruned):
         model, options = _ASSISTED[way](dense, other)
         assert torch.equal(_written(model, prompt, **options), _written(model, prompt))
@@ -228,9 +234,13 @@ EXPORTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 def test_a_patched_model_is_exported_as_a_stock_one(how: str) -> None:
     """torch.export with a dynamic length, trace, and a graph without breaks, with a patch of every kind. (Gradients by
     ``torch.func`` cannot pass any operator of torch.library in 2.13.)"""
+    ids = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(0))
+    try:
+        EXPORTS[how](Logits(tiny(layers=4)), ids)
+    except torch._dynamo.exc.UserError as error:
+        pytest.skip(f"torch {torch.__version__} does not export the stock model: {str(error).splitlines()[0]}")
     patches = {1: HadamardPatch(48, 2), 2: LowRankPatch(48, 2), 3: near_identity()}
     module = Logits(patched_model(keep_layers(tiny(layers=4), [0, 1, 3]), patches))
-    ids = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exported = EXPORTS[how](module, ids)
         assert same(exported(ids), module(ids))

@@ -335,10 +335,12 @@ def test_operands_that_are_only_read_stay_lazy_clones(emulator: Emulator) -> Non
 
 
 def test_bad_operands_are_the_references_to_refuse(emulator: Emulator) -> None:
+    """torch before 2.13 gives no extension the words of an error; it writes them to standard error."""
     x = torch.randn(2, 256)
-    with pytest.raises(Exception, match="scale must be floating \\[256\\]"):
+    without_words = "" if torch.__version__ >= "2.13" else "|reference failed; torch has written why"
+    with pytest.raises(Exception, match="scale must be floating \\[256\\]" + without_words):
         SIMT.hadamard_patch(x, torch.randn(255), None, None, None, None)
-    with pytest.raises(Exception, match="down and up belong together"):
+    with pytest.raises(Exception, match="down and up belong together" + without_words):
         SIMT.hadamard_patch(x, torch.randn(256), None, None, torch.randn(256, 2), None)
     with pytest.raises(RuntimeError, match="a place of its own"):
         SIMT.hadamard_patch_out(x, torch.randn(256), *[None] * 4, torch.empty(256).expand(2, 256))
