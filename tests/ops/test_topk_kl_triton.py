@@ -88,7 +88,8 @@ def test_the_static_model_has_the_slots_bound_by_memory() -> None:
     row = losses_row("linear_topk_kl_forward_backward", "sm_90", "bfloat16", 4096)
     assert row.ldg128 * 8 * 32 * row.warps >= row.rows * 4096
     assert row.spills == 0
-    assert row.dram_fraction == 1.0
+    assert row.dram_fraction is not None
+    assert row.dram_fraction >= 1.0
 
 
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
