@@ -15,7 +15,7 @@ from typing import Any
 import cpuinfo  # type: ignore[import-untyped]  # it ships no types
 import torch
 
-from linearpatch_kernels.backend import backends
+from linearpatch_kernels.ops.backends import backends
 
 # What matrix products and our kernels look at.
 _FLAGS = re.compile(r"avx2|fma|f16c|avx512(f|bw|dq|vl|_bf16|_fp16|_vnni)|amx_\w+|asimd\w*|neon|sve\w*|bf16|i8mm")

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linearpatch_kernels.backend import backends
     from linearpatch_kernels.calibration import CalibrationStatistics, calibrate
     from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
     from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         TopKKLLoss,
         build_patch,
     )
+    from linearpatch_kernels.ops.backends import backends
     from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
     from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
     from linearpatch_kernels.span import Span
@@ -73,7 +73,6 @@ __all__ = [
 ]
 
 _HOME = {
-    "backend": ("backends",),
     "calibration": ("CalibrationStatistics", "calibrate"),
     "distillation.teacher_store": ("TeacherStore", "write_teacher_store"),
     "distillation.trainer": ("TrainingSettings", "distill"),
@@ -89,6 +88,7 @@ _HOME = {
         "TopKKLLoss",
         "build_patch",
     ),
+    "ops.backends": ("backends",),
     "ops.hadamard_patch": ("add_patch_rms_norm", "hadamard_patch"),
     "ops.topk_kl": ("linear_topk_kl_loss", "topk_kl_loss"),
     "span": ("Span",),

@@ -1,12 +1,13 @@
-"""What is built, what is there, what was asked for, and why not.
+"""What is built, what is there, what the environment asks for, and why not.
 
 The compiled kernels are one file, ``linearpatch_kernels/_C.abi3.so``. Loading it registers its kernels under the
 dispatch keys of their devices, above the reference that every operator has; nothing in Python chooses afterwards.
 
-``LINEARPATCH_BACKEND=reference|cpu|triton|cuda``, read once when this module is imported, forces one implementation.
-It raises where that one is not available. So does a public function on a tensor of a device that the forced one does
-not run on (the dispatcher would take that device's kernel), and so does the reference where it would stand in for the
-forced one. Tensors without data, meta and fake ones, have their shapes worked out whatever is forced.
+``LINEARPATCH_BACKEND=reference|cpu|triton|cuda``, read once when this module is imported, forces one implementation on
+every call that names none (``impl``: `ops.backends`). It raises where that one is not available. So does a public
+function on a tensor of a device that the forced one does not run on (the dispatcher would take that device's kernel),
+and so does the reference where it would stand in for the forced one. Tensors without data, meta and fake ones, have
+their shapes worked out whatever is forced.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +27,15 @@ from linearpatch_kernels.torch_internals import has_kernel
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 FORCED = os.environ.get("LINEARPATCH_BACKEND") or None
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether something can be done, and one line that says why not."""
+
+    ok: bool
+    reason: str = ""
+
 
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _PACKAGE = Path(__file__).parent
@@ -48,18 +59,20 @@ def _compiled_for(key: str) -> bool:
     return has_kernel("hadamard_patch", key)
 
 
-def _cpu() -> bool | str:
-    return _EXTENSION_MISSING or _compiled_for("CPU") or f"{_EXTENSION.name} has no CPU kernels"
-
-
-def _cuda() -> bool | str:
+def _cpu() -> Support:
     if _EXTENSION_MISSING:
-        return _EXTENSION_MISSING
+        return Support(False, _EXTENSION_MISSING)
+    return Support(_compiled_for("CPU"), f"{_EXTENSION.name} has no CPU kernels")
+
+
+def _cuda() -> Support:
+    if _EXTENSION_MISSING:
+        return Support(False, _EXTENSION_MISSING)
     if not _compiled_for("CUDA"):
-        return f"{_EXTENSION.name} was built without nvcc: reinstall with the CUDA toolkit to have it"
+        return Support(False, f"{_EXTENSION.name} was built without nvcc: reinstall with the CUDA toolkit to have it")
     if torch.version.cuda is None:
-        return f"the kernels are built, but torch {torch.__version__} is not a CUDA build"
-    return torch.cuda.is_available() or "the kernels are built, but torch finds no CUDA device or driver"
+        return Support(False, f"the kernels are built, but torch {torch.__version__} is not a CUDA build")
+    return Support(torch.cuda.is_available(), "the kernels are built, but torch finds no CUDA device or driver")
 
 
 @cache
@@ -67,22 +80,31 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton() -> bool | str:
+def _triton() -> Support:
     if not _triton_installed():
-        return "triton is not installed: pip install triton"
-    return _TRITON_INTERPRETED or torch.cuda.is_available() or "torch finds no GPU driver for Triton's kernels"
+        return Support(False, "triton is not installed: pip install triton")
+    there = _TRITON_INTERPRETED or torch.cuda.is_available()
+    return Support(there, "torch finds no GPU driver for Triton's kernels")
+
+
+def devices_of(name: str) -> tuple[str, ...]:
+    """The devices on whose tensors an implementation other than the reference runs; ``cuda`` is AMD's name, too.
+
+    Triton's kernels run on the CPU in its interpreter, where ``TRITON_INTERPRET=1`` was set at import.
+    """
+    if name == "triton":
+        return ("cuda", "cpu") if _TRITON_INTERPRETED else ("cuda",)
+    return (name,)
 
 
 def triton_serves(device_type: str) -> bool:
-    """Whether Triton's kernels run on tensors of such a device: ``cuda`` (AMD's name in torch too) or ``cpu``.
+    """Whether Triton's kernels run on tensors of such a device where no implementation is named.
 
-    To be asked where the extension has no kernel of the operator. On the CPU it is the interpreter, if asked for.
+    To be asked where the extension has no kernel of the operator. The interpreter takes nobody's place unless forced.
     """
-    if FORCED not in (None, "triton") or _triton() is not True:
+    if FORCED not in (None, "triton") or not _triton().ok:
         return False
-    if device_type == "cpu":
-        return FORCED == "triton" and _TRITON_INTERPRETED
-    return device_type == "cuda"
+    return device_type in devices_of("triton") and (device_type != "cpu" or FORCED == "triton")
 
 
 def compiled_for_gpus(device_type: str, operator: str) -> bool:
@@ -90,12 +112,15 @@ def compiled_for_gpus(device_type: str, operator: str) -> bool:
     return device_type == "cuda" and FORCED in (None, "cuda") and has_kernel(operator, "CUDA")
 
 
-def backends() -> dict[str, bool | str]:
-    """Every implementation by name: True where it can run here, else one line that says why not.
+def available(name: str) -> Support:
+    """Whether an implementation (of `NAMES`) can run here at all.
 
     ``reference`` is plain PyTorch and always there; ``cpu`` and ``cuda`` are the compiled kernels of the extension.
     """
-    return {"reference": True, "cpu": _cpu(), "triton": _triton(), "cuda": _cuda()}
+    if name == "reference":
+        return Support(True)
+    found = {"cpu": _cpu, "triton": _triton, "cuda": _cuda}[name]()
+    return Support(True) if found.ok else found
 
 
 def _check_forced() -> None:
@@ -103,8 +128,8 @@ def _check_forced() -> None:
         return
     if FORCED not in NAMES:
         raise InputError(f"LINEARPATCH_BACKEND={FORCED} is none of {', '.join(NAMES)}")
-    if (available := backends()[FORCED]) is not True:
-        raise InputError(f"LINEARPATCH_BACKEND={FORCED} is not available: {available}")
+    if not (found := available(FORCED)).ok:
+        raise InputError(f"LINEARPATCH_BACKEND={FORCED} is not available: {found.reason}")
 
 
 def check_reference_allowed(operator: str, device: torch.device) -> None:

@@ -321,7 +321,17 @@ def _package_transform(x: Tensor) -> Tensor:
     return result
 
 
-def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
+def check_plain(impl: str, operator: str) -> None:
+    """Raise where an implementation is named of an operator that is plain PyTorch.
+
+    Raises:
+        InputError: it is neither "auto" nor "reference".
+    """
+    if impl not in ("auto", "reference"):
+        raise InputError(f"impl={impl!r} has no kernel of {operator}: it is plain PyTorch, impl='auto' or 'reference'")
+
+
+def hadamard_transform(x: Tensor, *, inverse: bool = False, impl: str = "auto") -> Tensor:
     """``x @ H`` along the last dimension, or ``x @ H.T`` with ``inverse``, in O(d (m + log d)) per row.
 
     Equivalent to ``x @ hadamard_matrix(d)``, without the d x d matrix: x is viewed as [..., blocks, m, 2, ..., 2] and
@@ -334,19 +344,22 @@ def hadamard_transform(x: Tensor, *, inverse: bool = False) -> Tensor:
         x: [..., d], any floating dtype, device and strides. float32 and float64 are transformed as they are; float16
             and bfloat16 in float32, rounded once at the end. Autocast changes nothing.
         inverse: multiply by ``H.T``, which undoes ``H``.
+        impl: "auto"; "reference" is plain PyTorch whatever ``LINEARPATCH_HADAMARD`` says, and no other has a kernel.
 
     Returns:
         [..., d] in x's dtype, a new tensor also where H is the identity (odd d). Differentiable: the gradient is the
         transform in the other direction.
 
     Raises:
-        InputError: x is not floating or has no last dimension, or the package that was asked for is not there.
+        InputError: x is not floating or has no last dimension, the package that was asked for is not there, or impl is
+            another.
     """
+    check_plain(impl, "hadamard_transform")
     if x.dim() == 0 or not x.dtype.is_floating_point:
         raise InputError(f"hadamard_transform needs a floating tensor [..., d], not {x.dtype} {list(x.shape)}")
     d = index(x.shape[-1])  # a symbolic width becomes a constant: the matrix depends on it
     m, k = _order(d)
-    if _package_serves(x, m):
+    if impl == "auto" and _package_serves(x, m):
         return _package_transform(x)
     trailing = m << k
     if trailing == 1:  # no factor to multiply by, and callers write to what they get

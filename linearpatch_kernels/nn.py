@@ -62,6 +62,7 @@ class HadamardPatch(Patch):
         order: of H, refused if this version has another (`hadamard_order`); 0: this version's.
         device, dtype: of the parameters ``scale``, ``pre_scale``, ``post_scale`` [d], ``down`` [d, r], ``up`` [r, d];
             those that are not there are None.
+        impl: as of `linearpatch_kernels.hadamard_patch`; no part of the description.
 
     Raises:
         InputError: a width below 1, a rank below 0, another order.
@@ -73,6 +74,7 @@ class HadamardPatch(Patch):
     post_scale: nn.Parameter | None
     down: nn.Parameter | None
     up: nn.Parameter | None
+    impl: str = "auto"  # of the class as well, for patches that were pickled without one
 
     def __init__(
         self,
@@ -84,11 +86,12 @@ class HadamardPatch(Patch):
         order: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         _check_size(dim, rank)
         _check_order(dim, order, hadamard_order(dim) if order else 0)
-        self.dim, self.rank = dim, rank
+        self.dim, self.rank, self.impl = dim, rank, impl
         scales = {"scale": True, "pre_scale": pre_scale, "post_scale": post_scale}
         for name, present in scales.items():
             ones = torch.ones(dim, device=device, dtype=dtype) if present else None
@@ -123,13 +126,23 @@ class HadamardPatch(Patch):
         return patch
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._by(self.impl, x)
+
+    def _by(self, impl: str, x: Tensor) -> Tensor:
         own: dict[str, Any] = self._parameters
         # Each of the five by nn.Module's own __getattr__ takes longer than the arithmetic on a narrow row.
         try:
             scale, pre, post, down, up = own["scale"], own["pre_scale"], own["post_scale"], own["down"], own["up"]
         except KeyError:  # parametrised, pruned, or a replica of torch's DataParallel: there as attributes only
             scale, pre, post, down, up = self.scale, self.pre_scale, self.post_scale, self.down, self.up
-        return hadamard_patch(x, scale, pre_scale=pre, post_scale=post, down=down, up=up)
+        if impl == "auto":  # not given, because a checkpoint's code may meet the operator of a version without it
+            return hadamard_patch(x, scale, pre_scale=pre, post_scale=post, down=down, up=up)
+        return hadamard_patch(x, scale, pre_scale=pre, post_scale=post, down=down, up=up, impl=impl)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """P [dim, dim] in float64, on the parameters' device; by plain PyTorch, because no kernel is of float64."""
+        return self._by("auto", torch.eye(self.dim, dtype=torch.float64, device=self.scale.device))
 
     def description(self) -> dict[str, Any]:
         present = {"pre_scale": self.pre_scale is not None, "post_scale": self.post_scale is not None}
@@ -485,25 +498,40 @@ class TopKKLLoss(nn.Module):
         InputError: there is no such option.
     """
 
-    def __init__(self, normalization: str = "topk", temperature: float = 1.0) -> None:
+    impl: str = "auto"  # of the class as well, for losses that were pickled without one
+
+    def __init__(self, normalization: str = "topk", temperature: float = 1.0, *, impl: str = "auto") -> None:
         super().__init__()
         check_options(normalization, temperature)
-        self.normalization, self.temperature = normalization, temperature
+        self.normalization, self.temperature, self.impl = normalization, temperature, impl
 
     def forward(self, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor) -> Tensor:
         return topk_kl_loss(
-            logits, teacher_probs, teacher_ids, normalization=self.normalization, temperature=self.temperature
+            logits,
+            teacher_probs,
+            teacher_ids,
+            normalization=self.normalization,
+            temperature=self.temperature,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        return f"normalization={self.normalization!r}, temperature={self.temperature}"
+        named = f", impl={self.impl!r}" if self.impl != "auto" else ""
+        return f"normalization={self.normalization!r}, temperature={self.temperature}{named}"
 
 
 class LinearTopKKLLoss(TopKKLLoss):
     """`linearpatch_kernels.linear_topk_kl_loss` with its options fixed: takes the head's input and weight."""
 
-    def __init__(self, normalization: str = "topk", temperature: float = 1.0, softcap: float | None = None) -> None:
-        super().__init__(normalization, temperature)
+    def __init__(
+        self,
+        normalization: str = "topk",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalization, temperature, impl=impl)
         check_options(normalization, temperature, softcap)
         self.softcap = softcap
 
@@ -519,6 +547,7 @@ class LinearTopKKLLoss(TopKKLLoss):
             normalization=self.normalization,
             temperature=self.temperature,
             softcap=self.softcap,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:

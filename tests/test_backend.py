@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from linearpatch_kernels import backend
+from linearpatch_kernels.ops.backends import backends
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
 from linearpatch_kernels.ops.registration import define_operator
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
@@ -27,7 +28,7 @@ with warnings.catch_warnings(record=True) as caught:
     import linearpatch_kernels.ops.hadamard_patch
     import linearpatch_kernels.ops.topk_kl
 import torch
-from linearpatch_kernels.backend import backends
+from linearpatch_kernels.ops.backends import backends
 y = linearpatch_kernels.ops.hadamard_patch.hadamard_patch(torch.ones(1, 4), torch.full((4,), 2.0))
 ours = [str(w.message) for w in caught if "linearpatch" in str(w.message)]
 print(json.dumps({"backends": backends(), "warnings": ours, "y": y.tolist()}))
@@ -56,7 +57,7 @@ def package_with_extension(folder: Path, content: bytes | None) -> Path:
 
 
 def test_names_and_answers() -> None:
-    answers = backend.backends()
+    answers = backends()
     assert list(answers) == ["reference", "cpu", "triton", "cuda"]
     assert answers["reference"] is True
     assert all(answer is True or (isinstance(answer, str) and "\n" not in answer) for answer in answers.values())
@@ -124,7 +125,7 @@ def test_why_cuda_cannot_run(
     monkeypatch.setattr(backend, "_compiled_for", lambda key: key == "CUDA" and compiled)
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
-    assert re.search(said, str(backend.backends()["cuda"]))
+    assert re.search(said, str(backends()["cuda"]))
 
 
 def test_who_is_compiled_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

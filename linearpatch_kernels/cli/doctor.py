@@ -19,8 +19,8 @@ def doctor(json_file: JsonFile = None) -> None:
 
     import torch
 
-    from linearpatch_kernels.backend import backends
     from linearpatch_kernels.demo_data import demo_model_path, demo_text
+    from linearpatch_kernels.ops.backends import BACKENDS
     from linearpatch_kernels.text import cache_dir
 
     def version(package: str) -> str:
@@ -66,10 +66,16 @@ def doctor(json_file: JsonFile = None) -> None:
             "free disk": free_disk(),
             "cache": str(cache_dir()),
         },
-        "backends": {name: "yes" if state is True else state for name, state in backends().items()},
+        "backends": {name: "yes" if (found := one.available()).ok else found.reason for name, one in BACKENDS.items()},
         "packages": {name: version(name) for name in packages},
         "demo": {"model": reason(demo_model_path), "texts": reason(lambda: demo_text("calibration"))},
     }
+    told = {"backends": {name: f"{name}: {one.help}" for name, one in BACKENDS.items()}}
     for section, entries in summary.items():
-        print_table(section.capitalize(), ["what", "state"], [[name, str(state)] for name, state in entries.items()])
+        names = told.get(section, {})
+        print_table(
+            section.capitalize(),
+            ["what", "state"],
+            [[names.get(name, name), str(state)] for name, state in entries.items()],
+        )
     write_json(json_file, summary)

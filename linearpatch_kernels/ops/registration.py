@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -15,9 +17,28 @@ from torch.library import Library, custom_op
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
+from linearpatch_kernels.ops.backends import Kernel, add_operator
 from linearpatch_kernels.torch_internals import may_be_dual, transformed
 
 _AUTOGRAD = Library("linearpatch", "IMPL")
+
+# What the caller of an operator named, for the derivatives that no kernel has: they are computed by none in its place.
+_NAMED: ContextVar[str] = ContextVar("impl", default="auto")
+
+
+@contextmanager
+def named(impl: str) -> Iterator[None]:
+    """While it is open, a derivative that the named implementation does not have raises."""
+    before = _NAMED.set(impl)
+    try:
+        yield
+    finally:
+        _NAMED.reset(before)
+
+
+def _check_named(name: str) -> None:
+    if (impl := _NAMED.get()) not in ("auto", "reference"):
+        raise InputError(f"impl={impl!r} has no such derivative of {name}: impl='reference' has, and 'auto' takes it")
 
 
 class DerivativeError(InputError, NotImplementedError):
@@ -71,6 +92,7 @@ class Operator:
     Args:
         name, schema, kernel, fake, mutates_args: as of `define_operator`; the functions take every argument.
         told: the operator's name in messages.
+        variants: operators of the same schema that are one implementation each, by its name.
         otherwise: what computes in the operator's place for a derivative that it has no formula for; None: it raises.
     """
 
@@ -83,7 +105,9 @@ class Operator:
         mutates_args: Iterable[str],
         told: str,
         otherwise: Callable[..., Any] | None,
+        variants: Mapping[str, Operator] | None = None,
     ) -> None:
+        self.variants = dict(variants or {})
         self._definition = custom_op(f"linearpatch::{name}", kernel, mutates_args=tuple(mutates_args), schema=schema)
         self._definition.register_fake(fake)
         self.register_kernel = self._definition.register_kernel
@@ -100,6 +124,10 @@ class Operator:
 
     def __call__(self, *operands: Any) -> Any:
         return self.overload(*operands)
+
+    def by(self, impl: str) -> Operator:
+        """What an implementation runs: the operator itself where torch's dispatcher chooses it, by the device."""
+        return self.variants.get(impl, self)
 
     def completed(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         """With the last ones, which callers may leave out, and which torch takes away where they are None."""
@@ -136,6 +164,7 @@ class Operator:
             @staticmethod
             def forward(ctx: Any, *operands_and_keys: Any) -> Any:
                 *operands, keys = operands_and_keys
+                ctx.named = _NAMED.get()
                 result = operator.overload.redispatch(_below_autograd(keys), *operands)
                 if operator._setup_context is not None:
                     operator._setup_context(ctx, tuple(operands), result)
@@ -145,8 +174,8 @@ class Operator:
             def backward(ctx: Any, *grads: Any) -> Any:
                 if operator._backward is None:
                     raise DerivativeError(f"{operator._told} has no derivative")
-                gradients = operator._backward(ctx, *grads)
-                return *gradients, None
+                with named(ctx.named):
+                    return *operator._backward(ctx, *grads), None
 
         return Differentiated
 
@@ -173,9 +202,12 @@ def define_operator(
     mutates_args: Iterable[str] = (),
     triton: str | None = None,
     compiled: str | None = None,
+    kernels: Mapping[str, Kernel] | None = None,
     otherwise: Callable[..., Any] | None = None,
 ) -> Operator:
     """Define ``linearpatch::name`` with its reference on every device, and ``linearpatch::name_reference``.
+
+    ``linearpatch::name_IMPL`` is defined for every other implementation that can be named and is not the dispatcher's.
 
     A compiled kernel registered for a device (``STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, m)``, before or after)
     takes the place of the reference there: no Python runs below ``torch.ops`` then, except for autograd's record. Where
@@ -188,6 +220,7 @@ def define_operator(
         fake: the shapes, dtypes and strides of the result; the same arguments, whose tensors are on one device.
         triton: the module whose function ``name`` runs on tensors of the devices that Triton serves; imported then.
         compiled: an operator of the extension that this module uses, too: where it is there, Triton need not be.
+        kernels: by the name of an implementation, what runs where a call names it; takes the same arguments.
         mutates_args: names of the arguments that are written to.
         otherwise: computes in the operator's place, on any device, where a derivative is asked for that it has no
             formula for: in forward mode, under torch.func's transforms, in reverse mode if none is registered. The
@@ -200,6 +233,7 @@ def define_operator(
 
     def without_formula(*arguments: Any) -> Any:
         assert otherwise is not None
+        _check_named(name)
         check_reference_allowed(f"such derivative of {name}", arguments[0].device)
         with without_autocast(arguments[0].device):
             return otherwise(*operator.completed(arguments))
@@ -219,10 +253,22 @@ def define_operator(
             raise InputError(f"{name} needs its tensors on one device, not on {' and '.join(devices)}")
         return fake(*operator.completed(arguments))
 
-    for variant, implementation in ((name + "_reference", in_its_own_precision), (name, where_no_kernel_is)):
-        operator = Operator(
-            variant, schema, implementation, on_one_device, mutates_args, name, otherwise and without_formula
-        )
+    def kernel(run: Callable[..., Any]) -> Callable[..., Any]:
+        def in_the_kernels_precision(*arguments: Any) -> Any:
+            with without_autocast(arguments[0].device):
+                return run(*operator.completed(arguments))
+
+        return in_the_kernels_precision
+
+    def defined(variant: str, run: Callable[..., Any], variants: Mapping[str, Operator] | None = None) -> Operator:
+        derived = otherwise and without_formula
+        return Operator(variant, schema, run, on_one_device, mutates_args, name, derived, variants)
+
+    kernels = kernels or {}
+    variants = {impl: defined(f"{name}_{impl}", kernel(one.run)) for impl, one in kernels.items()}
+    variants["reference"] = defined(f"{name}_reference", in_its_own_precision)
+    operator = defined(name, where_no_kernel_is, variants)
+    add_operator(name, kernels)
     return operator
 
 

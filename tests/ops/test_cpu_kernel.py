@@ -15,8 +15,8 @@ import torch
 from cpu_cases import DTYPES, LISTED, SMALL, WIDE
 from torch import Tensor
 
-from linearpatch_kernels.backend import backends
 from linearpatch_kernels.hadamard import paley_factor
+from linearpatch_kernels.ops.backends import backends
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 
 OPS = torch.ops.linearpatch

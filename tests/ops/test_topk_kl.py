@@ -764,8 +764,8 @@ def test_an_error_that_is_no_misfit_stays_as_it_was(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no memory left")
 
     p = problem()
-    for name in ("_call", "_call_linear"):
-        monkeypatch.setattr(operator, name, broken)
+    for one in (operator._loss, operator._linear):
+        monkeypatch.setattr(one, "overload", broken)
     with pytest.raises(RuntimeError, match="no memory left"):
         topk_kl_loss(p.hidden @ p.weight.T, p.probs, p.ids)
     with pytest.raises(RuntimeError, match="no memory left"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearpatch_kernels.backend import backends
+from linearpatch_kernels.ops.backends import backends
 from tests.ops.topk_kl_cases import check, double
 
 OPS = torch.ops.linearpatch

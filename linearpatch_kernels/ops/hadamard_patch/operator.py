@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import paley_factor
+from linearpatch_kernels.ops.backends import Kernel, check_served
 from linearpatch_kernels.ops.hadamard_patch.reference import (
     _arithmetic_dtype,
     _check_out,
@@ -22,8 +23,10 @@ from linearpatch_kernels.ops.hadamard_patch.reference import (
 from linearpatch_kernels.ops.overlap import share_memory
 from linearpatch_kernels.ops.registration import (
     DerivativeError,
+    Operator,
     batch_by_rows,
     define_operator,
+    named,
     refuse_forward_mode,
 )
 from linearpatch_kernels.torch_internals import below_autograd, below_versions, called_by, may_be_dual
@@ -82,12 +85,24 @@ def _no_derivative(*_: Any) -> Any:
 
 _TRITON = "linearpatch_kernels.ops.hadamard_patch.triton"
 
+
+def _kernels(name: str) -> dict[str, Kernel]:
+    """Triton's, imported when they are first run or asked for."""
+    return {
+        "triton": Kernel(
+            lambda *operands: getattr(import_module(_TRITON), name)(*operands),
+            lambda device, width: import_module(_TRITON).serves(device, width),
+        )
+    }
+
+
 _patch = define_operator(
     "hadamard_patch",
     f"(Tensor x, Tensor scale, {_OMISSIBLE}) -> Tensor",
     _forward,
     _fake_forward,
     triton=_TRITON,
+    kernels=_kernels("hadamard_patch"),
     otherwise=_forward,
 )
 _patch_backward = define_operator(
@@ -97,6 +112,7 @@ _patch_backward = define_operator(
     hadamard_patch_backward_reference,
     _fake_backward,
     triton=_TRITON,
+    kernels=_kernels("hadamard_patch_backward"),
     otherwise=hadamard_patch_backward_reference,
 )
 _patch_out = define_operator(
@@ -105,6 +121,7 @@ _patch_out = define_operator(
     _forward_out,
     _fake_forward_out,
     triton=_TRITON,
+    kernels=_kernels("hadamard_patch_out"),
     mutates_args=("out",),
 )
 _add_patch_rms_norm = define_operator(
@@ -113,6 +130,7 @@ _add_patch_rms_norm = define_operator(
     add_patch_rms_norm_reference,
     _fake_add_patch_rms_norm,
     triton=_TRITON,
+    kernels=_kernels("add_patch_rms_norm"),
     otherwise=_no_derivative,
 )
 
@@ -121,22 +139,31 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    needs = sum(int(wanted) << i for i, wanted in enumerate(ctx.needs_input_grad[:6]))
-    gradients = torch.ops.linearpatch.hadamard_patch_backward.default(grad, *inputs, needs)
-    return tuple(
-        gradient.to(tensor.dtype) if wanted else None
-        for gradient, tensor, wanted in zip(gradients, inputs, ctx.needs_input_grad[:6], strict=True)
-    )
+def _backward(gradients_of: Operator) -> Any:
+    """The formula, by the operator that computes the gradients."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:6]
+        gradients = gradients_of(grad, *inputs, sum(int(one) << i for i, one in enumerate(wanted)))
+        return tuple(
+            gradient.to(tensor.dtype) if one else None
+            for gradient, tensor, one in zip(gradients, inputs, wanted, strict=True)
+        )
+
+    return backward
 
 
-def _forward_into_bits(x: Tensor, scale: Tensor, *others: Any) -> None:
+def _into_bits(patch: Operator) -> Any:
     """`_forward_out` where an operand is a view that torch negates, or conjugates, when it is read or written."""
-    *optional, out = others
-    _check_out(x, out)
-    _check_out_is_apart(out, scale, *optional)
-    out.copy_(_call(x, scale, *optional))
+
+    def forward_into_bits(x: Tensor, scale: Tensor, *others: Any) -> None:
+        *optional, out = others
+        _check_out(x, out)
+        _check_out_is_apart(out, scale, *optional)
+        out.copy_(patch(x, scale, *optional))
+
+    return forward_into_bits
 
 
 # What the compiled kernels ask Python: the matrix H_m of a width when they first meet it, and whether tensors whose
@@ -148,35 +175,43 @@ _asked.define("share_memory(Tensor a, Tensor? b) -> bool")
 _asked.impl("share_memory", share_memory, "CompositeExplicitAutograd")
 # torch's own fallback for such views takes every operator that writes for one that returns what it wrote.
 for _bit in ("Negative", "Conjugate"):
-    for _variant in ("hadamard_patch_out", "hadamard_patch_out_reference"):
-        _asked.impl(_variant, _forward_into_bits, _bit)
+    _asked.impl("hadamard_patch_out", _into_bits(_patch), _bit)
+    for _impl in _patch_out.variants:
+        _asked.impl(f"hadamard_patch_out_{_impl}", _into_bits(_patch.by(_impl)), _bit)
 
-_patch.register_autograd(_backward, setup_context=_save)
-_add_patch_rms_norm.register_autograd(_no_derivative)
-batch_by_rows(_patch, rows=(0,))
-batch_by_rows(_patch_backward, rows=())
-batch_by_rows(_add_patch_rms_norm, rows=(0, 1))
+# The reference needs no formula: autograd records it.
+for _impl in ("auto", "triton"):
+    _patch.by(_impl).register_autograd(_backward(_patch_backward.by(_impl)), setup_context=_save)
+for _impl in ("auto", *_patch.variants):
+    _add_patch_rms_norm.by(_impl).register_autograd(_no_derivative)
+    batch_by_rows(_patch.by(_impl), rows=(0,))
+    batch_by_rows(_patch_backward.by(_impl), rows=())
+    batch_by_rows(_add_patch_rms_norm.by(_impl), rows=(0, 1))
 
-_call = torch.ops.linearpatch.hadamard_patch.default
-_call_out = torch.ops.linearpatch.hadamard_patch_out.default
-_call_add_patch_rms_norm = torch.ops.linearpatch.add_patch_rms_norm.default
 
-
-def _run(operator: Any, *operands: Any) -> Any:
+def _run(impl: str, operator: Operator, *operands: Any) -> Any:
     """The operator, with as little Python as can be: at one row it costs as much as the arithmetic.
 
     Under no_grad, as in Transformers' generate, past the Python in which torch.library notes what a gradient needs.
     """
+    overload = operator.overload if impl == "auto" else operator.by(impl).overload
     if torch.compiler.is_compiling():
-        return operator(*operands)
-    call = called_by(operator)
+        return overload(*operands)
+    if impl != "auto":
+        with named(impl):
+            return _eagerly(overload, operands)
+    return _eagerly(overload, operands)
+
+
+def _eagerly(overload: Any, operands: tuple[Any, ...]) -> Any:
+    call = called_by(overload)
     try:
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or may_be_dual():
             return call(*operands)
         with below_autograd():
             return call(*operands)
     except RuntimeError:
-        _check_tensors(operator, operands)
+        _check_tensors(overload, operands)
         raise
 
 
@@ -201,6 +236,7 @@ def hadamard_patch(
     down: Tensor | None = None,
     up: Tensor | None = None,
     out: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """The map at a joint: ``y = (((x * pre) @ H) * scale) @ H.T * post + (x @ down) @ up`` (LinearPatch, section 3.2).
 
@@ -225,18 +261,21 @@ def hadamard_patch(
         out: written to and returned instead of a new tensor: x's shape and dtype, any strides with a place of its own
             for every element. It may be x itself or share memory with it, not with another operand. Nothing is
             differentiable then.
+        impl: the implementation: "auto" (``LINEARPATCH_BACKEND``, else the one for x's device), "reference" (plain
+            PyTorch), "cpu", "triton" or "cuda". The gradient is computed by the same one.
 
     Returns:
         [..., d] in x's dtype, contiguous.
 
     Raises:
-        InputError: operands that do not fit each other, by the reference (a kernel raises RuntimeError).
+        InputError: operands that do not fit each other, by the reference (a kernel raises RuntimeError); the
+            implementation that is named does not serve x (`linearpatch_kernels.ops.backends`), or has no such
+            derivative.
         RuntimeError: ``out`` is given where gradients are being recorded for one of the operands, or in forward mode.
     """
-    if backend.FORCED is not None:
-        backend.check_forced_serves("hadamard_patch", x)
+    check_served(impl, "hadamard_patch", x)
     if out is None:
-        y: Tensor = _run(_call, x, scale, pre_scale, post_scale, down, up)
+        y: Tensor = _run(impl, _patch, x, scale, pre_scale, post_scale, down, up)
         return y
     operands = (x, scale, pre_scale, post_scale, down, up, out)
     if not isinstance(out, Tensor):
@@ -244,17 +283,18 @@ def hadamard_patch(
     refuse_forward_mode("hadamard_patch with out=", operands)
     if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in operands):
         raise RuntimeError("hadamard_patch with out= is not differentiable: call it under torch.no_grad()")
+    call_out = _patch_out.by(impl).overload
     if torch.compiler.is_compiling():
-        _call_out(*operands)
+        call_out(*operands)
         return out
     try:
         if below_versions is None:
-            _call_out(*operands)
+            call_out(*operands)
             return out
         with below_versions():
-            called_by(_call_out)(*operands)
+            called_by(call_out)(*operands)
     except RuntimeError:
-        _check_tensors(_call_out, operands)
+        _check_tensors(call_out, operands)
         raise
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
@@ -272,6 +312,7 @@ def add_patch_rms_norm(
     post_scale: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What an inference engine runs at the joint, in one pass; not differentiable. Equivalent to::
 
@@ -287,6 +328,7 @@ def add_patch_rms_norm(
         scale: [d], as the other operands those of `hadamard_patch`.
         norm_weight: [d], any floating dtype: the gain of the next layer's norm.
         eps: added to the mean square.
+        impl: as of `hadamard_patch`.
 
     Returns:
         ``(normed, new_residual)``, both [..., d] in x's dtype.
@@ -294,9 +336,8 @@ def add_patch_rms_norm(
     Raises:
         InputError: as `hadamard_patch`.
     """
-    if backend.FORCED is not None:
-        backend.check_forced_serves("add_patch_rms_norm", x)
+    check_served(impl, "add_patch_rms_norm", x)
     results: tuple[Tensor, Tensor] = _run(
-        _call_add_patch_rms_norm, x, residual, scale, norm_weight, eps, pre_scale, post_scale, down, up
+        impl, _add_patch_rms_norm, x, residual, scale, norm_weight, eps, pre_scale, post_scale, down, up
     )
     return results

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from linearpatch_kernels.backend import has_memory
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.hadamard import hadamard_transform, without_autocast
+from linearpatch_kernels.hadamard import check_plain, hadamard_transform, without_autocast
 from linearpatch_kernels.ops.overlap import share_memory
 
 
@@ -127,8 +127,10 @@ def hadamard_patch_reference(
     post_scale: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """`linearpatch_kernels.hadamard_patch` without ``out``, in plain differentiable PyTorch."""
+    check_plain(impl, "hadamard_patch")
     _check_patch_operands(x, scale, pre_scale, post_scale, down, up)
     with without_autocast(x.device):
         return _patch_rows(x.to(_arithmetic_dtype(x)), scale, pre_scale, post_scale, down, up).to(x.dtype)

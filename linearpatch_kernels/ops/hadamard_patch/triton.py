@@ -491,6 +491,11 @@ def _layout(x: Tensor) -> Layout | None:
     return layout if exchanged <= _shared_memory(x.device) else None
 
 
+def serves(device: str, width: int) -> bool:
+    """Whether the kernels have rows of this width on such a device."""
+    return _layout(torch.empty(0, width, device=device)) is not None
+
+
 def _patch(
     layout: Layout,
     x: Tensor,

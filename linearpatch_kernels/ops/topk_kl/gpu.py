@@ -44,6 +44,11 @@ def _triton(device: torch.device) -> Any:
     return import_module("linearpatch_kernels.ops.topk_kl.triton") if triton_serves(device.type) else None
 
 
+def kernels_of(impl: str) -> Any:
+    """What an implementation that is named has the kernels in."""
+    return cuda.COMPILED if impl == "cuda" else import_module("linearpatch_kernels.ops.topk_kl.triton")
+
+
 def kernels_for(hidden: Tensor) -> Any:
     """What has the kernels for such hidden states, `cuda` before `triton`, or None."""
     if compiled_for_gpus(hidden.device.type, "topk_kl_slots") and cuda.COMPILED.serves(hidden.shape[1]):
@@ -273,11 +278,12 @@ def linear_topk_kl_loss(
 
 
 def topk_kl_loss(
-    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalization: str, temperature: float,
+    kernels: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``linearpatch::topk_kl_loss``: Triton's, because given logits need not lie as the others want it."""
     check_operands(logits, teacher_probs, teacher_ids, normalization, temperature)
-    kernels, vocabulary = _triton(logits.device), logits.shape[1]
+    kernels, vocabulary = kernels or _triton(logits.device), logits.shape[1]
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_reference(logits, teacher_probs, teacher_ids, normalization, temperature)
     check_ids(teacher_ids, vocabulary)
@@ -295,10 +301,10 @@ def topk_kl_loss(
 
 def topk_kl_loss_backward(
     grad: Tensor, logits: Tensor, teacher_probs: Tensor, teacher_ids: Tensor, normalizers: Tensor, normalization: str,
-    temperature: float,
+    temperature: float, kernels: Any = None,
 ) -> Tensor:  # fmt: skip
     """The operator ``linearpatch::topk_kl_loss_backward``."""
-    kernels, vocabulary = _triton(logits.device), logits.shape[1]
+    kernels, vocabulary = kernels or _triton(logits.device), logits.shape[1]
     if kernels is None or logits.dtype == torch.float64 or not teacher_ids.numel() or not vocabulary:
         return topk_kl_loss_backward_reference(
             grad, logits, teacher_probs, teacher_ids, normalizers, normalization, temperature

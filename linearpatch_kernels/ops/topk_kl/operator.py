@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from linearpatch_kernels import backend
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.ops.backends import Kernel, check_served
 from linearpatch_kernels.ops.registration import (
     DerivativeError,
+    Operator,
     define_operator,
+    named,
     refuse_second_derivative,
     second_derivative_error,
 )
@@ -68,6 +72,20 @@ def _fake_linear(
 
 _GPU = "linearpatch_kernels.ops.topk_kl.gpu"
 
+
+def _kernel(name: str, impl: str, *, any_width: bool = True) -> Kernel:
+    """An implementation whose kernels `gpu` makes the operator of; it is imported when it is first run or asked for."""
+
+    def run(*operands: Any) -> Any:
+        gpu = import_module(_GPU)
+        return getattr(gpu, name)(*operands, kernels=gpu.kernels_of(impl))
+
+    def serves(device: str, width: int) -> bool:
+        return any_width or bool(import_module(_GPU).kernels_of(impl).serves(width))
+
+    return Kernel(run, serves)
+
+
 _loss = define_operator(
     "topk_kl_loss",
     "(Tensor logits, Tensor teacher_probs, Tensor teacher_ids, str normalization, float temperature)"
@@ -75,6 +93,7 @@ _loss = define_operator(
     topk_kl_loss_reference,
     _fake_loss,
     triton=_GPU,
+    kernels={"triton": _kernel("topk_kl_loss", "triton")},
 )
 _loss_backward = define_operator(
     "topk_kl_loss_backward",
@@ -83,6 +102,7 @@ _loss_backward = define_operator(
     topk_kl_loss_backward_reference,
     _fake_loss_backward,
     triton=_GPU,
+    kernels={"triton": _kernel("topk_kl_loss_backward", "triton")},
 )
 _linear = define_operator(
     "linear_topk_kl_loss",
@@ -93,6 +113,7 @@ _linear = define_operator(
     _fake_linear,
     triton=_GPU,
     compiled="topk_kl_slots",
+    kernels={impl: _kernel("linear_topk_kl_loss", impl, any_width=False) for impl in ("triton", "cuda")},
 )
 
 # An operator of its own, so that a kernel without a soft-cap has a schema without one.
@@ -105,7 +126,7 @@ _softcapped = define_operator(
     _fake_linear,
 )
 
-if backend.FORCED is None and backend.backends()["cpu"] is not True:
+if backend.FORCED is None and not backend.available("cpu").ok:
     _linear.register_kernel("cpu")(linear_topk_kl_loss_embedding_bag)
 
 
@@ -115,9 +136,13 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    call = torch.ops.linearpatch.topk_kl_loss_backward.default
-    return call(grad, *ctx.saved_tensors, ctx.normalization, ctx.temperature), None, None, None, None
+def _backward_loss(gradient_of: Operator) -> Callable[..., Any]:
+    """The formula, by the operator that computes the gradient."""
+
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return gradient_of(grad, *ctx.saved_tensors, ctx.normalization, ctx.temperature), None, None, None, None
+
+    return backward
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -167,14 +192,12 @@ def _backward_linear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
     return dhidden, dweight, None, None, dbias, *[None] * ctx.options
 
 
-_loss.register_autograd(_backward_loss, setup_context=_save_loss)
-refuse_second_derivative(_loss_backward, "topk_kl_loss")
+for _impl in ("auto", *_loss.variants):
+    _loss.by(_impl).register_autograd(_backward_loss(_loss_backward.by(_impl)), setup_context=_save_loss)
+    refuse_second_derivative(_loss_backward.by(_impl), "topk_kl_loss")
 for _operator in (_linear, _softcapped):
-    _operator.register_autograd(_backward_linear, setup_context=_save_linear)
-
-_call = torch.ops.linearpatch.topk_kl_loss.default
-_call_linear = torch.ops.linearpatch.linear_topk_kl_loss.default
-_call_softcapped = torch.ops.linearpatch.linear_topk_kl_loss_softcapped.default
+    for _one in (_operator, *_operator.variants.values()):
+        _one.register_autograd(_backward_linear, setup_context=_save_linear)
 
 
 def _refuse_learned(name: str, value: Any) -> None:
@@ -183,10 +206,12 @@ def _refuse_learned(name: str, value: Any) -> None:
         raise DerivativeError(f"{name} is a number, by which the loss is not differentiated: give {name}.item()")
 
 
-def _loss_of(call: Callable[..., tuple[Tensor, ...]], operands: tuple[Any, ...], check: Callable[[], None]) -> Tensor:
+def _loss_of(operator: Operator, impl: str, operands: tuple[Any, ...], check: Callable[[], None]) -> Tensor:
     """The first result of an operator; where it raises, what does not fit is told by the checks of the reference."""
     try:
-        return call(*operands)[0]
+        with nullcontext() if impl == "auto" or torch.compiler.is_compiling() else named(impl):
+            loss: Tensor = operator.by(impl).overload(*operands)[0]
+            return loss
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError):  # of a kernel, or of torch's conversion to the schema
@@ -202,6 +227,7 @@ def topk_kl_loss(
     *,
     normalization: str = "topk",
     temperature: float = 1.0,
+    impl: str = "auto",
 ) -> Tensor:
     """KL(teacher || student), the mean over the tokens, in nats (LinearPatch, section 3.3, is ``"topk"``).
 
@@ -221,6 +247,8 @@ def topk_kl_loss(
             whose ids are all -1 is ignored. An id that stands twice is two slots.
         normalization: ``"topk"``, ``"full"`` or ``"tail"``.
         temperature: of the student's softmax, > 0 (from 1e-30 to 1e30).
+        impl: the implementation: "auto" (``LINEARPATCH_BACKEND``, else the one for the logits' device), "reference"
+            (plain PyTorch), "cpu", "triton" or "cuda". The gradient is computed by the same one.
 
     Returns:
         A scalar, float32 (float64 for float64 logits); 0 if all tokens are ignored. Differentiable once in the logits,
@@ -230,6 +258,7 @@ def topk_kl_loss(
     Raises:
         InputError: shapes, dtypes or options that do not fit; an id outside the vocabulary, on the CPU. On a GPU such
             an id makes the loss NaN, unless ``LINEARPATCH_CHECK_IDS=1`` was set at import: it costs a synchronisation.
+            The implementation that is named does not serve the logits (`linearpatch_kernels.ops.backends`).
         DerivativeError: it is differentiated twice, in forward mode, or by torch.func.
     """
     operands = logits, teacher_probs, teacher_ids, normalization, temperature
@@ -239,9 +268,8 @@ def topk_kl_loss(
         check_operands(*operands)
         check_ids(teacher_ids, logits.shape[1])
 
-    if backend.FORCED is not None:
-        backend.check_forced_serves("topk_kl_loss", logits)
-    return _loss_of(_call, operands, check)
+    check_served(impl, "topk_kl_loss", logits)
+    return _loss_of(_loss, impl, operands, check)
 
 
 def linear_topk_kl_loss(
@@ -254,6 +282,7 @@ def linear_topk_kl_loss(
     normalization: str = "topk",
     temperature: float = 1.0,
     softcap: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """`topk_kl_loss` of ``hidden @ weight.T + bias`` without those logits [N, V] in memory.
 
@@ -272,6 +301,7 @@ def linear_topk_kl_loss(
         bias: [V] or None.
         softcap: c > 0 (from 1e-30 to 1e30), for ``logits = c * tanh((hidden @ weight.T + bias) / c)`` (Gemma 2), before
             the temperature; None, 0 and infinity are none. On GPUs this is served by plain PyTorch.
+        impl: as of `topk_kl_loss`.
 
     Returns:
         A scalar, float32 (float64 where hidden or weight is). Differentiable once in hidden, weight and bias, in
@@ -292,6 +322,5 @@ def linear_topk_kl_loss(
         check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, weight, bias, *cap)
         check_ids(teacher_ids, len(weight))
 
-    if backend.FORCED is not None:
-        backend.check_forced_serves("linear_topk_kl_loss", hidden)
-    return _loss_of(_call_softcapped if cap else _call_linear, (*operands, *cap), check)
+    check_served(impl, "linear_topk_kl_loss_softcapped" if cap else "linear_topk_kl_loss", hidden, weight)
+    return _loss_of(_softcapped if cap else _linear, impl, (*operands, *cap), check)
