@@ -493,7 +493,7 @@ def _layout(x: Tensor) -> Layout | None:
 
 def serves(device: str, width: int) -> bool:
     """Whether the kernels have rows of this width on such a device."""
-    return _layout(torch.empty(0, width, device=device)) is not None
+    return _layout(torch.empty(0, width, dtype=torch.float32, device=device)) is not None
 
 
 def _patch(
