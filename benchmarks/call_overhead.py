@@ -18,7 +18,7 @@ from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss
 
-TURNS = 5
+TURNS = 3
 SWITCH = "LINEARPATCH_PUBLIC_TORCH"
 
 
@@ -46,7 +46,7 @@ def measure() -> dict[str, float]:
     taken = {}
     for name, call in cases().items():
         calls, seconds = timeit.Timer(call).autorange()
-        taken[name] = min([seconds, *timeit.Timer(call).repeat(5, calls)]) / calls * 1e6
+        taken[name] = min([seconds, *timeit.Timer(call).repeat(3, calls)]) / calls * 1e6
     return taken
 
 

@@ -3,7 +3,7 @@
 Torch's are looked up once, at import: one that a version lacks is None, and what stands behind "without" is done.
 ``LINEARPATCH_PUBLIC_TORCH=1`` makes every one of them absent, accelerate's too: to test that the package works without
 them, and to go on where one of them has changed its meaning. All of torch's were seen in 2.11, 2.13 and 2.14.1.
-Microseconds are those of ``python -m benchmarks.call_overhead``.
+Microseconds are those that ``python -m benchmarks.call_overhead`` printed with torch 2.13 on one core of an AMD EPYC.
 
 Not listed are ``_parameters``, ``_modules`` and ``_buffers`` of ``nn.Module``, which are for its subclasses to use.
 """
@@ -37,10 +37,16 @@ def _private(path: str) -> Any:
 _Guard = Callable[[], AbstractContextManager[object]]
 
 below_autograd: _Guard = _private("_C._AutoDispatchBelowAutograd") or nullcontext
-"""Goes past the Python that notes what a gradient needs. Without: that Python runs, and notes nothing under no_grad."""
+"""Goes past the Python that notes what a gradient needs. Without: that Python runs, and notes nothing under no_grad.
+
+A call of `hadamard_patch` under no_grad takes 6.0 microseconds with this, `called_by` and `may_be_dual`, 10.6 without.
+"""
 
 below_versions: _Guard | None = _private("_C._AutoDispatchBelowADInplaceOrView")
-"""Goes past the Python that increments versions, for a caller that does. Without: None, that Python increments them."""
+"""Goes past the Python that increments versions, for a caller that does. Without: None, that Python increments them.
+
+A call of `hadamard_patch` with ``out`` takes 6.1 microseconds with it, 26.8 without.
+"""
 
 _any_level = _private("autograd.forward_ad._current_level") is None
 _transforms_active = _private("_C._are_functorch_transforms_active")
@@ -114,7 +120,8 @@ def where_constants_are_made() -> _Guard | None:
     """Makes what a tensor that outlives the call is to be made in; None: no tensor may outlive the call.
 
     A tensor that is made while a mode watches belongs to it (``_len_torch_dispatch_stack``), and one that is made under
-    torch.func to the transform (``_DisableFuncTorch``). Without: None, so that it is made again in every call.
+    torch.func to the transform (``_DisableFuncTorch``). Without: None, so that it is made again in every call: a row of
+    4096 is transformed in 37 microseconds with these, in 113 without.
     """
     # Some of torch's guards begin when they are made, so it is left to the caller to make one.
     return None if _modes is None or _modes() else _without_transforms

@@ -18,7 +18,7 @@ from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
 from linearpatch_kernels.ops.backends import Kernel, add_operator
-from linearpatch_kernels.torch_internals import may_be_dual, transformed
+from linearpatch_kernels.torch_internals import called_by, may_be_dual, transformed
 
 _AUTOGRAD = Library("linearpatch", "IMPL")
 
@@ -93,6 +93,11 @@ class Operator:
         name, schema, kernel, fake, mutates_args: as of `define_operator`; the functions take every argument.
         told: the operator's name in messages.
         variants: operators of the same schema that are one implementation each, by its name.
+
+    Attributes:
+        overload: what ``torch.ops`` has under the name; what a compiler traces.
+        call: the same, called directly.
+        arguments: ``(type, name)`` of each argument of the schema.
         otherwise: what computes in the operator's place for a derivative that it has no formula for; None: it raises.
     """
 
@@ -113,8 +118,10 @@ class Operator:
         self.register_kernel = self._definition.register_kernel
         self.register_vmap = self._definition.register_vmap
         self.overload = getattr(torch.ops.linearpatch, name).default
+        self.call = called_by(self.overload)
         self._told, self._otherwise = told, otherwise
-        self._arguments = schema.partition(" -> ")[0].count(",") + 1
+        declared = schema.partition(" -> ")[0].strip("()").split(", ")
+        self.arguments = [(kind, name.partition("=")[0]) for kind, name in map(str.split, declared)]
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., None] | None = None
         self._function = self._differentiated()
@@ -131,7 +138,7 @@ class Operator:
 
     def completed(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         """With the last ones, which callers may leave out, and which torch takes away where they are None."""
-        return *operands, *(None,) * (self._arguments - len(operands))
+        return *operands, *(None,) * (len(self.arguments) - len(operands))
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None

@@ -29,7 +29,7 @@ from linearpatch_kernels.ops.registration import (
     named,
     refuse_forward_mode,
 )
-from linearpatch_kernels.torch_internals import below_autograd, below_versions, called_by, may_be_dual
+from linearpatch_kernels.torch_internals import below_autograd, below_versions, may_be_dual
 
 _OPTIONAL = "Tensor? pre_scale, Tensor? post_scale, Tensor? down, Tensor? up"
 _OMISSIBLE = _OPTIONAL.replace(",", "=None,") + "=None"  # where nothing that is required follows
@@ -190,41 +190,38 @@ for _impl in ("auto", *_patch.variants):
 
 
 def _run(impl: str, operator: Operator, *operands: Any) -> Any:
-    """The operator, with as little Python as can be: at one row it costs as much as the arithmetic.
-
-    Under no_grad, as in Transformers' generate, past the Python in which torch.library notes what a gradient needs.
-    """
-    overload = operator.overload if impl == "auto" else operator.by(impl).overload
+    """The operator, with as little Python as can be: at one row it costs as much as the arithmetic."""
+    operator = operator if impl == "auto" else operator.by(impl)
     if torch.compiler.is_compiling():
-        return overload(*operands)
-    if impl != "auto":
-        with named(impl):
-            return _eagerly(overload, operands)
-    return _eagerly(overload, operands)
+        return operator.overload(*operands)
+    if impl == "auto":
+        return _eagerly(operator, operands)
+    with named(impl):
+        return _eagerly(operator, operands)
 
 
-def _eagerly(overload: Any, operands: tuple[Any, ...]) -> Any:
-    call = called_by(overload)
+def _eagerly(operator: Operator, operands: tuple[Any, ...]) -> Any:
+    """Under no_grad, as in Transformers' generate, past the Python that notes what a gradient needs."""
+    call = operator.call
     try:
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or may_be_dual():
             return call(*operands)
         with below_autograd():
             return call(*operands)
     except RuntimeError:
-        _check_tensors(overload, operands)
+        _check_tensors(operator, operands)
         raise
 
 
-def _check_tensors(operator: Any, operands: tuple[Any, ...]) -> None:
+def _check_tensors(operator: Operator, operands: tuple[Any, ...]) -> None:
     """Say in the function's words what torch's dispatcher says in its own; asked when it has raised."""
-    for argument, operand in zip(operator._schema.arguments, operands, strict=True):
-        wanted = str(argument.type)
-        if "Tensor" not in wanted or (operand is None and wanted.startswith("Optional")):
+    for (kind, name), operand in zip(operator.arguments, operands, strict=True):
+        if not kind.startswith("Tensor") or (operand is None and kind.endswith("?")):
             continue
         if not isinstance(operand, Tensor):
-            raise InputError(f"{argument.name} must be a tensor, not {type(operand).__name__}") from None
+            raise InputError(f"{name} must be a tensor, not {type(operand).__name__}") from None
         if operand.is_nested:
-            raise InputError(f"{argument.name} must be a dense tensor, not a nested one: give its values") from None
+            raise InputError(f"{name} must be a dense tensor, not a nested one: give its values") from None
 
 
 def hadamard_patch(
@@ -283,18 +280,18 @@ def hadamard_patch(
     refuse_forward_mode("hadamard_patch with out=", operands)
     if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in operands):
         raise RuntimeError("hadamard_patch with out= is not differentiable: call it under torch.no_grad()")
-    call_out = _patch_out.by(impl).overload
+    operator = _patch_out.by(impl)
     if torch.compiler.is_compiling():
-        call_out(*operands)
+        operator.overload(*operands)
         return out
     try:
         if below_versions is None:
-            call_out(*operands)
+            operator.overload(*operands)
             return out
         with below_versions():
-            called_by(call_out)(*operands)
+            operator.call(*operands)
     except RuntimeError:
-        _check_tensors(call_out, operands)
+        _check_tensors(operator, operands)
         raise
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
