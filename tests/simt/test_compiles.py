@@ -28,8 +28,9 @@ def compiled() -> dict[tuple[str, int], Cubin]:
 
 
 # Bytes that a thread of a kernel stores and loads for want of registers, at most. Gradients on sm_75: none of the
-# default ones. A warp's rows of 5120, of which a thread has 160 values: a dozen words of four thousand instructions,
-# and on an H100 1.5 times as fast as the kernel without (docs/results/gpu.md).
+# default ones. A warp's rows of 5120, of which a thread has 160 values: six or seven words go to local memory and back,
+# and on an H100 it is 1.5 times as fast as the kernel without (docs/results/gpu.md). The norm at 8192 on sm_100
+# lacks a few registers.
 SPILLS = {
     r"patch_gradientsINS0_6StagedILi36E": {75: 40},
     r"patch_warp_rows.*Li20ELi1E": {80: 60, 90: 76, 100: 80, 120: 64},
