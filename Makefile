@@ -56,7 +56,7 @@ oldest: $(OLDEST)/.ready
 	$(BIN)/python -c 'import transformers; assert transformers.__version__ == "5.16.0", transformers.__version__'
 	$(BIN)/linearpatch doctor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n logical tests/modeling/test_gguf.py \
-		tests/modeling/test_saving.py tests/modeling/test_patched.py tests/field/test_gguf.py tests/surgery/test_apply.py
+		tests/modeling/test_saving.py tests/modeling/test_patched.py tests/field/test_gguf.py tests/pruning/test_apply.py
 
 # The fast tests on every set of versions that pyproject claims, into benchmarks/results/matrix.json: before a release.
 matrix:

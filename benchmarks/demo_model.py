@@ -26,8 +26,8 @@ from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 
 SPAN = Span(13, 19)
 PROMPT, NEW, REPEATS = 256, 16, 7

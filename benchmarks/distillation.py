@@ -56,10 +56,10 @@ from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import Patch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.fitting import fit_patch
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.surgery.scoring import choose_spans
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import fit_patch
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.scores import choose_spans
 from linearpatch_kernels.text import cache_dir, split_windows, token_windows
 from linearpatch_kernels.torch_state import evaluation_mode
 

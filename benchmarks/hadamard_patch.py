@@ -25,7 +25,7 @@ from benchmarks.registry import Case, Goal, Peer, Run, register
 from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, paley_factor
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
 from linearpatch_kernels.ops.hadamard_patch.reference import hadamard_patch_reference
-from tests.ops.cpu_cases import LISTED
+from tests.support.cpu_cases import LISTED
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # bf16 peers round in the middle, some of them several times.

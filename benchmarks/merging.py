@@ -1,7 +1,7 @@
 """CoMe on the demo model, against plain removal and patches at the same depth: ``python -m benchmarks.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
-(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `surgery.merge_healing.refit_merges`,
+(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `merging.refit.refit_merges`,
 ``+ patches`` a low-rank patch behind every merged layer, ``+ distilled`` hierarchical distillation of the refitted
 model, with the same windows for every row. Whatever is finished (a merge, a row) is kept in ``--work``: a run that was
 stopped goes on when the command is given again, and what is there is only printed. ``--groups`` tells instead what
@@ -39,19 +39,19 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
+from linearpatch_kernels.merging.merge import choose_units, merge_layers
+from linearpatch_kernels.merging.plan import MergePlan, apply_merges
+from linearpatch_kernels.merging.refit import CandidateRefits, heal_merges, refit_merges
+from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.merging.sensitivity import score_layers
 from linearpatch_kernels.modeling.families import keep_layers, num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.merge_healing import CandidateRefits, heal_merges, refit_merges
-from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
-from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-from linearpatch_kernels.surgery.merging import choose_units, merge_layers
-from linearpatch_kernels.surgery.plan import PrunePlan
-from linearpatch_kernels.surgery.pruning import plan_pruning
-from linearpatch_kernels.surgery.scoring import choose_spans
-from linearpatch_kernels.surgery.selection import fitted_joints
-from linearpatch_kernels.surgery.sensitivity import score_layers
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.pruning.scores import choose_spans
+from linearpatch_kernels.pruning.search import plan_pruning
+from linearpatch_kernels.pruning.selection import fitted_joints
 from linearpatch_kernels.text import cache_dir, split_windows, token_windows
 from linearpatch_kernels.torch_state import evaluation_mode
 

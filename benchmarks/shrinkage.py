@@ -9,9 +9,9 @@ from __future__ import annotations
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.surgery.fitting import fit_least_squares, fit_low_rank, shrunk
-from linearpatch_kernels.surgery.plan import Joint
-from linearpatch_kernels.surgery.selection import compare_candidates
+from linearpatch_kernels.pruning.fits import fit_least_squares, fit_low_rank, shrunk
+from linearpatch_kernels.pruning.plan import Joint
+from linearpatch_kernels.pruning.selection import compare_candidates
 from linearpatch_kernels.text import split_windows, token_windows
 
 SPAN = Span(13, 19)

@@ -25,8 +25,8 @@ from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.text import token_windows
 
 SPAN = Span(13, 19)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
     from linearpatch_kernels.errors import InputError
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
+    from linearpatch_kernels.merging.plan import MergePlan, apply_merges
+    from linearpatch_kernels.merging.search import MergeSettings, plan_merging
     from linearpatch_kernels.nn import (
         DensePatch,
         DiagonalPatch,
@@ -27,12 +29,10 @@ if TYPE_CHECKING:
     from linearpatch_kernels.ops.backends import backends
     from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
     from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+    from linearpatch_kernels.pruning.apply import apply_plan
+    from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+    from linearpatch_kernels.pruning.search import plan_pruning
     from linearpatch_kernels.span import Span
-    from linearpatch_kernels.surgery.apply import apply_plan
-    from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
-    from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-    from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-    from linearpatch_kernels.surgery.pruning import plan_pruning
 
 __version__ = "0.1.0"
 
@@ -92,11 +92,11 @@ _HOME = {
     "ops.hadamard_patch": ("add_patch_rms_norm", "hadamard_patch"),
     "ops.topk_kl": ("linear_topk_kl_loss", "topk_kl_loss"),
     "span": ("Span",),
-    "surgery.apply": ("apply_plan",),
-    "surgery.merge_plan": ("MergePlan", "apply_merges"),
-    "surgery.merge_search": ("MergeSettings", "plan_merging"),
-    "surgery.plan": ("Joint", "PrunePlan"),
-    "surgery.pruning": ("plan_pruning",),
+    "pruning.apply": ("apply_plan",),
+    "merging.plan": ("MergePlan", "apply_merges"),
+    "merging.search": ("MergeSettings", "plan_merging"),
+    "pruning.plan": ("Joint", "PrunePlan"),
+    "pruning.search": ("plan_pruning",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

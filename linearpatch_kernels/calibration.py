@@ -236,7 +236,7 @@ def calibrate(
     ranks: Processes | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStatistics:
-    """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.surgery` needs.
+    """Collect, in one pass, what every score and every fit of :mod:`linearpatch_kernels.pruning` needs.
 
     Memory beyond the model, for batches of B windows of T tokens, with D = L + 1 depths and c = min(T, 256): the
     residual stream, ``B T D d`` values of the model's dtype; the larger of what the model's own forward pass takes and

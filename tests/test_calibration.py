@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.tiny import VOCABULARY, tiny_model, tiny_patched_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.hadamard import hadamard_matrix
 from linearpatch_kernels.torch_state import faster_float32_products
+from tests.support.tiny import VOCABULARY, tiny_model, tiny_patched_model
 
 LAYERS, WIDTH = 6, 48
 SPANS = [Span(2, 4), Span(1, 6), Span(0, 2)]

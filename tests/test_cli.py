@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from field import gguf_files
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -40,9 +39,10 @@ from linearpatch_kernels.cli import console, main
 from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS, directories
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.fitting import FITS
-from linearpatch_kernels.surgery.plan import PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.plan import PrunePlan
+from tests.field import gguf_files
 
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 8, 48, 384, 64
 PACKAGE_ROOT = Path(__file__).parent.parent
@@ -534,7 +534,7 @@ def test_a_sweep_into_the_same_directory_replaces_it(world: World, run: Run, tmp
 def test_a_killed_sweep_goes_on_and_one_of_another_text_does_not(
     world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from linearpatch_kernels.surgery import pruning
+    from linearpatch_kernels.pruning import search as pruning
 
     arguments = ["--drop", "1-2", "--fits", "none,low-rank", "-o", tmp_path / "out", "--text", world.text, *SMALL]
     expected = run("sweep", world.model, *arguments[:5], tmp_path / "expected", *arguments[6:])

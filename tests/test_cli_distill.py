@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 import torch
 from safetensors.torch import load_file
-from test_cli import (
+from transformers import AutoModelForCausalLM
+
+from linearpatch_kernels.distillation.teacher_store import TeacherStore
+from linearpatch_kernels.distillation.trainer import heldout_losses
+from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning.plan import PrunePlan
+from tests import test_cli
+from tests.test_cli import (
     LAYERS,
     PACKAGE_ROOT,
     SMALL,
@@ -30,14 +38,6 @@ from test_cli import (
     trained_tokenizer,
     tree,
 )
-from transformers import AutoModelForCausalLM
-
-from linearpatch_kernels.distillation.teacher_store import TeacherStore
-from linearpatch_kernels.distillation.trainer import heldout_losses
-from linearpatch_kernels.files import RECORDS
-from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.surgery.plan import PrunePlan
 
 run, world = test_cli.run, test_cli.world
 # Enough text for 24 training windows, 4 held out and the report's 16.

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import LAYERS, SMALL, Run, World, logits_of, prose, refusal, run, run_apart, tree, world
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.merging.plan import MergePlan, apply_merges
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.surgery.merge_plan import MergePlan, apply_merges
+from tests.test_cli import LAYERS, SMALL, Run, World, logits_of, prose, refusal, run, run_apart, tree, world
 
 __all__ = ["run", "world"]  # fixtures
 
@@ -110,7 +110,7 @@ def test_what_the_model_or_the_text_refuses(
 
 KILLED = """
 import os, signal
-from linearpatch_kernels.surgery import merge_search
+from linearpatch_kernels.merging import search as merge_search
 decided, merge_layers = [], merge_search.merge_layers
 def killed(model, merge):
     decided.append(merge)

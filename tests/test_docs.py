@@ -13,9 +13,9 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt  # comes with rich
 from markdown_it.token import Token
-from modeling.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 from linearpatch_kernels.modeling.saving import save_checkpoint
+from tests.support.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

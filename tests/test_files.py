@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from field.support import failing
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import (
@@ -39,6 +38,7 @@ from linearpatch_kernels.files import (
     write_whole,
 )
 from linearpatch_kernels.files.owned import DRAFT, OUTPUT, mark
+from tests.support.field import failing
 
 FILES = {"config.json": "{}", "linearpatch/plan.json": "{}", "big.safetensors": os.urandom(5 << 20)}
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from modeling.tiny import FAMILY_NAMES, LAYERS, VOCABULARY, tiny_model, tiny_patched_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, entering, leaving, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.torch_state import evaluation_mode
+from tests.support.tiny import FAMILY_NAMES, LAYERS, VOCABULARY, tiny_model, tiny_patched_model
 
 # Longer than the sliding window of the families that have one.
 IDS = torch.randint(3, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ from linearpatch_kernels.files import check_file, expanded, finite, lies_in, rea
 
 if TYPE_CHECKING:
     from linearpatch_kernels.evaluation.agreement import Quality
-    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.pruning.plan import PrunePlan
 
 
 # What would move the cursor, clear the screen or colour what follows.

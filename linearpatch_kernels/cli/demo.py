@@ -56,12 +56,12 @@ def demo(
     from linearpatch_kernels.forward import Run
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.surgery.apply import apply_plan
-    from linearpatch_kernels.surgery.plan import PrunePlan
-    from linearpatch_kernels.surgery.pruning import plan_pruning
-    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
-    from linearpatch_kernels.surgery.scoring import check_drop
-    from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
+    from linearpatch_kernels.pruning.apply import apply_plan
+    from linearpatch_kernels.pruning.plan import PrunePlan
+    from linearpatch_kernels.pruning.reporting import joint_magnitudes, prune_report
+    from linearpatch_kernels.pruning.scores import check_drop
+    from linearpatch_kernels.pruning.search import plan_pruning
+    from linearpatch_kernels.pruning.selection import compare_candidates, usable_candidates
 
     check_alone("demo")
     places = {

@@ -231,7 +231,7 @@ def distill(
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import launched_processes
-    from linearpatch_kernels.surgery.pruning import rank_for
+    from linearpatch_kernels.pruning.search import rank_for
 
     settings = TrainingSettings(
         steps=steps,

@@ -59,9 +59,10 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
     A file that parses may still be another than its name says: then any of the tables cannot be made.
     """
     from linearpatch_kernels.files import reading
-    from linearpatch_kernels.surgery.consistency import check_merges, check_plan
-    from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
-    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.merging.consistency import check_merges
+    from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
+    from linearpatch_kernels.pruning.consistency import check_plan
+    from linearpatch_kernels.pruning.plan import PrunePlan
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
@@ -127,7 +128,7 @@ def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joints_table(plan: Any) -> TableContent:
-    from linearpatch_kernels.surgery.reporting import describe_patch
+    from linearpatch_kernels.pruning.reporting import describe_patch
 
     at = {joint.span: position for position, joint in plan.joint_positions().items()}
     return (

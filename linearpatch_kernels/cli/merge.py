@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from linearpatch_kernels.evaluation.agreement import Quality
-    from linearpatch_kernels.surgery.merge_plan import MergePlan
-    from linearpatch_kernels.surgery.merge_search import MergeSettings
+    from linearpatch_kernels.merging.plan import MergePlan
+    from linearpatch_kernels.merging.search import MergeSettings
 
 _MERGED = "merged"
 # Every merge asks anew: what to score on, and what to choose on, however many windows there are to heal on.
@@ -138,20 +138,20 @@ def merge(
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
     from linearpatch_kernels.evaluation.notes import left_out
     from linearpatch_kernels.fingerprints import fingerprint_model
-    from linearpatch_kernels.modeling.patched import patches
-    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
-    from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.merge_healing import REFIT, REFIT_WINDOWS, can_refit, check_refit
-    from linearpatch_kernels.surgery.merge_plan import MergePlan
-    from linearpatch_kernels.surgery.merge_search import (
+    from linearpatch_kernels.merging.plan import MergePlan
+    from linearpatch_kernels.merging.refit import REFIT, REFIT_WINDOWS, can_refit, check_refit
+    from linearpatch_kernels.merging.search import (
         VARIANTS,
         MergeSettings,
         check_settings,
         default_variant,
         plan_merging,
     )
-    from linearpatch_kernels.surgery.pruning import check_rank, rank_for
+    from linearpatch_kernels.modeling.patched import patches
+    from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+    from linearpatch_kernels.processes import check_alone
+    from linearpatch_kernels.pruning.fits import FITS
+    from linearpatch_kernels.pruning.search import check_rank, rank_for
 
     check_alone("merge")
     if variant is not None and variant not in VARIANTS:
@@ -286,9 +286,9 @@ def _healed(fit: str) -> str:
 
 
 def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, notes: Notes) -> None:
+    from linearpatch_kernels.merging.refit import REFIT, too_little_to_refit
     from linearpatch_kernels.modeling.families import hidden_size
-    from linearpatch_kernels.surgery.fitting import too_little_text
-    from linearpatch_kernels.surgery.merge_healing import REFIT, too_little_to_refit
+    from linearpatch_kernels.pruning.fits import too_little_text
 
     if heal == REFIT:
         told = too_little_to_refit(dense, windows.fit)
@@ -301,8 +301,8 @@ def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, notes
 
 
 def _heal(dense: PreTrainedModel, merged: PreTrainedModel, windows: Windows, heal: str, rank: int) -> PreTrainedModel:
-    from linearpatch_kernels.surgery.fitting import UnusableFit
-    from linearpatch_kernels.surgery.merge_healing import REFIT, heal_merges, refit_merges
+    from linearpatch_kernels.merging.refit import REFIT, heal_merges, refit_merges
+    from linearpatch_kernels.pruning.fits import UnusableFit
 
     if heal == REFIT:
         return refit_merges(dense, merged, windows.fit)
@@ -315,7 +315,7 @@ def _heal(dense: PreTrainedModel, merged: PreTrainedModel, windows: Windows, hea
 def _helps(models: Mapping[str, PreTrainedModel], healed: str, windows: Windows, notes: Notes) -> bool:
     """Whether healing that nobody asked for lowers the loss, on the windows that merges are chosen on where there are
     some, else on the report's."""
-    from linearpatch_kernels.surgery.merge_healing import lowers_the_loss
+    from linearpatch_kernels.merging.refit import lowers_the_loss
 
     chosen_on = windows.heldout if windows.heldout is not None else windows.evaluation
     if chosen_on is None or lowers_the_loss(models[_MERGED], models[healed], chosen_on):
@@ -436,7 +436,7 @@ def _keep(file: Path, plan: MergePlan) -> None:
 def _resumed(file: Path, start: MergePlan) -> MergePlan:
     """What a killed run into the same directory had decided for the same model, text and settings, if anything."""
     from linearpatch_kernels.files import left_by_us
-    from linearpatch_kernels.surgery.merge_plan import MergePlan
+    from linearpatch_kernels.merging.plan import MergePlan
 
     if not left_by_us(file):
         return start

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
     from linearpatch_kernels.evaluation.agreement import Quality
     from linearpatch_kernels.evaluation.report import ReportData
-    from linearpatch_kernels.surgery.plan import PrunePlan
-    from linearpatch_kernels.surgery.pruning import Pruning
+    from linearpatch_kernels.pruning.plan import PrunePlan
+    from linearpatch_kernels.pruning.search import Pruning
 
 
 def prune(
@@ -99,12 +99,12 @@ def prune(
     from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import launched_processes
-    from linearpatch_kernels.surgery.apply import apply_plan
-    from linearpatch_kernels.surgery.fitting import DENSE_FITS
-    from linearpatch_kernels.surgery.plan import checked_spans, parse_spans
-    from linearpatch_kernels.surgery.pruning import AUTO, check_rank, plan_pruning, rank_for
-    from linearpatch_kernels.surgery.scoring import LOSS, SCORES, check_drop, check_score
-    from linearpatch_kernels.surgery.selection import needs_moments
+    from linearpatch_kernels.pruning.apply import apply_plan
+    from linearpatch_kernels.pruning.fits import DENSE_FITS
+    from linearpatch_kernels.pruning.plan import checked_spans, parse_spans
+    from linearpatch_kernels.pruning.scores import LOSS, SCORES, check_drop, check_score
+    from linearpatch_kernels.pruning.search import AUTO, check_rank, plan_pruning, rank_for
+    from linearpatch_kernels.pruning.selection import needs_moments
 
     if (drop is None) == (spans is None):
         raise InputError("say what to remove: either --drop N or --spans START:END")
@@ -209,7 +209,7 @@ def _compare(
 ) -> dict[str, Quality]:
     """Quality on the report's windows: dense, plain removal, the paper's patch, and what was kept."""
     from linearpatch_kernels.forward import Run
-    from linearpatch_kernels.surgery.selection import compare_candidates, usable_candidates
+    from linearpatch_kernels.pruning.selection import compare_candidates, usable_candidates
 
     if windows.evaluation is None:
         return {}
@@ -269,7 +269,7 @@ def _drawn(
 ) -> dict[str, bytes]:
     """The report's files; what cannot be drawn is left out, with a note."""
     from linearpatch_kernels.evaluation.notes import left_out
-    from linearpatch_kernels.surgery.reporting import joint_magnitudes, prune_report
+    from linearpatch_kernels.pruning.reporting import joint_magnitudes, prune_report
 
     shown = windows.heldout if windows.heldout is not None else windows.fit[:4]
     magnitudes = None
@@ -287,7 +287,7 @@ def report_data(
     model: str, pruning: Pruning, found: Mapping[str, Quality], windows: Windows, run: Reporter, dense: PreTrainedModel
 ) -> ReportData:
     from linearpatch_kernels.evaluation.report import QualityRow, ReportData
-    from linearpatch_kernels.surgery.reporting import candidate_rows, span_rows
+    from linearpatch_kernels.pruning.reporting import candidate_rows, span_rows
 
     plan = pruning.plan
     layers = plan.num_layers

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.distillation.trainer import Distillation, Step
     from linearpatch_kernels.evaluation.agreement import Quality
     from linearpatch_kernels.evaluation.report import SpanRow
-    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.pruning.plan import PrunePlan
 
 # Windows on which the layers of a plain removal beside a merged model are chosen.
 _REMOVAL_WINDOWS = 8
@@ -97,9 +97,10 @@ class Shallower(Protocol):
 def open_shallower(directory: Path, hierarchy: HierarchySettings) -> Shallower:
     """What ``directory`` holds; InputError where it is neither, and for a hierarchy without merged layers."""
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
-    from linearpatch_kernels.surgery.consistency import check_merges, check_plan
-    from linearpatch_kernels.surgery.merge_plan import MERGE_FILE, MergePlan
-    from linearpatch_kernels.surgery.plan import PrunePlan
+    from linearpatch_kernels.merging.consistency import check_merges
+    from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
+    from linearpatch_kernels.pruning.consistency import check_plan
+    from linearpatch_kernels.pruning.plan import PrunePlan
 
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch prune or merge wrote")
@@ -138,7 +139,7 @@ class Pruned:
         return len(self.plan.kept_layers)
 
     def check_student(self, student: PreTrainedModel, dense: PreTrainedModel) -> None:
-        from linearpatch_kernels.surgery.consistency import check_kept_layers, check_patches
+        from linearpatch_kernels.pruning.consistency import check_kept_layers, check_patches
 
         check_patches(self.plan, student, self._directory)
         check_kept_layers(self.plan, student, dense, self._directory)
@@ -190,7 +191,7 @@ class Pruned:
 
         from linearpatch_kernels.modeling.patched import patches
         from linearpatch_kernels.nn import DensePatch
-        from linearpatch_kernels.surgery.plan import Joint
+        from linearpatch_kernels.pruning.plan import Joint
 
         def trained(module: nn.Module, joint: Joint) -> Joint:
             # Behind the plan's own patch there may stand those of earlier cuts.
@@ -212,7 +213,7 @@ class Pruned:
 
     def spans(self) -> list[SpanRow]:
         from linearpatch_kernels.evaluation.report import SpanRow
-        from linearpatch_kernels.surgery.reporting import describe_patch
+        from linearpatch_kernels.pruning.reporting import describe_patch
 
         return [SpanRow(str(joint.span), self.plan.score, None, describe_patch(joint)) for joint in self.plan.joints]
 
@@ -329,8 +330,8 @@ class Merged:
 
 def plainly_removed(dense: PreTrainedModel, windows: Tensor, layers: int) -> PreTrainedModel:
     """The dense model without the neighbouring layers that change the stream least, ``layers`` of them left."""
+    from linearpatch_kernels.merging.sensitivity import score_layers
     from linearpatch_kernels.modeling.families import keep_layers, num_layers
-    from linearpatch_kernels.surgery.sensitivity import score_layers
 
     count = num_layers(dense)
     scores = score_layers(dense, windows[:_REMOVAL_WINDOWS], width=count - layers)

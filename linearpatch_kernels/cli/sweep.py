@@ -89,11 +89,11 @@ def sweep(
     from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.saving import save_files
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.surgery.fitting import FITS
-    from linearpatch_kernels.surgery.pruning import check_rank, rank_for
-    from linearpatch_kernels.surgery.pruning import sweep as run_sweep
-    from linearpatch_kernels.surgery.reporting import sweep_report
-    from linearpatch_kernels.surgery.scoring import SCORES, check_drop, check_score
+    from linearpatch_kernels.pruning.fits import FITS
+    from linearpatch_kernels.pruning.reporting import sweep_report
+    from linearpatch_kernels.pruning.scores import SCORES, check_drop, check_score
+    from linearpatch_kernels.pruning.search import check_rank, rank_for
+    from linearpatch_kernels.pruning.search import sweep as run_sweep
 
     check_alone("sweep")
     names = list(dict.fromkeys(name.strip() for name in fits.split(",")))

@@ -36,11 +36,11 @@ from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, write_sealed
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import PartialRun, leaving
+from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.surgery.merge_plan import leaves
 from linearpatch_kernels.torch_state import own_state
 
 STREAM_ERRORS = ("relative", "mse")

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--cases", "few_cases", *arguments]
+    paths = str(ROOT)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--cases", "tests.support.few_cases", *arguments]
     # Within a worker of pytest-xdist, pytest-benchmark writes nothing.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**inherited, "PYTHONPATH": paths}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.tiny import VOCABULARY, random_patch, tiny_model
 from transformers import PreTrainedModel
 
 from benchmarks.authors_loop import AuthorsLoop
@@ -26,8 +25,9 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import SuffixLoss, joint_state
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from tests.support.tiny import VOCABULARY, random_patch, tiny_model
 
 JOINT = 2
 

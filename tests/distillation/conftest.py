@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.tiny import VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
+from tests.support.tiny import VOCABULARY, tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modeling.tiny import VOCABULARY, random_patch, tiny_model
 from safetensors.torch import save, save_file
 
 from linearpatch_kernels.calibration import Span, calibrate, collect_moments
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_depths
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.distillation.trainer import Step, TrainingSettings, distill
+from linearpatch_kernels.merging.merge import choose_units, merge_layers
+from linearpatch_kernels.merging.sensitivity import score_layers
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import launched_processes
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.merging import choose_units, merge_layers
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.surgery.sensitivity import score_layers
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from tests.support.tiny import VOCABULARY, random_patch, tiny_model
 
 SETTINGS = TrainingSettings(steps=20, train="patch+norms", windows_per_step=4, learning_rate=3e-3, clip=0.0)
 

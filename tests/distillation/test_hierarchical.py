@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from modeling.tiny import FAMILY_NAMES, tiny_model
-from students import HELDOUT, TRAINING
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,12 +30,14 @@ from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
+from linearpatch_kernels.merging.merge import choose_units, merge_layers
+from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.merging.sensitivity import score_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss
-from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-from linearpatch_kernels.surgery.merging import choose_units, merge_layers
-from linearpatch_kernels.surgery.sensitivity import score_layers
+from tests.support.students import HELDOUT, TRAINING
+from tests.support.tiny import FAMILY_NAMES, tiny_model
 
 
 def merged_of(model: PreTrainedModel, windows: Tensor) -> PreTrainedModel:

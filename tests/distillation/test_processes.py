@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.tiny import VOCABULARY, tiny_model
 from safetensors.torch import load_file
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.processes import Processes, launched_processes
+from tests.support.tiny import VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,7 @@ PROGRAM = Path(__file__).parent / "run_apart.py"
 
 
 def start(*command: object) -> str:
-    roots = [PROGRAM.parents[2], PROGRAM.parents[1]]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from modeling.tiny import FAMILY_NAMES, tiny_model
-from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
@@ -19,6 +17,8 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, partial_decoder
 from linearpatch_kernels.modeling.patched import patches
+from tests.support.students import HELDOUT, JOINT, TRAINING, student_of
+from tests.support.tiny import FAMILY_NAMES, tiny_model
 
 
 def activation_of(layer: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from modeling.tiny import random_patch, tiny_model
-from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,8 +13,10 @@ from linearpatch_kernels.distillation.trainer import heldout_losses
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from tests.support.students import HELDOUT, JOINT, TRAINING, student_of
+from tests.support.tiny import random_patch, tiny_model
 
 
 def test_moments_are_those_of_the_stream_at_the_joint(

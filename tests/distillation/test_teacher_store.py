@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.tiny import FAMILY_NAMES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherS
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import working_alone
 from linearpatch_kernels.forward import residual_stream
+from tests.support.tiny import FAMILY_NAMES, tiny_model
 
 
 def contents(directory: Path) -> dict[str, bytes]:

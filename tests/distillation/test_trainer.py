@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from modeling.tiny import FAMILY_NAMES, random_patch, tiny_model
-from students import HELDOUT, JOINT, TRAINING, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,8 +34,10 @@ from linearpatch_kernels.modeling.families import norm_gains
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from tests.support.students import HELDOUT, JOINT, TRAINING, student_of
+from tests.support.tiny import FAMILY_NAMES, random_patch, tiny_model
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch
-
-from .support import tiny
+from tests.support.field import tiny
 
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 2.0, 3.0, 5.0, 7.0, 9.0]
 LENGTHS = {"original_max_position_embeddings": 32}

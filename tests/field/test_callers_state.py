@@ -30,22 +30,22 @@ from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.hadamard import hadamard_transform
+from linearpatch_kernels.merging.plan import apply_merges
+from linearpatch_kernels.merging.refit import heal_merges, refit_merges
+from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.fitting import FITS, fit_patch
-from linearpatch_kernels.surgery.merge_healing import heal_merges, refit_merges
-from linearpatch_kernels.surgery.merge_plan import apply_merges
-from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.surgery.pruning import plan_pruning
-from linearpatch_kernels.surgery.reporting import joint_magnitudes
-from linearpatch_kernels.surgery.scoring import SCORES
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import FITS, fit_patch
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.reporting import joint_magnitudes
+from linearpatch_kernels.pruning.scores import SCORES
+from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.text import token_windows
 from linearpatch_kernels.torch_state import own_state
-from tests.field.support import VOCABULARY, numbers, save_model, tiny, word_tokenizer
+from tests.support.field import VOCABULARY, numbers, save_model, tiny, word_tokenizer
 
 SPAN = Span(2, 4)
 

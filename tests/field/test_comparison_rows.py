@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Moments, Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
+from linearpatch_kernels.merging import refit
+from linearpatch_kernels.merging.search import MergeSettings, influence_shares, plan_merging
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
-from linearpatch_kernels.surgery import fitting, merge_healing, selection
-from linearpatch_kernels.surgery.fitting import FITS, UnusableFit, fit_patch, too_little_text
-from linearpatch_kernels.surgery.merge_search import MergeSettings, influence_shares, plan_merging
-from linearpatch_kernels.surgery.plan import Joint
-from linearpatch_kernels.surgery.pruning import plan_pruning, sweep
-from linearpatch_kernels.surgery.selection import choose_fit, compare_candidates, usable_candidates
-
-from .support import IDS, SMALL, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning import fits, selection
+from linearpatch_kernels.pruning.fits import FITS, UnusableFit, fit_patch, too_little_text
+from linearpatch_kernels.pruning.plan import Joint
+from linearpatch_kernels.pruning.search import plan_pruning, sweep
+from linearpatch_kernels.pruning.selection import choose_fit, compare_candidates, usable_candidates
+from tests.support.field import IDS, SMALL, linearpatch, save_model, text_file, tiny
 
 
 def token_windows(count: int, length: int, seed: int = 0) -> Tensor:
@@ -187,7 +187,7 @@ def test_the_score_loss_passes_over_spans_that_cannot_be_healed(monkeypatch: pyt
     model, windows = tiny(layers=8), token_windows(6, 16)
     free = plan_pruning(model, windows, windows[:2], drop=2, score="loss", fit="linearpatch", rank=4)
     best = free.plan.spans[0]
-    real = fitting.FITS["linearpatch"]
+    real = fits.FITS["linearpatch"]
 
     def unusable(statistics: Any, span: Span, rank: int) -> Any:
         if span == best:
@@ -206,7 +206,7 @@ def test_merges_whose_logits_are_not_finite_are_not_chosen(monkeypatch: pytest.M
     settings = MergeSettings(layers=5, skip_score="loss", posterior=True)
     _, free = plan_merging(model, windows, windows[:2], settings)
     chosen = free.merges[0].span
-    from linearpatch_kernels.surgery import merge_search
+    from linearpatch_kernels.merging import search as merge_search
 
     real = merge_search.merge_layers
 
@@ -293,7 +293,7 @@ def test_a_merge_is_refitted_unasked_only_where_that_helps(
         healed.lm_head.weight = torch.nn.Parameter(20 * healed.lm_head.weight)  # sure of what is wrong
         return healed
 
-    monkeypatch.setattr(merge_healing, "refit_merges", harmful)
+    monkeypatch.setattr(refit, "refit_merges", harmful)
     text = place / "numbers.txt"
     small = ["--layers", 4, "--text", text, "--samples", 4, "--length", 16, "--device", "cpu"]
     assert linearpatch("merge", place / "dense", "-o", tmp_path / "auto", *small) is None

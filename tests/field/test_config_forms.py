@@ -18,9 +18,8 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form, write_both_forms
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES
 from linearpatch_kernels.modeling.saving import save_checkpoint
-
-from .rope_cases import CASES, KINDS, LENGTHS, LLAMA3, UNSAYABLE, longrope, made, rope
-from .support import IDS, linearpatch, same, save_model, text_file, tiny, word_tokenizer
+from tests.field.rope_cases import CASES, KINDS, LENGTHS, LLAMA3, UNSAYABLE, longrope, made, rope
+from tests.support.field import IDS, linearpatch, same, save_model, text_file, tiny, word_tokenizer
 
 
 def entries_of(directory: Path) -> dict[str, Any]:

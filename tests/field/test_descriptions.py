@@ -21,8 +21,7 @@ from linearpatch_kernels.modeling.families import keep_layers, merge_tree
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, checked_record, patched_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch, build_patch, check_description
-
-from .support import IDS, save_model, tiny
+from tests.support.field import IDS, save_model, tiny
 
 HUGE = 10**9
 HADAMARD = {"kind": "hadamard", "dim": 48, "rank": 4, "pre_scale": True, "post_scale": False}

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from field.support import SMALL, linearpatch, logits, same, save_model, text_file, tiny
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
+from linearpatch_kernels.merging.merge import RULES, choose_units, merge_layers
+from linearpatch_kernels.merging.sensitivity import score_layers
 from linearpatch_kernels.modeling.families import keep_layers, partial_decoder
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import HadamardPatch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.merging import RULES, choose_units, merge_layers
-from linearpatch_kernels.surgery.pruning import plan_pruning
-from linearpatch_kernels.surgery.selection import compare_candidates
-from linearpatch_kernels.surgery.sensitivity import score_layers
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.search import plan_pruning
+from linearpatch_kernels.pruning.selection import compare_candidates
+from tests.support.field import SMALL, linearpatch, logits, same, save_model, text_file, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 

@@ -24,9 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import directories
-from linearpatch_kernels.surgery import pruning
-
-from .support import SMALL, failing, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning import search as pruning
+from tests.support.field import SMALL, failing, linearpatch, save_model, text_file, tiny
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div
 import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
-from tests.field.support import IDS, tiny
+from tests.support.field import IDS, tiny
 
 with_normalization = pytest.mark.parametrize("normalization", ["topk", "full", "tail"])
 

@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.saving import save_checkpoint
-
-from .rope_cases import CASES, KINDS, UNSAYABLE, made
-from .support import IDS, same, word_tokenizer
+from tests.field.rope_cases import CASES, KINDS, UNSAYABLE, made
+from tests.support.field import IDS, same, word_tokenizer
 
 OLDER = os.environ.get("TRANSFORMERS_4", "")
 with_older = pytest.mark.skipif(

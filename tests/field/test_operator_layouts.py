@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from field.support import same
 from linearpatch_kernels import add_patch_rms_norm, hadamard_patch
 from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_transform
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from tests.support.field import same
 
 NORMALIZATIONS = ("topk", "full", "tail")
 WIDTHS = [*range(1, 130), 144, 172, 188, 192, 236, 260, 268, 292, 300, 428, 576, 640, 668, 716, 760, 768, 896, 960]

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from field.support import IDS, SMALL, cut, isolated, linearpatch, logits, same, save_model, text_file, tiny
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
+from tests.support.field import IDS, SMALL, cut, isolated, linearpatch, logits, same, save_model, text_file, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 

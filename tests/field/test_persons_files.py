@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.surgery.plan import PrunePlan
-
-from .support import SMALL, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning.plan import PrunePlan
+from tests.support.field import SMALL, linearpatch, save_model, text_file, tiny
 
 QUICK = ["--steps", "2", "--heldout", "2", "--length", "16", "--top-k", "5", "--device", "cpu"]
 

@@ -23,8 +23,7 @@ from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers, p
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, patched_model
 from linearpatch_kernels.nn import HadamardPatch, LowRankPatch
-
-from .support import IDS, tiny
+from tests.support.field import IDS, tiny
 
 LOADING = """
 import sys, torch

@@ -19,15 +19,15 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import StoreRequest, TeacherStore, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, finite
+from linearpatch_kernels.merging.consistency import check_merges
+from linearpatch_kernels.merging.plan import MergePlan
+from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.consistency import check_kept_layers, check_merges, check_patches, check_plan
-from linearpatch_kernels.surgery.merge_plan import MergePlan
-from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.surgery.pruning import plan_pruning
-
-from .support import SMALL, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.consistency import check_kept_layers, check_patches, check_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.search import plan_pruning
+from tests.support.field import SMALL, linearpatch, save_model, text_file, tiny
 
 
 def token_windows(count: int, length: int, seed: int = 0) -> Tensor:

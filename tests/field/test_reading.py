@@ -18,8 +18,7 @@ from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import ModelSource, load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch
-
-from .support import IDS, SMALL, linearpatch, same, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import IDS, SMALL, linearpatch, same, save_model, text_file, tiny, word_tokenizer
 
 
 @pytest.fixture(scope="module")

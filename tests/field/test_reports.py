@@ -34,9 +34,8 @@ from linearpatch_kernels.evaluation.report import (
 )
 from linearpatch_kernels.files import record
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.surgery import reporting
-
-from .support import SMALL, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning import reporting
+from tests.support.field import SMALL, linearpatch, save_model, text_file, tiny
 
 NAMES = [
     "run $a^$ v1",

@@ -20,13 +20,12 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainer import Distillation, TrainingSettings, distill
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import is_sealed, left_by_us, write_sealed
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.fitting import fit_patch
-from linearpatch_kernels.surgery.merge_plan import MergePlan
-from linearpatch_kernels.surgery.merge_search import MergeSettings, plan_merging
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-
-from .support import SMALL, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.merging.plan import MergePlan
+from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import fit_patch
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from tests.support.field import SMALL, linearpatch, save_model, text_file, tiny
 
 
 def token_windows(count: int, length: int, seed: int = 0) -> Tensor:

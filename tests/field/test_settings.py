@@ -14,11 +14,10 @@ from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
-from linearpatch_kernels.surgery.pruning import plan_pruning, sweep
-
-from .support import tiny
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.search import plan_pruning, sweep
+from tests.support.field import tiny
 
 HUGE = 10**20
 

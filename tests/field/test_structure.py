@@ -34,8 +34,7 @@ from linearpatch_kernels.modeling.families import (
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import LowRankPatch
-
-from .support import IDS, same, tiny
+from tests.support.field import IDS, same, tiny
 
 FAMILIES = list(STOCK_FAMILIES)
 KEPT = [0, 1, 4, 5]

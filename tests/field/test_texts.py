@@ -11,8 +11,7 @@ import pytest
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.text import read_text
-
-from .support import numbers
+from tests.support.field import numbers
 
 PLAIN = numbers(300).replace(" ", "\n", 5)
 

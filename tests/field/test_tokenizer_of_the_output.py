@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from field.support import SMALL, cut, isolated, linearpatch, save_model, text_file, tiny, word_tokenizer
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.nn import LowRankPatch
+from tests.support.field import SMALL, cut, isolated, linearpatch, save_model, text_file, tiny, word_tokenizer
 
 TEXT = "Naïve 3.14 — the Quick\n\n\tbrown fox's 12345 日本語 🙂  end\r\ndef f(x):\n    return x"
 CLASSES = {

@@ -14,8 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.fingerprints import fingerprint_tokenizer, same_tokenizer, tokenizer_difference
 from linearpatch_kernels.text import leading_tokens, token_windows
-
-from .support import VOCABULARY, linearpatch, numbers, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import VOCABULARY, linearpatch, numbers, save_model, text_file, tiny, word_tokenizer
 
 # --- what stands before a text ---------------------------------------------------------------------------------------
 

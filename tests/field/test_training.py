@@ -14,12 +14,12 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from field.support import IDS, SMALL, cut, linearpatch, logits, same, save_model, text_file, tiny
 from linearpatch_kernels.files import record
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.nn import HadamardPatch, LowRankPatch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
+from tests.support.field import IDS, SMALL, cut, linearpatch, logits, same, save_model, text_file, tiny
 
 NORMALIZATIONS = ("topk", "full", "tail")
 with_normalizations = pytest.mark.parametrize("normalization", NORMALIZATIONS)

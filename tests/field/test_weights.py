@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from field.support import SMALL, linearpatch, logits, same, save_model, text_file, tiny
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.plan import PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import PrunePlan
+from tests.support.field import SMALL, linearpatch, logits, same, save_model, text_file, tiny
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from .tiny import FAMILY_NAMES, VOCABULARY, WINDOW, tiny_model, tiny_patched_model
+from tests.support.tiny import FAMILY_NAMES, VOCABULARY, WINDOW, tiny_model, tiny_patched_model
 
 
 @pytest.fixture(params=FAMILY_NAMES)

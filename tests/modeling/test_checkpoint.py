@@ -23,8 +23,7 @@ from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
-
-from .tiny import FAMILY_NAMES, VOCABULARY, tiny_patched_model, tiny_tokenizer
+from tests.support.tiny import FAMILY_NAMES, VOCABULARY, tiny_patched_model, tiny_tokenizer
 
 CASES = [*FAMILY_NAMES, "llama-tied", "gemma3_text-untied"]
 

@@ -21,8 +21,7 @@ from linearpatch_kernels.modeling.families import (
     partial_decoder,
     suffix_model,
 )
-
-from .tiny import FAMILY_NAMES, LAYERS, WINDOW, tiny_model, tiny_patched_model
+from tests.support.tiny import FAMILY_NAMES, LAYERS, WINDOW, tiny_model, tiny_patched_model
 
 KEPT = [0, 2, 3, 5]
 

@@ -25,7 +25,7 @@ from benchmarks.topk_kl_training import curves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss
-from tests.modeling.tiny import VOCABULARY, tiny_model, tiny_patched_model
+from tests.support.tiny import VOCABULARY, tiny_model, tiny_patched_model
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -9,7 +9,6 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from field.gguf_files import write
 from transformers import LlamaForCausalLM
 
 from linearpatch_kernels.errors import InputError
@@ -17,8 +16,8 @@ from linearpatch_kernels.modeling import gguf
 from linearpatch_kernels.modeling.gguf_file import read_file
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
-
-from .tiny import FAMILY_NAMES, VOCABULARY, tiny_model
+from tests.field.gguf_files import write
+from tests.support.tiny import FAMILY_NAMES, VOCABULARY, tiny_model
 
 
 @pytest.fixture

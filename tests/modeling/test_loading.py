@@ -19,8 +19,7 @@ from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
-
-from .tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.support.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

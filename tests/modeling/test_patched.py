@@ -15,8 +15,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES, family_of, keep_layers, partial_decoder, suffix_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches
 from linearpatch_kernels.nn import HadamardPatch
-
-from .tiny import random_patch, tiny_model, tiny_patched_model
+from tests.support.tiny import random_patch, tiny_model, tiny_patched_model
 
 KINDS = ("hadamard", "low-rank", "dense")
 

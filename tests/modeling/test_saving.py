@@ -24,8 +24,7 @@ from linearpatch_kernels.files import directories
 from linearpatch_kernels.files.owned import DRAFT, mark
 from linearpatch_kernels.modeling import saving
 from linearpatch_kernels.modeling.saving import check_output, is_ours, save_checkpoint, save_files
-
-from .tiny import tiny_model, tiny_patched_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_patched_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ from pathlib import Path
 from linearpatch_kernels.files import directories
 from linearpatch_kernels.files import directories
 from linearpatch_kernels.modeling import saving
-from tests.modeling.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 def die(draft, *rest):
     assert (Path(draft) / "model.safetensors").exists()

@@ -25,9 +25,9 @@ from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.nn import DiagonalPatch
-from linearpatch_kernels.surgery.apply import apply_plan
-from linearpatch_kernels.surgery.fitting import fit_patch
-from linearpatch_kernels.surgery.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import fit_patch
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.text import cache_dir, token_windows
 
 REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import DTYPES, LISTED, SMALL, WIDE
 from torch import Tensor
 
 from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.backends import backends
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
+from tests.support.cpu_cases import DTYPES, LISTED, SMALL, WIDE
 
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def instruction_sets() -> list[str]:
 
 def run_cases(isa: str, count: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ops.cpu_cases", str(seed), str(count)],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.cpu_cases", str(seed), str(count)],
         cwd=ROOT,
         env={**os.environ, "LINEARPATCH_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -17,7 +17,7 @@ from packaging.version import Version
 from benchmarks.gpu_static import ARCHITECTURES, KERNELS, compile_triton
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.hadamard_patch import triton as kernels
-from tests.ops.cpu_cases import LISTED
+from tests.support.cpu_cases import LISTED
 
 ROOT = Path(backend.__file__).parent.parent
 INTERPRETED = {"TRITON_INTERPRET": "1", "LINEARPATCH_BACKEND": "triton"}
@@ -35,7 +35,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def cases(seed: int, count: int) -> None:
-    result = run("-m", "tests.ops.triton_cases", str(seed), str(count), **INTERPRETED)
+    result = run("-m", "tests.support.triton_cases", str(seed), str(count), **INTERPRETED)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{count} cases" in result.stdout
 

@@ -30,7 +30,7 @@ HERE = ["reference", *(["cpu"] if CPU else [])]
 
 @interpreted
 def test_every_implementation_against_float64_in_one_process() -> None:
-    done = run("-m", "tests.ops.impl_cases", "reference", *(["cpu"] if CPU else []), "triton", TRITON_INTERPRET="1")
+    done = run("-m", "tests.support.impl_cases", "reference", *(["cpu"] if CPU else []), "triton", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

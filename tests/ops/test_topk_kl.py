@@ -19,7 +19,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.nn import LinearTopKKLLoss, TopKKLLoss
 from linearpatch_kernels.ops.registration import DerivativeError
 from linearpatch_kernels.ops.topk_kl import gpu, linear_topk_kl_loss, operator, reference, topk_kl_loss
-from tests.ops.topk_kl_cases import definition, wrong_in_extremes
+from tests.support.topk_kl_cases import definition, wrong_in_extremes
 
 OPS = torch.ops.linearpatch
 HALVES = [torch.float16, torch.bfloat16]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linearpatch_kernels.ops.backends import backends
-from tests.ops.topk_kl_cases import check, double
+from tests.support.topk_kl_cases import check, double
 
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def instruction_sets() -> list[str]:
 
 def run_cases(isa: str, count: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ops.topk_kl_cases", str(seed), str(count)],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.topk_kl_cases", str(seed), str(count)],
         cwd=ROOT,
         env={**os.environ, "LINEARPATCH_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import linear_topk_kl_loss_reference
-from tests.ops.topk_kl_cases import check, definition, double, extreme_calls
+from tests.support.topk_kl_cases import check, definition, double, extreme_calls
 
 ROOT = Path(__file__).parents[2]
 

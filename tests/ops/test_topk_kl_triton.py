@@ -19,7 +19,7 @@ from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT, interpreted
 
 def cases(seed: int, count: int) -> None:
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-P", "-m", "tests.ops.topk_kl_triton_cases", str(seed), str(count)],
+        [sys.executable, "-W", "ignore", "-P", "-m", "tests.support.topk_kl_triton_cases", str(seed), str(count)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **INTERPRETED},
         cwd=ROOT,
         capture_output=True,

@@ -24,12 +24,12 @@ from torch.nn import functional
 
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import Distillation, Step, TrainingSettings, distill
+from linearpatch_kernels.merging.search import VARIANTS
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss
-from linearpatch_kernels.surgery.fitting import FITS
-from linearpatch_kernels.surgery.merge_search import VARIANTS
-from tests.field.support import cut, linearpatch, save_model, text_file, tiny
+from linearpatch_kernels.pruning.fits import FITS
+from tests.support.field import cut, linearpatch, save_model, text_file, tiny
 
 FILE = Path(__file__).parent / "recording.json"
 

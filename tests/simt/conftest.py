@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import COMPILER, Emulator, build
+
+from tests.simt.emulator import COMPILER, Emulator, build
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, HERE, HOST, SCHEDULES, Emulator, build, compiled, mutated_sources
+
+from tests.simt.emulator import COMPILER, HERE, HOST, SCHEDULES, Emulator, build, compiled, mutated_sources
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -138,7 +139,7 @@ import sys
 from pathlib import Path
 import torch
 import linearpatch_kernels.ops.hadamard_patch
-from emulator import Emulator
+from tests.simt.emulator import Emulator
 emulator = Emulator(Path(sys.argv[1]))
 operators = torch.ops.linearpatch_simt
 said = []

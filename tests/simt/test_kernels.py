@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from emulator import H100, KIB, ONE_BLOCK, RTX, SCHEDULES, Emulator
 from torch import Tensor
 
 from linearpatch_kernels.hadamard import hadamard_order
-from tests.ops.cpu_cases import DTYPES, LAYOUTS, LISTED, check, rows_of
+from tests.simt.emulator import H100, KIB, ONE_BLOCK, RTX, SCHEDULES, Emulator
+from tests.support.cpu_cases import DTYPES, LAYOUTS, LISTED, check, rows_of
 
 REFERENCE = torch.ops.linearpatch
 SIMT = torch.ops.linearpatch_simt

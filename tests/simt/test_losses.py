@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import COMPILER, HERE, SCHEDULES, mutated_sources
-from topk_kl_emulator import Emulator, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +18,9 @@ from benchmarks.gpu_build import nvcc, tool
 from benchmarks.gpu_sass import sass_programs
 from benchmarks.topk_kl_static import count_cuda, loads_together, longest_loop
 from linearpatch_kernels.ops.topk_kl import cuda, gpu
-from tests.ops.topk_kl_cases import DTYPES, OPS, check, double, teacher, wrong_in_extremes
+from tests.simt.emulator import COMPILER, HERE, SCHEDULES, mutated_sources
+from tests.simt.topk_kl_emulator import Emulator, build
+from tests.support.topk_kl_cases import DTYPES, OPS, check, double, teacher, wrong_in_extremes
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 NORMALIZATIONS = ["topk", "full", "tail"]
@@ -277,7 +277,7 @@ from pathlib import Path
 import torch
 import linearpatch_kernels.ops.topk_kl
 from linearpatch_kernels.ops.topk_kl import gpu
-from topk_kl_emulator import Emulator
+from tests.simt.topk_kl_emulator import Emulator
 gpu.check_ids = lambda *_: None
 emulator = Emulator(Path(sys.argv[1]))
 said = []

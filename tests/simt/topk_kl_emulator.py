@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from emulator import COMPILER, HERE, SCHEDULES
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from linearpatch_kernels.ops.topk_kl import cuda
+from tests.simt.emulator import COMPILER, HERE, SCHEDULES
 
 NAMESPACE = "linearpatch_simt"
 

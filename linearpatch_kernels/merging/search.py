@@ -1,0 +1,388 @@
+"""Where to merge and how much of each layer to keep: CoMe (arXiv 2510.15304), one merge after the other.
+
+Every merge is decided on the model as the merges before it left it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import token_losses
+from linearpatch_kernels.forward import PartialRun, Progress, Run, check_windows, residual_stream
+from linearpatch_kernels.merging.merge import (
+    AUTHORS,
+    EXACT,
+    RULES,
+    Merge,
+    check_mergeable,
+    choose_units,
+    gain_errors,
+    merge_layers,
+)
+from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
+from linearpatch_kernels.merging.refit import REFIT, CandidateRefits, can_refit, check_refit
+from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
+from linearpatch_kernels.modeling.families import keep_layers, num_layers
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
+
+ANGULAR, BI, SLEB, LOSS = "angular", "bi", "sleb", "loss"
+
+SKIP_SCORES: Mapping[str, str] = {
+    ANGULAR: "angle between the input and the output of the layers at the last token (the public code's bi)",
+    BI: "block influence of the layers over all tokens",
+    SLEB: "held-out loss without the layers",
+    LOSS: "held-out loss after the merge",
+    REFIT: "held-out loss after the merge and the refit of its layer",
+}
+"""What chooses where to merge; the lowest wins."""
+
+_LOSSES = (SLEB, LOSS, REFIT)
+
+# Scores that run the model are asked about these many spans, the least influential.
+_SHORT_LIST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeSettings:
+    """How to merge down to ``layers`` layers.
+
+    Attributes:
+        rule: ``"exact"`` or ``"authors"`` (:mod:`~linearpatch_kernels.merging.merge`).
+        skip_score: a name of :data:`SKIP_SCORES`.
+        posterior: CoMe-P: the share with the lowest held-out loss, not that of the layers' influence. Of more than two
+            layers the first and the last give units, those between them none.
+        repeat: whether a merged layer may be merged again.
+        width: layers that become one at a time (the last merge may take fewer); None: all in one merge.
+        power, floor: of the influence's shares, see :func:`influence_shares`.
+        grid: CoMe-P tries shares that are multiples of 1 / grid.
+        least_share: CoMe-P: no layer gives less. 0 lets a merge be a plain removal.
+    """
+
+    layers: int
+    rule: str = EXACT
+    skip_score: str = ANGULAR
+    posterior: bool = False
+    repeat: bool = True
+    width: int | None = 2
+    power: float = 1.0
+    floor: float = 0.0
+    grid: int = 20
+    least_share: float = 0.0
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether held-out windows are needed."""
+        return self.posterior or self.skip_score in _LOSSES
+
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "authors": {"rule": AUTHORS},
+    "come": {},
+    "come-p": {"posterior": True},
+    "come-loss": {"posterior": True, "skip_score": LOSS},
+    "come-block": {"posterior": True, "skip_score": REFIT, "width": None},
+}
+"""Name -> the settings it stands for: the public code's, ours, ours with searched shares, with searched places, and one
+merge of neighbours, chosen with the refit in mind. (The paper's posterior variant ranks places by the angle at all
+tokens; ``come-p`` by that at the last one, like the others.)"""
+
+
+def default_variant(model: PreTrainedModel, layers: int) -> str:
+    """``come-block``; ``come-loss`` where no refit is possible, or no block down to ``layers`` is of one kind."""
+    try:
+        _allowed_spans(model, range(num_layers(model)), num_layers(model) - layers + 1, repeat=True)
+    except InputError:
+        return "come-loss"
+    return "come-block" if can_refit(model) else "come-loss"
+
+
+def check_settings(settings: MergeSettings, layers: int) -> None:
+    """InputError for settings that make no sense, or not for a model of so many layers."""
+    if not 1 <= settings.layers < layers:
+        raise InputError(f"a model of {layers} layers cannot be merged to {settings.layers}: give 1 to {layers - 1}")
+    if settings.rule not in RULES:
+        raise InputError(f"no rule of merging is called {settings.rule!r}: choose one of {', '.join(RULES)}")
+    if settings.skip_score not in SKIP_SCORES:
+        raise InputError(f"no skip score is called {settings.skip_score!r}: choose one of {', '.join(SKIP_SCORES)}")
+    if not math.isfinite(settings.power):
+        raise InputError(f"a power of {settings.power} gives no shares: give a finite number")
+    if settings.width is not None and settings.width < 2:
+        raise InputError(f"{settings.width} layers are nothing to merge: give a merge width of at least 2")
+    if settings.grid < 1 or not 0 <= settings.least_share <= 0.5 or not 0 <= settings.floor <= 1:
+        raise InputError("give a grid of at least 1, a least share from 0 to 0.5, and a floor from 0 to 1")
+
+
+@own_state()
+def plan_merging(
+    model: PreTrainedModel,
+    fit_windows: Tensor,
+    heldout_windows: Tensor | None,
+    settings: MergeSettings,
+    *,
+    plan: MergePlan | None = None,
+    keep: Callable[[MergePlan], None] | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, MergePlan]:
+    """Merge until ``settings.layers`` layers are left.
+
+    Per merge one scoring pass over ``fit_windows`` [S, T] and, where the settings ask for losses, runs over
+    ``heldout_windows`` [W, T] from states that all candidates share. Memory beyond the model: the forward pass, the
+    merged layers, and W T d values per place whose candidates are run (one, or the short list); with the skip score
+    ``refit`` 2 S T d per place more. The result is not refitted: that is for `merging.refit.refit_merges` to do.
+
+    Args:
+        plan: to go on from; what it holds is applied, not decided again. Its settings and origin are kept.
+        keep: called with the plan after every merge, for whoever wants to go on after a kill.
+
+    Returns:
+        The merged model (``model`` itself is not changed) and its plan.
+
+    Raises:
+        InputError: settings, windows or a plan that do not fit the model (before any pass), no layers left that may
+            be merged, activations that are not finite.
+    """
+    check_settings(settings, num_layers(model))
+    if settings.runs_the_model and heldout_windows is None:
+        raise InputError("these settings choose by held-out loss: give held-out windows, or other settings")
+    for windows in (fit_windows, heldout_windows):
+        if windows is not None:
+            check_windows(model, windows)
+    if settings.skip_score == REFIT:
+        check_refit(model, fit_windows)
+    plan = MergePlan(num_layers(model)) if plan is None else plan
+    if plan.layers < settings.layers:
+        raise InputError(f"the plan to go on from leaves {plan.layers} layers and {settings.layers} are asked for")
+    run = Run(batch_size, progress=progress)
+    current = apply_merges(model, plan)
+    while num_layers(current) > settings.layers:
+        most = num_layers(current) - settings.layers + 1
+        width = most if settings.width is None else min(settings.width, most)
+        spans = _allowed_spans(current, plan.tree, width, settings.repeat)
+        scores = score_layers(current, fit_windows, width=width, run=run)
+        chooser = _Chooser(model, current, scores, fit_windows, heldout_windows, settings, plan.tree, run)
+        merge, record = chooser.choose(spans)
+        current = merge_layers(current, merge)
+        plan = plan.extended(merge, record)
+        if keep is not None:
+            keep(plan)
+    return current, plan
+
+
+def influence_shares(influence: Sequence[float], power: float = 1.0, floor: float = 0.0) -> list[float]:
+    """Each layer's share in proportion to its influence to the ``power``; the largest at least ``floor``.
+
+    Layers that all change nothing share equally. Raising the largest to the floor scales the others down.
+    """
+    if sum(influence) <= 0:
+        return [1 / len(influence)] * len(influence)
+    try:
+        powers = [(max(value, 0.0) / sum(influence)) ** power for value in influence]
+        if not any(powers):
+            # Every share of the sum is too small for so large a power; a share of the largest is not.
+            powers = [(max(value, 0.0) / max(influence)) ** power for value in influence]
+    except (OverflowError, ZeroDivisionError) as error:
+        raise InputError(f"an influence to the power of {power} is beyond all numbers: give another --power") from error
+    shares = [value / sum(powers) for value in powers]
+    largest = max(range(len(shares)), key=lambda i: shares[i])
+    if shares[largest] >= floor:
+        return shares
+    others = 1 - shares[largest]
+    return [floor if i == largest else share * (1 - floor) / others for i, share in enumerate(shares)]
+
+
+def search_share(loss: Callable[[int, bool], float], low: int, high: int) -> tuple[int, dict[int, float]]:
+    """The integer from ``low`` to ``high`` with the lowest loss, from coarse to fine, and the losses found on the way.
+
+    Five points over the range by ``loss(point, True)``, a quick estimate; from the best of them on ever smaller steps
+    by ``loss(point, False)``: nine to ten calls in a range of 21 points, five of them quick. It finds the lowest point
+    where the loss falls towards it from both sides at the scale of a coarse step.
+    """
+    spacing = (high - low) / 4
+    rough = {point: loss(point, True) for point in sorted({low + round(i * spacing) for i in range(5)})}
+    best = min(rough, key=lambda point: rough[point])
+    found = {best: loss(best, False)}
+    step = max(1, round(spacing) // 2)
+    while step:
+        for point in (best - step, best + step):
+            if low <= point <= high and point not in found:
+                found[point] = loss(point, False)
+        best = min(found, key=lambda point: (found[point], point))
+        step //= 2
+    return best, found
+
+
+class PrefixLosses:
+    """Held-out losses of models that differ from ``model`` only from some depth on: what lies before is run once.
+
+    Memory: the residual stream of all windows, W T d values, at each of ``depths``.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, depths: Sequence[int], batch_size: int = 1) -> None:
+        self._windows = windows.split(batch_size)
+        with torch.no_grad(), evaluation_mode(model):
+            self._states = [residual_stream(model, batch, depths) for batch in self._windows]
+
+    @torch.no_grad()
+    def __call__(self, candidate: PreTrainedModel, depth: int, share_of_windows: float = 1.0) -> float:
+        """Mean loss in nats of ``candidate`` over the first windows; it must equal the model before ``depth``.
+
+        Infinity where its logits are not finite: such a candidate is never chosen.
+        """
+        count = max(1, math.ceil(share_of_windows * len(self._windows)))
+        suffix = PartialRun(candidate, depth, "logits")
+        total, tokens = 0.0, 0
+        with evaluation_mode(candidate):
+            for batch, states in zip(self._windows[:count], self._states, strict=False):
+                losses = token_losses(suffix(states[depth]), batch)
+                if not bool(losses.isfinite().all()):
+                    return math.inf
+                total += float(losses.double().sum())
+                tokens += losses.numel()
+        return total / tokens
+
+
+# How many of the held-out windows a first look at a share takes.
+_QUICK = 0.25
+
+
+Measure = Callable[[Span, Sequence[float], float], float]
+"""Held-out loss with a span merged at some shares, over that part of the windows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chooser:
+    """One decision: the next merge of ``model``, which the merges of ``tree`` made of ``dense``."""
+
+    dense: PreTrainedModel
+    model: PreTrainedModel
+    scores: LayerScores
+    fit_windows: Tensor
+    windows: Tensor | None
+    settings: MergeSettings
+    tree: list[Any]
+    run: Run
+
+    def choose(self, spans: Sequence[Span]) -> tuple[Merge, dict[str, Any]]:
+        settings = self.settings
+        if settings.skip_score == ANGULAR:
+            ranking = {span: self.scores.last_token_angle[span] for span in spans}
+        else:
+            ranking = {span: self.scores.span_influence[span] for span in spans}
+        measure = None
+        if settings.skip_score in _LOSSES:
+            short = sorted(spans, key=lambda span: ranking[span])[:_SHORT_LIST]
+            losses = self._prefix_losses(short)
+            measure = self._measure(losses, short)
+            ranking = {span: self._place_loss(losses, measure, span) for span in self._reported(short)}
+        span = min(ranking, key=lambda one: ranking[one])
+        _check_some_finite(ranking.values())
+        record: dict[str, Any] = {
+            "score": settings.skip_score,
+            "ranking": {
+                str(one): value
+                for one, value in sorted(ranking.items(), key=lambda item: item[1])
+                if math.isfinite(value)
+            },
+            "influence": [float(value) for value in self.scores.influence[span.start : span.end]],
+        }
+        shares = self._influence_shares(span)
+        if settings.posterior:
+            measure = measure or self._measure(self._prefix_losses([span]), [span])
+            shares, found = self._searched_shares(measure, span)
+            _check_some_finite(found.values())
+            record["losses"] = {share: value for share, value in found.items() if math.isfinite(value)}
+        merge = choose_units(self.scores, span, shares, settings.rule)
+        record["gain_errors"] = gain_errors(self.model, merge)
+        return merge, record
+
+    def _prefix_losses(self, spans: Sequence[Span]) -> PrefixLosses:
+        assert self.windows is not None  # plan_merging checks it
+        # No batch is more than a first look is to take.
+        batch_size = min(self.run.batch_size, math.ceil(_QUICK * len(self.windows)))
+        return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), batch_size)
+
+    def _measure(self, losses: PrefixLosses, spans: Sequence[Span]) -> Measure:
+        if self.settings.skip_score != REFIT:
+            return lambda span, shares, part: losses(self._merged(span, shares), span.start, part)
+        ends = {span: leaves(self.tree[span.end - 1])[-1] + 1 for span in spans}
+        refitted = CandidateRefits(self.dense, self.model, self.fit_windows, ends)
+        return lambda span, shares, part: losses(refitted(self._merged(span, shares), span), span.start, part)
+
+    def _reported(self, spans: Sequence[Span]) -> Any:
+        for done, span in enumerate(spans, 1):
+            yield span
+            self.run.report("choosing the place", done, len(spans))
+
+    def _place_loss(self, losses: PrefixLosses, measure: Measure, span: Span) -> float:
+        if self.settings.skip_score == SLEB:
+            kept = [layer for layer in range(num_layers(self.model)) if layer not in range(*span)]
+            return losses(keep_layers(self.model, kept), span.start)
+        return measure(span, self._influence_shares(span), 1.0)
+
+    def _merged(self, span: Span, shares: Sequence[float]) -> PreTrainedModel:
+        return merge_layers(self.model, choose_units(self.scores, span, shares, self.settings.rule))
+
+    def _influence_shares(self, span: Span) -> list[float]:
+        count = len(leaves(self.tree[span.start : span.end]))
+        influence = self.scores.influence[span.start : span.end].tolist()
+        # The floor is shared out over the merges that a group of so many layers takes, as in the public code.
+        floor = self.settings.floor ** (1 / (count - 1))
+        if not self.settings.posterior:
+            return influence_shares(influence, self.settings.power, floor)
+        first, last = influence_shares([influence[0], influence[-1]], self.settings.power, floor)
+        return _of_the_ends(span, first, last)
+
+    def _searched_shares(self, measure: Measure, span: Span) -> tuple[list[float], dict[str, float]]:
+        grid = self.settings.grid
+        low = math.ceil(self.settings.least_share * grid - 1e-9)
+
+        def shares(point: int) -> list[float]:
+            return _of_the_ends(span, point / grid, 1 - point / grid)
+
+        def loss(point: int, quick: bool) -> float:
+            # Beside a refit a look at a few windows saves little, and refits leave smaller differences to see.
+            few = quick and self.settings.skip_score != REFIT
+            return measure(span, shares(point), _QUICK if few else 1.0)
+
+        best, found = search_share(loss, min(low, grid // 2), max(grid - low, grid // 2))
+        return shares(best), {f"{point / grid:g}": value for point, value in sorted(found.items())}
+
+
+def _check_some_finite(losses: Iterable[float]) -> None:
+    if not any(map(math.isfinite, losses)):
+        raise InputError(
+            "with any of the merges that were tried the logits are not finite: load the model in bfloat16 or float32, "
+            "or check its weights"
+        )
+
+
+def _of_the_ends(span: Span, first: float, last: float) -> list[float]:
+    return [first, *[0.0] * (span.length - 2), last]
+
+
+def _allowed_spans(model: PreTrainedModel, tree: Sequence[Any], width: int, repeat: bool) -> list[Span]:
+    spans, reason = [], None
+    for start in range(num_layers(model) - width + 1):
+        span = Span(start, start + width)
+        if not repeat and any(isinstance(node, list) for node in tree[span.start : span.end]):
+            continue
+        try:
+            check_mergeable(model, span)
+        except InputError as error:
+            reason = error
+            continue
+        spans.append(span)
+    if not spans:
+        because = f" ({reason})" if reason is not None else " without merging a merged layer again"
+        raise InputError(f"no {width} neighbours of the {num_layers(model)} layers left can be merged{because}")
+    return spans

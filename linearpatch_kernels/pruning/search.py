@@ -1,0 +1,292 @@
+"""From a model and windows of text to a plan, and to the quality of many plans at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.agreement import Quality
+from linearpatch_kernels.evaluation.notes import Noted, warn
+from linearpatch_kernels.forward import Progress, Run, check_batch_size, check_windows
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning.fits import (
+    DEFAULT_RANK,
+    RANKED_FITS,
+    UnusableFit,
+    checked_rank,
+    too_little_text,
+)
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans
+from linearpatch_kernels.pruning.scores import LOSS, SCORES, check_drop, check_score, choose_spans, score_spans
+from linearpatch_kernels.pruning.selection import (
+    DENSE,
+    FitChoice,
+    choose_fit,
+    compare_candidates,
+    fitted_joints,
+    needs_moments,
+    usable_candidates,
+)
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.torch_state import own_state
+
+AUTO = "auto"
+# How many spans the score ``loss`` runs the model on, and what heals them for that.
+_SHORT_LIST = 5
+_HEALER = "shrunk-low-rank"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """A plan, the statistics it was made from (with the moments of its spans, where collected), and what auto saw."""
+
+    plan: PrunePlan
+    statistics: CalibrationStatistics
+    choice: FitChoice | None = None
+
+
+@own_state()
+def plan_pruning(
+    model: PreTrainedModel,
+    fit_windows: Tensor,
+    heldout_windows: Tensor | None = None,
+    *,
+    drop: int | None = None,
+    spans: Sequence[Span] = (),
+    score: str = "cosine",
+    fit: str = AUTO,
+    rank: int = DEFAULT_RANK,
+    structured: bool = False,
+    about: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
+    batch_size: int = 4,
+    ranks: Processes | None = None,
+    noted: Noted = warn,
+    progress: Progress | None = None,
+) -> Pruning:
+    """Decide what to remove and what heals it.
+
+    One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter
+    one; ``fit="auto"`` adds one over ``heldout_windows``, and so does ``score="loss"``: it heals the five spans of the
+    best cosine and keeps the one with the lowest held-out loss.
+
+    Args:
+        model: the dense causal LM; not changed.
+        fit_windows: token ids [S, T] that scores and fits are computed on.
+        heldout_windows: token ids [W, T], other text, that ``auto`` chooses on; needed for ``auto`` only.
+        drop: how many layers go; or ``spans``: which. Exactly one of the two.
+        score, fit, rank, structured: see :mod:`~linearpatch_kernels.pruning.scores`,
+            :mod:`~linearpatch_kernels.pruning.fits` and :func:`~linearpatch_kernels.pruning.selection.choose_fit`.
+        about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
+        ranks: processes that share the passes over both kinds of windows, and the fits that ``auto`` compares; all of
+            them get the same result.
+        noted: told before any pass of too little text for the fit, and later of candidates that are left out.
+
+    Raises:
+        InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
+        UnusableFit: the text does not allow the fit that was asked for.
+    """
+    layers = num_layers(model)
+    moments = needs_moments(fit)
+    if (drop is None) == (not spans):
+        raise InputError("give either the number of layers to drop or the spans to remove")
+    check_score(score, (*SCORES, LOSS))
+    if heldout_windows is None and (fit == AUTO or score == LOSS):
+        raise InputError("the fit auto and the score loss choose on held-out windows: give some, or name others")
+    if spans:
+        checked_spans(spans, layers)
+    else:
+        check_drop(drop, layers)
+    check_rank(rank, hidden_size(model), [fit], score)
+    _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
+    _note_little_text([fit], model, fit_windows, noted, instead="--fit auto, which chooses on other text")
+    # Comparing holds the logits of two models at once, so it takes one window at a time.
+    comparing = Run(processes=ranks or Processes(), progress=progress)
+    if spans:
+        chosen, score = checked_spans(spans, layers), "given"
+        statistics = calibrate(
+            model, fit_windows.split(batch_size), moments=chosen if moments else (), ranks=ranks, progress=progress
+        )
+    else:
+        statistics = calibrate(model, fit_windows.split(batch_size), ranks=ranks, progress=progress)
+        short = _short_list(statistics, drop or 0) if score == LOSS else choose_spans(statistics, drop or 0, score)
+        if moments or score == LOSS:
+            found = collect_moments(model, fit_windows.split(batch_size), short, ranks=ranks, progress=progress)
+            statistics = statistics.with_moments(found)
+        chosen = short
+        if score == LOSS and heldout_windows is not None:
+            chosen = [_best_healed(model, heldout_windows, statistics, short, fit, rank, noted, comparing)]
+    if fit == AUTO and heldout_windows is not None:
+        choice = choose_fit(
+            model,
+            heldout_windows,
+            statistics,
+            chosen,
+            rank=rank,
+            structured=structured,
+            noted=noted,
+            run=comparing,
+        )
+        plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
+        return Pruning(plan, statistics, choice)
+    joints = fitted_joints(statistics, chosen, fit, rank=rank)
+    return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+def _check_text(model: PreTrainedModel, texts: Sequence[Tensor], batch_size: int) -> None:
+    check_batch_size(batch_size)
+    for windows in texts:
+        check_windows(model, windows)
+
+
+def _note_little_text(
+    fits: Sequence[str], model: PreTrainedModel, windows: Tensor, noted: Noted, *, instead: str = ""
+) -> None:
+    little = too_little_text(fits, hidden_size(model), windows, instead=instead)
+    if little is not None:
+        noted(little)
+
+
+def rank_for(rank: int | None, width: int) -> int:
+    """The rank that was asked for, else the default or what the width has room for."""
+    return min(DEFAULT_RANK, width) if rank is None else rank
+
+
+def check_rank(rank: int, width: int, fits: Sequence[str], score: str = "") -> None:
+    """InputError where the rank is used, by a fit or by what the score heals with, and does not fit the width."""
+    if score == LOSS or any(fit == AUTO or fit in RANKED_FITS for fit in fits):
+        checked_rank(rank, width)
+
+
+def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
+    """The best spans of the cosine, for the model itself to judge: running all of them would cost a pass each."""
+    return list(score_spans(statistics, drop, "cosine"))[:_SHORT_LIST]
+
+
+def _best_healed(
+    model: PreTrainedModel,
+    windows: Tensor,
+    statistics: CalibrationStatistics,
+    spans: Sequence[Span],
+    fit: str,
+    rank: int,
+    noted: Noted,
+    run: Run,
+) -> Span:
+    """The span with the lowest held-out loss once a low-rank patch has healed it, or without where that does harm.
+
+    Only spans that ``fit`` can heal afterwards.
+    """
+    candidates: dict[str, tuple[Joint, ...]] = {}
+    for span in spans:
+        if fit == AUTO or usable_candidates(statistics, [span], {fit: fit}, rank=rank, noted=noted):
+            ways = {f"{span}, {way}": way for way in ("none", _HEALER)}
+            candidates |= usable_candidates(statistics, [span], ways, rank=rank, noted=noted)
+    if not candidates:
+        raise UnusableFit(f"the text does not allow the fit {fit} at any of {', '.join(map(str, spans))}: give another")
+    found = compare_candidates(model, windows, candidates, description="choosing the span", noted=noted, run=run)
+    usable = [name for name in candidates if name in found]
+    if not usable:
+        raise InputError(
+            "without any of the spans, patched or not, the model's logits are not finite on the held-out windows: load "
+            "it in bfloat16 or float32, or give another text"
+        )
+    return candidates[min(usable, key=lambda name: found[name].loss)][0].span
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One depth and one fit: the plan and its quality."""
+
+    drop: int
+    fit: str
+    plan: PrunePlan
+    quality: Quality
+
+
+def sweep(
+    model: PreTrainedModel,
+    fit_windows: Tensor,
+    evaluation_windows: Tensor,
+    drops: Sequence[int],
+    fits: Sequence[str],
+    *,
+    score: str = "cosine",
+    rank: int = DEFAULT_RANK,
+    statistics: CalibrationStatistics | None = None,
+    keep: Callable[[CalibrationStatistics], None] | None = None,
+    batch_size: int = 4,
+    noted: Noted = warn,
+    progress: Progress | None = None,
+) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
+    """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
+
+    The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2``
+    bytes each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+
+    Args:
+        statistics: of an earlier run over the same windows; what it holds is not collected again.
+        keep: called with the statistics after every pass, for whoever wants to go on after a kill.
+        noted: told before any pass of too little text for a fit, and later of points that are left out: a fit that the
+            text does not allow there, logits that are not finite.
+
+    Returns:
+        The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
+
+    Raises:
+        InputError: arguments that do not fit the model (before any pass), no point at all, or what the passes raise.
+    """
+    layers = num_layers(model)
+    if not drops or not fits:
+        raise InputError("there is nothing to sweep: give at least one number of layers and one fit")
+    for drop in drops:
+        check_drop(drop, layers)
+    check_score(score, SCORES)
+    # A list, so that every name is checked.
+    wanted = True in [needs_moments(fit) for fit in fits]
+    if AUTO in fits:
+        raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
+    check_rank(rank, hidden_size(model), fits)
+    _check_text(model, [fit_windows, evaluation_windows], batch_size)
+    _note_little_text(fits, model, fit_windows, noted)
+    if statistics is None:
+        statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+        _kept(statistics, keep)
+    spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
+    missing = sorted({span for chosen in spans.values() for span in chosen} - set(statistics.moments))
+    if wanted and missing:
+        found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
+        statistics = statistics.with_moments(found)
+        _kept(statistics, keep)
+    names = {(drop, fit): f"{drop} layers dropped, {fit}" for drop in drops for fit in fits}
+    candidates: dict[str, tuple[Joint, ...]] = {}
+    for (drop, fit), name in names.items():
+        candidates |= usable_candidates(statistics, spans[drop], {name: fit}, rank=rank, noted=noted)
+    found_quality = compare_candidates(
+        model,
+        evaluation_windows,
+        candidates,
+        description="evaluating the sweep",
+        noted=noted,
+        run=Run(progress=progress),
+    )
+    points = [
+        SweepPoint(drop, fit, PrunePlan(layers, candidates[name], score=score), found_quality[name])
+        for (drop, fit), name in names.items()
+        if name in found_quality
+    ]
+    if not points:
+        raise InputError("no fit could be made and measured at any depth: give more text, or other fits")
+    return found_quality[DENSE], points, statistics
+
+
+def _kept(statistics: CalibrationStatistics, keep: Callable[[CalibrationStatistics], None] | None) -> None:
+    if keep is not None:
+        keep(statistics)

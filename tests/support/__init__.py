@@ -1,0 +1,1 @@
+"""What tests of several rooms share: tiny models, files, the command in this process."""
