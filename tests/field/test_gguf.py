@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling import gguf as conversion
 from linearpatch_kernels.modeling.loading import ModelSource, load_model
-from tests.field import gguf_files
+from tests.support import gguf_files
 from tests.support.field import SMALL, linearpatch, same, save_model, tiny
 
 LONG = torch.randint(3, 97, (1, 200), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from linearpatch_kernels.modeling import gguf
 from linearpatch_kernels.modeling.gguf_file import read_file
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
-from tests.field.gguf_files import write
+from tests.support.gguf_files import write
 from tests.support.tiny import FAMILY_NAMES, VOCABULARY, tiny_model
 
 

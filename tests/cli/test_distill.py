@@ -22,8 +22,7 @@ from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.plan import PrunePlan
-from tests import test_cli
-from tests.test_cli import (
+from tests.support.command import (
     LAYERS,
     PACKAGE_ROOT,
     SMALL,
@@ -39,7 +38,6 @@ from tests.test_cli import (
     tree,
 )
 
-run, world = test_cli.run, test_cli.world
 # Enough text for 24 training windows, 4 held out and the report's 16.
 QUICK = ["--steps", "24", "--length", "24", "--top-k", "20", "--heldout", "4", "--learning-rate", "2e-3"]
 HELDOUT = range(24, 28)

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.merging.plan import MergePlan, apply_merges
 from linearpatch_kernels.modeling.patched import patches
-from tests.test_cli import LAYERS, SMALL, Run, World, logits_of, prose, refusal, run, run_apart, tree, world
-
-__all__ = ["run", "world"]  # fixtures
+from tests.support.command import LAYERS, SMALL, WIDTH, Run, World, logits_of, prose, refusal, run_apart, tree
 
 MERGE = [argument for argument in SMALL if argument not in ("--rank", "4")]
 PLAINLY = [*MERGE, "--heal", "none"]
@@ -190,3 +188,13 @@ def test_patches_behind_the_merged_layers(world: World, run: Run, tmp_path: Path
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     assert all(torch.equal(tensor, healed.state_dict()[name]) for name, tensor in plain.items())
     assert "is no way to heal" in refusal(run("merge", world.model, "-o", tmp_path / "x", *flags, "--heal", "best"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_merge_refuses_what_does_not_fit_the_model(world: World, run: Run, empty: Path) -> None:
+    for layers in (LAYERS, LAYERS + 1):
+        line = refusal(run("merge", world.model, "--layers", layers, "-o", empty / "out", "--text", world.text))
+        assert f"{LAYERS} layers" in line
+    arguments = ["--layers", LAYERS - 1, "-o", empty / "out", "--text", world.text]
+    assert "1 to 48" in refusal(run("merge", world.model, *arguments, "--heal", "low-rank", "--rank", WIDTH + 1))
+    assert "power" in refusal(run("merge", world.model, *arguments, "--power", "nan"))
