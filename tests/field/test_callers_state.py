@@ -45,7 +45,8 @@ from linearpatch_kernels.pruning.scores import SCORES
 from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.text import token_windows
 from linearpatch_kernels.torch_state import own_state
-from tests.support.field import VOCABULARY, numbers, save_model, tiny, word_tokenizer
+from tests.support.field import numbers, save_model, tiny
+from tests.support.tiny import VOCABULARY, tiny_tokenizer
 
 SPAN = Span(2, 4)
 
@@ -169,7 +170,7 @@ def reading(folder: Path) -> Any:
 
 def saved(folder: Path) -> Path:
     with own_state():
-        return save_model(dense(), folder / "model", word_tokenizer())
+        return save_model(dense(), folder / "model", tiny_tokenizer())
 
 
 def matrices(_: Path) -> Any:

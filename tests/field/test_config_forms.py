@@ -19,7 +19,8 @@ from linearpatch_kernels.modeling.config_forms import both_forms, one_form, writ
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.field.rope_cases import CASES, KINDS, LENGTHS, LLAMA3, UNSAYABLE, longrope, made, rope
-from tests.support.field import IDS, linearpatch, same, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import IDS, linearpatch, same, save_model, text_file, tiny
+from tests.support.tiny import tiny_tokenizer
 
 
 def entries_of(directory: Path) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def test_a_tokenizers_config_of_another_form_stays(content: str, tmp_path: Path)
 
 def test_a_tokenizers_config_is_written_for_both(tmp_path: Path) -> None:
     """Transformers 5 calls a plain tokenizer's class by a name that 4 does not know, and lists its special tokens."""
-    tokenizer = word_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<néw>", "<more>"]})
     tokenizer.save_pretrained(tmp_path)
     before = AutoTokenizer.from_pretrained(tmp_path)

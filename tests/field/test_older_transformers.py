@@ -26,7 +26,8 @@ from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.field.rope_cases import CASES, KINDS, UNSAYABLE, made
-from tests.support.field import IDS, same, word_tokenizer
+from tests.support.field import IDS, same
+from tests.support.tiny import tiny_tokenizer
 
 OLDER = os.environ.get("TRANSFORMERS_4", "")
 with_older = pytest.mark.skipif(
@@ -47,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, kind in NAMES:
         model = made(name, kind)
         directory = place(root, name, kind)
-        tokenizer = word_tokenizer()
+        tokenizer = tiny_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
         save_checkpoint(model, tokenizer, directory)
         with torch.no_grad():

@@ -18,7 +18,8 @@ from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import ModelSource, load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch
-from tests.support.field import IDS, SMALL, linearpatch, same, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import IDS, SMALL, linearpatch, same, save_model, text_file, tiny
+from tests.support.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_a_tied_head_may_be_there_or_not(tmp_path: Path) -> None:
 def test_a_decoder_saved_alone_is_a_model_where_its_head_is_tied(tmp_path: Path) -> None:
     tied = tiny(layers=2, tie_word_embeddings=True)
     tied.model.save_pretrained(tmp_path)
-    word_tokenizer().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     assert same(load_model(tmp_path, device="cpu")[0](IDS).logits, tied(IDS).logits)
 
 
@@ -274,7 +275,7 @@ def test_a_quantised_checkpoint_is_known_as_one(model: Path) -> None:
 def shards(tmp_path: Path) -> Path:
     directory = tmp_path / "shards"
     tiny(layers=3).save_pretrained(directory, max_shard_size="60KB")
-    word_tokenizer().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -13,7 +13,8 @@ from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.nn import LowRankPatch
-from tests.support.field import SMALL, cut, isolated, linearpatch, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import SMALL, cut, isolated, linearpatch, save_model, text_file, tiny
+from tests.support.tiny import tiny_tokenizer
 
 TEXT = "Naïve 3.14 — the Quick\n\n\tbrown fox's 12345 日本語 🙂  end\r\ndef f(x):\n    return x"
 CLASSES = {
@@ -114,7 +115,7 @@ def test_it_gives_the_same_ids_without_this_package(made: dict[tuple[str, str], 
 @pytest.mark.parametrize("fit", ["none", "linearpatch"])
 def test_what_is_written_beside_the_vocabulary_comes_along(fit: str, tmp_path: Path) -> None:
     """Added tokens, the side of the padding, the chat template: a cut by the command keeps them."""
-    tokenizer = word_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["12 34"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     tokenizer.chat_template = "{% for m in messages %}<tool> {{ m['content'] }} {% endfor %}"

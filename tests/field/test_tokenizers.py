@@ -14,14 +14,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.fingerprints import fingerprint_tokenizer, same_tokenizer, tokenizer_difference
 from linearpatch_kernels.text import leading_tokens, token_windows
-from tests.support.field import VOCABULARY, linearpatch, numbers, save_model, text_file, tiny, word_tokenizer
+from tests.support.field import linearpatch, numbers, save_model, text_file, tiny
+from tests.support.tiny import VOCABULARY, tiny_tokenizer
 
 # --- what stands before a text ---------------------------------------------------------------------------------------
 
 
 def framed(front: list[str], back: list[str] = [], bos: str | None = "<s>") -> PreTrainedTokenizerFast:  # noqa: B006 - only read
     """A tokenizer that puts tokens in front of a text and behind it, with one that it calls its BOS."""
-    made = word_tokenizer()
+    made = tiny_tokenizer()
     if front or back:
         ids = {token: made.convert_tokens_to_ids(token) for token in [*front, *back]}
         made.backend_tokenizer.post_processor = TemplateProcessing(
@@ -108,16 +109,16 @@ SAME: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
 @pytest.mark.parametrize("case", list(SAME))
 def test_what_is_written_beside_makes_no_other_tokenizer(tmp_path: Path, case: str) -> None:
     """trl #6457, trl #3028, torchtune #2119, LMOps #331."""
-    changed = word_tokenizer()
+    changed = tiny_tokenizer()
     SAME[case](changed)
     changed.save_pretrained(tmp_path)
     for tokenizer in (changed, AutoTokenizer.from_pretrained(tmp_path)):
-        assert tokenizer_difference(word_tokenizer(), tokenizer) == ""
-        assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(word_tokenizer())
+        assert tokenizer_difference(tiny_tokenizer(), tokenizer) == ""
+        assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(tiny_tokenizer())
 
 
 def swapped() -> PreTrainedTokenizerFast:
-    words = sorted(word_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    words = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
     names = [word for word, _ in words]
     names[40], names[41] = names[41], names[40]
     return from_words(names)
@@ -130,7 +131,7 @@ def from_words(names: list[str]) -> PreTrainedTokenizerFast:
 
 
 def splitting_digits() -> PreTrainedTokenizerFast:
-    made = word_tokenizer()
+    made = tiny_tokenizer()
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
     )
@@ -138,7 +139,7 @@ def splitting_digits() -> PreTrainedTokenizerFast:
 
 
 def with_a_plain_token() -> PreTrainedTokenizerFast:
-    made = word_tokenizer()
+    made = tiny_tokenizer()
     made.add_tokens([AddedToken("12", normalized=False), AddedToken("the", normalized=False)])
     return made
 
@@ -146,7 +147,7 @@ def with_a_plain_token() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: word_tokenizer(VOCABULARY + 7), "other vocabulary: 97 and 104 tokens"),
+        (lambda: tiny_tokenizer(VOCABULARY + 7), "other vocabulary: 97 and 104 tokens"),
         (swapped, "other vocabulary: the id of '36' is 40 and 41"),
         (lambda: framed(["<s>"]), "a text begins with other tokens: [] and [1]"),
         (splitting_digits, "other ids for 'Naïve 3.14"),
@@ -156,9 +157,9 @@ def with_a_plain_token() -> PreTrainedTokenizerFast:
 )
 def test_what_computes_otherwise_is_another_tokenizer_and_said(make: Callable[[], Any], says: str) -> None:
     other = make()
-    assert says in tokenizer_difference(word_tokenizer(), other)
-    assert fingerprint_tokenizer(other) != fingerprint_tokenizer(word_tokenizer())
-    assert not same_tokenizer(fingerprint_tokenizer(other), fingerprint_tokenizer(word_tokenizer()))
+    assert says in tokenizer_difference(tiny_tokenizer(), other)
+    assert fingerprint_tokenizer(other) != fingerprint_tokenizer(tiny_tokenizer())
+    assert not same_tokenizer(fingerprint_tokenizer(other), fingerprint_tokenizer(tiny_tokenizer()))
 
 
 def test_special_tokens_count_alike_inside_and_beside_the_vocabulary() -> None:
@@ -181,7 +182,7 @@ def test_a_teacher_with_another_pad_token_is_no_other_model(tmp_path: Path) -> N
     """Refused with "different tokenizers" (trl #6457, trl #3028)."""
     text = text_file(tmp_path)
     save_model(tiny(layers=3), tmp_path / "dense")
-    again, added = word_tokenizer(), word_tokenizer()
+    again, added = tiny_tokenizer(), tiny_tokenizer()
     again.pad_token = "92"
     added.add_special_tokens({"pad_token": "<|pad|>"})
     dense = tiny(layers=3)
@@ -197,7 +198,7 @@ def test_a_teacher_with_another_pad_token_is_no_other_model(tmp_path: Path) -> N
         run = ["distill", tmp_path / "out", "--teacher", tmp_path / name, "-o", tmp_path / f"to-{name}"]
         assert linearpatch(*run, "--steps", "1", "--heldout", "2", *common) is None
     save_model(tiny(layers=3), tmp_path / "swapped", swapped())
-    save_model(tiny(layers=3, vocab_size=104), tmp_path / "wide", word_tokenizer())
+    save_model(tiny(layers=3, vocab_size=104), tmp_path / "wide", tiny_tokenizer())
     save_model(tiny(layers=3, seed=1), tmp_path / "other")
     for name, says in (("swapped", "the id of '36' is 40 and 41"), ("wide", "vocabulary")):
         error = linearpatch("evaluate", tmp_path / "out", "--teacher", tmp_path / name, *common)

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import linearpatch_kernels.modeling  # noqa: F401 - registers the patched classes
 from linearpatch_kernels.cli import main
 from linearpatch_kernels.files import RECORDS
 from tests.support import gguf_files
+from tests.support.tiny import tiny_model
 
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 8, 48, 384, 64
 PACKAGE_ROOT = Path(__file__).parent.parent.parent
@@ -63,21 +64,10 @@ def trained_tokenizer(text: str, size: int, length: int = CONTEXT) -> PreTrained
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", model_max_length=length)
 
 
-def tiny_llama(vocabulary: int = VOCABULARY, layers: int = LAYERS, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=80,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+def tiny_llama(vocabulary: int = VOCABULARY, layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}
+    sizes = {"vocab_size": vocabulary, "max_position_embeddings": CONTEXT, "initializer_range": 0.2}
+    return tiny_model("llama", layers=layers, seed=seed, **sizes, **tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import subprocess
@@ -12,71 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from linearpatch_kernels.cli import app
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import Patch
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
-VOCABULARY = 97
 IDS = torch.arange(3, 40)[None]
 SMALL = ["--samples", "6", "--length", "16", "--rank", "4", "--device", "cpu"]
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-    "query_pre_attn_scalar": 12,
-    "sliding_window": 8,
-    "use_sliding_window": True,
-    "max_window_layers": 3,
-    "tie_word_embeddings": False,
-}
-_CLASSES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "phi3": "Phi3",
-    "gemma3_text": "Gemma3Text",
-}
-
 
 def tiny(family: str = "llama", layers: int = 6, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random causal LM in evaluation mode."""
-    config_class = getattr(transformers, _CLASSES[family] + "Config")
-    model_class = getattr(transformers, _CLASSES[family].removesuffix("Text") + "ForCausalLM")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    sizes = {name: value for name, value in {**_SIZES, **changes}.items() if name in known}
-    if family == "gemma3_text":
-        sizes.setdefault("sliding_window_pattern", 3)
-    torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(config_class(num_hidden_layers=layers, **sizes)).eval()
-    return model
-
-
-def word_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A word a number; ``<pad>``, ``<s>``, ``</s>`` and ``<unk>`` are the ids 0 to 3."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *map(str, range(size - 4))]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    """`tiny_model` with more positions, and with an output matrix of its own in every family."""
+    sizes = {"max_position_embeddings": 256, "tie_word_embeddings": False, **changes}
+    return tiny_model(family, layers=layers, seed=seed, **sizes)
 
 
 def numbers(count: int = 6000, seed: int = 3, top: int = 93) -> str:
@@ -92,7 +43,7 @@ def text_file(folder: Path, count: int = 6000, name: str = "numbers.txt") -> Pat
 
 def save_model(model: PreTrainedModel, directory: Path, tokenizer: Any = None) -> Path:
     model.save_pretrained(directory)
-    (tokenizer or word_tokenizer(model.config.vocab_size)).save_pretrained(directory)
+    (tokenizer or tiny_tokenizer(model.config.vocab_size)).save_pretrained(directory)
     return directory
 
 

@@ -46,7 +46,7 @@ def tiny_model(family: str, *, layers: int = LAYERS, seed: int = 0, **changes: A
     known = {field.name for field in dataclasses.fields(stock.config_class)}
     sizes = {name: value for name, value in {**_SIZES, **changes}.items() if name in known}
     if family == "gemma3_text":
-        sizes["sliding_window_pattern"] = 3
+        sizes.setdefault("sliding_window_pattern", 3)
     torch.manual_seed(seed)
     return stock.causal_lm_class(stock.config_class(num_hidden_layers=layers, **sizes)).eval()
 
