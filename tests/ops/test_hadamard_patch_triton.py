@@ -14,10 +14,10 @@ import torch
 import triton
 from packaging.version import Version
 
-from benchmarks.gpu_static import ARCHITECTURES, KERNELS, compile_triton
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.hadamard_patch import triton as kernels
 from tests.support.cpu_cases import LISTED
+from tools.gpu_model.model import ARCHITECTURES, KERNELS, compile_triton
 
 ROOT = Path(backend.__file__).parent.parent
 INTERPRETED = {"TRITON_INTERPRET": "1", "LINEARPATCH_BACKEND": "triton"}

@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu_static import ARCHITECTURES, disassemble, losses_row
-from benchmarks.triton_static import LOSSES, driver_of, loss_launch
 from linearpatch_kernels import backend
 from linearpatch_kernels.ops.topk_kl import cuda, gpu, reference
 from linearpatch_kernels.ops.topk_kl import triton as kernels
 from tests.ops.test_hadamard_patch_triton import INTERPRETED, ROOT, interpreted
+from tools.gpu_model.build import disassemble
+from tools.gpu_model.model import ARCHITECTURES, losses_row
+from tools.gpu_model.triton_launches import LOSSES, driver_of, loss_launch
 
 
 def cases(seed: int, count: int) -> None:

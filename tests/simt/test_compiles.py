@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import linearpatch_kernels
-from benchmarks.gpu_build import Cubin, compile_all, nvcc, tool
 from linearpatch_kernels.backend import compiled_for_gpus
+from tools.gpu_model.build import Cubin, compile_all, nvcc, tool
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu_build import nvcc, tool
-from benchmarks.gpu_sass import sass_programs
-from benchmarks.topk_kl_static import count_cuda, loads_together, longest_loop
 from linearpatch_kernels.ops.topk_kl import cuda, gpu
 from tests.simt.emulator import COMPILER, HERE, SCHEDULES, mutated_sources
 from tests.simt.topk_kl_emulator import Emulator, build
 from tests.support.topk_kl_cases import DTYPES, OPS, check, double, teacher, wrong_in_extremes
+from tools.gpu_model.build import nvcc, tool
+from tools.gpu_model.losses import count_cuda, loads_together, longest_loop
+from tools.gpu_model.sass import sass_programs
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 NORMALIZATIONS = ["topk", "full", "tail"]

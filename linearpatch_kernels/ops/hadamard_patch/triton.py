@@ -349,7 +349,7 @@ class Layout:
     def blocks(self) -> int:
         return self.d // (self.m << self.k)
 
-    # What a thread's registers hold was found by compiling (`benchmarks.triton_static`) with Triton 3.6, 3.7 and 3.9.
+    # What a thread's registers hold was found by compiling (`tools.gpu_model`) with Triton 3.6, 3.7 and 3.9.
 
     @property
     def roomy(self) -> bool:

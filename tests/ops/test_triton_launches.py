@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.triton_static import (
+from linearpatch_kernels.ops.topk_kl import triton as kernels
+from tests.ops.test_hadamard_patch_triton import ROOT
+from tools.gpu_model.triton_launches import (
     DTYPES,
     NORMALIZATIONS,
     WIDTHS,
@@ -24,8 +26,6 @@ from benchmarks.triton_static import (
     patch_launches,
     vocabulary_launches,
 )
-from linearpatch_kernels.ops.topk_kl import triton as kernels
-from tests.ops.test_hadamard_patch_triton import ROOT
 
 
 def keys(made: Iterable[Launch]) -> list[str]:
@@ -106,7 +106,17 @@ OTHER_TRITONS = [Path(place) for place in os.environ.get("TRITON_VENVS", "").spl
 @pytest.mark.parametrize("place", OTHER_TRITONS, ids=lambda place: place.name)
 def test_another_triton_compiles_every_kernel_without_spills(place: Path, arch: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-P", "-m", "benchmarks.triton_static", "--arch", arch, "--dtype", "bfloat16", "float32"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "tools.gpu_model.triton_launches",
+            "--arch",
+            arch,
+            "--dtype",
+            "bfloat16",
+            "float32",
+        ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(place)])},
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,8 @@ def machine_of(arch: str) -> Machine:
         if device_of(file) == machine.device and (found := measured(file)):
             return replace(machine, bandwidth=found.copy, clock=found.clock, memory="measured copy")
     return machine
+
+
+def lanes_of(arch: str) -> int:
+    """Threads of a warp: AMD's data-centre GPUs have 64."""
+    return 64 if arch.startswith("gfx") else 32

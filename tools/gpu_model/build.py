@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.gpu_sass import Program, sass_programs
+from tools.gpu_model.sass import Program, sass_programs
 
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "hadamard_patch"
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "hadamard_patch"
 SOURCES = tuple(sorted(path.stem for path in KERNELS.glob("*.cu")))
-PLAN = Path(__file__).with_name("gpu_plan.cpp")
+PLAN = Path(__file__).with_name("plan.cpp")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
 TENSORS = ("x", "residual", "y", "normed", "scale", "weight", "grad", "dx", "scale_sums", "signs")
 
@@ -75,10 +75,7 @@ class Cubin:
         return {name: sum(map(int, numbers)) for name, *numbers in re.findall(pattern, self.said)}
 
     def code(self) -> str:
-        disassembler = tool("nvdisasm")
-        if disassembler is None:
-            raise FileNotFoundError("no nvdisasm: it comes with CUDA and with triton")
-        return subprocess.run([disassembler, str(self.path)], capture_output=True, text=True, check=True).stdout
+        return _said_by("nvdisasm", str(self.path))
 
 
 @cache
@@ -133,6 +130,29 @@ def programs(source: str, arch: int) -> dict[str, Program]:
     return sass_programs(compiled(source, arch).code())
 
 
+def _said_by(name: str, *arguments: str) -> str:
+    program = tool(name)
+    if program is None:
+        raise FileNotFoundError(f"no {name}: it comes with CUDA and with triton")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(cubin: Path) -> dict[str, dict[str, int]]:
+    """What ``cuobjdump -res-usage`` says of each function: REG, STACK, SHARED, LOCAL."""
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        for name, line in re.findall(r"Function (\S+?):\s*\n\s*(.*)", _said_by("cuobjdump", "-res-usage", str(cubin)))
+    }
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, Program], dict[str, dict[str, int]]]:
+    """The functions of a cubin, and their `resource_usage`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return sass_programs(_said_by("nvdisasm", file.name)), resource_usage(Path(file.name))
+
+
 # --- how the host would launch a kernel ------------------------------------------------------------------------------
 
 
@@ -173,11 +193,11 @@ def launch_plan(
     Raises:
         ValueError: there is no kernel for this.
     """
-    program = _folder() / f"gpu_plan-{hashlib.sha256(PLAN.read_bytes()).hexdigest()[:16]}"
+    program = _folder() / f"plan-{hashlib.sha256(PLAN.read_bytes()).hexdigest()[:16]}"
     with _alone(program):
         if not program.exists():
             made = program.with_suffix(".new")
-            command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", PLAN, "-I", PLAN.parent, "-o", made]
+            command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", PLAN, "-I", PLAN.parents[1], "-o", made]
             subprocess.run(command, check=True)
             made.rename(program)
     arguments = [kernel, order, inner, blocks, int(has_program), dtype, rows, turns, *device]

@@ -1,6 +1,6 @@
-"""The losses' CUDA kernels compiled without a GPU: ``python -m benchmarks.topk_kl_static [ARCH ...]``.
+"""The losses' CUDA kernels compiled without a GPU: ``python -m tools.gpu_model.losses [ARCH ...]``.
 
-`triton_static` and `gpu_static` have Triton's. Of CUDA's it is said what a kernel needs, how many loads of 16 bytes
+`triton_launches` and `model` have Triton's. Of CUDA's it is said what a kernel needs, how many loads of 16 bytes
 are under way before one is waited for, and how many instructions its loop has (the longest one, every branch counted).
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_build import FLAGS, Cubin, nvcc
-from benchmarks.gpu_sass import JUMPS, Program, sass_programs
+from tools.gpu_model.build import FLAGS, Cubin, nvcc
+from tools.gpu_model.sass import JUMPS, Program, sass_programs
 
-CUDA_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "topk_kl" / "cuda_losses.cu"
+CUDA_SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "topk_kl" / "cuda_losses.cu"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_sass import Instruction, Program, is_for_rare_floats
+from tools.gpu_model.sass import Instruction, Program, is_for_rare_floats
 
 Lanes = Any  # an array of 32 numbers, or None where they are not known
 LANES = 32

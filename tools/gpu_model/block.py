@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.gpu_machines import Machine
-from benchmarks.gpu_warp import Step
+from tools.gpu_model.machines import Machine
+from tools.gpu_model.warp import Step
 
 SCHEDULERS = 4
 

@@ -1,4 +1,4 @@
-"""Triton's kernels as the host code launches them, compiled without a GPU: ``python -m benchmarks.triton_static``.
+"""Triton's kernels as the host launches them, compiled without a GPU: ``python -m tools.gpu_model.triton_launches``.
 
 The host code itself is run, on small CPU tensors, and what it would launch is recorded: constants, warps and the kinds
 of the arguments are written nowhere else. A stand-in takes the driver's place, which says for which GPU to compile, so
@@ -28,7 +28,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from benchmarks.gpu_static import lanes_of, resource_usage
+from tools.gpu_model.build import resource_usage
+from tools.gpu_model.machines import lanes_of
 
 WIDTHS = (64, 576, 1536, 2048, 3072, 4096, 5120, 8192, 16384)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import triton
 
-from benchmarks import gpu_against, gpu_block, gpu_build, gpu_machines, gpu_static
-from benchmarks.gpu_block import cycles_together
-from benchmarks.gpu_machines import MACHINES, machine_of
-from benchmarks.gpu_sass import Instruction, executed, program_graph, sass_programs
-from benchmarks.gpu_static import (
+from tools.gpu_model import against, block, build, machines, model
+from tools.gpu_model.__main__ import main
+from tools.gpu_model.block import cycles_together
+from tools.gpu_model.machines import MACHINES, machine_of
+from tools.gpu_model.model import (
     CHECKED,
     DEFAULT_DS,
     LOSSES,
@@ -31,11 +31,12 @@ from benchmarks.gpu_static import (
     triton_selection,
     warp_counts,
 )
-from benchmarks.gpu_warp import Launched, Seen, Step, Warp, bank_wavefronts
+from tools.gpu_model.sass import Instruction, executed, program_graph, sass_programs
+from tools.gpu_model.warp import Launched, Seen, Step, Warp, bank_wavefronts
 
 H100 = MACHINES["sm_90"]
-LIMITS = read_rows(Path(gpu_static.__file__).with_name("gpu_limits.json"))
-MEASURED = Path(gpu_static.__file__).parent / "results" / "gpu-nvidia-h100-80gb-hbm3.json"
+LIMITS = read_rows(Path(model.__file__).with_name("limits.json"))
+MEASURED = machines.RESULTS / "gpu-nvidia-h100-80gb-hbm3.json"
 BFLOAT16_ROW = 2 * 4096 * 2
 
 
@@ -397,26 +398,26 @@ def timed(body: str, *, warps: int = 1, blocks: int = 1) -> float:
 
 
 def test_an_instruction_waits_for_what_it_reads() -> None:
-    assert timed("FADD R8, R8, R9; FADD R8, R8, R9; FADD R8, R8, R9") == 1 + 2 * gpu_block.ARITHMETIC
+    assert timed("FADD R8, R8, R9; FADD R8, R8, R9; FADD R8, R8, R9") == 1 + 2 * block.ARITHMETIC
     assert timed("FADD R8, R9, R9; FADD R10, R9, R9; FADD R11, R9, R9") == 3
     # A product keeps a scheduler's unit for eight cycles: 2048 multiply-adds of 256.
     independent = "HMMA.16816.F32.BF16 R12, R20, R24, RZ; HMMA.16816.F32.BF16 R16, R20, R24, RZ"
     assert timed(independent) == 8 + 1
-    assert timed(independent.replace("R24, RZ; ", "R24, RZ; FADD R12, R12, R12; ")) == gpu_block.PRODUCT + 2
+    assert timed(independent.replace("R24, RZ; ", "R24, RZ; FADD R12, R12, R12; ")) == block.PRODUCT + 2
 
 
 def test_memory_shared_memory_and_the_pipe_that_both_need() -> None:
     load = "LDG.E.128 R8, desc[UR6][R2.64]; FADD R8, R8, R8"
-    assert timed(load) == gpu_block.MEMORY + 4
-    assert timed("LDS.128 R8, [R6]; FADD R8, R8, R8") == gpu_block.SHARED + 4
+    assert timed(load) == block.MEMORY + 4
+    assert timed("LDS.128 R8, [R6]; FADD R8, R8, R8") == block.SHARED + 4
     # Eight warps, each of which takes the pipe for four cycles: the last, two cycles later, waits for seven others.
-    assert timed(load, warps=8) == gpu_block.MEMORY + 4 + 7 * 4 - 2
+    assert timed(load, warps=8) == block.MEMORY + 4 + 7 * 4 - 2
 
 
 def test_a_copy_costs_only_what_is_left_of_it() -> None:
     copy = "LDGSTS.E.BYPASS.128 [R6+0x200], desc[UR6][R2.64]; LDGDEPBAR; "
     wait = "DEPBAR.LE SB0, {:#x}"
-    waited = gpu_block.MEMORY + 3  # the last of its four lines
+    waited = block.MEMORY + 3  # the last of its four lines
     assert timed(copy + wait.format(0)) == waited + 1
     assert timed(copy + wait.format(1)) == 3  # the newest group need not be there
     work = "FADD R8, R8, R9; " * 100
@@ -426,13 +427,13 @@ def test_a_copy_costs_only_what_is_left_of_it() -> None:
 
 def test_a_barrier_waits_for_the_slowest_of_a_block() -> None:
     barrier, chain = "BAR.SYNC.DEFER_BLOCKING 0x0", "; ".join(["FADD R8, R8, R9"] * 50)
-    assert timed(barrier) == gpu_block.BARRIER
+    assert timed(barrier) == block.BARRIER
     slow, fast = (steps_of(body, threads=64) for body in (f"{chain}; {barrier}", f"{barrier}; {chain}"))
     own = timed(chain)
-    assert own == 49 * gpu_block.ARITHMETIC + 1
+    assert own == 49 * block.ARITHMETIC + 1
     nothing = cycles_together([steps_of("")], 1, H100)
-    assert cycles_together([slow, slow], 1, H100) - nothing == own + gpu_block.BARRIER
-    assert cycles_together([slow, fast], 1, H100) - nothing == own + gpu_block.BARRIER + own
+    assert cycles_together([slow, slow], 1, H100) - nothing == own + block.BARRIER
+    assert cycles_together([slow, fast], 1, H100) - nothing == own + block.BARRIER + own
     # Another block's warps have a barrier of their own, and the schedulers room for them.
     assert cycles_together([slow, fast], 2, H100) == cycles_together([slow, fast], 1, H100)
 
@@ -468,17 +469,17 @@ def test_the_newest_call_that_has_cases_counts(tmp_path: Path) -> None:
 
     file = tmp_path / "gpu-a.json"
     file.write_text(json.dumps({"calls": [call("old", 9), call("new", 4), {"commit": "failed", "times": []}]}))
-    found = gpu_machines.measured(file)
+    found = machines.measured(file)
     assert found is not None
     assert (found.commit, found.copy, found.clock, found.empty) == ("new", 2e12, 1.5e9, 2e-6)
-    assert gpu_machines.device_of(file) == "A"
+    assert machines.device_of(file) == "A"
     with pytest.raises(ValueError, match="A is not a machine of the model"):
-        gpu_against.report(file)
+        against.report(file)
     file = tmp_path / "gpu-b.json"
     file.write_text(json.dumps({"calls": [{"device": "A", "commit": "failed", "times": []}]}))
-    assert gpu_machines.measured(file) is None
+    assert machines.measured(file) is None
     with pytest.raises(ValueError, match="no times of the patch"):
-        gpu_against.report(file)
+        against.report(file)
 
 
 def test_what_leaves_memory_as_the_bound_is_above_one() -> None:
@@ -492,7 +493,7 @@ def test_what_leaves_memory_as_the_bound_is_above_one() -> None:
     assert row(100, None).dram_fraction == round(memory / 200, 3) > 7
     assert row(100, 2 * memory).dram_fraction == 0.5
     assert row(100, None).three_pass_fraction == row(200, None).three_pass_fraction  # memory holds both
-    assert (row(1, None).status, row(1, 1.0).status) == (gpu_static.STATUS, CHECKED)
+    assert (row(1, None).status, row(1, 1.0).status) == (model.STATUS, CHECKED)
 
 
 def check_limit(row: KernelRow, limit: KernelRow) -> None:
@@ -514,7 +515,7 @@ def check_limit(row: KernelRow, limit: KernelRow) -> None:
     assert limit.dram_fraction is None or (row.dram_fraction or 0) >= limit.dram_fraction
 
 
-# Another version's compiler makes other code; tests/ops/test_triton_static.py holds what each of them must not do.
+# Another version's compiler makes other code; tests/ops/test_triton_launches.py holds what each of them must not do.
 OF_THIS_TRITON = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="the limits are of Triton 3.9.0's code")
 
 
@@ -525,7 +526,7 @@ def test_limits() -> None:
     check_limit(triton_row("hadamard_patch_forward", "sm_90", "bfloat16", 2048), limit)
 
 
-NVCC = pytest.mark.skipif(gpu_build.nvcc() is None, reason="no nvcc")
+NVCC = pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
 
 
 @pytest.mark.slow
@@ -554,7 +555,7 @@ def test_all_limits(arch: str) -> None:
 
 def test_limits_keep_the_promises() -> None:
     rows = {row.key: row for row in LIMITS}
-    assert {row.status for row in LIMITS} == {gpu_static.STATUS, CHECKED}
+    assert {row.status for row in LIMITS} == {model.STATUS, CHECKED}
     assert {row.memory for row in LIMITS if row.arch == "sm_90"} == {"measured copy"}
     assert {row.key for row in LIMITS if row.spills} <= {
         ("hadamard_patch_forward", "cuda", arch, "bfloat16", 5120) for arch in ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -584,21 +585,21 @@ def test_measured_calls_are_predicted(tmp_path: Path) -> None:
     newest["times"] += [line for line in kept if line["dtype"] == "bfloat16"]
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"calls": [newest]}))
-    call = gpu_machines.measured(file)
+    call = machines.measured(file)
     assert call is not None
-    found = list(gpu_against.predictions(call, gpu_machines.device_of(file)))
+    found = list(against.predictions(call, machines.device_of(file)))
     assert len(found) == len(chosen)
     least, most = (float(number) for number in CHECKED.split() if number[0].isdigit())
     for one in found:
-        assert isinstance(one, gpu_against.Prediction)
+        assert isinstance(one, against.Prediction)
         assert least <= round(one.measured / one.predicted, 2) <= most, one.case
-    assert "Measured over predicted" in gpu_against.report(file)
+    assert "Measured over predicted" in against.report(file)
 
 
 def test_command_writes_the_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "sm_90", "--d", "2048", "--source", "triton", "--json", str(tmp_path / "rows.json")]
-    assert gpu_static.main(arguments) == 0
-    assert gpu_static.STATUS in capsys.readouterr().out  # Triton's rows have no latency
+    assert main(arguments) == 0
+    assert model.STATUS in capsys.readouterr().out  # Triton's rows have no latency
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     asked = "kernel source arch dtype d registers spills shared_bytes ldg ldg128 stg stg128 shfl smem_wavefronts bar"
     assert {*asked.split(), "instructions", "dram_fraction", "memory"} <= set(row)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_machines import MACHINES, Measured, device_of, machine_of, measured
-from benchmarks.gpu_static import aligned, cuda_turns, row_of_turns
+from tools.gpu_model.machines import MACHINES, Measured, device_of, machine_of, measured
+from tools.gpu_model.model import cuda_turns, row_of_turns
+from tools.gpu_model.tables import aligned
 
 OPERATORS = {"patch": "hadamard_patch_forward", "norm": "add_patch_rms_norm", "backward": "hadamard_patch_backward"}
 TERMS = ("copy", "issue", "fp", "lsu", "matrix", "latency")
@@ -49,7 +50,7 @@ def predictions(found: Measured, device: str | None) -> Iterator[Prediction | st
         name = (op, f"{rows} x {d}", dtype)
         try:
             turns = cuda_turns(OPERATORS[op], arch, dtype, d, rows)
-        except ValueError as error:  # machine code that `gpu_warp` cannot follow
+        except ValueError as error:  # machine code that `warp` cannot follow
             yield f"{', '.join(name)}: {error}"
             continue
         cycles = row_of_turns(OPERATORS[op], arch, dtype, d, turns).cycles or {}
@@ -66,7 +67,7 @@ def predictions(found: Measured, device: str | None) -> Iterator[Prediction | st
 
 def changed_since(commit: str) -> list[str] | None:
     """Sources of the kernels that are not as they were then; None where git does not know."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "diff", "--name-only", commit, "--", "csrc/hadamard_patch"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return ran.stdout.split() if ran.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""A model of the GPU kernels without a GPU: their machine code, compiled ahead of time, counted and run (`model`)."""
