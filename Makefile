@@ -92,9 +92,9 @@ $(VENV)/.bench: $(READY)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.demo_model
-	$(BIN)/python -m benchmarks.calibration_overhead
-	$(BIN)/python -m benchmarks.shrinkage
+	$(BIN)/python -m benchmarks.studies.demo_model
+	$(BIN)/python -m benchmarks.studies.calibration_overhead
+	$(BIN)/python -m benchmarks.studies.shrinkage
 
 # On a machine with a GPU: the tests, then every GPU backend against float64 and beside its peers. What PyPI has of one
 # peer lacks the kernels' sources, so it comes from its repository; the report names it where it does not build.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks.speed import table
 
 RESULTS = Path(".benchmarks")
 
@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
 
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    speed = str(Path(__file__).with_name("speed.py"))
+    speed = str(Path(__file__).with_name("speed") / "run.py")
     arguments = [speed, "-q", "--benchmark-quiet", f"--benchmark-json={options.json}", "-p", "no:cacheprovider"]
     arguments += ["--quick"] * options.quick + [f"--cases={module}" for module in options.cases or ()]
     arguments += ["-k", options.k] if options.k else []

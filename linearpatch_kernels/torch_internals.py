@@ -3,7 +3,7 @@
 Torch's are looked up once, at import: one that a version lacks is None, and what stands behind "without" is done.
 ``LINEARPATCH_PUBLIC_TORCH=1`` makes every one of them absent, accelerate's too: to test that the package works without
 them, and to go on where one of them has changed its meaning. All of torch's were seen in 2.11, 2.13 and 2.14.1.
-Microseconds are those that ``python -m benchmarks.call_overhead`` printed with torch 2.13 on one core of an AMD EPYC.
+Microseconds are those that ``python -m benchmarks.speed.call_overhead`` printed: torch 2.13, one core of an AMD EPYC.
 
 Not listed are ``_parameters``, ``_modules`` and ``_buffers`` of ``nn.Module``, which are for its subclasses to use.
 """

@@ -47,12 +47,12 @@ Precision = tuple[str, str, str]
 def faster_float32_products() -> Iterator[None]:
     """Products of float32 matrices on the CPU by oneDNN in place of MKL, where that is faster and as exact.
 
-    On an AMD processor it takes half the time (`python -m benchmarks.float32_products`). torch has no switch for it but
-    ``set_float32_matmul_precision("medium")``, which lets oneDNN round to bfloat16; it does not where a processor's
-    units for bfloat16 are no faster for it, as on the AMD ones seen. So the first product that is made this way is held
-    against MKL's, and where it is not as exact nothing is changed. The setting is the process's: it is as the caller
-    had it when the last thread leaves the context. Nothing is changed either where there is an accelerator, whose
-    products the same switch would round, or where the caller has chosen a precision.
+    On an AMD processor it takes half the time (`python -m benchmarks.studies.float32_products`). torch has no switch
+    for it but ``set_float32_matmul_precision("medium")``, which lets oneDNN round to bfloat16; it does not where a
+    processor's units for bfloat16 are no faster for it, as on the AMD ones seen. So the first product that is made this
+    way is held against MKL's, and where it is not as exact nothing is changed. The setting is the process's: it is as
+    the caller had it when the last thread leaves the context. Nothing is changed either where there is an accelerator,
+    whose products the same switch would round, or where the caller has chosen a precision.
     """
     entered = _accelerator() == "cpu" and _enter()
     try:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import demo_model, interleaved, registry
-from benchmarks.registry import Case, Goal, Peer, register
-from benchmarks.table import Measured, tables
+from benchmarks.speed import interleaved, registry
+from benchmarks.speed.registry import Case, Goal, Peer, register
+from benchmarks.speed.table import Measured, tables
+from benchmarks.studies import demo_model
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.authors_loop import AuthorsLoop
-from benchmarks.distillation import (
+from benchmarks.studies.authors_loop import AuthorsLoop
+from benchmarks.studies.distillation import (
     METHODS,
     Results,
     Row,

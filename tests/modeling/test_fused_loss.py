@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.topk_kl_training import curves
+from benchmarks.studies.topk_kl_training import curves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss

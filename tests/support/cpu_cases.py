@@ -15,13 +15,10 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from benchmarks.speed.widths import LISTED
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 
 OPS = torch.ops.linearpatch
-LISTED = [
-    *(512, 576, 640, 768, 896, 960, 1024, 1152, 1280, 1536, 1600, 1792, 2048, 2304, 2560, 2688, 2816, 2880, 3072, 3200),
-    *(3584, 3840, 4096, 4544, 4608, 5120, 5376, 5632, 6144, 6656, 7168, 8192, 12288, 16384),
-]
 SMALL = [*range(1, 66), 72, 80, 88, 96, 112, 120, 128, 144, 160, 176, 192, 208, 224, 240, 256, 288, 320, 336, 384, 448]
 WIDE = [9216, 10240, 24576, 32768, 40960, 65536]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

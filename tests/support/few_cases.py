@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.registry import Case, Goal, Peer, Run, register
+from benchmarks.speed.registry import Case, Goal, Peer, Run, register
 
 
 def times_three(x: torch.Tensor) -> Run:

@@ -58,7 +58,7 @@ def _wrong(cases: Iterable[tuple[str, Callable[[], list[str]]]], seconds: float)
 
 
 def check(part: int = 0, parts: int = 1) -> int:
-    from tests.ops import cpu_cases, topk_kl_cases
+    from tests.support import cpu_cases, topk_kl_cases
 
     chance = random.Random(part)
     torch.manual_seed(part)

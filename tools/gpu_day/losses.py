@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import topk_kl
+from benchmarks.speed.cases import topk_kl
 from tools.gpu_day.surroundings import DEVICE, DRY, failure, say, synchronize
 from tools.gpu_day.timing import Contestant, contest
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import forget_compiled
+from benchmarks.speed.interleaved import forget_compiled
 from tools.gpu_day.surroundings import BACKEND, DEVICE, DRY, clocks, failure, relative_error, say, synchronize
 
 Contestant = Callable[[int], Any]

@@ -17,7 +17,7 @@ one; a row's ``memory`` says which.
 The model is blind to the instruction cache, to what a branch costs, to the lanes of integers, to the second-level
 cache's speed, to a memory that answers later the more it is asked for, and to power. All measured calls took longer
 than it says. ``python benchmarks/gpu_static.py --against FILE`` sets it beside them (`against`, the table:
-benchmarks/NOTES.md).
+benchmarks/notes/patch-gpu.md).
 
 ``dram_fraction`` is the time that the rows take at the memory's speed, read and written, over the largest of the other
 terms: above 1, all else leaves memory as the bound. ``three_pass_fraction`` is the modelled time, memory's included,

@@ -1,5 +1,6 @@
-"""Distillation against the authors' loop on SmolLM2-135M: ``python -m benchmarks.distillation rows``, then ``tables``.
-With ``--hour`` the same of runs as long as an hour of two cores allows, on more text.
+"""Distillation against the authors' loop on SmolLM2-135M: ``python -m benchmarks.studies.distillation``.
+
+First ``rows``, then ``tables``; with ``--hour`` the same of runs as long as an hour of two cores allows, on more text.
 
 ``rows`` trains what is named by ``--only`` (drop/method/learning rate, ``--list`` shows them) and writes every finished
 row to ``rows.json`` in ``--work`` at once; rows that are there are not run again, and a stopped row goes on where it
@@ -32,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.authors_loop import AuthorsLoop
-from benchmarks.hardware import describe
-from benchmarks.memory import peak_memory
-from benchmarks.table import markdown
+from benchmarks.speed.hardware import describe
+from benchmarks.speed.memory import peak_memory
+from benchmarks.speed.table import markdown
+from benchmarks.studies.authors_loop import AuthorsLoop
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
@@ -568,7 +569,7 @@ def main() -> None:
             if options.what == "memory" and _THRESHOLD not in os.environ:
                 os.execve(
                     sys.executable,
-                    [sys.executable, "-m", "benchmarks.distillation", *sys.argv[1:]],
+                    [sys.executable, "-m", "benchmarks.studies.distillation", *sys.argv[1:]],
                     os.environ | {_THRESHOLD: "65536"},
                 )
             print_tables({name: one for name, one in results.content.items() if name.startswith(("step", "memory"))})

@@ -16,7 +16,7 @@ import torch
 
 from linearpatch_kernels.errors import InputError
 
-CASE_MODULES = ("benchmarks.hadamard_patch", "benchmarks.topk_kl")
+CASE_MODULES = ("benchmarks.speed.cases.hadamard_patch", "benchmarks.speed.cases.topk_kl")
 
 Run = Callable[[], Any]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import hardware
-from benchmarks.registry import CASE_MODULES
+from benchmarks.speed import hardware
+from benchmarks.speed.registry import CASE_MODULES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Distilling the demo model (SmolLM2-135M) with the fused loss: ``python -m benchmarks.topk_kl_training``.
+"""Distilling the demo model (SmolLM2-135M) with the fused loss: ``python -m benchmarks.studies.topk_kl_training``.
 
 ``curve`` trains the patch twice over the same windows, by the paper's four lines on the model's logits and by
 `fuse_distillation_loss`, and prints both losses. ``step`` prints what a whole step takes with each loss, in turns.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.hardware import describe
-from benchmarks.table import markdown
-from benchmarks.topk_kl import divergence
+from benchmarks.speed.cases.topk_kl import divergence
+from benchmarks.speed.hardware import describe
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.families import hidden_size, num_layers

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.interleaved import FULL, QUICK, contest
-from benchmarks.registry import CASE_MODULES, load_cases
+from benchmarks.speed.interleaved import FULL, QUICK, contest
+from benchmarks.speed.registry import CASE_MODULES, load_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""The JSON of a run as tables and a plot: ``python -m benchmarks.table FILE...`` prints those of earlier runs.
+"""The JSON of a run as tables and a plot: ``python -m benchmarks.speed.table FILE...`` prints those of earlier runs.
 
 A ratio is the median over the rounds of two times that were taken in the same round: how many times as fast as a rival
 we are, or, marked "its time", how many times as long as a bound we take.

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import cache_bytes, has_bf16_instructions
-from benchmarks.registry import Case, Goal, Peer, Run, register
+from benchmarks.speed.hardware import cache_bytes, has_bf16_instructions
+from benchmarks.speed.registry import Case, Goal, Peer, Run, register
+from benchmarks.speed.widths import LISTED
 from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, paley_factor
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
 from linearpatch_kernels.ops.hadamard_patch.reference import hadamard_patch_reference
-from tests.support.cpu_cases import LISTED
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # bf16 peers round in the middle, some of them several times.

@@ -1,4 +1,4 @@
-"""CoMe on the demo model, against plain removal and patches at the same depth: ``python -m benchmarks.merging``.
+"""CoMe on the demo model, against plain removal and patches of its depth: ``python -m benchmarks.studies.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
 (but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `merging.refit.refit_merges`,
@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.hardware import describe
-from benchmarks.memory import peak_memory
+from benchmarks.speed.hardware import describe
+from benchmarks.speed.memory import peak_memory
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error

@@ -1,4 +1,4 @@
-"""What the patch costs inside a model: ``python -m benchmarks.demo_model``.
+"""What the patch costs inside a model: ``python -m benchmarks.studies.demo_model``.
 
 SmolLM2-135M without its layers 13 to 18, float32: with the operator at the joint, with the dense matrix of the same
 map, and with nothing there. Prefill and decode take turns. A patch's share of a decode step is the time inside its
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.hardware import describe
-from benchmarks.table import markdown
+from benchmarks.speed.hardware import describe
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.demo_data import demo_model_path
 from linearpatch_kernels.evaluation.latency import compare_speed

@@ -1,4 +1,4 @@
-"""What torch's private names save a call of one narrow row: ``python -m benchmarks.call_overhead``.
+"""What torch's private names save a call of one narrow row: ``python -m benchmarks.speed.call_overhead``.
 
 Processes with them and without them (``LINEARPATCH_PUBLIC_TORCH=1``) take turns; a figure is the least of all turns.
 """
@@ -51,7 +51,7 @@ def measure() -> dict[str, float]:
 
 
 def turn(alone: bool) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.call_overhead", "--here"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed.call_overhead", "--here"]
     done = subprocess.run(command, env={**os.environ, SWITCH: str(int(alone))}, capture_output=True, check=True)
     taken: dict[str, float] = json.loads(done.stdout)
     return taken

@@ -16,8 +16,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import has_bf16_instructions
-from benchmarks.registry import Case, Goal, Peer, Run, register
+from benchmarks.speed.hardware import has_bf16_instructions
+from benchmarks.speed.registry import Case, Goal, Peer, Run, register
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss
 from linearpatch_kernels.ops.topk_kl.embedding_bag import linear_topk_kl_loss_embedding_bag
 from linearpatch_kernels.ops.topk_kl.reference import linear_topk_kl_loss_reference

@@ -1,4 +1,4 @@
-"""What the calls of the registered cases allocate: ``python -m benchmarks.memory -k TEXT``.
+"""What the calls of the registered cases allocate: ``python -m benchmarks.speed.memory -k TEXT``.
 
 Each implementation runs in a process of its own: once, so that code, caches and compiled graphs are there, then once
 more, while the system keeps the largest resident size. What it returns is taken off that; what it reads was there
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from benchmarks.registry import CASE_MODULES, Case, load_cases
-from benchmarks.table import markdown
+from benchmarks.speed.registry import CASE_MODULES, Case, load_cases
+from benchmarks.speed.table import markdown
 
 OURS = "ours"
 
@@ -52,7 +52,7 @@ def beyond_results(case: Case, name: str) -> float:
 
 def in_a_process(case: Case, name: str) -> float | str:
     """`beyond_results` there, or why there is none."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", case.name, name]
+    command = [sys.executable, "-m", "benchmarks.speed.memory", "--one", case.name, name]
     ran = subprocess.run(command, capture_output=True, text=True)
     lines = (ran.stderr if ran.returncode else ran.stdout).strip().splitlines()
     return f"failed: {lines[-1][:160]}" if ran.returncode else float(lines[-1])

@@ -1,4 +1,4 @@
-"""What calibration costs over the bare passes on the demo model: ``python -m benchmarks.calibration_overhead``.
+"""What calibration costs over the bare passes on the demo model: ``python -m benchmarks.studies.calibration_overhead``.
 
 Both run the decoder (no head) over the same windows, taking turns; the figure is the median of the pairwise ratios.
 """

@@ -1,4 +1,4 @@
-"""float32 products on this processor by MKL and by oneDNN: ``python -m benchmarks.float32_products [--json FILE]``.
+"""float32 products on this processor by MKL and by oneDNN: ``python -m benchmarks.studies.float32_products``.
 
 What `torch_state.faster_float32_products` goes by: for the shapes of language models how many times faster
 oneDNN is (medians of calls in turns, one thread), and the relative errors of both against float64. Where a processor
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.hardware import describe
-from benchmarks.table import markdown
+from benchmarks.speed.hardware import describe
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.torch_state import faster_float32_products
 
 # tokens, inner, outer: projections of models 576 and 4096 wide, a head over part of a vocabulary, a Gram matrix

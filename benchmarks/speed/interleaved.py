@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from benchmarks.registry import Case, Run
+from benchmarks.speed.registry import Case, Run
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far a fitted map should be followed, on the demo model: ``python -m benchmarks.shrinkage``.
+"""How far a fitted map should be followed, on the demo model: ``python -m benchmarks.studies.shrinkage``.
 
 The share a of I + a (P - I) for the least-squares and the low-rank map of 6 dropped layers, on windows of the text that
 was calibrated on (not used for the fit) and of another text.

@@ -1,0 +1,1 @@
+"""The registered cases, a module for each operator."""
