@@ -1,4 +1,7 @@
-"""``python -m benchmarks`` measures every registered case beside its peers: a JSON, a plot, and tables."""
+"""``python -m benchmarks`` measures every registered case beside its peers: a JSON, a plot, and tables.
+
+``python -m benchmarks publish`` writes the pages of the documentation from ``benchmarks/results`` instead.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import argparse
 import sys
 from pathlib import Path
 
-import pytest
+from benchmarks.publish import __main__ as publish
 
-from benchmarks.speed import table
-
-RESULTS = Path(".benchmarks")
+PLACE = Path(".benchmarks")
 
 
-def main() -> int:
+def measure() -> int:
+    import pytest  # to publish needs none of these
+
+    from benchmarks.record import record
+    from benchmarks.speed import table
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the cases that matter most, in about a minute")
     parser.add_argument("-k", metavar="EXPR", help="only the cases that pytest's -k selects, such as 'dense and bf16'")
-    parser.add_argument("--json", type=Path, default=RESULTS / "speed.json", help="default: %(default)s")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "ratios.png", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=PLACE / "speed.json", help="every round; default: %(default)s")
+    parser.add_argument("--result", type=Path, help="the tables, for `publish`")
+    parser.add_argument("--plot", type=Path, default=PLACE / "ratios.png", help="default: %(default)s")
     parser.add_argument("--cases", action="append", metavar="MODULE", help="instead of those of the registry")
     options = parser.parse_args()
 
@@ -34,10 +41,12 @@ def main() -> int:
     print("\n" + table.machine_line(machine))
     print(table.tables(measured))
     print(f"every round of every case: {options.json}")
+    if options.result:
+        record(options.result, {group: (table.HEADER, rows) for group, rows in table.groups(measured).items()})
     if table.plot(measured, machine, options.plot):
         print(f"ratio against the width: {options.plot}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish.main(sys.argv[2:]) if sys.argv[1:2] == ["publish"] else measure())

@@ -1,7 +1,7 @@
 """The fast tests on the versions that pyproject claims, each corner in an environment of its own.
 
-``make matrix``, or ``python tools/matrix.py [CORNER ...]``, writes the results, and the README's table of them. For the
-hand, before a release: it takes an hour or more, and gigabytes of torch.
+``make matrix``, or ``python tools/matrix.py [CORNER ...]``, writes the results, and the README's table of them
+by `python -m benchmarks publish`. For the hand, before a release: it takes an hour or more, and gigabytes of torch.
 
 The kernels are compiled once, with the oldest torch, and every corner loads that one file: that is what the package
 claims of it. All else lies under ~/.cache/linearpatch/matrix (or $LINEARPATCH_MATRIX): the environments, a copy of the
@@ -35,8 +35,6 @@ from torch_without_cuda import write_stubs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
-README = ROOT / "README.md"
-MARKS = ("<!-- made by tools/matrix.py -->", "<!-- to here -->")
 KERNELS = "linearpatch_kernels/_C.abi3.so"
 EXTRAS = ("test", "eval", "train")
 # As in the Makefile: the demo's model and texts, without what they would bring along.
@@ -306,40 +304,17 @@ def counted(reports: Iterable[Xml.Element]) -> dict[str, Any]:
 
 
 def keep(result: Mapping[str, Any]) -> None:
-    """Put a corner's result into the file of all, in the order of the corners, and into the README."""
+    """Put a corner's result into the file of all, in the order of the corners, and its row into the README."""
     found = {one["name"]: one for one in read()} | {result["name"]: result}
     ordered = [found[corner.name] for corner in CORNERS if corner.name in found]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps({"corners": ordered}, indent=1) + "\n")
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    run([sys.executable, "-m", "benchmarks", "publish"], cwd=ROOT)
 
 
 def read() -> list[dict[str, Any]]:
     corners: list[dict[str, Any]] = json.loads(RESULTS.read_text())["corners"] if RESULTS.is_file() else []
     return corners
-
-
-def table() -> str:
-    """The results in Markdown."""
-    heads = ("Python", "torch", "Triton", "transformers", "numpy", "passed", "failed", "skipped")
-    rows = [
-        [*(one["versions"][name.lower()] for name in heads[:5]), *(f"{one[name]:,}" for name in heads[5:])]
-        for one in read()
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
-def with_table(text: str) -> str:
-    """The text with the table of the results between its marks."""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise ValueError(f"the README has no place for the table, between {MARKS[0]} and {MARKS[1]}")
-    return f"{before}{begin}\n{table()}\n{end}{after}"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -380,7 +355,6 @@ def main() -> int:
             say(corner, f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
             for name in result["failures"]:
                 print("    failed:", name, flush=True)
-    print(table())
     return 1 if failed else 0
 
 

@@ -5,6 +5,7 @@ Processes with them and without them (``LINEARPATCH_PUBLIC_TORCH=1``) take turns
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.record import add_option, record
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.hadamard import hadamard_transform
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss
@@ -58,16 +61,23 @@ def turn(alone: bool) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--here", action="store_true", help="one turn in this process, as JSON")
+    add_option(parser)
+    options = parser.parse_args()
+    if options.here:
+        torch.set_num_threads(1)
+        print(json.dumps(measure()))
+        return
     turns = [(turn(False), turn(True)) for _ in range(TURNS)]
     print(f"torch {torch.__version__}, microseconds a call, the least of {TURNS} turns")
-    for name in turns[0][0]:
-        private, public = (min(one[i][name] for one in turns) for i in range(2))
-        print(f"{name:32} {private:8.1f} with, {public:8.1f} without torch's private names")
+    least = {name: [min(one[i][name] for one in turns) for i in range(2)] for name in turns[0][0]}
+    header = ("call", "with torch's private names, µs", "without them, µs")
+    rows = [(name, *(f"{figure:.1f}" for figure in figures)) for name, figures in least.items()]
+    print(markdown(header, rows))
+    if options.json:
+        record(options.json, {"calls": (header, rows)})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--here"]:
-        torch.set_num_threads(1)
-        print(json.dumps(measure()))
-    else:
-        main()
+    main()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from benchmarks.record import add_option, record
 from benchmarks.speed.registry import CASE_MODULES, Case, load_cases
 from benchmarks.speed.table import markdown
 
@@ -77,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", metavar="TEXT", default="", help="only the cases whose group and name contain it")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "NAME"), help="print the bytes of one implementation")
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases = load_cases(CASE_MODULES)
@@ -86,7 +88,10 @@ def main() -> None:
         return
     wanted = [case for case in cases.values() if options.k in f"{case.group}: {case.name}"]
     header = ("case", "implementation", "at the peak, beyond the results", "over ours")
-    print(markdown(header, [row for case in wanted for row in rows(case)]))
+    found = [row for case in wanted for row in rows(case)]
+    print(markdown(header, found))
+    if options.json:
+        record(options.json, {"memory": (header, found)})
 
 
 if __name__ == "__main__":

@@ -82,11 +82,15 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def tables(measured: Sequence[Measured]) -> str:
     """Markdown, one table a group: times on the fewest threads that a case ran on, both ratios."""
-    text = ""
-    for group in dict.fromkeys(one.group for one in measured):
-        rows = [row for case in _by_case(measured, group) for row in _rows(case)]
-        text += f"\n### {group}\n\n{markdown(HEADER, rows)}\n"
-    return text
+    return "".join(f"\n### {group}\n\n{markdown(HEADER, rows)}\n" for group, rows in groups(measured).items())
+
+
+def groups(measured: Sequence[Measured]) -> dict[str, list[tuple[str, ...]]]:
+    """The rows of each group's table."""
+    return {
+        group: [row for case in _by_case(measured, group) for row in _rows(case)]
+        for group in dict.fromkeys(one.group for one in measured)
+    }
 
 
 def _by_case(measured: Sequence[Measured], group: str) -> list[list[Measured]]:

@@ -5,12 +5,14 @@ Both run the decoder (no head) over the same windows, taking turns; the figure i
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from benchmarks.record import add_option, record
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.families import decoder
@@ -21,6 +23,9 @@ ROUNDS = 7
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_option(parser)
+    options = parser.parse_args()
     model, tokenizer = load_model(demo_model_path())
     batches = token_windows(tokenizer, demo_text("calibration"), length=512, count=8).split(4)
     stack = decoder(model)
@@ -39,9 +44,13 @@ def main() -> None:
     }
     bare()
     print(f"SmolLM2-135M, 8 windows of 512 tokens, {torch.get_num_threads()} threads, median of {ROUNDS} pairs")
+    rows = []
     for name, case in cases.items():
-        ratios = [_seconds(case) / _seconds(bare) for _ in range(ROUNDS)]
-        print(f"calibration {name}: {statistics.median(ratios):.2f}x the bare forward passes")
+        ratio = statistics.median(_seconds(case) / _seconds(bare) for _ in range(ROUNDS))
+        rows.append((name, f"{ratio:.2f}x"))
+        print(f"calibration {name}: {ratio:.2f}x the bare forward passes")
+    if options.json:
+        record(options.json, {"overhead": (("calibration", "over the bare forward passes"), rows)})
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -8,6 +8,7 @@ a step reads all weights); beside it stands the time of the same call repeated a
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.record import add_option, record
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span
@@ -95,6 +97,9 @@ def rows(models: Mapping[str, PreTrainedModel], prompt: int, new: int, repeats: 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_option(parser)
+    options = parser.parse_args()
     models = variants(load_model(demo_model_path(), device="cpu")[0], SPAN)
     print(f"SmolLM2-135M without layers {SPAN}, float32, prompt {PROMPT}, {NEW} new tokens, median of {REPEATS}")
     print(f"{describe()['cpu']}, our kernels {describe()['kernel instruction set'] or 'none: plain PyTorch'}")
@@ -107,9 +112,14 @@ def main() -> None:
         "share",
         "patch alone",
     )
+    tables = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        print(f"\n{threads} thread{'s' * (threads > 1)}\n\n{markdown(header, rows(models, PROMPT, NEW, REPEATS))}")
+        name = f"{threads} thread{'s' * (threads > 1)}"
+        tables[name] = header, rows(models, PROMPT, NEW, REPEATS)
+        print(f"\n{name}\n\n{markdown(*tables[name])}")
+    if options.json:
+        record(options.json, tables)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.record import Rows, add_option, record
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.memory import peak_memory
 from benchmarks.speed.table import markdown
@@ -466,21 +467,28 @@ def group_name(what: str, drop: int) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def print_tables(results: Mapping[str, Any]) -> None:
+def print_tables(results: Mapping[str, Any], json_file: Path | None) -> None:
+    """And keep them in the file, if one is given."""
     print(f"{describe()['cpu']}, {os.cpu_count()} cores, torch {torch.__version__}")
-    for drop in DROPS:
-        for threads in (1, 2):
-            steps = list(step_rows(results, drop, threads))
-            if steps:
-                print(f"\nA step of {LENGTH} tokens, {drop} of 30 layers gone, {threads} threads\n")
-                shown = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
-                print(markdown(shown, steps))
+    found = tables(results)
+    for title, table in found.items():
+        print(f"\n{title}\n\n{markdown(*table)}")
+    if json_file:
+        record(json_file, found, note=f"perplexity / agreement on {REPORT} windows of each text; rows of several days")
+
+
+def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
+    """Those that have rows, by title."""
+    found: dict[str, Rows] = {}
+    shown = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
     header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes")
     for drop in DROPS:
-        rows = list(table_rows(results, drop))
-        if rows:
-            print(f"\n{drop} of 30 layers gone: perplexity / agreement on {REPORT} windows of each text\n")
-            print(markdown(header, rows))
+        for threads in (1, 2):
+            title = f"A step of {LENGTH} tokens, {drop} of 30 layers gone, {threads} threads"
+            found[title] = shown, list(step_rows(results, drop, threads))
+    for drop in DROPS:
+        found[f"{drop} of 30 layers gone"] = header, list(table_rows(results, drop))
+    return {title: table for title, table in found.items() if table[1]}
 
 
 def step_rows(results: Mapping[str, Any], drop: int, threads: int) -> Iterator[tuple[str, ...]]:
@@ -540,6 +548,7 @@ def main() -> None:
     )
     parser.add_argument("--recompute", nargs="+", default=[TrainingSettings.recompute], choices=RECOMPUTE)
     parser.add_argument("--work", type=Path, default=cache_dir() / "benchmark-distillation")
+    add_option(parser)
     options = parser.parse_args()
     results = Results(options.work / "rows.json")
     seconds = {name: one for name, one in results.content.items() if name.startswith("step")}
@@ -553,7 +562,7 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{row}{'  (done)' if str(row) in results.content else ''}" for row in rows))
     elif options.what == "tables":
-        print_tables(results.content | seconds)
+        print_tables(results.content | seconds, options.json)
     else:
         study = HourStudy(options.work) if options.hour else Study(options.work)
         results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
@@ -572,12 +581,13 @@ def main() -> None:
                     [sys.executable, "-m", "benchmarks.studies.distillation", *sys.argv[1:]],
                     os.environ | {_THRESHOLD: "65536"},
                 )
-            print_tables({name: one for name, one in results.content.items() if name.startswith(("step", "memory"))})
+            costs = {name: one for name, one in results.content.items() if name.startswith(("step", "memory"))}
+            print_tables(costs, options.json)
             return
         for row in rows:
             if str(row) not in results.content:
                 results.put(str(row), make_row(study, row))
-        print_tables(results.content | seconds)
+        print_tables(results.content | seconds, options.json)
 
 
 if __name__ == "__main__":

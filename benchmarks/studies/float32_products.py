@@ -8,17 +8,15 @@ has units for bfloat16 that oneDNN prefers, the error says so.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed.hardware import describe
+from benchmarks.record import add_option, record
 from benchmarks.speed.table import markdown
 from linearpatch_kernels.torch_state import faster_float32_products
 
@@ -50,7 +48,7 @@ def measure(rows: int, inner: int, columns: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="where the figures go as well")
+    add_option(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with faster_float32_products():
@@ -65,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for one in measured
     ]
-    print(markdown(("tokens x inner x outer", "MKL, ms", "oneDNN is faster by", "error, MKL", "error, oneDNN"), rows))
+    header = ("tokens x inner x outer", "MKL, ms", "oneDNN is faster by", "error, MKL", "error, oneDNN")
+    print(markdown(header, rows))
     print(f"\nThe package uses {'oneDNN' if used else 'MKL, as torch does,'} here.")
     if options.json:
-        report = {"machine": describe(), "used": used, "measured": measured}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        record(options.json, {"products": (header, rows)}, note=f"the package uses {'oneDNN' if used else 'MKL'} here")
     return 0
 
 

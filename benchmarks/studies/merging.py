@@ -30,8 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.record import Rows, add_option, record
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.memory import peak_memory
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
@@ -87,18 +89,20 @@ def main() -> None:
     arguments.add_argument("--time", action="store_true", help="make rows that are there again, for their cost alone")
     arguments.add_argument("--costs", action="store_true", help="memory of scoring and time of a merge instead")
     arguments.add_argument("--groups", action="store_true", help="what layers made one lack to the stream instead")
+    add_option(arguments)
     options = arguments.parse_args()
     study = Study(options)
     if options.groups:
-        study.print_groups()
-        return
-    if options.costs:
-        study.print_costs()
-        return
-    # The quick ones of every depth first.
-    order = [(layers, name) for layers in options.layers for name in study.names]
-    order.sort(key=lambda row: row[1].endswith(DISTILLED))
-    study.print_table({row: study.row(*row) for row in order})
+        tables = study.print_groups()
+    elif options.costs:
+        tables = study.print_costs()
+    else:
+        # The quick ones of every depth first.
+        order = [(layers, name) for layers in options.layers for name in study.names]
+        order.sort(key=lambda row: row[1].endswith(DISTILLED))
+        tables = study.print_table({row: study.row(*row) for row in order})
+    if options.json:
+        record(options.json, tables)
 
 
 class Study:
@@ -137,7 +141,7 @@ class Study:
             there = json.loads(file.read_text())
         return there
 
-    def print_table(self, rows: dict[tuple[int, str], dict[str, Any] | None]) -> None:
+    def print_table(self, rows: dict[tuple[int, str], dict[str, Any] | None]) -> dict[str, Rows]:
         options = self.options
         print(f"\nSmolLM2-135M, {describe()['cpu']}")
         print(
@@ -147,22 +151,26 @@ class Study:
         cost_of = options.layers[0]
         print(f"perplexity and agreement on the calibration's source / another text, costs at {cost_of} layers")
         depths = sorted(options.layers, reverse=True)
-        print("\n| | " + " | ".join(f"{layers} layers | agreement" for layers in depths) + " | seconds | memory |")
-        print("|---" * (2 * len(depths) + 3) + "|")
+        header = ("", *(head for layers in depths for head in (f"{layers} layers", "agreement")), "seconds", "memory")
+        table = []
         for name in self.names:
             there = {layers: rows[layers, name] for layers in depths}
             if any(there.values()):
                 cells = [cell for row in there.values() for cell in _figures(row)]
-                print(f"| {name} | " + " | ".join([*cells, *_costs(there[cost_of])]) + " |")
-        print()
+                table.append((name, *cells, *_costs(there[cost_of])))
+        print(f"\n{markdown(header, table)}\n")
+        shares = []
         for name in options.variants:
             # A progressive run holds those to more layers.
             for layers in depths if VARIANTS[name].get("width", 2) is None else depths[-1:]:
                 row = rows.get((layers, name))
                 if row is not None:
-                    print(f"{layers} layers, {name}, merges in order and share of the first layer: {row['shares']}")
+                    shares.append((f"{layers} layers, {name}", row["shares"]))
+        places = ("", "merges in order and share of the first layer"), shares
+        print(markdown(*places))
+        return {"rows": (header, table), "places": places}
 
-    def print_groups(self) -> None:
+    def print_groups(self) -> dict[str, Rows]:
         """How far the stream behind one layer in the place of several is from the dense model's, on held-out windows.
 
         The mean over the tokens of |x - y|^2 / |y|^2: with the first of them alone; merged with the last (4 to 1);
@@ -171,8 +179,15 @@ class Study:
         fit, heldout = self.windows["fit"], self.windows["heldout"]
         spans = [Span(start, start + width) for start in GROUPS for width in GROUPS[start]]
         refitted = CandidateRefits(self.model, self.model, fit, {span: span.end for span in spans})
-        print("| layers made one | the first | refitted | 4 to 1 with the last | refitted | the first, a dense map |")
-        print("|---|---|---|---|---|---|")
+        header = (
+            "layers made one",
+            "the first",
+            "refitted",
+            "4 to 1 with the last",
+            "refitted",
+            "the first, a dense map",
+        )
+        table = []
         scores = score_layers(self.model, fit)
         for span in spans:
             between = [0.0] * (span.length - 2)
@@ -182,7 +197,9 @@ class Study:
             models = [first, refitted(first, span), mixed, refitted(mixed, span)]
             models.append(heal_merges(self.model, first, fit, "least-squares"))
             errors = [self._stream_error(model, span, heldout) for model in models]
-            print(f"| {span} | " + " | ".join(f"{error:.3f}" for error in errors) + " |", flush=True)
+            table.append((str(span), *(f"{error:.3f}" for error in errors)))
+        print(markdown(header, table))
+        return {"groups": (header, table)}
 
     @torch.no_grad()
     def _stream_error(self, model: PreTrainedModel, span: Span, windows: Tensor) -> float:
@@ -196,7 +213,7 @@ class Study:
             errors.append(stream_error(found, wanted, "relative"))
         return float(torch.stack(errors).mean())
 
-    def print_costs(self) -> None:
+    def print_costs(self) -> dict[str, Rows]:
         """Memory of a scoring pass beside that of bare passes, and the time of one merge."""
         window = token_windows(self.tokenizer, demo_text("calibration"), length=512, count=1)
         decoder = PartialRun(self.model, "tokens", num_layers(self.model))
@@ -212,13 +229,17 @@ class Study:
         }
         score_layers(self.model, window)  # what is allocated once stays out of all
         found = {name: min(peak_memory(run) for _ in range(3)) for name, run in runs.items()}
-        print(f"memory beyond the model, one window of {window.shape[1]} tokens:")
-        for name, growth in found.items():
-            print(f"  {name}: {growth / 2**20:.1f} MB (scoring / this: {found['scoring'] / growth:.2f})")
+        rows = [
+            (f"memory of {name}, one window of {window.shape[1]} tokens", f"{growth / 2**20:.1f} MB")
+            for name, growth in found.items()
+        ]
         scores = score_layers(self.model, window)
         begin = time.perf_counter()
         merge_layers(self.model, choose_units(scores, Span(13, 15), (0.5, 0.5)))
-        print(f"one pair merged, scores given: {time.perf_counter() - begin:.2f} s")
+        rows.append(("one pair merged, the scores given", f"{time.perf_counter() - begin:.2f} s"))
+        header = ("what, beyond the model", "figure")
+        print(markdown(header, rows))
+        return {"costs": (header, rows)}
 
     def _quality(self, model: PreTrainedModel, text: str) -> Quality:
         """Against the dense model's logits, which are on disk from the first row on."""

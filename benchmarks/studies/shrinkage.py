@@ -6,6 +6,10 @@ was calibrated on (not used for the fit) and of another text.
 
 from __future__ import annotations
 
+import argparse
+
+from benchmarks.record import add_option, record
+from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.loading import load_model
@@ -19,6 +23,9 @@ SHARES = (1.0, 0.85, 0.75, 0.6, 0.5)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_option(parser)
+    options = parser.parse_args()
     model, tokenizer = load_model(demo_model_path())
     windows = split_windows(
         token_windows(tokenizer, demo_text("calibration"), length=512, count=72), {"fit": 64, "heldout": 8}
@@ -32,10 +39,15 @@ def main() -> None:
         "calibration text, held out": windows["heldout"],
         "another text": token_windows(tokenizer, demo_text("heldout"), length=512, count=8),
     }
+    header = ("fit", "loss, nats", "KL to the dense model, nats")
+    tables = {}
     for text, held_out in texts.items():
-        print(f"\n{text}: loss (nats), KL to the dense model (nats)")
-        for name, quality in compare_candidates(model, held_out, candidates).items():
-            print(f"  {name:20} {quality.loss:.4f} {quality.kl:.4f}")
+        found = compare_candidates(model, held_out, candidates)
+        rows = [(name, f"{quality.loss:.4f}", f"{quality.kl:.4f}") for name, quality in found.items()]
+        tables[text] = header, rows
+        print(f"\n{text}\n\n{markdown(header, rows)}")
+    if options.json:
+        record(options.json, tables)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.record import Rows, add_option, record
 from benchmarks.speed.cases.topk_kl import divergence
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.table import markdown
@@ -87,16 +88,18 @@ def curves(steps: int, tokens: int) -> tuple[list[float], list[float]]:
     return [paper(i) for i in range(steps)], [ours(i) for i in range(steps)]
 
 
-def print_curves(steps: int, tokens: int) -> None:
+def print_curves(steps: int, tokens: int) -> Rows:
     paper, ours = curves(steps, tokens)
     print(f"patch of SmolLM2-135M without layers {SPAN}, {steps} steps of {tokens} tokens, K = {SLOTS}")
-    for step in sorted({0, *range(4, steps, 5), steps - 1}):
-        print(f"  step {step + 1:3}: the paper's lines {paper[step]:.6f}, fused {ours[step]:.6f}")
+    shown = sorted({0, *range(4, steps, 5), steps - 1})
+    table = ("step", "the paper's lines", "fused"), [(f"{i + 1}", f"{paper[i]:.6f}", f"{ours[i]:.6f}") for i in shown]
+    print(markdown(*table))
     furthest = max(abs(one - other) / other for one, other in zip(ours, paper, strict=True))
     print(f"furthest apart: {furthest:.1e} of the loss")
+    return table
 
 
-def print_steps(rounds: int, tokens: int) -> None:
+def print_steps(rounds: int, tokens: int) -> Rows:
     study = Distillation(1, tokens)
     forms = {
         f"{normalization}, {'fused' if fused else 'by the logits'}": study.steps(normalization, fused)
@@ -116,8 +119,10 @@ def print_steps(rounds: int, tokens: int) -> None:
     for name, its in seconds.items():
         ratio = statistics.median(theirs / mine for theirs, mine in zip(paper, its, strict=True))
         rows.append((name, f"{statistics.median(its) * 1e3:.0f} ms", f"{ratio:.2f}x"))
-    print(markdown(("loss", "step", "as fast as the paper's lines"), rows), flush=True)
+    table = ("loss", "step", "as fast as the paper's lines"), rows
+    print(markdown(*table), flush=True)
     print(describe()["cpu"])
+    return table
 
 
 def main() -> None:
@@ -126,12 +131,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "curve":
-        print_curves(options.steps, options.tokens or 16)
+        table = print_curves(options.steps, options.tokens or 16)
     else:
-        print_steps(options.rounds, options.tokens or 512)
+        table = print_steps(options.rounds, options.tokens or 512)
+    if options.json:
+        record(options.json, {options.what: table})
 
 
 if __name__ == "__main__":

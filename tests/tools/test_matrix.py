@@ -106,24 +106,6 @@ def test_the_corners_are_within_what_pyproject_claims(matrix: ModuleType) -> Non
     assert matrix.CORNERS[0].pins[0].startswith(f"torch=={claimed['torch']}")
 
 
-def test_the_readme_has_the_table_of_the_results(matrix: ModuleType) -> None:
-    assert matrix.with_table((ROOT / "README.md").read_text(encoding="utf-8")) == (ROOT / "README.md").read_text(
-        encoding="utf-8"
-    )
-
-
-def test_the_table_is_put_between_its_marks(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"python": "3.12.1", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"}
-    one = {"name": "x", "versions": versions, "passed": 4321, "failed": 0, "skipped": 7}
-    monkeypatch.setattr(matrix, "read", lambda: [one])
-    text = f"before\n{matrix.MARKS[0]}\nan old table\n{matrix.MARKS[1]}\nafter\n"
-    lines = matrix.with_table(text).splitlines()
-    assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", matrix.MARKS[0], matrix.MARKS[1], "after"]
-    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [*versions.values(), "4,321", "0", "7"]
-    with pytest.raises(ValueError, match="README"):
-        matrix.with_table("no marks")
-
-
 def test_a_folder_of_somebody_else_is_left_alone(
     matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
