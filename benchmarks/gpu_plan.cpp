@@ -1,4 +1,4 @@
-// How the host would launch a kernel: csrc/hadamard_patch/launch.h for one call on a given device, for gpu_static.py.
+// How the host would launch a kernel: csrc/hadamard_patch/cuda/calls.h for one call on a given device, for gpu_static.py.
 //
 //   gpu_plan KERNEL m inner blocks has_program dtype rows turns processors shared_per_block shared_per_processor
 //
@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../csrc/hadamard_patch/launch.h"
+#include "../csrc/hadamard_patch/cuda/calls.h"
 
 using namespace linearpatch;
 using namespace linearpatch::cuda;

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.gpu_build import FLAGS, Cubin, nvcc
 from benchmarks.gpu_sass import JUMPS, Program, sass_programs
 
-CUDA_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "topk_kl" / "cuda_losses.cu"
+CUDA_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "topk_kl" / "cuda" / "losses.cu"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "../stable_tensors.h"
+#include "../common/tensors.h"
 
 namespace linearpatch {
 

@@ -1,7 +1,7 @@
 // The Hadamard matrices of the widths in use, and which instruction-set unit works on them.
 #pragma once
 
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace linearpatch {
 

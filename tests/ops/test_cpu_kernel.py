@@ -22,6 +22,7 @@ from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "hadamard_patch"
+UNITS = ("avx2", "avx512", "scalar")
 NATIVE = Path(__file__).parent / "native"
 
 built = pytest.mark.skipif(backends()["cpu"] is not True, reason=f"no compiled kernels: {backends()['cpu']}")
@@ -228,7 +229,7 @@ def test_an_aot_inductor_package_of_a_patched_block_loads_and_runs(tmp_path: Pat
 @pytest.mark.timeout(900)
 def test_the_units_under_sanitizers(tmp_path: Path) -> None:
     """tests/ops/native/patch_grid.cpp, which knows nothing of torch, over every width, for every instruction set."""
-    sources = [*KERNELS.glob("cpu_*.cpp"), KERNELS / "width.cpp", NATIVE / "patch_grid.cpp"]
+    sources = [*(KERNELS / "cpu" / f"{unit}.cpp" for unit in UNITS), KERNELS / "width.cpp", NATIVE / "patch_grid.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     building = [
         subprocess.Popen([compiler, "-std=c++20", "-O1", *sanitize, "-c", source, "-o", tmp_path / f"{source.stem}.o"])

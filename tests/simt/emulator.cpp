@@ -1,15 +1,15 @@
-// The operators of cuda.cpp on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a call is as it
-// is on a GPU, from the checks of its operands to the stores of its kernels, but for what cuda_*.cu and cuda_place.cpp do.
+// The operators of csrc/hadamard_patch/cuda on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a call is as it
+// is on a GPU, from the checks of its operands to the stores of its kernels, but for what the .cu files and place.cpp do.
 #include "simt.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../../csrc/hadamard_patch/gradients.cuh"
-#include "../../csrc/hadamard_patch/patch.cuh"
-#include "../../csrc/hadamard_patch/warp_rows.cuh"
+#include "../../csrc/hadamard_patch/cuda/gradients.cuh"
+#include "../../csrc/hadamard_patch/cuda/patch.cuh"
+#include "../../csrc/hadamard_patch/cuda/warp_rows.cuh"
 
-#include "../../csrc/hadamard_patch/cuda.h"
-#include "../../csrc/hadamard_patch/cuda_start.h"
+#include "../../csrc/hadamard_patch/cuda/operators.h"
+#include "../../csrc/hadamard_patch/cuda/kernels.h"
 #include "../../csrc/hadamard_patch/width.h"
 
 namespace linearpatch {

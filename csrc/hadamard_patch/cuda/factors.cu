@@ -1,9 +1,9 @@
 // The kernels for the widths m 2^k that most models have.
-#include "device.cuh"
+#include "../../common/cuda/device.cuh"
 
 #include "patch.cuh"
 
-#include "cuda_launch.cuh"
+#include "../../common/cuda/start.cuh"
 
 namespace linearpatch::cuda {
 

@@ -1,10 +1,10 @@
 // Each operator is one launch, or two; linearpatch_kernels/ops/topk_kl/gpu.py makes the losses of them, and brings every operand
 // into the form that is asked for here.
-#include "cuda.h"
+#include "operators.h"
 
-#include "../hadamard_patch/cuda_start.h"
-#include "../stable_tensors.h"
-#include "cuda_start.h"
+#include "../../hadamard_patch/cuda/kernels.h"
+#include "../../common/tensors.h"
+#include "kernels.h"
 
 namespace linearpatch::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "operators.h"
 
 #include <algorithm>
 #include <array>
@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "../stable_tensors.h"
-#include "overlap.h"
-#include "width.h"
+#include "../../common/tensors.h"
+#include "../overlap.h"
+#include "../width.h"
 
 namespace linearpatch::cpu {
 namespace {

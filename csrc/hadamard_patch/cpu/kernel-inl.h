@@ -43,10 +43,10 @@ void widen_values(const T* values, float factor, bool folded, float* out, long c
   }
 }
 
-#include "transform.h"
+#include "transform-inl.h"
 
-#include "low_rank.h"
+#include "low_rank-inl.h"
 
-#include "rows.h"
+#include "rows-inl.h"
 
 constexpr linearpatch::KernelTable table = {Vector::isa, lanes, widen, patch_scratch, patch, gradient_scratch, gradients};

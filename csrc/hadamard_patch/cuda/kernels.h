@@ -1,7 +1,7 @@
 // Starting the CUDA kernels, for code that knows no CUDA: the .cu files have these. What is wrong is the result, or null.
 #pragma once
 
-#include "launch.h"
+#include "calls.h"
 
 namespace linearpatch::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda_start.h"
+#include "../../hadamard_patch/cuda/kernels.h"
 
 namespace linearpatch::cuda {
 

@@ -3,8 +3,8 @@
 
 #include <memory>
 
-#include "../stable_tensors.h"
-#include "cuda_start.h"
+#include "../tensors.h"
+#include "../../hadamard_patch/cuda/kernels.h"
 
 namespace linearpatch::cuda {
 

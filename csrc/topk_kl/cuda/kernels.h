@@ -1,7 +1,7 @@
 // Starting the losses' CUDA kernels, for code that knows no CUDA. What is wrong is the result, or null.
 #pragma once
 
-#include "cuda_calls.h"
+#include "calls.h"
 
 namespace linearpatch::cuda {
 

@@ -13,13 +13,13 @@ using linearpatch::topk_kl::Block;
 using linearpatch::topk_kl::Call;
 using linearpatch::topk_kl::Normalization;
 
-#include "vector.h"
+#include "vector-inl.h"
 
-#include "rows.h"
+#include "rows-inl.h"
 
-#include "slots.h"
+#include "slots-inl.h"
 
-#include "vocabulary.h"
+#include "vocabulary-inl.h"
 
 constexpr linearpatch::topk_kl::KernelTable table = {
     isa,       scratch_floats, widen_rows,     add_columns,  combine_tokens, linear_topk,

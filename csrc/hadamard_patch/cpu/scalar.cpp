@@ -1,6 +1,6 @@
 // One float at a time, on any machine; also for rows that are too short for a vector unit.
 #include "kernel_table.h"
-#include "orders.h"
+#include "../orders.h"
 
 namespace {
 
@@ -77,7 +77,7 @@ struct Vector {
 #undef HOT
 };
 
-#include "kernel.h"
+#include "kernel-inl.h"
 
 }  // namespace
 

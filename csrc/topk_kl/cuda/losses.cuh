@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "../hadamard_patch/stages.cuh"
-#include "cuda_calls.h"
+#include "../../hadamard_patch/cuda/stages.cuh"
+#include "calls.h"
 
 namespace linearpatch::cuda {
 

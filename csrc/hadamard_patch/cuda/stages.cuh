@@ -20,8 +20,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "launch.h"
-#include "orders.h"
+#include "calls.h"
+#include "../orders.h"
 
 namespace linearpatch::cuda {
 

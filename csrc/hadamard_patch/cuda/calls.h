@@ -1,12 +1,12 @@
 // What a launch of the CUDA kernels consists of, and how a call is cut into threads and blocks. No CUDA and no torch here:
-// the operators in cuda.cpp, the kernels, and the emulator of tests/simt share it.
+// operators.cpp, the kernels, and the emulator of tests/simt share it.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "kernel_table.h"
+#include "../cpu/kernel_table.h"
 
 namespace linearpatch::cuda {
 

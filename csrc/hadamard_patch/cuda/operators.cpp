@@ -1,6 +1,6 @@
 // A call that the kernels do not cover (float64, a width without vectors of eight, operands that do not fit each other)
 // goes to the reference through the dispatcher, which also says what is wrong with it.
-#include "cuda.h"
+#include "operators.h"
 
 #include <array>
 #include <cstring>
@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "../stable_tensors.h"
-#include "cuda_start.h"
-#include "overlap.h"
-#include "width.h"
+#include "../../common/tensors.h"
+#include "kernels.h"
+#include "../overlap.h"
+#include "../width.h"
 
 namespace linearpatch::cuda {
 namespace {

@@ -21,7 +21,7 @@ static inline __attribute__((always_inline)) void store_half(Half* p, __m512 v) 
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-#include "kernel.h"
+#include "kernel-inl.h"
 
 }  // namespace
 

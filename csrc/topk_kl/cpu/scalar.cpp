@@ -42,7 +42,7 @@ static inline void store_half(Half* p, Four v) {
   for (int i = 0; i < 4; ++i) p[i].bits = to_half(v[i]);
 }
 
-#include "kernel.h"
+#include "kernel-inl.h"
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../hadamard_patch/kernel_table.h"
+#include "../../hadamard_patch/cpu/kernel_table.h"
 
 namespace linearpatch::topk_kl {
 

@@ -1,9 +1,9 @@
-#include "../hadamard_patch/device.cuh"
+#include "../../common/cuda/device.cuh"
 
 #include "losses.cuh"
 
-#include "../hadamard_patch/cuda_launch.cuh"
-#include "cuda_start.h"
+#include "../../common/cuda/start.cuh"
+#include "kernels.h"
 
 namespace linearpatch::cuda {
 

@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -6,8 +6,8 @@
 #include <memory>
 #include <sstream>
 
-#include "../hadamard_patch/width.h"
-#include "../stable_tensors.h"
+#include "../../hadamard_patch/width.h"
+#include "../../common/tensors.h"
 #include "integer_table.h"
 #include "kernel_table.h"
 

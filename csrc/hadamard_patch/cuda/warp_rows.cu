@@ -1,9 +1,9 @@
 // The kernels for rows that a warp has to itself.
-#include "device.cuh"
+#include "../../common/cuda/device.cuh"
 
 #include "warp_rows.cuh"
 
-#include "cuda_launch.cuh"
+#include "../../common/cuda/start.cuh"
 
 namespace linearpatch::cuda {
 

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "hadamard_patch/kernel_table.h"
+#include "../hadamard_patch/cpu/kernel_table.h"
 
 namespace linearpatch {
 

@@ -7,7 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "orders.h"
+#include "../orders.h"
 
 namespace {
 
@@ -92,7 +92,7 @@ struct Vector {
 #undef HOT
 };
 
-#include "kernel.h"
+#include "kernel-inl.h"
 
 }  // namespace
 

@@ -19,7 +19,7 @@ static inline __attribute__((always_inline)) void store_half(Half* p, __m256 v) 
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-#include "kernel.h"
+#include "kernel-inl.h"
 
 }  // namespace
 

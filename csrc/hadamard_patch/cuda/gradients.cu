@@ -1,9 +1,9 @@
 // The kernels for gradients, and what a device has.
-#include "device.cuh"
+#include "../../common/cuda/device.cuh"
 
 #include "gradients.cuh"
 
-#include "cuda_launch.cuh"
+#include "../../common/cuda/start.cuh"
 
 namespace linearpatch::cuda {
 

@@ -1,9 +1,9 @@
 // The kernels for all other widths, and those with a residual and a norm.
-#include "device.cuh"
+#include "../../common/cuda/device.cuh"
 
 #include "patch.cuh"
 
-#include "cuda_launch.cuh"
+#include "../../common/cuda/start.cuh"
 
 namespace linearpatch::cuda {
 

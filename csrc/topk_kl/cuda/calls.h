@@ -1,4 +1,4 @@
-// What the losses' CUDA kernels work on. No CUDA and no torch here: the operators in cuda.cpp, the kernels, and the
+// What the losses' CUDA kernels work on. No CUDA and no torch here: operators.cpp, the kernels, and the
 // emulator of tests/simt share it.
 //
 // The maths and its letters (p, z, m, s, S, t, T) are those of linearpatch_kernels/ops/topk_kl/reference.py. All rows are
@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../hadamard_patch/kernel_table.h"
-#include "../hadamard_patch/launch.h"
+#include "../../hadamard_patch/cpu/kernel_table.h"
+#include "../../hadamard_patch/cuda/calls.h"
 
 namespace linearpatch::cuda {
 
