@@ -89,8 +89,8 @@ def _folder() -> Path:
         raise FileNotFoundError("no nvcc and C++ compiler")
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     known = hashlib.sha256(" ".join([said, *FLAGS]).encode())
-    kinds = (".cu", ".cuh", ".h")
-    for path in sorted(path for folder in (CSRC / "common", KERNELS) for path in folder.rglob("*") if path.suffix in kinds):
+    paths = [path for folder in (CSRC / "common", KERNELS) for path in folder.rglob("*")]
+    for path in sorted(path for path in paths if path.suffix in (".cu", ".cuh", ".h")):
         known.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"linearpatch-cubins-{os.getuid()}" / known.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
 // Everything that torch learns of the compiled kernels: loading this library registers them.
 #include <torch/csrc/stable/library.h>
 
-#include "hadamard_patch/cpu/operators.h"
+#include "hadamard_patch/operators.h"
 #include "topk_kl/cpu/operators.h"
 #ifdef LINEARPATCH_CUDA
-#include "hadamard_patch/cuda/operators.h"
 #include "topk_kl/cuda/operators.h"
 #endif
 

@@ -1,4 +1,4 @@
-// What the operators' binding units need of torch's stable ABI.
+// What the operators need of torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "../hadamard_patch/cpu/kernel_table.h"
+#include "dtype.h"
 
 namespace linearpatch {
 
@@ -40,7 +40,7 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 inline std::string described(const Tensor& t) {
-  return (t.is_cpu() ? "" : "another device's ") + std::string(torch::headeronly::toString(t.scalar_type())) + " " + shape_of(t);
+  return std::string(torch::headeronly::toString(t.scalar_type())) + " " + shape_of(t);
 }
 
 inline std::optional<Dtype> kernel_dtype(const Tensor& t) {
@@ -53,6 +53,19 @@ inline std::optional<Dtype> kernel_dtype(const Tensor& t) {
 }
 
 inline bool floating(const Tensor& t) { return kernel_dtype(t) || t.scalar_type() == ScalarType::Double; }
+
+// Where a tensor is, asked of it once: a question to torch shows where a call takes microseconds.
+struct DeviceOf {
+  bool cpu;
+  int32_t index;
+  explicit DeviceOf(const Tensor& t) : cpu(t.is_cpu()), index(cpu ? 0 : t.get_device_index()) {}
+  bool has(const Tensor& t) const { return cpu ? t.is_cpu() : t.is_cuda() && t.get_device_index() == index; }
+};
+
+// What a kernel asks of an operand. What is wrong with it is told in words by Python.
+inline void check_operand(bool fits, const char* name, const Tensor& t) {
+  if (!fits) refuse(std::string(name) + " is not in the form that the kernel takes: " + described(t));
+}
 
 // An operator with a result, or several, all of them tensors.
 template <size_t arguments>

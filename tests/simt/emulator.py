@@ -115,8 +115,8 @@ class Emulator:
 
 
 def mutated_sources(folder: Path, kernels: str, name: str, before: str, after: str) -> Path:
-    """A copy of the sources in which ``csrc/kernels/cuda/name`` has ``after`` where it had ``before``, once; the emulator's
-    folder in it."""
+    """A copy of the sources in which ``csrc/kernels/cuda/name`` has ``after`` where it had ``before``, once; the
+    emulator's folder in it."""
     root = HERE.parents[1]
     for source in (root / "csrc", HERE):
         shutil.copytree(source, folder / source.relative_to(root), ignore=shutil.ignore_patterns("__pycache__"))

@@ -6,7 +6,6 @@
 
 #include "../../csrc/topk_kl/cuda/losses.cuh"
 
-#include "../../csrc/hadamard_patch/cuda/kernels.h"
 #include "../../csrc/topk_kl/cuda/operators.h"
 #include "../../csrc/topk_kl/cuda/kernels.h"
 

@@ -1,4 +1,4 @@
-// What the kernels of patch.cuh and gradients.cuh ask of the machine, beside threadIdx, __syncthreads and their kind.
+// What the kernels ask of the machine, beside threadIdx, __syncthreads and their kind.
 // All memory is reached through these few functions: tests/simt has a second set of them, which watches every access.
 #pragma once
 

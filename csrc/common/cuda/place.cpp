@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "../tensors.h"
-#include "../../hadamard_patch/cuda/kernels.h"
+#include "launch.h"
 
 namespace linearpatch::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../../hadamard_patch/cuda/kernels.h"
+#include "launch.h"
 
 namespace linearpatch::cuda {
 

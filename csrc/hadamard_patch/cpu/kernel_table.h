@@ -3,19 +3,10 @@
 
 #include <cstdint>
 
+#include "../../common/dtype.h"
+#include "../width.h"
+
 namespace linearpatch {
-
-enum class Dtype : int { float32, float16, bfloat16 };
-
-// H of one width, `blocks` times kron(H_m, S_inner) along the diagonal, without its norm: entries +-1.
-struct Width {
-  int64_t d, m, inner, blocks;
-  bool has_program;  // orders.h knows how to multiply by H_m
-  // Else code[j * m / 4 + g] is the number of the signed sum of inputs 4 g .. 4 g + 3 that output j contains: 16 g + the
-  // signs as bits, set where negative. For H_m and for its transpose.
-  const uint32_t* codes;
-  const uint32_t* codes_transposed;
-};
 
 // Row r of a tensor [..., d] whose leading dimensions are two strides: element (r / run) * outer + (r % run) * inner.
 struct Rows {
@@ -66,7 +57,6 @@ struct GradientSums {
 
 // A range of rows, with scratch for one thread of as many floats as it says, aligned to 64 bytes.
 struct KernelTable {
-  const char* isa;
   int64_t lanes;
   // out = factor * v in float32, every NaN the canonical one; a multiple of `lanes` values. With `fold`, as the patch wants
   // its scale: the sums and differences of pairs that its turn needs.
@@ -80,5 +70,8 @@ struct KernelTable {
 const KernelTable* scalar_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
+
+// Of the instruction sets that may be used, the widest; a narrower one where a row's Sylvester part is shorter than a vector.
+const KernelTable& kernels(const Width& width);
 
 }  // namespace linearpatch

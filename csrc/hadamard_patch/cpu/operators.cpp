@@ -1,4 +1,4 @@
-#include "operators.h"
+#include "../operators.h"
 
 #include <algorithm>
 #include <array>
@@ -8,9 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "../../common/tensors.h"
-#include "../overlap.h"
-#include "../width.h"
+#include "../operands.h"
+#include "kernel_table.h"
 
 namespace linearpatch::cpu {
 namespace {
@@ -46,37 +45,6 @@ Tensor empty_contiguous(const Tensor& like) {
 thread_local Buffer scratch, operands;
 
 // --- what a call works on ---
-
-void check_vector(const char* name, const Tensor& v, int64_t d) {
-  if (v.dim() != 1 || v.size(0) != d || !floating(v) || !v.is_cpu())
-    refuse(std::string(name) + " must be floating [" + std::to_string(d) + "] as x's last dimension, not " + described(v));
-}
-
-// What hadamard_patch/reference.py checks, in its words.
-void check_operands(const Tensor& x, const Tensor& scale, const Optional& pre, const Optional& post, const Optional& down,
-                    const Optional& up) {
-  if (x.dim() == 0 || !floating(x)) refuse("hadamard_patch needs a floating x [..., d], not " + described(x));
-  const int64_t d = x.size(x.dim() - 1);
-  if (d < 1) refuse("a Hadamard matrix needs a width of at least 1, not 0");
-  check_vector("scale", scale, d);
-  if (pre) check_vector("pre_scale", *pre, d);
-  if (post) check_vector("post_scale", *post, d);
-  if (bool(down) != bool(up)) refuse("down and up belong together: give both or neither");
-  if (!down) return;
-  const bool fit = down->dim() == 2 && up->dim() == 2 && down->size(0) == d && up->size(1) == d &&
-                   down->size(1) == up->size(0) && floating(*down) && floating(*up) && down->is_cpu() && up->is_cpu();
-  const std::string width = std::to_string(d);
-  if (!fit)
-    refuse("down and up must be floating [" + width + ", r] and [r, " + width + "], not " + described(*down) + " and " +
-           described(*up));
-}
-
-void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  const auto sizes = x.sizes(), other = t.sizes();
-  if (sizes.size() != other.size() || !std::equal(sizes.begin(), sizes.end(), other.begin()) ||
-      t.scalar_type() != x.scalar_type() || !t.is_cpu())
-    refuse(std::string(name) + " must be " + described(x) + " as x is, not " + described(t));
-}
 
 // Which matrix belongs to a width is number theory, and stays in Python: asked once for each width.
 const Width& width_of(int64_t d) {
@@ -149,12 +117,6 @@ Layout<count> layout_with_copies(std::array<Tensor, count>& tensors, size_t inpu
 template <size_t count>
 Rows rows(const Layout<count>& layout, const Tensor& tensor, size_t i) {
   return {const_cast<void*>(tensor.const_data_ptr()), layout.outer[i], layout.inner[i]};
-}
-
-// Whether y can be written row by row while x is read: apart from each other, or the very same elements.
-bool safe_together(const Tensor& x, const Tensor& y) {
-  const auto strides = x.strides(), other = y.strides();
-  return apart(x, y) || (x.const_data_ptr() == y.const_data_ptr() && std::equal(strides.begin(), strides.end(), other.begin()));
 }
 
 // --- the operators ---
@@ -349,8 +311,7 @@ Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_
 void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up,
                         Tensor out) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
-  check_like("out", out, x);
-  check_out_is_apart(out, scale, pre_scale, post_scale, down, up);
+  check_out(out, x, scale, pre_scale, post_scale, down, up);
   if (kernel_dtype(x)) return patch_into(x, scale, pre_scale, post_scale, down, up, out);
   torch::stable::copy_(out, hadamard_patch(x, scale, pre_scale, post_scale, down, up));
 }
@@ -387,9 +348,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
 std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, double eps,
                                               Optional pre_scale, Optional post_scale, Optional down, Optional up) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
-  check_like("residual", residual, x);
+  check_norm_operands(x, residual, norm_weight);
   const int64_t d = x.size(x.dim() - 1);
-  check_vector("norm_weight", norm_weight, d);
   if (!kernel_dtype(x)) {
     const auto results = call<9>("linearpatch::add_patch_rms_norm_reference",
                                  {from(x), from(residual), from(scale), from(norm_weight), from(eps), from(pre_scale),

@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/kernel_table.h"
+#include "../../common/cuda/launch.h"
+#include "../../common/dtype.h"
+#include "../width.h"
 
 namespace linearpatch::cuda {
 
@@ -84,17 +86,8 @@ struct PartSums {
   float factor;
 };
 
-struct Device {
-  int processors;
-  int64_t shared_per_block, shared_per_processor;  // bytes
-  bool matrix_products = true;                     // multiply_add of device.cuh: compute capability 8.0 and newer
-};
-
-struct Launch {
-  bool possible;
-  bool fixed;  // the kernel for this width, else the one for any width with this factor
-  int blocks, diagonal_blocks, threads;
-  int64_t shared_bytes;
+struct PatchLaunch : Launch {
+  bool fixed = false;      // the kernel for this width, else the one for any width with this factor
   bool warp_rows = false;  // the kernel of warp_rows.cuh, which is a fixed one
 };
 
@@ -201,7 +194,7 @@ inline int64_t warp_table_bytes(const PatchRows& call, int n, int warps) {
 
 // One block a processor. With less than two rows for every warp, what a warp takes for one of them counts, and many threads
 // to a row are faster.
-inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device) {
+inline bool plan_warp_rows(PatchLaunch& launch, PatchRows& call, const Device& device) {
   const int n = call.shape.m << call.shape.k, warps = warps_of_a_row(call.shape.m, call.shape.k, call.in);
   if (!device.matrix_products || !warps || call.in != call.out || call.channels) return false;
   const int part = n / warps;
@@ -218,8 +211,8 @@ inline bool plan_warp_rows(Launch& launch, PatchRows& call, const Device& device
 }
 
 // Fills in the call's shape; `width` is that of a row, and its matrix.
-inline Launch plan_patch(PatchRows& call, const Width& width, const Device& device) {
-  Launch launch{};
+inline PatchLaunch plan_patch(PatchRows& call, const Width& width, const Device& device) {
+  PatchLaunch launch{};
   int k = 0;
   while (int64_t{1} << k < width.inner) ++k;
   launch.possible = row_is_possible(width.m, k, width.has_program) && width.blocks <= (call.fused ? 1 : kMostDiagonalBlocks);

@@ -1,29 +1,12 @@
-// The kernels for gradients, and what a device has.
+// The kernels for gradients.
 #include "../../common/cuda/device.cuh"
 
 #include "gradients.cuh"
 
 #include "../../common/cuda/start.cuh"
+#include "kernels.h"
 
 namespace linearpatch::cuda {
-
-Device device_limits(int index) {
-  const auto limit = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, attribute, index);
-    return value;
-  };
-  return {limit(cudaDevAttrMultiProcessorCount), limit(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor), limit(cudaDevAttrComputeCapabilityMajor) >= 8};
-}
-
-const char* make_current(int index) { return said(cudaSetDevice(index)); }
-
-bool captures(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  return status != cudaStreamCaptureStatusNone;
-}
 
 const char* launch_gradients(const GradientRows& call, const Launch& launch, void* stream) {
   const char* error = nullptr;

@@ -1,6 +1,6 @@
-// A call that the kernels do not cover (float64, a width without vectors of eight, operands that do not fit each other)
-// goes to the reference through the dispatcher, which also says what is wrong with it.
-#include "operators.h"
+// A call that the kernels do not cover (float64, a width without vectors of eight) goes to the reference through the
+// dispatcher.
+#include "../operators.h"
 
 #include <array>
 #include <cstring>
@@ -11,10 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "../../common/tensors.h"
-#include "kernels.h"
-#include "../overlap.h"
+#include "../operands.h"
 #include "../width.h"
+#include "kernels.h"
 
 namespace linearpatch::cuda {
 namespace {
@@ -23,37 +22,7 @@ using torch::stable::detail::from;
 
 constexpr int64_t kVector = 16;  // bytes
 
-void check(const char* error) {
-  if (error) throw std::runtime_error(std::string("a CUDA kernel of linearpatch did not start: ") + error);
-}
-
 // --- what a call works on ---
-
-bool with_x(const Tensor& t, const Tensor& x) {
-  return floating(t) && t.is_cuda() == x.is_cuda() &&
-         t.get_device_index() == x.get_device_index();
-}
-
-bool is_vector(const Optional& v, const Tensor& x) {
-  return !v || (v->dim() == 1 && v->size(0) == x.size(x.dim() - 1) && with_x(*v, x));
-}
-
-bool is_like(const Tensor& t, const Tensor& x) {
-  if (t.dim() != x.dim() || t.scalar_type() != x.scalar_type() || !with_x(t, x)) return false;
-  for (int64_t i = 0; i < x.dim(); ++i)
-    if (t.size(i) != x.size(i)) return false;
-  return true;
-}
-
-bool fit(const Tensor& x, const Tensor& scale, const Optional& pre, const Optional& post, const Optional& down,
-         const Optional& up) {
-  if (x.dim() == 0 || !kernel_dtype(x) || x.size(x.dim() - 1) < 1) return false;
-  if (!is_vector(scale, x) || !is_vector(pre, x) || !is_vector(post, x) || bool(down) != bool(up)) return false;
-  if (!down) return true;
-  const int64_t d = x.size(x.dim() - 1);
-  return down->dim() == 2 && up->dim() == 2 && down->size(0) == d && up->size(1) == d && down->size(1) == up->size(0) &&
-         with_x(*down, x) && with_x(*up, x);
-}
 
 const Width& width_of(const Tensor& x) {
   const int64_t d = x.size(x.dim() - 1);
@@ -139,11 +108,6 @@ Tensor readable(const Tensor& t) {
   return row_stride(rows) ? rows : torch::stable::clone(rows);
 }
 
-// Whether y's rows can be written while x's are read: apart from each other, or the very same.
-bool safe_together(const Tensor& x, const Tensor& y) {
-  return apart(x, y) || (x.const_data_ptr() == y.const_data_ptr() && row_stride(x) == row_stride(y));
-}
-
 int64_t row_count(const Tensor& x) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
@@ -190,7 +154,7 @@ bool patch_rows_into(const Tensor& x, const Operands& given, const Tensor& y, co
   call.out = *kernel_dtype(y);
   call.channels = given.pre || given.post;
   call.fused = bool(normed);
-  const Launch launch = plan_patch(call, width, place.device);
+  const PatchLaunch launch = plan_patch(call, width, place.device);
   if (!launch.possible) return false;
   if (call.rows == 0) return true;
   call.x = static_cast<const char*>(x.const_data_ptr());
@@ -281,7 +245,8 @@ bool gradients_into(std::array<Tensor, 4>& results, const Tensor& grad, const Te
 }  // namespace
 
 Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up) {
-  if (fit(x, scale, pre_scale, post_scale, down, up)) {
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  if (kernel_dtype(x)) {
     const Tensor y = empty_contiguous(x);
     if (patch_into(x, {scale, pre_scale, post_scale}, down, up, y)) return y;
   }
@@ -291,16 +256,17 @@ Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_
 
 void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up,
                         Tensor out) {
-  if (fit(x, scale, pre_scale, post_scale, down, up) && is_like(out, x)) {
-    check_out_is_apart(out, scale, pre_scale, post_scale, down, up);
-    if (patch_into(x, {scale, pre_scale, post_scale}, down, up, out)) return;
-  }
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  check_out(out, x, scale, pre_scale, post_scale, down, up);
+  if (kernel_dtype(x) && patch_into(x, {scale, pre_scale, post_scale}, down, up, out)) return;
   call<7>("linearpatch::hadamard_patch_out_reference",
           {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(out)}, 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backward(
     Tensor grad, Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up, int64_t needs) {
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  check_like("grad", grad, x);
   const auto reference = [&](int64_t wanted) {
     return call<8>("linearpatch::hadamard_patch_backward_reference",
                    {from(grad), from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(wanted)},
@@ -309,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
   constexpr int64_t of_low_rank = 0b110000;
   needs &= 0b11 | (pre_scale ? 0b100 : 0) | (post_scale ? 0b1000 : 0) | (down ? 0b110000 : 0);
   std::array<Tensor, 4> fused{torch::stable::new_empty(x, {0}), no_gradient(x), no_gradient(x), no_gradient(x)};
-  bool done = fit(x, scale, pre_scale, post_scale, down, up) && is_like(grad, x);
+  bool done = kernel_dtype(x).has_value();
   if (done && (needs & ~of_low_rank) == 1) {  // dx alone is a patch of the gradient
     const Tensor dx = empty_contiguous(x);
     done = patch_into(grad, {scale, post_scale, pre_scale}, transposed(up), transposed(down), dx);
@@ -328,8 +294,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
 
 std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor scale, Tensor norm_weight, double eps,
                                               Optional pre_scale, Optional post_scale, Optional down, Optional up) {
-  const bool low_rank = down && down->dim() == 2 && down->size(1) > 0;
-  if (fit(x, scale, pre_scale, post_scale, down, up) && is_like(residual, x) && is_vector(norm_weight, x) && !low_rank) {
+  check_operands(x, scale, pre_scale, post_scale, down, up);
+  check_norm_operands(x, residual, norm_weight);
+  const bool low_rank = down && down->size(1) > 0;
+  if (kernel_dtype(x) && !low_rank) {
     const Tensor y = empty_contiguous(x), normed = empty_contiguous(x);
     if (patch_rows_into(readable(x), {scale, pre_scale, post_scale}, y, readable(residual), norm_weight, normed, eps))
       return {normed, y};

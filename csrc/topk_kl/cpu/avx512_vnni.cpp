@@ -2,18 +2,13 @@
 #include "integer_table.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+#pragma GCC target("avx512vnni")
 #pragma GCC optimize("no-tree-pre")  // with it GCC 12 stores every sum of a tile at every step
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC 12's own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "../../common/cpu/avx512-inl.h"
 
 namespace {
 
 using namespace linearpatch::topk_kl;
-
-#define HOT static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
 constexpr float longest = 46300;  // of a row: a little below 2^15.5, for what float32 rounds
 constexpr float largest = 32766;
@@ -21,9 +16,7 @@ constexpr float large = 256;  // what half of a row must become
 constexpr float furthest = 1e6;  // between the scales of rows, which float32 takes along in the weights of a sum of them
 
 HOT __mmask16 first(long n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0; }
-HOT __m512 load(const uint16_t* p, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
-}
+HOT __m512 load(const uint16_t* p, __mmask16 mask) { return Words::from_bfloat16(_mm256_maskz_loadu_epi16(mask, p)); }
 HOT __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 HOT float reciprocal(float a) { return a == 0 ? 0 : 1 / a; }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../../hadamard_patch/cpu/kernel_table.h"
+#include "../../common/dtype.h"
 
 namespace linearpatch::topk_kl {
 
@@ -57,7 +57,6 @@ struct Block {
 
 // Scratch is for one thread, as many floats as `scratch` says, aligned to 64 bytes.
 struct KernelTable {
-  const char* isa;
   int64_t (*scratch)(const Call&);
   // count rows of d numbers in float32.
   void (*widen)(const void* rows, Dtype, int64_t stride, int64_t count, int64_t d, float* out);

@@ -4,9 +4,8 @@
 
 #include <limits>
 #include <memory>
-#include <sstream>
 
-#include "../../hadamard_patch/width.h"
+#include "../../common/cpu/isa.h"
 #include "../../common/tensors.h"
 #include "integer_table.h"
 #include "kernel_table.h"
@@ -34,57 +33,36 @@ constexpr int64_t kBlockWeights = 1 << 22;  // float32 numbers of the weight in 
 thread_local Buffer scratch;
 
 const topk_kl::KernelTable& kernels() {
-  static const topk_kl::KernelTable& unit = [&]() -> const topk_kl::KernelTable& {
-    Width any{};
-    any.inner = 64;
-    const std::string isa = linearpatch::kernels(any).isa;
-    for (const auto* unit : {topk_kl::avx512_kernels(), topk_kl::avx2_kernels()})
-      if (unit && unit->isa == isa) return *unit;
-    return *topk_kl::scalar_kernels();
-  }();
-  return unit;
+  static const topk_kl::KernelTable& widest =
+      *usable_units(topk_kl::scalar_kernels(), topk_kl::avx2_kernels(), topk_kl::avx512_kernels()).front();
+  return widest;
 }
 
 const topk_kl::IntegerTable* integer_products() {
-#if defined(__x86_64__)
-  static const bool usable = kernels().isa == std::string("avx512") && __builtin_cpu_supports("avx512vnni");
+  static const bool usable = vnni_is_usable();
   return usable ? topk_kl::avx512_vnni_products() : nullptr;
-#else
-  return nullptr;
-#endif
 }
 
 // --- what a call works on ---
 
-void check_scale(const char* name, double scale, const char* otherwise) {
-  if (scale >= 1e-30 && scale <= 1e30) return;
-  std::ostringstream words;
-  words << name << " must be positive, between 1e-30 and 1e30" << otherwise << ", not " << scale;
-  refuse(words.str());
+// linearpatch_kernels/ops/topk_kl/reference.py asks the same in words: the Python functions call it where an operator has
+// raised.
+void check_scale(const char* name, double scale) {
+  if (!(scale >= 1e-30 && scale <= 1e30)) refuse(std::string(name) + " is out of range: " + std::to_string(scale));
 }
 
-// What ops/topk_kl/reference.py checks, in its words.
 void check_operands(const Tensor& scores, const Tensor& probs, const Tensor& ids, const std::string& normalization,
                     double temperature, const Tensor* weight, const Optional& bias) {
-  const auto on_cpu = [](const Tensor& t) { return t.is_cpu(); };
-  const std::string name = weight ? "hidden" : "logits";
-  if (scores.dim() != 2 || !floating(scores))
-    refuse(name + " must be floating [N, " + (weight ? "d" : "V") + "], not " + described(scores));
-  if (weight) {
-    const std::string width = std::to_string(scores.size(1));
-    if (weight->dim() != 2 || weight->size(1) != scores.size(1) || !floating(*weight) || !on_cpu(*weight))
-      refuse("weight must be floating [V, " + width + "] as hidden's width, not " + described(*weight));
-    if (bias && (bias->dim() != 1 || bias->size(0) != weight->size(0) || !floating(*bias) || !on_cpu(*bias)))
-      refuse("bias must be floating [" + std::to_string(weight->size(0)) + "] as weight's rows, not " + described(*bias));
-  }
-  if (probs.dim() != 2 || probs.size(0) != scores.size(0) || !floating(probs) || !on_cpu(probs))
-    refuse("teacher_probs must be floating [" + std::to_string(scores.size(0)) + ", K], not " + described(probs));
+  const auto check = [&](bool fits, const char* name, const Tensor& t) { check_operand(fits && t.is_cpu(), name, t); };
+  check(scores.dim() == 2 && floating(scores), weight ? "hidden" : "logits", scores);
+  if (weight) check(weight->dim() == 2 && weight->size(1) == scores.size(1) && floating(*weight), "weight", *weight);
+  if (bias) check(weight && bias->dim() == 1 && bias->size(0) == weight->size(0) && floating(*bias), "bias", *bias);
+  check(probs.dim() == 2 && probs.size(0) == scores.size(0) && floating(probs), "teacher_probs", probs);
   const bool integers = ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Long;
-  if (ids.dim() != 2 || ids.size(0) != probs.size(0) || ids.size(1) != probs.size(1) || !integers || !on_cpu(ids))
-    refuse("teacher_ids must be int32 or int64, shaped as teacher_probs, not " + described(ids));
+  check(integers && ids.dim() == 2 && ids.size(0) == probs.size(0) && ids.size(1) == probs.size(1), "teacher_ids", ids);
   if (normalization != "topk" && normalization != "full" && normalization != "tail")
-    refuse("normalization must be one of topk, full, tail, not '" + normalization + "'");
-  check_scale("temperature", temperature, "");
+    refuse("there is no normalization " + normalization);
+  check_scale("temperature", temperature);
 }
 
 Tensor with_plain_rows(const Tensor& t) { return t.size(1) < 2 || t.stride(1) == 1 ? t : contiguous(t); }
@@ -102,11 +80,8 @@ std::vector<uint8_t> counted_tokens(const Id* ids, int64_t tokens, int64_t slots
     }
     counted[n] = any != 0;
   }
-  if (furthest > static_cast<uint64_t>(vocabulary)) {
-    const auto [least, most] = std::minmax_element(ids, ids + tokens * slots);
-    refuse("teacher id " + std::to_string(*least < -1 ? *least : *most) + " is outside the vocabulary of " +
-           std::to_string(vocabulary) + ": the tokenizers must agree");
-  }
+  if (furthest > static_cast<uint64_t>(vocabulary))
+    refuse("teacher_ids has one outside the vocabulary of " + std::to_string(vocabulary));
   return counted;
 }
 
@@ -241,7 +216,7 @@ void multiply_add(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 // Rows of a matrix in float32: where they lie if they are that already.
 const float* wide_rows(const void* data, Dtype dtype, int64_t stride, int64_t d, int64_t first, int64_t count, float* memory) {
-  const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  const int64_t size = bytes_of(dtype);
   const void* const rows = static_cast<const char*>(data) + first * stride * size;
   if (dtype == Dtype::float32 && stride == d) return static_cast<const float*>(rows);
   kernels().widen(rows, dtype, stride, count, d, memory);
@@ -276,7 +251,7 @@ struct Blocks {
     const bool all = std::find(given.counted.begin() + b.token, given.counted.begin() + b.token + b.count, 0) ==
                      given.counted.begin() + b.token + b.count;
     if (all) return wide_rows(call.scores, call.scores_dtype, call.scores_stride, call.width, b.token, b.count, memory);
-    const int64_t size = call.scores_dtype == Dtype::float32 ? 4 : 2;
+    const int64_t size = bytes_of(call.scores_dtype);
     for (int64_t r = 0; r < b.count; ++r) {
       const int64_t n = b.token + r;
       if (given.counted[n])
@@ -526,7 +501,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
     double temperature, bool hidden_grad, bool weight_grad, bool bias_grad, double softcap) {
   check_operands(hidden, teacher_probs, teacher_ids, normalization, temperature, &weight, bias);
   if (softcap == std::numeric_limits<double>::infinity()) softcap = 0;
-  if (softcap != 0) check_scale("softcap", softcap, ", or 0 for none");
+  if (softcap != 0) check_scale("softcap", softcap);
   if (needs_reference(hidden, &weight, teacher_ids)) {
     const auto results =
         call<11>("linearpatch::linear_topk_kl_loss_softcapped_reference",
@@ -587,11 +562,11 @@ Tensor topk_kl_loss_backward(Tensor grad, Tensor logits, Tensor teacher_probs, T
                     from(normalization), from(temperature)},
                    1)[0];
   Operands given(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
-  if (normalizers.dim() != 2 || normalizers.size(0) != given.tokens || normalizers.size(1) != 4 ||
-      normalizers.scalar_type() != ScalarType::Float || !normalizers.is_cpu())
-    refuse("normalizers must be what topk_kl_loss returned, not " + described(normalizers));
+  check_operand(normalizers.dim() == 2 && normalizers.size(0) == given.tokens && normalizers.size(1) == 4 &&
+                    normalizers.scalar_type() == ScalarType::Float && normalizers.is_cpu(),
+                "normalizers", normalizers);
   const Tensor kept = contiguous(normalizers), scale = contiguous(torch::stable::to(grad, ScalarType::Float));
-  if (scale.numel() != 1) refuse("grad must be the gradient of a scalar, not " + described(grad));
+  check_operand(scale.numel() == 1, "grad", grad);
   const Tensor dlogits = new_empty(logits, {given.tokens, given.vocabulary});
   given.call.gradient_scale *= *static_cast<const float*>(scale.const_data_ptr());
   given.call.normalizers = numbers(kept);

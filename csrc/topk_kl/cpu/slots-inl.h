@@ -116,7 +116,7 @@ HOT void store_dhidden(const Call& call, long token, const float* total, float f
   });
 }
 HOT void clear_dhidden(const Call& call, long token) {
-  const long row = call.width * (call.dhidden_dtype == Dtype::float32 ? 4 : 2);
+  const long row = call.width * linearpatch::bytes_of(call.dhidden_dtype);
   __builtin_memset(static_cast<char*>(call.dhidden) + token * row, 0, row);
 }
 

@@ -1,11 +1,8 @@
 // A register of `lanes` floats, as the compiler's own vectors, and what moves to and from it.
 
-struct BFloat16 { uint16_t bits; };
-
 typedef float Reg __attribute__((vector_size(4 * lanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
-typedef uint16_t Words __attribute__((vector_size(2 * lanes)));
 
 constexpr float infinity = __builtin_inff();
 
@@ -17,20 +14,30 @@ HOT Reg load(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-HOT Reg load(const Half* p) { return load_half(p); }
-HOT Reg load(const BFloat16* p) {
-  Words words;
-  __builtin_memcpy(&words, p, sizeof words);
-  return (Reg)(__builtin_convertvector(words, Bits) << 16);
+// 16-bit numbers: all of a register at once, or one by one where the unit's words are.
+template <class T>
+HOT Reg load(const T* p) {
+  if constexpr (lanes == Words::lanes) {
+    return Words::load(p);
+  } else {
+    Reg v;
+    UNROLL for (int i = 0; i < lanes; ++i) v[i] = Words::load(p + i);
+    return v;
+  }
 }
 
 HOT void store(float* p, Reg v) { __builtin_memcpy(p, &v, sizeof v); }
-HOT void store(Half* p, Reg v) { store_half(p, v); }
-HOT void store(BFloat16* p, Reg v) {
-  const Bits bits = (Bits)v;
-  const Bits nearest = bits + 0x7fff + (bits >> 16 & 1);
-  const Words words = __builtin_convertvector((v == v ? nearest : Bits{} + 0x7fc00000) >> 16, Words);
-  __builtin_memcpy(p, &words, sizeof words);
+// As Words::store wants it: only a BFloat16 must not be a NaN with a lower half.
+template <class V>
+HOT V storable(const Half*, V v) { return v; }
+template <class V>
+HOT V storable(const BFloat16*, V v) { return Words::canonical(v); }
+template <class T>
+HOT void store(T* p, Reg v) {
+  if constexpr (lanes == Words::lanes)
+    Words::store(p, storable(p, v));
+  else
+    UNROLL for (int i = 0; i < lanes; ++i) Words::store(p + i, storable(p, static_cast<float>(v[i])));
 }
 
 // The first n of a register's numbers, zeros behind them.
@@ -173,15 +180,6 @@ HOT Reg tanh_of(Reg x) {
   const Reg magnitude = x < 0.0f ? -x : x;
   const Reg far = 1.0f - 2.0f / (exp_of(magnitude * 2.0f) + 1.0f);
   return magnitude < 0.625f ? y : x < 0.0f ? -far : far;
-}
-
-template <class Function>
-HOT void with_type(Dtype dtype, Function function) {
-  switch (dtype) {
-    case Dtype::float32: return function(static_cast<const float*>(nullptr));
-    case Dtype::float16: return function(static_cast<const Half*>(nullptr));
-    case Dtype::bfloat16: return function(static_cast<const BFloat16*>(nullptr));
-  }
 }
 
 // out = row in float32, zeros up to a multiple of two registers.

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../../hadamard_patch/cpu/kernel_table.h"
-#include "../../hadamard_patch/cuda/calls.h"
+#include "../../common/cuda/launch.h"
+#include "../../common/dtype.h"
 
 namespace linearpatch::cuda {
 
@@ -22,8 +22,6 @@ constexpr int kVocabularyThreads = 256;
 constexpr int kVocabularyBlock = kVocabularyThreads * kVectorOfRow;  // what the bounds of a token's ids are of
 constexpr int kVectorsOfPart = 4;     // of a token's logits, that a thread of carry_part holds
 constexpr int kMostThreadsOfPart = 768;  // at 1024 a thread has 64 registers, and sm_120 spills
-
-constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 struct TeacherIds {
   const int32_t* given;  // of 64 bits two words, the lower one first

@@ -1,4 +1,4 @@
-// Starting the losses' CUDA kernels, for code that knows no CUDA. What is wrong is the result, or null.
+// Starting the losses' CUDA kernels; losses.cu has these. What is wrong is the result, or null.
 #pragma once
 
 #include "calls.h"

@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "../../hadamard_patch/cuda/stages.cuh"
+#include "../../common/cuda/elements.cuh"
 #include "calls.h"
 
 namespace linearpatch::cuda {

@@ -2,25 +2,16 @@
 // into the form that is asked for here.
 #include "operators.h"
 
-#include "../../hadamard_patch/cuda/kernels.h"
 #include "../../common/tensors.h"
 #include "kernels.h"
 
 namespace linearpatch::cuda {
 namespace {
 
-void check(const char* error) {
-  if (error) refuse(std::string("a CUDA kernel of linearpatch did not start: ") + error);
-}
-
-void require(bool fits, const char* name, const Tensor& t) {
-  if (!fits) refuse(std::string(name) + " is not in the form that the kernel takes: " + described(t));
-}
-
 // The numbers of a contiguous tensor, to be read: what is asked for to be written loses its share of a lazy clone.
 template <class T>
 const T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count) {
-  require(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count, name, t);
+  check_operand(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == count, name, t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 const float* floats(const char* name, const Tensor& t, int64_t count) { return numbers<float>(name, t, ScalarType::Float, count); }
@@ -38,7 +29,7 @@ float* results(const char* name, const Optional& t, int64_t count) { return t ? 
 int64_t row_stride(const char* name, const Tensor& t) {
   const int64_t bytes = t.stride(0) * t.element_size();
   const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && (t.size(0) < 2 || bytes % 16 == 0);
-  require(t.dim() == 2 && kernel_dtype(t) && t.size(1) % kVectorOfRow == 0 && (t.size(1) < 2 || t.stride(1) == 1) && aligned, name, t);
+  check_operand(t.dim() == 2 && kernel_dtype(t) && t.size(1) % kVectorOfRow == 0 && (t.size(1) < 2 || t.stride(1) == 1) && aligned, name, t);
   return bytes;
 }
 
@@ -51,7 +42,7 @@ VocabularyPart part_of(const Tensor& logits, int64_t size, const Optional& bias,
                        int64_t first, double temperature) {
   VocabularyPart call{};
   row_stride("logits", logits);
-  require(logits.scalar_type() == ScalarType::Float && size <= logits.size(1), "logits", logits);
+  check_operand(logits.scalar_type() == ScalarType::Float && size <= logits.size(1), "logits", logits);
   call.logits = static_cast<const float*>(logits.const_data_ptr());
   call.stride = logits.stride(0);
   call.tokens = narrow(ids.size(0));
@@ -59,10 +50,10 @@ VocabularyPart part_of(const Tensor& logits, int64_t size, const Optional& bias,
   call.blocks = narrow(bounds.size(1)) - 1;
   call.first = narrow(first);
   call.size = narrow(size);
-  require(first % kVocabularyBlock == 0 && (first + size + kVocabularyBlock - 1) / kVocabularyBlock <= call.blocks, "bounds", bounds);
+  check_operand(first % kVocabularyBlock == 0 && (first + size + kVocabularyBlock - 1) / kVocabularyBlock <= call.blocks, "bounds", bounds);
   call.ids = integers("ids", ids, ids.numel());
   call.bounds = integers("bounds", bounds, ids.size(0) * bounds.size(1));
-  if (bias) require(bias->numel() >= first + size, "bias", *bias);
+  if (bias) check_operand(bias->numel() >= first + size, "bias", *bias);
   call.bias = bias ? floats("bias", *bias, bias->numel()) : nullptr;
   call.inverse_temperature = static_cast<float>(1 / temperature);
   return call;
@@ -70,7 +61,7 @@ VocabularyPart part_of(const Tensor& logits, int64_t size, const Optional& bias,
 
 void give_out(VocabularyPart& call, const char* name, const Tensor& logits, const Tensor& out) {
   row_stride(name, out);
-  require(out.stride(0) == logits.stride(0) && out.size(1) == logits.size(1), name, out);
+  check_operand(out.stride(0) == logits.stride(0) && out.size(1) == logits.size(1), name, out);
   call.out = static_cast<char*>(out.mutable_data_ptr());
   call.out_dtype = *kernel_dtype(out);
 }
@@ -130,11 +121,11 @@ void topk_kl_slots(Tensor hidden, Tensor weight, Optional bias, Tensor probs, Te
   call.z = results("z", z, count);
   if (dhidden) {
     row_stride("dhidden", *dhidden);
-    require(dhidden->is_contiguous() && dhidden->numel() == hidden.numel(), "dhidden", *dhidden);
+    check_operand(dhidden->is_contiguous() && dhidden->numel() == hidden.numel(), "dhidden", *dhidden);
     call.dhidden = static_cast<char*>(dhidden->mutable_data_ptr());
     call.dhidden_dtype = *kernel_dtype(*dhidden);
   }
-  require(weight.size(1) == hidden.size(1) && plan_slots(call).possible, "hidden", hidden);
+  check_operand(weight.size(1) == hidden.size(1) && plan_slots(call).possible, "hidden", hidden);
   const Place place(hidden.get_device_index());
   check(launch_slots(call, place.stream));
 }
@@ -192,7 +183,7 @@ void topk_kl_carry(Tensor logits, int64_t size, Optional bias, Tensor ids, Tenso
     call.width = narrow(dhidden->size(1));
     call.dhidden = results("dhidden", dhidden, ids.size(0) * dhidden->size(1));
   }
-  require(plan_carry(call).possible, "logits", logits);
+  check_operand(plan_carry(call).possible, "logits", logits);
   const Place place(logits.get_device_index());
   check(launch_carry(call, place.stream));
 }

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "../common/tensors.h"
+#include "tensors.h"
 
 namespace linearpatch {
 
@@ -47,8 +47,8 @@ inline bool steps_are_nested(const Tensor& t) {
   }
 }
 
-// What the address ranges leave open, counted in Python (ops/overlap.py): whether a and b have a byte in common, or, without
-// b, two elements of a.
+// What the address ranges leave open, counted in Python (linearpatch_kernels/ops/overlap.py): whether a and b have a byte in
+// common, or, without b, two elements of a.
 inline bool share_memory(const Tensor& a, const Optional& b) {
   using torch::stable::detail::from, torch::stable::detail::to;
   std::array<StableIValue, 2> stack{from(a), from(b)};
@@ -57,21 +57,16 @@ inline bool share_memory(const Tensor& a, const Optional& b) {
   return to<bool>(stack[0]);
 }
 
-// What hadamard_patch/reference.py checks, in its words: of all operands, `out` may share memory with x alone.
-inline void check_out_is_apart(const Tensor& out, const Tensor& scale, const Optional& pre, const Optional& post,
-                               const Optional& down, const Optional& up) {
-  if (out.numel() == 0) return;
-  if (!steps_are_nested(out) && share_memory(out, std::nullopt)) refuse("out must have a place of its own for every element");
-  const Extent written = extent(out);
-  const auto check = [&](const char* name, const Tensor& other) {
-    if (!apart(written, other) && share_memory(out, other))
-      refuse(std::string("out must share no memory with ") + name + ": give a tensor of its own, or x");
-  };
-  check("scale", scale);
-  if (pre) check("pre_scale", *pre);
-  if (post) check("post_scale", *post);
-  if (down) check("down", *down);
-  if (up) check("up", *up);
+// Whether two tensors of one shape and dtype are the same memory, element by element.
+inline bool same_elements(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr()) return false;
+  const auto sizes = a.sizes(), strides = a.strides(), other = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1 && strides[i] != other[i]) return false;
+  return true;
 }
+
+// Whether y can be written row by row while x is read.
+inline bool safe_together(const Tensor& x, const Tensor& y) { return apart(x, y) || same_elements(x, y); }
 
 }  // namespace linearpatch
