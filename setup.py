@@ -29,8 +29,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
-SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if not path.name.startswith("cuda"))
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("cuda*.c*") if path.suffix in (".cpp", ".cu"))
+# What lies in a folder of the name cuda is compiled where nvcc is found, all other sources always.
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parent.name != "cuda")
+CUDA_SOURCES = sorted(str(path) for suffix in ("cpp", "cu") for path in Path("csrc").rglob(f"cuda/*.{suffix}"))
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
 BINDINGS = str(Path("csrc/bindings.cpp"))
 

@@ -1,11 +1,10 @@
 // Everything that torch learns of the compiled kernels: loading this library registers them.
 #include <torch/csrc/stable/library.h>
 
-#include "hadamard_patch/cpu.h"
-#include "topk_kl/cpu.h"
+#include "hadamard_patch/operators.h"
+#include "topk_kl/cpu/operators.h"
 #ifdef LINEARPATCH_CUDA
-#include "hadamard_patch/cuda.h"
-#include "topk_kl/cuda.h"
+#include "topk_kl/cuda/operators.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {

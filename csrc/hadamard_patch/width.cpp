@@ -1,11 +1,8 @@
 #include "width.h"
 
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
-#include <stdexcept>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -75,27 +72,6 @@ std::unordered_map<int64_t, std::unique_ptr<OwnedWidth>>& widths() {
   return *all;
 }
 
-// The units that this machine can run, the widest first, from the one asked for downwards.
-std::vector<const KernelTable*> usable_units() {
-  std::vector<const KernelTable*> units;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    units.push_back(avx512_kernels());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    units.push_back(avx2_kernels());
-#endif
-  units.push_back(scalar_kernels());
-  const char* const asked = std::getenv("LINEARPATCH_CPU_ISA");
-  if (!asked || !*asked) return units;
-  std::string names;
-  for (size_t i = 0; i < units.size(); ++i) {
-    if (asked == std::string(units[i]->isa)) return {units.begin() + i, units.end()};
-    names += (i ? ", " : "") + std::string(units[i]->isa);
-  }
-  throw std::runtime_error("LINEARPATCH_CPU_ISA=" + std::string(asked) + " is none of what this machine has: " + names);
-}
-
 }  // namespace
 
 const Width* find_width(int64_t d) {
@@ -108,13 +84,6 @@ const Width& add_width(int64_t d, int64_t m, int64_t inner, const int8_t* h) {
   auto width = std::make_unique<OwnedWidth>(d, m, inner, h);
   std::unique_lock lock(guard);
   return *widths().try_emplace(d, std::move(width)).first->second;
-}
-
-const KernelTable& kernels(const Width& width) {
-  static const std::vector<const KernelTable*> units = usable_units();
-  for (const KernelTable* unit : units)
-    if (width.inner % unit->lanes == 0) return *unit;
-  throw std::logic_error("the scalar unit takes every width");
 }
 
 }  // namespace linearpatch

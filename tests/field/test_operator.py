@@ -149,7 +149,7 @@ def test_out_that_is_memory_of_another_operand_is_refused(
 ) -> None:
     operands = make()
     before = {key: tensor.clone() for key, tensor in operands.items()}
-    with pytest.raises((InputError, RuntimeError), match=f"out must share no memory with {name}: give a tensor"):
+    with pytest.raises((InputError, RuntimeError), match=rf"out (must share no|shares) memory with {name}\b"):
         call(**operands)
     assert all(tensor.equal(before[key]) for key, tensor in operands.items())
 
@@ -162,12 +162,13 @@ def test_out_that_is_memory_of_another_operand_is_refused(
 def test_out_that_is_its_own_memory_twice_is_refused(
     call: Callable[..., None], sizes: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
+    twice = r"out (must have a place of its own for every element|has two elements in one place)"
     memory = torch.randn(500)
     before = memory.clone()
-    with pytest.raises((InputError, RuntimeError), match="out must have a place of its own for every element"):
+    with pytest.raises((InputError, RuntimeError), match=twice):
         call(torch.randn(sizes), torch.randn(D), memory.as_strided(sizes, strides))
     x = memory.as_strided(sizes, strides)
-    with pytest.raises((InputError, RuntimeError), match="out must have a place of its own for every element"):
+    with pytest.raises((InputError, RuntimeError), match=twice):
         call(x, torch.randn(D), x)
     assert memory.equal(before)
 
@@ -229,7 +230,7 @@ def test_a_refused_call_writes_nothing_that_autograd_could_miss() -> None:
     x = torch.randn(4, D, requires_grad=True)
     y = x * 2
     z = y.square()  # saves y
-    with pytest.raises(RuntimeError, match="out must share no memory with scale"):
+    with pytest.raises(InputError, match="out must share no memory with scale: give a tensor"):
         hadamard_patch(torch.randn(4, D), y.detach()[0], out=y.detach())
     z.sum().backward()
 
@@ -247,7 +248,7 @@ def test_a_compiled_call_is_right_or_raises(compiler: str, make: Callable[[], Op
     except RuntimeError as error:
         said = str(error)
     if said:
-        assert "out must share no memory" in said
+        assert "out shares memory with" in said
     else:
         torch.testing.assert_close(out.double(), true, rtol=0, atol=1e-5)
 

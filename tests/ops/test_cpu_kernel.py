@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.backends import backends
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
@@ -21,7 +22,9 @@ from tests.support.cpu_cases import DTYPES, LISTED, SMALL, WIDE
 
 OPS = torch.ops.linearpatch
 ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc" / "hadamard_patch"
+CSRC = ROOT / "csrc"
+KERNELS = CSRC / "hadamard_patch"
+UNITS = ("avx2", "avx512", "scalar", "units")
 NATIVE = Path(__file__).parent / "native"
 
 built = pytest.mark.skipif(backends()["cpu"] is not True, reason=f"no compiled kernels: {backends()['cpu']}")
@@ -180,7 +183,7 @@ def test_out_may_overlap_x(shift: int) -> None:
 
 @built
 def test_out_must_have_a_place_for_every_element() -> None:
-    with pytest.raises(RuntimeError, match="a place of its own"):
+    with pytest.raises(InputError, match="a place of its own"):
         hadamard_patch(torch.randn(3, 64), torch.randn(64), out=torch.empty(64).expand(3, 64))
 
 
@@ -228,7 +231,12 @@ def test_an_aot_inductor_package_of_a_patched_block_loads_and_runs(tmp_path: Pat
 @pytest.mark.timeout(900)
 def test_the_units_under_sanitizers(tmp_path: Path) -> None:
     """tests/ops/native/patch_grid.cpp, which knows nothing of torch, over every width, for every instruction set."""
-    sources = [*KERNELS.glob("cpu_*.cpp"), KERNELS / "width.cpp", NATIVE / "patch_grid.cpp"]
+    sources = [
+        *(KERNELS / "cpu" / f"{unit}.cpp" for unit in UNITS),
+        KERNELS / "width.cpp",
+        CSRC / "common" / "cpu" / "isa.cpp",
+        NATIVE / "patch_grid.cpp",
+    ]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     building = [
         subprocess.Popen([compiler, "-std=c++20", "-O1", *sanitize, "-c", source, "-o", tmp_path / f"{source.stem}.o"])

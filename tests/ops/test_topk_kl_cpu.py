@@ -123,7 +123,7 @@ ROWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
 @pytest.mark.skipif(COMPILER is None or not INTEGERS, reason="no C++ compiler, or no VNNI here")
 def test_products_in_integers_under_sanitizers(tmp_path: Path) -> None:
     """tests/ops/native/integer_products.cpp: each result within what rounding its operands can have done to it."""
-    sources = [NATIVE / "integer_products.cpp", ROOT / "csrc" / "topk_kl" / "cpu_avx512_vnni.cpp"]
+    sources = [NATIVE / "integer_products.cpp", ROOT / "csrc" / "topk_kl" / "cpu" / "avx512_vnni.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     program = tmp_path / "products"
     subprocess.run([COMPILER, "-std=c++20", "-O1", *sanitize, *sources, "-o", program], check=True)
@@ -136,7 +136,7 @@ def test_products_in_integers_under_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("normalization", ["full", "tail"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_of_every_kind_in_half_precision(normalization: str, rows: str) -> None:
-    """The products in integers (csrc/topk_kl/integer_table.h), and float32 where rows do not fit them."""
+    """The products in integers (csrc/topk_kl/cpu/integer_table.h), and float32 where rows do not fit them."""
     hidden, weight, probs, ids = operands(130, 72, 2100, 9)
     change_hidden, change_weight = ROWS[rows]
     hidden, weight = change_hidden(hidden).bfloat16(), change_weight(weight).bfloat16()
@@ -253,7 +253,7 @@ def test_an_id_outside_the_vocabulary_is_refused(normalization: str, wrong: int,
     hidden, weight, probs, ids = operands(6, 4, 90, 7)
     ids = ids.to(id_dtype)
     ids[3, 2] = wrong
-    message = f"teacher id {wrong} is outside the vocabulary of 90"
+    message = "teacher_ids has one outside the vocabulary of 90"
     with pytest.raises(RuntimeError, match=message):
         OPS.linear_topk_kl_loss(hidden, weight, probs, ids, None, normalization, 1.0, False, False, False)
     with pytest.raises(RuntimeError, match=message):

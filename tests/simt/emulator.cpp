@@ -1,30 +1,23 @@
-// The operators of cuda.cpp on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a call is as it
-// is on a GPU, from the checks of its operands to the stores of its kernels, but for what cuda_*.cu and cuda_place.cpp do.
+// The operators of csrc/hadamard_patch/cuda on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a call is as it
+// is on a GPU, from the checks of its operands to the stores of its kernels, but for what the .cu files and common/cuda do.
 #include "simt.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../../csrc/hadamard_patch/gradients.cuh"
-#include "../../csrc/hadamard_patch/patch.cuh"
-#include "../../csrc/hadamard_patch/warp_rows.cuh"
+#include "../../csrc/hadamard_patch/cuda/gradients.cuh"
+#include "../../csrc/hadamard_patch/cuda/patch.cuh"
+#include "../../csrc/hadamard_patch/cuda/warp_rows.cuh"
 
-#include "../../csrc/hadamard_patch/cuda.h"
-#include "../../csrc/hadamard_patch/cuda_start.h"
+#include "../../csrc/hadamard_patch/operators.h"
+#include "../../csrc/hadamard_patch/cuda/kernels.h"
 #include "../../csrc/hadamard_patch/width.h"
-
-namespace linearpatch {
-// width.cpp chooses a CPU unit too; none is asked for here.
-const KernelTable* scalar_kernels() { return nullptr; }
-const KernelTable* avx2_kernels() { return nullptr; }
-const KernelTable* avx512_kernels() { return nullptr; }
-}  // namespace linearpatch
 
 namespace linearpatch::cuda {
 namespace {
 
 Device device{1, 232448, 0};
 bool capturing = false;
-Launch last{};
+PatchLaunch last{};
 int last_rows_together = 0, last_scale_in_shared = 0;
 
 void watch_signs(const RowShape& shape, const uint32_t* there, const uint32_t* back) {
@@ -32,8 +25,6 @@ void watch_signs(const RowShape& shape, const uint32_t* there, const uint32_t* b
   simt::watch("signs", there, there ? bytes : 0);
   simt::watch("signs", back, back ? bytes : 0);
 }
-
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 void watch_vectors(std::initializer_list<Numbers> vectors, int64_t d) {
   for (const Numbers& vector : vectors) simt::watch("a vector", vector.data, d * bytes_of(vector.dtype));
@@ -43,7 +34,7 @@ void watch_vectors(std::initializer_list<Numbers> vectors, int64_t d) {
 int64_t extent(int64_t rows, int64_t stride, int64_t length) { return rows ? (rows - 1) * stride + length : 0; }
 
 template <class Call>
-auto runner(const Call& call, const Launch& launch) {
+auto runner(const Call& call, const PatchLaunch& launch) {
   last = launch;
   return [&](auto* kernel) {
     simt::launch(kernel, call, launch.blocks, launch.diagonal_blocks, launch.threads, launch.shared_bytes);
@@ -52,7 +43,7 @@ auto runner(const Call& call, const Launch& launch) {
 }
 
 template <class Choose>
-const char* run_patch(const PatchRows& call, const Launch& launch, Choose with_kernel) {
+const char* run_patch(const PatchRows& call, const PatchLaunch& launch, Choose with_kernel) {
   const int64_t d = (static_cast<int64_t>(call.shape.m) << call.shape.k) * launch.diagonal_blocks;
   const int64_t in = d * bytes_of(call.in), out = d * bytes_of(call.out);
   const bool in_place = call.x == call.y;
@@ -79,19 +70,19 @@ bool captures(void*) { return capturing; }
 Place::Place(int index) : device(device_limits(index)), stream(nullptr), guard(nullptr) {}
 Place::~Place() = default;
 
-const char* launch_powers(const PatchRows& call, const Launch& launch, void*) {
+const char* launch_powers(const PatchRows& call, const PatchLaunch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_power_kernel(call, run); });
 }
 
-const char* launch_factors(const PatchRows& call, const Launch& launch, void*) {
+const char* launch_factors(const PatchRows& call, const PatchLaunch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_factor_kernel(call, run); });
 }
 
-const char* launch_warp_rows(const PatchRows& call, const Launch& launch, void*) {
+const char* launch_warp_rows(const PatchRows& call, const PatchLaunch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_warp_kernel(call, run); });
 }
 
-const char* launch_staged(const PatchRows& call, const Launch& launch, void*) {
+const char* launch_staged(const PatchRows& call, const PatchLaunch& launch, void*) {
   return run_patch(call, launch, [](const PatchRows& call, auto run) { with_staged_kernel(call, run); });
 }
 
@@ -110,7 +101,7 @@ const char* launch_gradients(const GradientRows& call, const Launch& launch, voi
     simt::check_written(call.dx, call.dx ? call.rows : 0, out, call.dx_stride);
     for (float* sums : {call.scale_sums, call.pre_sums, call.post_sums}) simt::check_written(sums, parts, d * 4, d * 4);
   };
-  with_gradient_kernel(call, runner(call, launch));
+  with_gradient_kernel(call, runner(call, PatchLaunch{launch}));
   return nullptr;
 }
 
@@ -118,7 +109,7 @@ const char* launch_sum(const PartSums& call, void*) {
   simt::watch("partial sums", call.sums, call.parts * call.d * 4);
   simt::watch("total", call.total, call.d * 4, true, false);
   simt::machine.after = [&] { simt::check_written(call.total, 1, call.d * 4, 0); };
-  const Launch launch = plan_sum(call), before = last;
+  const PatchLaunch launch{plan_sum(call)}, before = last;
   runner(call, launch)(&add_parts);
   last = before;
   return nullptr;

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "hadamard_patch"
-HOST = (KERNELS / "cuda.cpp", KERNELS / "width.cpp")
+HOST = (KERNELS / "cuda" / "operators.cpp", KERNELS / "width.cpp")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 
@@ -115,12 +115,12 @@ class Emulator:
 
 
 def mutated_sources(folder: Path, kernels: str, name: str, before: str, after: str) -> Path:
-    """A copy of the sources in which ``csrc/kernels/name`` has ``after`` where it had ``before``, once; the emulator's
-    folder in it."""
+    """A copy of the sources in which ``csrc/kernels/cuda/name`` has ``after`` where it had ``before``, once; the
+    emulator's folder in it."""
     root = HERE.parents[1]
     for source in (root / "csrc", HERE):
         shutil.copytree(source, folder / source.relative_to(root), ignore=shutil.ignore_patterns("__pycache__"))
-    target = folder / "csrc" / kernels / name
+    target = folder / "csrc" / kernels / "cuda" / name
     text = target.read_text()
     assert text.count(before) == 1, f"{name} has changed: this mutation is to be written anew: {before}"
     target.write_text(text.replace(before, after))

@@ -56,12 +56,12 @@ def test_rows_move_in_vectors_of_16_bytes(compiled: dict[tuple[str, int], Cubin]
         pytest.skip("no nvdisasm: it comes with CUDA and with triton")
     everywhere = r"LDG|LDGSTS|STG"
     for source, kinds in (
-        ("cuda_powers", everywhere),
-        ("cuda_factors", everywhere),
-        ("cuda_warp_rows", everywhere),
-        ("cuda_staged", "STG"),
+        ("powers", everywhere),
+        ("factors", everywhere),
+        ("warp_rows", everywhere),
+        ("staged", "STG"),
     ):
-        if source == "cuda_warp_rows" and architecture < 80:
+        if source == "warp_rows" and architecture < 80:
             continue  # has no products, so the kernels end before they do anything
         accesses = re.findall(rf"\b((?:{kinds})\.[\w.]+)", compiled[source, architecture].code())
         assert len(accesses) > 100
@@ -77,6 +77,6 @@ def test_the_extension_holds_every_kernel_for_each_architecture() -> None:
     extension = Path(linearpatch_kernels.__file__).with_name("_C.abi3.so")
     listed = subprocess.run([lister, "--list-elf", extension], capture_output=True, text=True, check=True).stdout
     cubins = Counter(re.findall(r"(sm_\w+)\.cubin", listed))
-    sources = [*Path(__file__).parents[2].glob("csrc/*/*.cu")]
+    sources = [*Path(__file__).parents[2].glob("csrc/*/cuda/*.cu")]
     assert cubins
     assert set(cubins.values()) == {len(sources)}

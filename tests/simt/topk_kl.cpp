@@ -1,14 +1,13 @@
-// The operators of csrc/topk_kl/cuda.cpp on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a
+// The operators of csrc/topk_kl/cuda on CPU tensors: torch.ops.linearpatch_simt, the kernels run by simt.h. All of a
 // call is as it is on a GPU, from the checks of its operands to the stores of its kernels.
 #include "simt.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../../csrc/topk_kl/losses.cuh"
+#include "../../csrc/topk_kl/cuda/losses.cuh"
 
-#include "../../csrc/hadamard_patch/cuda_start.h"
-#include "../../csrc/topk_kl/cuda.h"
-#include "../../csrc/topk_kl/cuda_start.h"
+#include "../../csrc/topk_kl/cuda/operators.h"
+#include "../../csrc/topk_kl/cuda/kernels.h"
 
 namespace linearpatch::cuda {
 namespace {

@@ -18,7 +18,7 @@ NAMESPACE = "linearpatch_simt"
 
 def build(folder: Path, *, here: Path = HERE, optimize: str = "-O1") -> Path:
     """The library of topk_kl.cpp with the host's half of the operators, made in a folder."""
-    sources = [here / "topk_kl.cpp", here.parents[1] / "csrc" / "topk_kl" / "cuda.cpp"]
+    sources = [here / "topk_kl.cpp", here.parents[1] / "csrc" / "topk_kl" / "cuda" / "operators.cpp"]
     flags = ["-std=c++20", optimize, "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     include = [argument for path in include_paths() for argument in ("-isystem", path)]
 

@@ -68,7 +68,7 @@ def predictions(found: Measured, device: str | None) -> Iterator[Prediction | st
 def changed_since(commit: str) -> list[str] | None:
     """Sources of the kernels that are not as they were then; None where git does not know."""
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "diff", "--name-only", commit, "--", "csrc/hadamard_patch"]
+    command = ["git", "-C", str(root), "diff", "--name-only", commit, "--", "csrc/common", "csrc/hadamard_patch"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     return ran.stdout.split() if ran.returncode == 0 else None
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from tools.gpu_model.sass import Program, sass_programs
 
-KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "hadamard_patch"
-SOURCES = tuple(sorted(path.stem for path in KERNELS.glob("*.cu")))
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+KERNELS = CSRC / "hadamard_patch"
+SOURCES = tuple(sorted(path.stem for path in KERNELS.glob("cuda/*.cu")))
 PLAN = Path(__file__).with_name("plan.cpp")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v")
 TENSORS = ("x", "residual", "y", "normed", "scale", "weight", "grad", "dx", "scale_sums", "signs")
@@ -85,7 +86,8 @@ def _folder() -> Path:
         raise FileNotFoundError("no nvcc and C++ compiler")
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     known = hashlib.sha256(" ".join([said, *FLAGS]).encode())
-    for path in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")]):
+    paths = [path for folder in (CSRC / "common", KERNELS) for path in folder.rglob("*")]
+    for path in sorted(path for path in paths if path.suffix in (".cu", ".cuh", ".h")):
         known.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"linearpatch-cubins-{os.getuid()}" / known.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ def compiled(source: str, arch: int) -> Cubin:
     with _alone(target):
         said = target.with_suffix(".txt")
         if not said.exists():
-            command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", KERNELS / f"{source}.cu", "-o", target]
+            command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", KERNELS / "cuda" / f"{source}.cu", "-o", target]
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
             if ran.returncode:
                 raise RuntimeError(ran.stderr)
@@ -175,15 +177,15 @@ class Plan:
     @property
     def source(self) -> str:
         if self.warp_rows:
-            return "cuda_warp_rows"
-        return "cuda_staged" if not self.fixed else "cuda_powers" if self.order == 1 else "cuda_factors"
+            return "warp_rows"
+        return "staged" if not self.fixed else "powers" if self.order == 1 else "factors"
 
 
 def launch_plan(
     kernel: str, *, order: int, inner: int, blocks: int, has_program: bool, dtype: int, rows: int,
     turns: int, device: tuple[int, int, int],
 ) -> Plan:  # fmt: skip
-    """By launch.h, for a call of ``rows`` rows; its parameter has every block take ``turns`` turns of its loop.
+    """By calls.h, for a call of ``rows`` rows; its parameter has every block take ``turns`` turns of its loop.
 
     Args:
         dtype: 0 float32, 1 float16, 2 bfloat16.

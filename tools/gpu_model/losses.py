@@ -17,7 +17,7 @@ from pathlib import Path
 from tools.gpu_model.build import FLAGS, Cubin, nvcc
 from tools.gpu_model.sass import JUMPS, Program, sass_programs
 
-CUDA_SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "topk_kl" / "cuda_losses.cu"
+CUDA_SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "topk_kl" / "cuda" / "losses.cu"
 
 
 @dataclass(frozen=True)

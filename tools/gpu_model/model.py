@@ -304,7 +304,7 @@ def cuda_turns(kernel: str, arch: str, dtype: str, d: int, rows: int = MANY_ROWS
             turns=turns,
             device=(machine.multiprocessors, *machine.shared),
         )
-        source = "cuda_gradients" if kernel == "hadamard_patch_backward" else plan.source
+        source = "gradients" if kernel == "hadamard_patch_backward" else plan.source
         element = {"float32": "KnownIfE", "float16": "4HalfE", "bfloat16": "8BFloat16E"}[dtype]
         wanted: tuple[str, ...]
         if plan.warp_rows:

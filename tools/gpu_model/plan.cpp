@@ -1,4 +1,4 @@
-// How the host would launch a kernel: csrc/hadamard_patch/launch.h for one call on a given device, for gpu_static.py.
+// How the host would launch a kernel: csrc/hadamard_patch/cuda/calls.h for one call on a given device, for gpu_static.py.
 //
 //   gpu_plan KERNEL m inner blocks has_program dtype rows turns processors shared_per_block shared_per_processor
 //
@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../csrc/hadamard_patch/launch.h"
+#include "../csrc/hadamard_patch/cuda/calls.h"
 
 using namespace linearpatch;
 using namespace linearpatch::cuda;
@@ -24,7 +24,7 @@ T* place(Tensor tensor) {
 }
 
 template <class Call>
-int print(const Call& call, const Launch& launch) {
+int print(const Call& call, const PatchLaunch& launch) {
   if (!launch.possible) return 1;
   std::printf("%d %d %d %d %d %d %d %lld %d %lld\n", launch.fixed, launch.warp_rows, call.signs_there ? 0 : call.shape.m,
               call.shape.k, launch.blocks, launch.diagonal_blocks, launch.threads, static_cast<long long>(launch.shared_bytes),
@@ -36,7 +36,7 @@ int print(const Call& call, const Launch& launch) {
 }
 
 template <class Call>
-int print_with_turns(Call& call, int turns, const Launch& launch) {
+int print_with_turns(Call& call, int turns, const PatchLaunch& launch) {
   call.rows = int64_t{turns} * launch.blocks * call.rows_together;
   return print(call, launch);
 }
@@ -64,7 +64,7 @@ int main(int count, char** arguments) {
     call.scale_sums = place<float>(scale_sums);
     call.signs_there = call.signs_back = table;
     call.rows = rows;
-    return print_with_turns(call, turns, plan_gradients(call, width, 1, device));
+    return print_with_turns(call, turns, PatchLaunch{plan_gradients(call, width, 1, device)});
   }
   PatchRows call{};
   call.x = place<const char>(x), call.y = place<char>(y);

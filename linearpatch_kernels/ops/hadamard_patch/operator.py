@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.backends import Kernel, check_served
 from linearpatch_kernels.ops.hadamard_patch.reference import (
     _arithmetic_dtype,
+    _check_norm_operands,
     _check_out,
     _check_out_is_apart,
     _check_patch_operands,
@@ -209,12 +211,25 @@ def _eagerly(operator: Operator, operands: tuple[Any, ...]) -> Any:
         with below_autograd():
             return call(*operands)
     except RuntimeError:
-        _check_tensors(operator, operands)
+        _check(operator, operands)
         raise
 
 
+def _check(operator: Operator, operands: tuple[Any, ...]) -> None:
+    """Say in the function's words what a kernel, or torch's dispatcher, says in its own; asked when one has raised."""
+    _check_tensors(operator, operands)
+    named = {name: operand for (_, name), operand in zip(operator.arguments, operands, strict=True)}
+    x, out, optional = named["x"], named.get("out"), [named[name] for name in ("pre_scale", "post_scale", "down", "up")]
+    with suppress(RuntimeError):  # memory that cannot be looked at, as that of a batch under vmap
+        _check_patch_operands(x, named["scale"], *optional)
+        if "residual" in named:
+            _check_norm_operands(x, named["residual"], named["norm_weight"])
+        if out is not None:
+            _check_out(x, out)
+            _check_out_is_apart(out, named["scale"], *optional)
+
+
 def _check_tensors(operator: Operator, operands: tuple[Any, ...]) -> None:
-    """Say in the function's words what torch's dispatcher says in its own; asked when it has raised."""
     for (kind, name), operand in zip(operator.arguments, operands, strict=True):
         if not kind.startswith("Tensor") or (operand is None and kind.endswith("?")):
             continue
@@ -265,7 +280,7 @@ def hadamard_patch(
         [..., d] in x's dtype, contiguous.
 
     Raises:
-        InputError: operands that do not fit each other, by the reference (a kernel raises RuntimeError); the
+        InputError: operands that do not fit each other (in compiled code a kernel says so, in a RuntimeError); the
             implementation that is named does not serve x (`linearpatch_kernels.ops.backends`), or has no such
             derivative.
         RuntimeError: ``out`` is given where gradients are being recorded for one of the operands, or in forward mode.
@@ -291,7 +306,7 @@ def hadamard_patch(
         with below_versions():
             operator.call(*operands)
     except RuntimeError:
-        _check_tensors(operator, operands)
+        _check(operator, operands)
         raise
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)

@@ -1,4 +1,4 @@
-"""The kernels of the losses in CUDA C++ (csrc/topk_kl/losses.cuh); `gpu` makes the losses of them.
+"""The kernels of the losses in CUDA C++ (csrc/topk_kl/cuda/losses.cuh); `gpu` makes the losses of them.
 
 Each is an operator that launches a kernel; what its operands are is said where Triton's kernel of that name is. Two are
 these kernels' alone, in place of a dozen of torch's: "teacher", which has a second kernel for its count, and "mean".
@@ -44,7 +44,7 @@ class Kernels:
     """The operators of a namespace of ``torch.ops``, under the names that `triton` has for its kernels."""
 
     namespace: str
-    BLOCK: int = 2048  # of the vocabulary, that the bounds are of: csrc/topk_kl/cuda_calls.h
+    BLOCK: int = 2048  # of the vocabulary, that the bounds are of: csrc/topk_kl/cuda/calls.h
 
     def __getattr__(self, name: str) -> Any:
         if name not in _SCHEMAS:

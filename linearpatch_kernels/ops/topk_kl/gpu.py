@@ -36,7 +36,7 @@ from linearpatch_kernels.ops.topk_kl.reference import (
 )
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
-_IDS_AT_ONCE = 3 * 2**13  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda_calls.h
+_IDS_AT_ONCE = 3 * 2**13  # whose logits a block of `cuda`'s holds: csrc/topk_kl/cuda/calls.h
 _MOST = 2**31 - 1  # the kernels count in 32 bits
 
 

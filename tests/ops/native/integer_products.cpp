@@ -1,6 +1,6 @@
 // The products in integers against double, within what rounding to integers can have done to them; for the sanitizers,
 // too: every operand is as large as it is said to be. Prints what was wrong; ends with status 1 if anything was.
-#include "../../../csrc/topk_kl/integer_table.h"
+#include "../../../csrc/topk_kl/cpu/integer_table.h"
 
 #include <cmath>
 #include <cstdio>

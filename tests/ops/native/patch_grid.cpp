@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/hadamard_patch/width.h"
+#include "../../../csrc/hadamard_patch/cpu/kernel_table.h"
 
 using namespace linearpatch;
 
@@ -181,7 +181,7 @@ struct Checker {
     }
     if (worst <= largest * relative) return;
     ++failures;
-    std::printf("d %ld (m %ld) %s dtype %d options %d: %s is off by %.2e of %.2e\n", long(f.d), long(f.m), unit.isa,
+    std::printf("d %ld (m %ld) %ld lanes dtype %d options %d: %s is off by %.2e of %.2e\n", long(f.d), long(f.m), long(unit.lanes),
                 int(dtype), options, what, worst, largest);
   }
 
@@ -244,7 +244,7 @@ struct Checker {
     }
     if (result.gaps_are(untouched)) return;
     ++failures;
-    std::printf("d %ld (m %ld) %s dtype %d options %d: wrote outside\n", long(f.d), long(f.m), unit.isa, int(dtype), options);
+    std::printf("d %ld (m %ld) %ld lanes dtype %d options %d: wrote outside\n", long(f.d), long(f.m), long(unit.lanes), int(dtype), options);
   }
 
   void gradients(Dtype dtype, int options) {
@@ -322,7 +322,7 @@ static void time_rows(const Factor& f, double seconds) {
   const Width& width = add_width(f.d, f.m, f.inner, f.h.data());
   const KernelTable& unit = kernels(width);
   const Floats scale(f.d + 16, 1.0f / static_cast<float>(f.m * f.inner));
-  std::printf("%ld (m %ld) %s\n", long(f.d), long(f.m), unit.isa);
+  std::printf("%ld (m %ld) %ld lanes\n", long(f.d), long(f.m), long(unit.lanes));
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const int64_t bytes : {int64_t{64} << 10, int64_t{16} << 20}) {
       const int64_t size = dtype == Dtype::float32 ? 4 : 2, rows = std::max<int64_t>(1, bytes / (2 * f.d * size));
