@@ -99,7 +99,8 @@ def plan_pruning(
     judged = SCORES.named(score).runs_the_model
     if heldout_windows is None and (fit == AUTO or judged):
         raise InputError(
-            f"the fit {AUTO} and the score {' or '.join(_running())} choose on held-out windows: give some, or name others"
+            f"the fit {AUTO} and the score {' or '.join(_running())} choose on held-out windows: give some, or name "
+            "others"
         )
     if spans:
         checked_spans(spans, layers)
