@@ -5,8 +5,8 @@ before the final norm. Removing the span [start, end) replaces the residual stre
 at depth ``start``, so pairs of depths are all that scores and fits ask about. :func:`calibrate` looks at every depth
 of every window once and keeps sums; nothing of the text's size is stored.
 
-The first token of a window is told apart. In many decoders it is an attention sink whose norm is a multiple
-of the others', so that a mean with it and a mean without it can disagree; both are kept (:class:`Positions`).
+A score asks about all pairs (:class:`CalibrationStatistics`), a fit about one joint (:class:`JointStatistics`), which
+may also lie between two models (:func:`joint_statistics`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import functools
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,6 @@ from linearpatch_kernels.torch_state import evaluation_mode, own_state
 _CHUNK_TOKENS = 256
 
 
-class Positions(IntEnum):
-    """Which tokens of each window a mean is over; the first axis of the statistics that know both."""
-
-    ALL = 0
-    WITHOUT_FIRST = 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """Second moments between two depths a and b, every token weighted by 1 / |x_b|^2 (float64).
@@ -64,29 +56,66 @@ class Moments:
 
 
 @dataclasses.dataclass(frozen=True)
+class JointStatistics:
+    """What fits ask about one joint: the stream before it and the one that should come out of it, d wide, on the CPU.
+
+    Attributes:
+        name: what errors call it: a span (``13:19``), or where it lies.
+        mean_abs_before, mean_abs_after: float32 [S, d], per window the mean over its tokens of |x|.
+        hadamard_mean_abs_before, hadamard_mean_abs_after: float32 [S, d], the same of |x H|.
+        moments: second moments from before to after; None where they were not collected.
+    """
+
+    name: str
+    mean_abs_before: Tensor
+    mean_abs_after: Tensor
+    hadamard_mean_abs_before: Tensor
+    hadamard_mean_abs_after: Tensor
+    moments: Moments | None = None
+
+    @property
+    def width(self) -> int:
+        return self.mean_abs_before.shape[-1]
+
+    def collected_moments(self) -> Moments:
+        """The second moments; InputError where they were not collected."""
+        if self.moments is None:
+            raise InputError(
+                f"the second moments of {self.name} were not collected: calibrate with moments=, which names its span"
+            )
+        return self.moments
+
+
+def block_influence(cosine: Tensor, *, clamped: bool = False) -> Tensor:
+    """How much layers change the stream, 1 - cos(input, output), of cosines of any shape.
+
+    ShortGPT (arXiv 2403.03853), eq. 1. ``clamped`` is how the public code of CoMe (arXiv 2510.15304) takes it: a token
+    whose direction a layer turns by more than a right angle counts as one turned by a right angle.
+    """
+    return 1 - (cosine.clamp(0, 1) if clamped else cosine)
+
+
+@dataclasses.dataclass(frozen=True)
 class CalibrationStatistics:
     """What :func:`calibrate` keeps: sums and per-sample means, on the CPU. ``a + b`` is the statistics of both texts.
 
-    S windows, L layers, width d. Memory: ``16 S (L+1) d + 56 (L+1)^2`` bytes (the two per-sample means are float32,
-    with and without the first token), plus ``16 d^2`` per span of ``moments``.
+    S windows, L layers, width d. Memory: ``8 S (L+1) d + 24 (L+1)^2`` bytes (the two per-sample means are float32),
+    plus ``16 d^2`` per span of ``moments``.
 
     Attributes:
-        samples: S, the number of windows.
-        tokens: int64 [2], tokens per :class:`Positions`.
-        token_cosine: float64 [2, L+1, L+1], sum over the tokens of cos(x_i, x_j).
-        token_angle: float64 [2, L+1, L+1], sum over the tokens of arccos(cos(x_i, x_j)) / pi.
-        last_token_angle: float64 [L+1, L+1], sum over the windows of the same at their last token.
-        channel_cosine: float64 [2, L+1, L+1], sum over the windows of the mean over the d channels of the cosine along
-            the window's tokens.
-        mean_abs: float32 [2, S, L+1, d], per window the mean over its tokens of |x|.
-        hadamard_mean_abs: float32 [2, S, L+1, d], the same of |x H|.
+        samples: S, the number of windows; tokens: of all windows together.
+        token_cosine: float64 [L+1, L+1], sum over the tokens of cos(x_i, x_j).
+        last_token_angle: float64 [L+1, L+1], sum over the windows of arccos(cos(x_i, x_j)) / pi at their last token.
+        channel_cosine: float64 [L+1, L+1], sum over the windows of the mean over the d channels of the cosine along the
+            window's tokens.
+        mean_abs: float32 [S, L+1, d], per window the mean over its tokens of |x|.
+        hadamard_mean_abs: float32 [S, L+1, d], the same of |x H|.
         moments: second moments of the spans that were asked for.
     """
 
     samples: int
-    tokens: Tensor
+    tokens: int
     token_cosine: Tensor
-    token_angle: Tensor
     last_token_angle: Tensor
     channel_cosine: Tensor
     mean_abs: Tensor
@@ -101,25 +130,38 @@ class CalibrationStatistics:
     def width(self) -> int:
         return self.mean_abs.shape[-1]
 
-    def mean_token_cosine(self, positions: Positions = Positions.ALL) -> Tensor:
+    def mean_token_cosine(self) -> Tensor:
         """[L+1, L+1], mean over the tokens of the cosine between the depths."""
-        return self.token_cosine[positions] / self.tokens[positions]
+        return self.token_cosine / self.tokens
 
-    def mean_channel_cosine(self, positions: Positions = Positions.ALL) -> Tensor:
+    def mean_channel_cosine(self) -> Tensor:
         """[L+1, L+1], mean over windows and channels of the cosine along the tokens (the LinearPatch code's score)."""
-        return self.channel_cosine[positions] / self.samples
-
-    def mean_angle(self, positions: Positions = Positions.ALL) -> Tensor:
-        """[L+1, L+1], mean over the tokens of the angular distance arccos(cos) / pi, in [0, 1]."""
-        return self.token_angle[positions] / self.tokens[positions]
+        return self.channel_cosine / self.samples
 
     def mean_last_token_angle(self) -> Tensor:
         """[L+1, L+1], mean over the windows of the angular distance at the last token, in [0, 1]."""
         return self.last_token_angle / self.samples
 
-    def block_influence(self, positions: Positions = Positions.ALL) -> Tensor:
+    def block_influence(self) -> Tensor:
         """[L], 1 - mean cosine between a layer's input and its output (ShortGPT, arXiv 2403.03853, eq. 1)."""
-        return 1 - self.mean_token_cosine(positions).diagonal(1)
+        return block_influence(self.mean_token_cosine().diagonal(1))
+
+    def at(self, span: Span) -> JointStatistics:
+        """What fits ask about the joint that takes the place of ``span``.
+
+        Raises:
+            InputError: a span that does not lie in the model.
+        """
+        _checked_spans([span], self.num_layers)
+        before, after = span
+        return JointStatistics(
+            str(span),
+            self.mean_abs[:, before],
+            self.mean_abs[:, after],
+            self.hadamard_mean_abs[:, before],
+            self.hadamard_mean_abs[:, after],
+            self.moments.get(span),
+        )
 
     def with_moments(self, moments: Mapping[Span, Moments]) -> CalibrationStatistics:
         """The same statistics with the second moments of a later pass over the same windows put in."""
@@ -132,8 +174,9 @@ class CalibrationStatistics:
             raise InputError("statistics with moments of different spans cannot be added: ask both for the same spans")
         return CalibrationStatistics(
             samples=self.samples + other.samples,
+            tokens=self.tokens + other.tokens,
             **{name: getattr(self, name) + getattr(other, name) for name in _SUMS},
-            **{name: torch.cat([getattr(self, name), getattr(other, name)], dim=1) for name in _PER_SAMPLE},
+            **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _PER_SAMPLE},
             moments={span: self.moments[span] + other.moments[span] for span in self.moments},
         )
 
@@ -150,6 +193,7 @@ class CalibrationStatistics:
             "format": _FILE_FORMAT,
             "fingerprint": fingerprint,
             "samples": self.samples,
+            "tokens": self.tokens,
             "moments": {str(span): moments.yy for span, moments in self.moments.items()},
         }
         write_sealed(Path(path), tensors, about)
@@ -165,11 +209,12 @@ class CalibrationStatistics:
         """
         file = Path(path)
         with reading(file, cure):
-            about = _told_of_statistics(file, cure)
+            about, halved = _told_of_statistics(file, cure)
         if about.text("fingerprint") != fingerprint:
             raise InputError(f"{path} belongs to another model or text: {cure}")
         with reading(file, cure):
             tensors = load_file(file)
+            tokens = int(tensors.pop("tokens")[0]) if halved else about.whole("tokens", 1)
             sums = about.entries("moments")
             moments = {
                 Span.parse(span): Moments(
@@ -177,41 +222,46 @@ class CalibrationStatistics:
                 )
                 for span in sums.names
             }
-            found = cls(samples=about.whole("samples", 1), moments=moments, **tensors)
+            if halved:
+                tensors = _whole(tensors)
+            found = cls(samples=about.whole("samples", 1), tokens=tokens, moments=moments, **tensors)
             _check_shapes(found)
             return found
 
 
-_FILE_FORMAT = "linearpatch-statistics-2"
-# Without a seal: read, but nothing tells whether a bit of it is another.
+_FILE_FORMAT = "linearpatch-statistics-3"
+# These held most means twice, with the windows' first token and without it, and the angle at every token.
+_HALVED_FORMAT = "linearpatch-statistics-2"
+# The same without a seal: read, but nothing tells whether a bit of it is another.
 _UNSEALED_FORMAT = "linearpatch-statistics-1"
 
+_SUMS = ("token_cosine", "last_token_angle", "channel_cosine")
+_PER_SAMPLE = ("mean_abs", "hadamard_mean_abs")
 
-def _told_of_statistics(file: Path, cure: str) -> Entries:
-    """What a file of statistics says beside its tensors."""
+
+def _told_of_statistics(file: Path, cure: str) -> tuple[Entries, bool]:
+    """What a file of statistics says beside its tensors, and whether these are of an earlier format."""
     with safe_open(file, framework="pt") as opened:
         told: dict[str, Any] = opened.metadata() or {}
     if told.get("format") == _UNSEALED_FORMAT:
-        return Entries({**told, "samples": int(told["samples"]), "moments": json.loads(told["moments"])})
+        return Entries({**told, "samples": int(told["samples"]), "moments": json.loads(told["moments"])}), True
     about = read_seal(file, cure)[0] if KEY in told else {}
-    if about.get("format") != _FILE_FORMAT:
+    if about.get("format") not in (_FILE_FORMAT, _HALVED_FORMAT):
         raise InputError(f"{file} is not a statistics file of this version: {cure}")
-    return Entries(about)
+    return Entries(about), about["format"] == _HALVED_FORMAT
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tensors of an earlier format those over all tokens of a window."""
+    kept = {name: one[0] for name, one in tensors.items() if name not in ("token_angle", "last_token_angle")}
+    return {**kept, "last_token_angle": tensors["last_token_angle"]}
 
 
 def _check_shapes(found: CalibrationStatistics) -> None:
     """ValueError where the tensors are not those of one calibration."""
     depths, width = found.mean_abs.shape[-2:]
-    pairs, means = (2, depths, depths), (2, found.samples, depths, width)
-    wanted = {
-        "tokens": (2,),
-        "token_cosine": pairs,
-        "token_angle": pairs,
-        "last_token_angle": (depths, depths),
-        "channel_cosine": pairs,
-        "mean_abs": means,
-        "hadamard_mean_abs": means,
-    }
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(_SUMS, (depths, depths))
+    wanted |= dict.fromkeys(_PER_SAMPLE, (found.samples, depths, width))
     shapes = {name: tuple(getattr(found, name).shape) for name in wanted}
     for span, moments in found.moments.items():
         wanted |= {f"{span}.xx": (width, width), f"{span}.xy": (width, width)}
@@ -219,10 +269,6 @@ def _check_shapes(found: CalibrationStatistics) -> None:
     wrong = [name for name, shape in wanted.items() if shapes[name] != shape]
     if wrong:
         raise ValueError(f"{wrong[0]} has the shape {list(shapes[wrong[0]])}")
-
-
-_SUMS = ("tokens", "token_cosine", "token_angle", "last_token_angle", "channel_cosine")
-_PER_SAMPLE = ("mean_abs", "hadamard_mean_abs")
 
 
 # Not inference_mode: the statistics, and what a module caches on its first call, must stay usable in training.
@@ -240,7 +286,7 @@ def calibrate(
 
     Memory beyond the model, for batches of B windows of T tokens, with D = L + 1 depths and c = min(T, 256): the
     residual stream, ``B T D d`` values of the model's dtype; the larger of what the model's own forward pass takes and
-    ``c D (3 d + 4 D) + 4 d D^2 + 16 d D`` float32 values, ``4 T d + 3 d^2`` more with ``moments``; and the statistics
+    ``c D (3 d + 2 D) + 2 d D^2 + 10 d D`` float32 values, ``4 T d + 3 d^2`` more with ``moments``; and the statistics
     (see :class:`CalibrationStatistics`), their per-sample means twice at the end. It does not grow with the number of
     batches but for those means. The results do not depend on how windows are batched (up to the rounding of the model's
     own batched matrix products).
@@ -313,25 +359,29 @@ def collect_moments(
 
 @own_state()
 @torch.no_grad()
-def stream_statistics(pairs: Iterable[tuple[Tensor, Tensor]]) -> CalibrationStatistics:
-    """The statistics of two streams, of two models perhaps, as if a model of one layer led from one to the other.
+def joint_statistics(pairs: Iterable[tuple[Tensor, Tensor]], name: str) -> JointStatistics:
+    """The statistics of a joint between two streams, of two models perhaps: a fit gives a P with before P ~ after.
 
-    A fit of ``Span(0, 1)`` from them gives a P with before P ~ after. Second moments are kept.
+    Second moments are kept.
 
     Args:
-        pairs: per window the tokens [T, d] before and after, T at least 2.
+        pairs: per window the tokens [T, d] before and after.
+        name: what errors call the joint.
 
     Raises:
         InputError: no window, or a NaN or infinity among the values.
     """
-    sums: _Sums | None = None
+    sums, moments = _MagnitudeSums(), None
     for before, after in pairs:
-        if sums is None:
-            sums = _Sums(1, before.shape[-1], [Span(0, 1)])
+        moments = moments or _MomentSums(before.shape[-1])
         sums.add([before, after])
-    if sums is None:
+        moments.add(before, after)
+    if moments is None:
         raise InputError("there is no calibration text: give at least one window of tokens")
-    return sums.statistics()
+    mean_abs, hadamard_mean_abs = sums.means()
+    return JointStatistics(
+        name, mean_abs[:, 0], mean_abs[:, 1], hadamard_mean_abs[:, 0], hadamard_mean_abs[:, 1], moments.total()
+    )
 
 
 def _stretch(
@@ -414,19 +464,49 @@ def _add_moments(sums: Mapping[Span, _MomentSums], hidden: Mapping[int, Tensor])
         moment.add(hidden[span.start].flatten(0, 1), hidden[span.end].flatten(0, 1))
 
 
+def _chunks(depths: Sequence[Tensor]) -> Iterator[Tensor]:
+    """A window's stream [T, d] at some depths, float32 [tokens, depths, d] on the device of the first, in parts."""
+    for start in range(0, len(depths[0]), _CHUNK_TOKENS):
+        parts = [depth[start : start + _CHUNK_TOKENS].to(depths[0].device) for depth in depths]
+        yield torch.stack(parts, dim=1).float()
+
+
+class _MagnitudeSums:
+    """Per window and depth the mean over the tokens of |x| and of |x H|."""
+
+    def __init__(self) -> None:
+        self._mean_abs: list[Tensor] = []
+        self._hadamard_mean_abs: list[Tensor] = []
+
+    def add(self, depths: Sequence[Tensor], look: Callable[[Tensor], None] = lambda _: None) -> None:
+        """One window: the residual stream [T, d] at every depth; ``look`` sees each part of it, too."""
+        absolute = torch.zeros(len(depths), depths[0].shape[-1], dtype=torch.float64)
+        rotated = torch.zeros_like(absolute)
+        for chunk in _chunks(depths):
+            look(chunk)
+            absolute += chunk.abs().sum(dim=0).to("cpu", torch.float64)
+            rotated += hadamard_transform(chunk).abs_().sum(dim=0).to("cpu", torch.float64)
+        for depth, total in enumerate(absolute.sum(dim=-1)):
+            _check_finite(total, depth)
+        self._mean_abs.append((absolute / len(depths[0])).float())
+        self._hadamard_mean_abs.append((rotated / len(depths[0])).float())
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """|x| and |x H|, float32 [windows, depths, d] each."""
+        return torch.stack(self._mean_abs), torch.stack(self._hadamard_mean_abs)
+
+
 class _Sums:
     """The running sums behind :class:`CalibrationStatistics`, fed window by window."""
 
     def __init__(self, layers: int, width: int, spans: Sequence[Span]) -> None:
         pairs = (layers + 1, layers + 1)
-        self.tokens = torch.zeros(2, dtype=torch.int64)
-        self.token_cosine = torch.zeros(2, *pairs, dtype=torch.float64)
-        self.token_angle = torch.zeros(2, *pairs, dtype=torch.float64)
-        self.last_token_angle = torch.zeros(pairs, dtype=torch.float64)
-        self.channel_cosine = torch.zeros(2, *pairs, dtype=torch.float64)
-        self.mean_abs: list[Tensor] = []
-        self.hadamard_mean_abs: list[Tensor] = []
-        self.moments = {span: _MomentSums(width) for span in spans}
+        self._samples = self._tokens = 0
+        self._token_cosine = torch.zeros(pairs, dtype=torch.float64)
+        self._last_token_angle = torch.zeros(pairs, dtype=torch.float64)
+        self._channel_cosine = torch.zeros(pairs, dtype=torch.float64)
+        self._magnitudes = _MagnitudeSums()
+        self._moments = {span: _MomentSums(width) for span in spans}
 
     # A frame of its own, as `_add_moments` is: nothing of a batch is alive while the next one runs through the model.
     def add_batch(self, hidden: Mapping[int, Tensor]) -> None:
@@ -437,61 +517,46 @@ class _Sums:
     def add(self, depths: Sequence[Tensor]) -> None:
         """One window: the residual stream [T, d] at every depth."""
         tokens, width = depths[0].shape
-        device = depths[0].device
-        absolute = torch.zeros(2, len(depths), width, dtype=torch.float64)
-        rotated = torch.zeros_like(absolute)
-        gram = torch.zeros(2, width, len(depths), len(depths), dtype=torch.float32, device=device)
-        for start in range(0, tokens, _CHUNK_TOKENS):
-            chunk = torch.stack([depth[start : start + _CHUNK_TOKENS].to(device) for depth in depths], dim=1).float()
-            self._add_token_pairs(chunk, first=start == 0, last=start + _CHUNK_TOKENS >= tokens)
-            _add_both(absolute, chunk.abs(), first=start == 0)
-            _add_both(rotated, hadamard_transform(chunk).abs_(), first=start == 0)
-            _add_channel_gram(gram, chunk, first=start == 0)
-        counts = torch.tensor([tokens, tokens - 1], dtype=torch.int64)
-        for depth, sums in enumerate(absolute[Positions.ALL].sum(dim=-1)):
-            _check_finite(sums, depth)
-        self.tokens += counts
-        self.mean_abs.append((absolute / counts.view(2, 1, 1)).float())
-        self.hadamard_mean_abs.append((rotated / counts.view(2, 1, 1)).float())
+        gram = torch.zeros(width, len(depths), len(depths), dtype=torch.float32, device=depths[0].device)
+        last = torch.zeros(())
+
+        def look(chunk: Tensor) -> None:
+            nonlocal last
+            last = self._add_token_cosines(chunk)
+            # Per channel, the products of all pairs of depths along the tokens.
+            channels = chunk.permute(2, 1, 0).contiguous()
+            gram.add_(torch.bmm(channels, channels.mT))
+
+        self._magnitudes.add(depths, look)
+        self._samples += 1
+        self._tokens += tokens
+        self._last_token_angle += (torch.arccos(last.clamp(-1, 1)) / torch.pi).cpu()
         norm = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(_EPSILON)
         cosine = gram.div_(norm.unsqueeze(-1)).div_(norm.unsqueeze(-2))
-        self.channel_cosine += cosine.mean(dim=1).to("cpu", torch.float64)
-        for span, moment in self.moments.items():
+        self._channel_cosine += cosine.mean(dim=0).to("cpu", torch.float64)
+        for span, moment in self._moments.items():
             moment.add(depths[span.start], depths[span.end])
 
-    def _add_token_pairs(self, chunk: Tensor, *, first: bool, last: bool) -> None:
+    def _add_token_cosines(self, chunk: Tensor) -> Tensor:
+        """Returns those of the last token, [L+1, L+1]."""
         unit = chunk / chunk.norm(dim=-1, keepdim=True).clamp_min(_EPSILON)
         cosine = torch.bmm(unit, unit.mT)
-        angle = torch.arccos(cosine.clamp(-1, 1)) / torch.pi
-        _add_both(self.token_cosine, cosine, first=first)
-        _add_both(self.token_angle, angle, first=first)
-        if last:
-            self.last_token_angle += angle[-1].cpu()
+        self._token_cosine += cosine.sum(dim=0).to("cpu", torch.float64)
+        return cosine[-1].clone()
 
     def statistics(self) -> CalibrationStatistics:
+        mean_abs, hadamard_mean_abs = self._magnitudes.means()
         return CalibrationStatistics(
-            samples=len(self.mean_abs),
-            **{name: getattr(self, name) for name in _SUMS},
-            **{name: torch.stack(getattr(self, name), dim=1) for name in _PER_SAMPLE},
-            moments={span: moment.total() for span, moment in self.moments.items()},
+            samples=self._samples,
+            tokens=self._tokens,
+            token_cosine=self._token_cosine,
+            last_token_angle=self._last_token_angle,
+            channel_cosine=self._channel_cosine,
+            mean_abs=mean_abs,
+            hadamard_mean_abs=hadamard_mean_abs,
+            moments={span: moment.total() for span, moment in self._moments.items()},
         )
 
 
 # torch.nn.functional.cosine_similarity's, so that the two agree on a channel or token of zeros.
 _EPSILON = 1e-8
-
-
-def _add_both(sums: Tensor, values: Tensor, *, first: bool) -> None:
-    """Add the sum over the tokens (the first axis) of ``values``, with and without the window's first token."""
-    total = values.sum(dim=0).to("cpu", torch.float64)
-    sums[Positions.ALL] += total
-    sums[Positions.WITHOUT_FIRST] += values[1:].sum(dim=0).to("cpu", torch.float64) if first else total
-
-
-def _add_channel_gram(gram: Tensor, chunk: Tensor, *, first: bool) -> None:
-    """Add, per channel, the products of all pairs of depths along the tokens: [T, L+1, d] -> [d, L+1, L+1]."""
-    channels = chunk.permute(2, 1, 0).contiguous()
-    total = torch.bmm(channels, channels.mT)
-    gram[Positions.ALL] += total
-    # Not total minus the first token's share: that one is so large that the difference would have no digits left.
-    gram[Positions.WITHOUT_FIRST] += torch.bmm(channels[..., 1:], channels[..., 1:].mT) if first else total

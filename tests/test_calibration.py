@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearpatch_kernels import calibration
-from linearpatch_kernels.calibration import CalibrationStatistics, Moments, Positions, Span, calibrate, collect_moments
+from linearpatch_kernels.calibration import (
+    CalibrationStatistics,
+    Moments,
+    Span,
+    block_influence,
+    calibrate,
+    collect_moments,
+    joint_statistics,
+)
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.hadamard import hadamard_matrix
@@ -92,14 +100,10 @@ def mean_token_cosine(states: Tensor) -> Tensor:
     return token_cosines(states).mean(dim=(-1, -2))
 
 
-def mean_angle(states: Tensor) -> Tensor:
-    angle = token_cosines(states).arccos().mean(dim=(-1, -2)) / torch.pi
+def mean_last_token_angle(states: Tensor) -> Tensor:
+    angle = token_cosines(states[:, -1:]).arccos().mean(dim=(-1, -2)) / torch.pi
     # Of a state with itself: rounding alone, and arccos makes much of it.
     return angle.fill_diagonal_(0)
-
-
-def mean_last_token_angle(states: Tensor) -> Tensor:
-    return mean_angle(states[:, -1:])
 
 
 def mean_channel_cosine(states: Tensor) -> Tensor:
@@ -119,62 +123,89 @@ def hadamard_mean_abs(states: Tensor) -> Tensor:
     return (states @ hadamard_matrix(states.shape[-1], dtype=states.dtype)).abs().mean(dim=1)
 
 
-POSITIONS = pytest.mark.parametrize("positions", Positions, ids=lambda positions: positions.name)
-
-
-def seen(states: Tensor, positions: Positions) -> Tensor:
-    return states if positions is Positions.ALL else states[:, 1:]
-
-
-@POSITIONS
-def test_token_cosines(statistics: CalibrationStatistics, states: Tensor, positions: Positions) -> None:
-    actual = statistics.mean_token_cosine(positions)
-    assert_as_defined(actual, mean_token_cosine, seen(states, positions), atol=1e-6)
-
-
-@POSITIONS
-def test_angles(statistics: CalibrationStatistics, states: Tensor, positions: Positions) -> None:
-    actual = statistics.mean_angle(positions)
-    assert actual.diagonal().max() < 1e-3
-    assert_as_defined(actual.clone().fill_diagonal_(0), mean_angle, seen(states, positions), atol=2e-6)
+def test_token_cosines(statistics: CalibrationStatistics, states: Tensor) -> None:
+    assert_as_defined(statistics.mean_token_cosine(), mean_token_cosine, states, atol=1e-6)
 
 
 def test_last_token_angles(statistics: CalibrationStatistics, states: Tensor) -> None:
-    actual = statistics.mean_last_token_angle().clone().fill_diagonal_(0)
-    assert_as_defined(actual, mean_last_token_angle, states, atol=2e-6)
+    actual = statistics.mean_last_token_angle()
+    assert actual.diagonal().max() < 1e-3
+    assert_as_defined(actual.clone().fill_diagonal_(0), mean_last_token_angle, states, atol=2e-6)
 
 
-@POSITIONS
-def test_channel_cosines(statistics: CalibrationStatistics, states: Tensor, positions: Positions) -> None:
-    actual = statistics.mean_channel_cosine(positions)
-    assert_as_defined(actual, mean_channel_cosine, seen(states, positions), atol=1e-6)
+def test_channel_cosines(statistics: CalibrationStatistics, states: Tensor) -> None:
+    assert_as_defined(statistics.mean_channel_cosine(), mean_channel_cosine, states, atol=1e-6)
 
 
-@POSITIONS
-def test_block_influence(statistics: CalibrationStatistics, states: Tensor, positions: Positions) -> None:
+def test_block_influence(statistics: CalibrationStatistics, states: Tensor) -> None:
     def definition(states: Tensor) -> Tensor:
         cosines = [
             F.cosine_similarity(states[:, :, i], states[:, :, i + 1], dim=-1).mean() for i in range(states.shape[2] - 1)
         ]
         return 1 - torch.stack(cosines)
 
-    assert_as_defined(statistics.block_influence(positions), definition, seen(states, positions), atol=1e-6)
+    assert_as_defined(statistics.block_influence(), definition, states, atol=1e-6)
 
 
-@POSITIONS
+def test_clamped_block_influence_is_a_right_angle_at_most() -> None:
+    cosine = torch.tensor([1.0, 0.25, -0.5])
+    assert block_influence(cosine).tolist() == [0, 0.75, 1.5]
+    assert block_influence(cosine, clamped=True).tolist() == [0, 0.75, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "definition"),
     [("mean_abs", mean_abs), ("hadamard_mean_abs", hadamard_mean_abs)],
     ids=["plain", "hadamard"],
 )
 def test_mean_magnitudes_of_every_window(
-    statistics: CalibrationStatistics, states: Tensor, positions: Positions, name: str, definition: Definition
+    statistics: CalibrationStatistics, states: Tensor, name: str, definition: Definition
 ) -> None:
-    inside = seen(states, positions)
     # Relative to each window's largest channel: with the sink in it, the mean is hundreds of times the one without.
-    unit = definition(inside).amax(dim=(1, 2), keepdim=True)
-    actual = getattr(statistics, name)[positions].double() / unit
-    assert_as_defined(actual, lambda states: definition(states) / unit.to(states.dtype), inside, atol=1e-6)
+    unit = definition(states).amax(dim=(1, 2), keepdim=True)
+    actual = getattr(statistics, name).double() / unit
+    assert_as_defined(actual, lambda states: definition(states) / unit.to(states.dtype), states, atol=1e-6)
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_what_is_known_of_a_joint(statistics: CalibrationStatistics, span: Span) -> None:
+    joint = statistics.at(span)
+    assert (joint.name, joint.width) == (str(span), WIDTH)
+    assert torch.equal(joint.mean_abs_before, statistics.mean_abs[:, span.start])
+    assert torch.equal(joint.mean_abs_after, statistics.mean_abs[:, span.end])
+    assert torch.equal(joint.hadamard_mean_abs_before, statistics.hadamard_mean_abs[:, span.start])
+    assert torch.equal(joint.hadamard_mean_abs_after, statistics.hadamard_mean_abs[:, span.end])
+    assert joint.collected_moments() is statistics.moments[span]
+
+
+def test_a_joint_without_moments_and_one_outside_the_model(statistics: CalibrationStatistics) -> None:
+    with pytest.raises(InputError, match="the second moments of 3:5 were not collected"):
+        statistics.at(Span(3, 5)).collected_moments()
+    with pytest.raises(InputError, match="the span 3:7 does not lie in the model's 6 layers"):
+        statistics.at(Span(3, 7))
+
+
+@pytest.mark.parametrize("tokens", [37, 300])
+def test_a_joint_between_two_streams_is_what_calibration_sees(model: PreTrainedModel, tokens: int) -> None:
+    windows, span = token_windows(3, tokens), Span(2, 4)
+    expected = calibrate(model, windows.split(1), moments=[span]).at(span)
+    with torch.no_grad(), faster_float32_products():
+        streams = [residual_stream(model, window, list(span)) for window in windows.split(1)]
+    found = joint_statistics(((states[2][0], states[4][0]) for states in streams), "here")
+    assert found.name == "here"
+    for name in ("mean_abs_before", "mean_abs_after", "hadamard_mean_abs_before", "hadamard_mean_abs_after"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    ours, its = found.collected_moments(), expected.collected_moments()
+    for one, other in ((ours.xx, its.xx), (ours.xy, its.xy)):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+    assert ours.yy == its.yy
+
+
+def test_a_joint_without_text_and_with_values_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="no calibration text"):
+        joint_statistics([], "here")
+    with pytest.raises(InputError, match="NaN or an infinity"):
+        joint_statistics([(torch.ones(3, 4), torch.full((3, 4), torch.nan))], "here")
 
 
 def test_an_odd_width_whose_transform_is_the_identity() -> None:
@@ -183,8 +214,8 @@ def test_an_odd_width_whose_transform_is_the_identity() -> None:
     sums.add(states.unbind(1))
     whole = states[None].double()
     told = sums.statistics()
-    torch.testing.assert_close(told.channel_cosine[Positions.ALL], mean_channel_cosine(whole), rtol=0, atol=1e-6)
-    torch.testing.assert_close(told.hadamard_mean_abs[Positions.ALL], mean_abs(whole).float())
+    torch.testing.assert_close(told.channel_cosine, mean_channel_cosine(whole), rtol=0, atol=1e-6)
+    torch.testing.assert_close(told.hadamard_mean_abs, mean_abs(whole).float())
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)
@@ -205,25 +236,18 @@ def test_moments_weigh_every_token_the_same(statistics: CalibrationStatistics, s
 def test_counts(statistics: CalibrationStatistics, windows: Tensor) -> None:
     count, length = windows.shape
     assert statistics.samples == count
-    assert statistics.tokens.tolist() == [count * length, count * (length - 1)]
+    assert statistics.tokens == count * length
     assert (statistics.num_layers, statistics.width) == (LAYERS, WIDTH)
-
-
-def test_the_sink_makes_a_difference(statistics: CalibrationStatistics) -> None:
-    with_first, without_first = statistics.mean_abs[:, 0, 0].mean(dim=-1)
-    assert with_first > 1.5 * without_first
-    assert not torch.allclose(statistics.mean_channel_cosine(), statistics.mean_channel_cosine(Positions.WITHOUT_FIRST))
 
 
 def assert_same(actual: CalibrationStatistics, expected: CalibrationStatistics, rtol: float) -> None:
     assert actual.samples == expected.samples
-    assert actual.tokens.tolist() == expected.tokens.tolist()
+    assert actual.tokens == expected.tokens
     for name in ("token_cosine", "channel_cosine", "mean_abs", "hadamard_mean_abs"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=rtol, atol=rtol)
     # The rounding of a cosine near 1 is large in its arccos.
-    for name in ("token_angle", "last_token_angle"):
-        size = getattr(expected, name).abs().max().item()
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-3 * size)
+    size = expected.last_token_angle.abs().max().item()
+    torch.testing.assert_close(actual.last_token_angle, expected.last_token_angle, rtol=0, atol=1e-3 * size)
     assert actual.moments.keys() == expected.moments.keys()
     for span, moments in expected.moments.items():
         size = moments.xx.abs().max().item() + moments.xy.abs().max().item()
@@ -256,9 +280,9 @@ def test_windows_of_different_lengths_and_one_shot_iterators(
     empty = torch.empty(0, 5, dtype=torch.int64)
     found = calibrate(model, iter([short, empty, mapped]))
     assert found.samples == 3
-    assert found.tokens.tolist() == [58, 55]
+    assert found.tokens == 58
     cosines = [token_cosines(hooked_states(model, windows)).sum(dim=(-1, -2)) for windows in (short, long)]
-    torch.testing.assert_close(found.token_cosine[0], cosines[0] + cosines[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.token_cosine, cosines[0] + cosines[1], rtol=1e-5, atol=1e-5)
     assert_same(found, calibrate(model, [short]) + calibrate(model, [long]), rtol=1e-12)
 
 
@@ -299,7 +323,7 @@ def test_other_families(family: str, hooked_states: Callable[[PreTrainedModel, T
     windows = token_windows(2, 30)
     found, states = calibrate(model, [windows]), hooked_states(model, windows)
     assert_as_defined(found.mean_token_cosine(), mean_token_cosine, states, atol=1e-6)
-    assert_as_defined(found.mean_abs[0], mean_abs, states, atol=1e-5)
+    assert_as_defined(found.mean_abs, mean_abs, states, atol=1e-5)
 
 
 def test_a_patched_model(hooked_states: Callable[[PreTrainedModel, Tensor], Tensor]) -> None:
@@ -309,7 +333,7 @@ def test_a_patched_model(hooked_states: Callable[[PreTrainedModel, Tensor], Tens
     found, states = calibrate(model, [windows], moments=[Span(1, 3)]), hooked_states(model, windows)
     assert found.num_layers == 4
     assert_as_defined(found.mean_token_cosine(), mean_token_cosine, states, atol=1e-6)
-    assert_as_defined(found.hadamard_mean_abs[0], hadamard_mean_abs, states, atol=1e-5)
+    assert_as_defined(found.hadamard_mean_abs, hadamard_mean_abs, states, atol=1e-5)
 
 
 def test_low_precision_models(hooked_states: Callable[[PreTrainedModel, Tensor], Tensor]) -> None:
@@ -399,11 +423,11 @@ def documented_bytes(model: PreTrainedModel, batch: Tensor, samples: int, moment
     (windows, tokens), depths, width = batch.shape, model.config.num_hidden_layers + 1, model.config.hidden_size
     chunk = min(tokens, 256)
     residual_stream = 4 * windows * tokens * depths * width
-    working = 4 * (chunk * depths * (3 * width + 4 * depths) + 4 * width * depths**2 + 16 * width * depths)
+    working = 4 * (chunk * depths * (3 * width + 2 * depths) + 2 * width * depths**2 + 10 * width * depths)
     if moments:
         working += 4 * (4 * tokens * width + 3 * width**2)
-    means = 16 * samples * depths * width
-    statistics = 2 * means + 56 * depths**2 + 16 * moments * width**2
+    means = 8 * samples * depths * width
+    statistics = 2 * means + 24 * depths**2 + 16 * moments * width**2
     return residual_stream + max(working, forward_bytes(model, batch)) + statistics
 
 
@@ -427,7 +451,7 @@ def test_more_batches_take_no_more_memory_but_for_the_means_of_their_windows() -
     batches = [token_windows(1, 300, seed) for seed in range(9)]
     calibrate(model, batches)
     few, many = (peak_bytes(lambda n=n: calibrate(model, batches[:n])) for n in (2, 9))
-    means = 16 * (LAYERS + 1) * WIDTH
+    means = 8 * (LAYERS + 1) * WIDTH
     assert many - few <= 2 * 7 * means + 4096
 
 
@@ -543,7 +567,8 @@ def test_what_was_saved_is_loaded_bit_for_bit(saved: tuple[Path, CalibrationStat
     path, statistics = saved
     loaded = CalibrationStatistics.load(path, fingerprint="model and text")
     assert loaded.samples == statistics.samples
-    for name in ("tokens", "token_cosine", "token_angle", "last_token_angle", "channel_cosine", "mean_abs"):
+    assert loaded.tokens == statistics.tokens
+    for name in ("token_cosine", "last_token_angle", "channel_cosine", "mean_abs"):
         assert torch.equal(getattr(loaded, name), getattr(statistics, name))
         assert getattr(loaded, name).dtype == getattr(statistics, name).dtype
     assert torch.equal(loaded.hadamard_mean_abs, statistics.hadamard_mean_abs)

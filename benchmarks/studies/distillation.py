@@ -223,7 +223,7 @@ class Study:
 
     def student(self, row: Row) -> PreTrainedModel:
         method, span = METHODS[row.method], self.spans[row.drop]
-        patch = fit_patch(self.statistics, span, method.fit, rank=method.rank)
+        patch = fit_patch(self.statistics.at(span), method.fit, rank=method.rank)
         if patch is not None and method.form != "keep":
             patch = reformed(patch, method.form, method.rank)
         return apply_plan(self.model, PrunePlan(num_layers(self.model), (Joint(span, patch, method.fit),)))

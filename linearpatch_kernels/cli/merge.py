@@ -52,6 +52,8 @@ from linearpatch_kernels.cli.prune import DROPPED, recorded, say_where, usage, v
 from linearpatch_kernels.cli.shallower import plainly_removed
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import RECORDS, check_file
+from linearpatch_kernels.merging.scores import PLACE_SCORES
+from linearpatch_kernels.pruning.fits import FITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +90,7 @@ def merge(
         typer.Option(
             "--skip-score",
             metavar="NAME",
-            help="What chooses where to merge: angular, bi, sleb, loss, or refit (default: the variant's).",
+            help=f"What chooses where to merge: {PLACE_SCORES.described()}. Default: the variant's.",
             show_default=False,
         ),
     ] = None,
@@ -119,8 +121,8 @@ def merge(
             "--heal",
             metavar="FIT",
             help="Heal every merged layer in closed form, toward the dense model's stream there: refit (new down "
-            "projections, still a plain model), or a patch behind it: a fit of linearpatch prune (low-rank, "
-            "shrunk-low-rank, least-squares, ...); or none. Default: refit, where the model allows it.",
+            "projections, still a plain model), or a patch behind it, by a fit of linearpatch prune: "
+            f"{', '.join(FITS)}. Default: refit, where the model allows it.",
             show_default=False,
         ),
     ] = None,
@@ -150,7 +152,6 @@ def merge(
     from linearpatch_kernels.modeling.patched import patches
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.pruning.fits import FITS
     from linearpatch_kernels.pruning.search import check_rank, rank_for
 
     check_alone("merge")
@@ -182,7 +183,7 @@ def merge(
     check_can_be_cut(source)
     check_settings(settings_of(variant or next(iter(VARIANTS))), source.num_layers)
     rank = rank_for(rank, source.hidden_size)
-    check_rank(rank, source.hidden_size, [heal or REFIT])
+    check_rank(rank, source.hidden_size, [heal] if heal is not None and heal != REFIT else [])
     with run.stage("load the model"):
         tokenizer = source.tokenizer
         dense = source.load()

@@ -9,6 +9,7 @@ import typer
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded
+from linearpatch_kernels.pruning.scores import SCORES, scores_of_statistics
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or 'demo'.", show_default=False)
@@ -52,18 +53,10 @@ HeldoutText = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens per window.")]
-Score = Annotated[
-    str, typer.Option("--score", metavar="NAME", help="cosine, channel-cosine (the authors' code), angular or bi.")
+ScoreOfStatistics = Annotated[
+    str, typer.Option("--score", metavar="NAME", help=f"{SCORES.described(scores_of_statistics())}.")
 ]
-ScoreOrLoss = Annotated[
-    str,
-    typer.Option(
-        "--score",
-        metavar="NAME",
-        help="cosine, channel-cosine (the authors' code), angular, bi, or loss (heals the five best by cosine and "
-        "keeps the one with the lowest held-out loss).",
-    ),
-]
+Score = Annotated[str, typer.Option("--score", metavar="NAME", help=f"{SCORES.described()}.")]
 Rank = Annotated[
     int | None,
     typer.Option(

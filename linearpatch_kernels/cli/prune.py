@@ -44,12 +44,14 @@ from linearpatch_kernels.cli.options import (
     Output,
     Rank,
     Samples,
-    ScoreOrLoss,
+    Score,
     Text,
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.pruning.fits import AUTO, FITS, fits_of
+from linearpatch_kernels.pruning.scores import SCORES, check_drop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,14 +71,13 @@ def prune(
         str | None,
         typer.Option("--spans", metavar="A:B,...", help="Remove these layers instead, half-open.", show_default=False),
     ] = None,
-    score: ScoreOrLoss = "cosine",
+    score: Score = "cosine",
     fit: Annotated[
         str,
         typer.Option(
             "--fit",
             metavar="NAME",
-            help="auto, none, scalar, diagonal, linearpatch (the paper's), low-rank, shrunk-low-rank, "
-            "hadamard-low-rank, least-squares or shrunk-least-squares.",
+            help=f"{AUTO} (the best of all on held-out windows), {FITS.described()}.",
         ),
     ] = "auto",
     rank: Rank = None,
@@ -100,18 +101,13 @@ def prune(
     from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
     from linearpatch_kernels.processes import launched_processes
     from linearpatch_kernels.pruning.apply import apply_plan
-    from linearpatch_kernels.pruning.fits import DENSE_FITS
     from linearpatch_kernels.pruning.plan import checked_spans, parse_spans
-    from linearpatch_kernels.pruning.scores import LOSS, SCORES, check_drop, check_score
-    from linearpatch_kernels.pruning.search import AUTO, check_rank, plan_pruning, rank_for
-    from linearpatch_kernels.pruning.selection import needs_moments
+    from linearpatch_kernels.pruning.search import check_rank, plan_pruning, rank_for
 
     if (drop is None) == (spans is None):
         raise InputError("say what to remove: either --drop N or --spans START:END")
-    check_score(score, (*SCORES, LOSS))
-    needs_moments(fit)
-    if structured and fit in DENSE_FITS:
-        raise InputError(f"--structured leaves dense maps out and --fit {fit} is one: give one of the two")
+    chooses = SCORES.named(score).runs_the_model or fit == AUTO
+    fits_of(fit, structured=structured)
     wanted = parse_spans(spans) if spans is not None else []
     if wanted:
         # Whatever the model's depth, these must not touch.
@@ -138,7 +134,7 @@ def prune(
             source.tokenizer,
             texts,
             samples=samples,
-            heldout=heldout_windows(samples) if fit == AUTO or score == LOSS else 0,
+            heldout=heldout_windows(samples) if chooses else 0,
             length=length,
         )
     with run.stage("load the model"):

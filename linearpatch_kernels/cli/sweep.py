@@ -46,12 +46,14 @@ from linearpatch_kernels.cli.options import (
     Output,
     Rank,
     Samples,
-    Score,
+    ScoreOfStatistics,
     Text,
     TrustRemoteCode,
 )
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import check_file
+from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.scores import SCORES, check_drop, scores_of_statistics
 
 if TYPE_CHECKING:
     from linearpatch_kernels.calibration import CalibrationStatistics
@@ -65,9 +67,9 @@ def sweep(
         typer.Option("--drop", metavar="A-B", help="Numbers of layers to drop: 1-12, or 2,4,8.", show_default=False),
     ],
     fits: Annotated[
-        str, typer.Option("--fits", metavar="A,B,...", help="Fits to compare.")
+        str, typer.Option("--fits", metavar="A,B,...", help=f"Fits to compare: {', '.join(FITS)}.")
     ] = "none,linearpatch,low-rank,least-squares",
-    score: Score = "cosine",
+    score: ScoreOfStatistics = "cosine",
     rank: Rank = None,
     text: Text = None,
     heldout_text: HeldoutText = None,
@@ -89,18 +91,15 @@ def sweep(
     from linearpatch_kernels.fingerprints import fingerprint_model
     from linearpatch_kernels.modeling.saving import save_files
     from linearpatch_kernels.processes import check_alone
-    from linearpatch_kernels.pruning.fits import FITS
     from linearpatch_kernels.pruning.reporting import sweep_report
-    from linearpatch_kernels.pruning.scores import SCORES, check_drop, check_score
     from linearpatch_kernels.pruning.search import check_rank, rank_for
     from linearpatch_kernels.pruning.search import sweep as run_sweep
 
     check_alone("sweep")
     names = list(dict.fromkeys(name.strip() for name in fits.split(",")))
     for name in names:
-        if name not in FITS:
-            raise InputError(f"no fit is called {name!r}: choose from {', '.join(FITS)}")
-    check_score(score, SCORES)
+        FITS.named(name)
+    SCORES.named(score, among=scores_of_statistics())
     drops = _depths(drop)
     reads = [on_disk(model), text, heldout_text]
     check_places(output, json_file, reads)

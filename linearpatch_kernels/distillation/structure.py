@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import stream_statistics
+from linearpatch_kernels.calibration import joint_statistics
 from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
@@ -16,7 +16,6 @@ from linearpatch_kernels.forward import PartialRun, entering, leaving
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.patched import replace_patch
 from linearpatch_kernels.nn import HadamardPatch
-from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
 # Relative to the mean eigenvalue: where the text never went, the two should be alike as matrices.
@@ -58,8 +57,8 @@ def input_moments(
 ) -> Tensor:
     """X.T @ X [d, d], float64, of the stream that enters a patch, every token over the norm of what leaves it; plus a
     ten-thousandth of its mean eigenvalue times the identity."""
-    statistics = stream_statistics(_through(student, store, patch, joint, windows[:_WINDOWS]))
-    moments = statistics.moments[Span(0, 1)].xx
+    pairs = _through(student, store, patch, joint, windows[:_WINDOWS])
+    moments = joint_statistics(pairs, "a trained patch").collected_moments().xx
     return moments + _RIDGE * moments.diagonal().mean() * torch.eye(
         len(moments), dtype=moments.dtype, device=moments.device
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import stream_statistics
+from linearpatch_kernels.calibration import joint_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PartialRun, Start, entering, residual_stream
@@ -23,7 +23,8 @@ from linearpatch_kernels.modeling.families import (
     sublayers,
 )
 from linearpatch_kernels.modeling.patched import patched_model
-from linearpatch_kernels.pruning.fits import DEFAULT_RANK, SHRINKAGE, fit_patch
+from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
+from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
@@ -46,9 +47,8 @@ def heal_merges(
     fit: str,
     *,
     rank: int = DEFAULT_RANK,
-    last_only: bool = False,
 ) -> PreTrainedModel:
-    """The merged model with a patch behind every merged layer (or behind the last of them alone).
+    """The merged model with a patch behind every merged layer.
 
     The patch maps the merged model's stream there to the dense model's behind the last layer that the merged one
     stands for, over token ``windows`` [W, T]; the patches are fitted from the front on, each with those before it in
@@ -63,11 +63,11 @@ def heal_merges(
     """
     places = _merged_places(dense, merged)
     found, wanted = _Stream(windows), _Stream(windows)
-    for index, end in places[-1:] if last_only else places:
+    for index, end in places:
         found.advance(merged, index + 1)
         wanted.advance(dense, end)
-        statistics = stream_statistics(zip(found.states, wanted.states, strict=True))
-        patch = fit_patch(statistics, Span(0, 1), fit, rank=rank)
+        pairs = zip(found.states, wanted.states, strict=True)
+        patch = fit_patch(joint_statistics(pairs, f"the joint behind merged layer {index}"), fit, rank=rank)
         if patch is not None:
             merged = patched_model(merged, {index + 1: patch})
     return merged

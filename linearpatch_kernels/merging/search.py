@@ -28,26 +28,14 @@ from linearpatch_kernels.merging.merge import (
     merge_layers,
 )
 from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
-from linearpatch_kernels.merging.refit import REFIT, CandidateRefits, can_refit, check_refit
+from linearpatch_kernels.merging.refit import CandidateRefits, can_refit, check_refit
+from linearpatch_kernels.merging.scores import PLACE_SCORES, PlaceScore
 from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
 from linearpatch_kernels.modeling.families import keep_layers, num_layers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
-ANGULAR, BI, SLEB, LOSS = "angular", "bi", "sleb", "loss"
-
-SKIP_SCORES: Mapping[str, str] = {
-    ANGULAR: "angle between the input and the output of the layers at the last token (the public code's bi)",
-    BI: "block influence of the layers over all tokens",
-    SLEB: "held-out loss without the layers",
-    LOSS: "held-out loss after the merge",
-    REFIT: "held-out loss after the merge and the refit of its layer",
-}
-"""What chooses where to merge; the lowest wins."""
-
-_LOSSES = (SLEB, LOSS, REFIT)
-
-# Scores that run the model are asked about these many spans, the least influential.
+# Scores that run the model run it on so many spans.
 _SHORT_LIST = 8
 
 
@@ -57,7 +45,7 @@ class MergeSettings:
 
     Attributes:
         rule: ``"exact"`` or ``"authors"`` (:mod:`~linearpatch_kernels.merging.merge`).
-        skip_score: a name of :data:`SKIP_SCORES`.
+        skip_score: a name of :data:`~linearpatch_kernels.merging.scores.PLACE_SCORES`.
         posterior: CoMe-P: the share with the lowest held-out loss, not that of the layers' influence. Of more than two
             layers the first and the last give units, those between them none.
         repeat: whether a merged layer may be merged again.
@@ -69,7 +57,7 @@ class MergeSettings:
 
     layers: int
     rule: str = EXACT
-    skip_score: str = ANGULAR
+    skip_score: str = "angular"
     posterior: bool = False
     repeat: bool = True
     width: int | None = 2
@@ -81,15 +69,25 @@ class MergeSettings:
     @property
     def runs_the_model(self) -> bool:
         """Whether held-out windows are needed."""
-        return self.posterior or self.skip_score in _LOSSES
+        return self.posterior or self.place_score.candidate is not None
+
+    @property
+    def place_score(self) -> PlaceScore:
+        """The record of the skip score; InputError for an unknown one."""
+        return PLACE_SCORES.named(self.skip_score)
+
+    @property
+    def refits(self) -> bool:
+        """Whether candidates are refitted before their loss is measured."""
+        return self.place_score.candidate == "refitted"
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "authors": {"rule": AUTHORS},
     "come": {},
     "come-p": {"posterior": True},
-    "come-loss": {"posterior": True, "skip_score": LOSS},
-    "come-block": {"posterior": True, "skip_score": REFIT, "width": None},
+    "come-loss": {"posterior": True, "skip_score": "loss"},
+    "come-block": {"posterior": True, "skip_score": "refit", "width": None},
 }
 """Name -> the settings it stands for: the public code's, ours, ours with searched shares, with searched places, and one
 merge of neighbours, chosen with the refit in mind. (The paper's posterior variant ranks places by the angle at all
@@ -111,8 +109,7 @@ def check_settings(settings: MergeSettings, layers: int) -> None:
         raise InputError(f"a model of {layers} layers cannot be merged to {settings.layers}: give 1 to {layers - 1}")
     if settings.rule not in RULES:
         raise InputError(f"no rule of merging is called {settings.rule!r}: choose one of {', '.join(RULES)}")
-    if settings.skip_score not in SKIP_SCORES:
-        raise InputError(f"no skip score is called {settings.skip_score!r}: choose one of {', '.join(SKIP_SCORES)}")
+    PLACE_SCORES.named(settings.skip_score)
     if not math.isfinite(settings.power):
         raise InputError(f"a power of {settings.power} gives no shares: give a finite number")
     if settings.width is not None and settings.width < 2:
@@ -157,7 +154,7 @@ def plan_merging(
     for windows in (fit_windows, heldout_windows):
         if windows is not None:
             check_windows(model, windows)
-    if settings.skip_score == REFIT:
+    if settings.refits:
         check_refit(model, fit_windows)
     plan = MergePlan(num_layers(model)) if plan is None else plan
     if plan.layers < settings.layers:
@@ -274,23 +271,21 @@ class _Chooser:
 
     def choose(self, spans: Sequence[Span]) -> tuple[Merge, dict[str, Any]]:
         settings = self.settings
-        if settings.skip_score == ANGULAR:
-            ranking = {span: self.scores.last_token_angle[span] for span in spans}
-        else:
-            ranking = {span: self.scores.span_influence[span] for span in spans}
+        found = settings.place_score.function(self.scores)
+        ranking = {span: found[span] for span in spans}
         measure = None
-        if settings.skip_score in _LOSSES:
-            short = sorted(spans, key=lambda span: ranking[span])[:_SHORT_LIST]
+        if settings.place_score.candidate is not None:
+            short = sorted(spans, key=lambda span: ranking[span], reverse=True)[:_SHORT_LIST]
             losses = self._prefix_losses(short)
             measure = self._measure(losses, short)
-            ranking = {span: self._place_loss(losses, measure, span) for span in self._reported(short)}
-        span = min(ranking, key=lambda one: ranking[one])
+            ranking = {span: -self._place_loss(losses, measure, span) for span in self._reported(short)}
+        span = max(ranking, key=lambda one: ranking[one])
         _check_some_finite(ranking.values())
         record: dict[str, Any] = {
             "score": settings.skip_score,
             "ranking": {
                 str(one): value
-                for one, value in sorted(ranking.items(), key=lambda item: item[1])
+                for one, value in sorted(ranking.items(), key=lambda item: item[1], reverse=True)
                 if math.isfinite(value)
             },
             "influence": [float(value) for value in self.scores.influence[span.start : span.end]],
@@ -298,9 +293,9 @@ class _Chooser:
         shares = self._influence_shares(span)
         if settings.posterior:
             measure = measure or self._measure(self._prefix_losses([span]), [span])
-            shares, found = self._searched_shares(measure, span)
-            _check_some_finite(found.values())
-            record["losses"] = {share: value for share, value in found.items() if math.isfinite(value)}
+            shares, tried = self._searched_shares(measure, span)
+            _check_some_finite(tried.values())
+            record["losses"] = {share: value for share, value in tried.items() if math.isfinite(value)}
         merge = choose_units(self.scores, span, shares, settings.rule)
         record["gain_errors"] = gain_errors(self.model, merge)
         return merge, record
@@ -312,7 +307,7 @@ class _Chooser:
         return PrefixLosses(self.model, self.windows, sorted({span.start for span in spans}), batch_size)
 
     def _measure(self, losses: PrefixLosses, spans: Sequence[Span]) -> Measure:
-        if self.settings.skip_score != REFIT:
+        if not self.settings.refits:
             return lambda span, shares, part: losses(self._merged(span, shares), span.start, part)
         ends = {span: leaves(self.tree[span.end - 1])[-1] + 1 for span in spans}
         refitted = CandidateRefits(self.dense, self.model, self.fit_windows, ends)
@@ -324,7 +319,7 @@ class _Chooser:
             self.run.report("choosing the place", done, len(spans))
 
     def _place_loss(self, losses: PrefixLosses, measure: Measure, span: Span) -> float:
-        if self.settings.skip_score == SLEB:
+        if self.settings.place_score.candidate == "removed":
             kept = [layer for layer in range(num_layers(self.model)) if layer not in range(*span)]
             return losses(keep_layers(self.model, kept), span.start)
         return measure(span, self._influence_shares(span), 1.0)
@@ -351,7 +346,7 @@ class _Chooser:
 
         def loss(point: int, quick: bool) -> float:
             # Beside a refit a look at a few windows saves little, and refits leave smaller differences to see.
-            few = quick and self.settings.skip_score != REFIT
+            few = quick and not self.settings.refits
             return measure(span, shares(point), _QUICK if few else 1.0)
 
         best, found = search_share(loss, min(low, grid // 2), max(grid - low, grid // 2))

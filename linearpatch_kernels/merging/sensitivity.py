@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearpatch_kernels.calibration import block_influence
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, check_windows, entering
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
@@ -28,7 +29,8 @@ class LayerScores:
 
     Attributes:
         sensitivity: per half of the layer (``"attention"``, ``"feed-forward"``) a tensor [L, units].
-        influence: [L], mean over the tokens of 1 - clamp(cos(input, output), 0, 1) of every layer.
+        influence: [L], mean over the tokens of the clamped :func:`~linearpatch_kernels.calibration.block_influence` of
+            every layer.
         last_token_angle: span of ``width`` layers -> mean over the windows of arccos(cos(x_start, x_end)) / pi at the
             last token, cos clamped to [0, 1].
         span_influence: span -> what ``influence`` is for a layer, over the whole span.
@@ -134,16 +136,17 @@ class _StreamSums:
         if depth == 0:
             self._recent.clear()
         else:
-            self.influence[depth - 1] += float((1 - _cosines(self._recent[-1], state)).sum())
+            self.influence[depth - 1] += float(block_influence(_cosines(self._recent[-1], state), clamped=True).sum())
         if depth >= self._width:
             cosines = _cosines(self._recent[0], state)
-            self.spans[0, depth - self._width] += float((cosines[:, -1].arccos() / torch.pi).sum())
-            self.spans[1, depth - self._width] += float((1 - cosines).sum())
+            angles = cosines[:, -1].clamp(0, 1).arccos() / torch.pi
+            self.spans[0, depth - self._width] += float(angles.sum())
+            self.spans[1, depth - self._width] += float(block_influence(cosines, clamped=True).sum())
         self._recent.append(state)
 
 
 def _cosines(before: Tensor, after: Tensor) -> Tensor:
-    """clamp(cos, 0, 1) of every token, [B, T] in float64 of [B, T, d]."""
+    """The cosine of every token, [B, T] in float64 of [B, T, d]."""
     chunks = zip(before.split(_CHUNK_TOKENS, dim=1), after.to(before.device).split(_CHUNK_TOKENS, dim=1), strict=True)
     found = [torch.cosine_similarity(a.float(), b.float(), dim=-1, eps=_EPSILON) for a, b in chunks]
-    return torch.cat(found, dim=1).to("cpu", torch.float64).clamp(0, 1)
+    return torch.cat(found, dim=1).to("cpu", torch.float64)

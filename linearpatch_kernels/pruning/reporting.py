@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Positions
+from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.evaluation.report import (
     CandidateRow,
@@ -24,7 +24,7 @@ from linearpatch_kernels.evaluation.report import (
 )
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
-from linearpatch_kernels.pruning.scores import PAIR_SCORES
+from linearpatch_kernels.pruning.scores import span_score
 from linearpatch_kernels.pruning.search import SweepPoint
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
@@ -35,15 +35,8 @@ SWEEP = "quality-against-depth.png"
 
 def span_rows(plan: PrunePlan, statistics: CalibrationStatistics) -> list[SpanRow]:
     """The rows of the report's table of spans."""
-    score = PAIR_SCORES.get(plan.score)
-    values = None if score is None else score(statistics)
     return [
-        SpanRow(
-            str(joint.span),
-            plan.score,
-            None if values is None else float(values[joint.span.start, joint.span.end]),
-            describe_patch(joint),
-        )
+        SpanRow(str(joint.span), plan.score, span_score(statistics, joint.span, plan.score), describe_patch(joint))
         for joint in plan.joints
     ]
 
@@ -100,7 +93,7 @@ def prune_report(
     spans = [(span.start, span.end) for span in plan.spans]
 
     def heatmap(path: Path) -> None:
-        plot_depth_cosine(path, statistics.mean_token_cosine(Positions.ALL), spans, model_name)
+        plot_depth_cosine(path, statistics.mean_token_cosine(), spans, model_name)
 
     drawings: dict[str, Drawing] = {
         HEATMAP: (

@@ -1,81 +1,135 @@
-"""Which layers to remove: scores over the statistics of one calibration pass.
+"""The scores: which layers to remove, from the statistics of one calibration pass.
 
 Every score is higher where removal should hurt less. Layer 0 and the last layer are never removed (as in the code of
-LinearPatch): the first writes the scale that all the others build on, the last one feeds the final norm.
+LinearPatch): the first writes the scale that all the others build on, the last one feeds the final norm. A new score is
+one record: ``SCORES.add(Score(...))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.records import Registry
 from linearpatch_kernels.span import Span
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def _cosine(statistics: CalibrationStatistics) -> Tensor:
-    """Mean over the tokens of cos(x_start, x_end): the text of LinearPatch (arXiv 2505.24680, eq. 3)."""
-    return statistics.mean_token_cosine()
+    from linearpatch_kernels.calibration import CalibrationStatistics
 
-
-def _channel_cosine(statistics: CalibrationStatistics) -> Tensor:
-    """Mean over windows and channels of the cosine along the tokens: what LinearPatch's public code computes."""
-    return statistics.mean_channel_cosine()
+# How many spans a score that runs the model runs it on.
+_SHORT_LIST = 5
 
 
-def _angular(statistics: CalibrationStatistics) -> Tensor:
-    """Minus the angular distance of the last token, arccos(cos)/pi (arXiv 2403.17887, eq. 7)."""
-    return -statistics.mean_last_token_angle()
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One way to rank what can be removed.
+
+    Attributes:
+        name: what ``--score`` takes; about: one line of help.
+        source: paper and equation, or whose it is.
+        function: of the statistics, a tensor that is higher where removal should hurt less: [L+1, L+1], of the span
+            between every two depths, of which one is removed; or [L], of every layer, of which the best are.
+        runs_the_model: the function only makes a short list; of that, the span with the lowest held-out loss once it is
+            healed is removed (:func:`~linearpatch_kernels.pruning.search.plan_pruning`).
+    """
+
+    name: str
+    about: str
+    source: str
+    function: Callable[[CalibrationStatistics], Tensor]
+    runs_the_model: bool = False
 
 
-PAIR_SCORES: Mapping[str, Callable[[CalibrationStatistics], Tensor]] = {
-    "cosine": _cosine,
-    "channel-cosine": _channel_cosine,
-    "angular": _angular,
-}
-"""Scores of one contiguous span, from a [L+1, L+1] matrix over pairs of depths."""
+SCORES: Registry[Score] = Registry(
+    "score",
+    (
+        Score(
+            "cosine",
+            "of the stream at both ends of the span, per token",
+            "LinearPatch, arXiv 2505.24680, eq. 3",
+            lambda statistics: statistics.mean_token_cosine(),
+        ),
+        Score(
+            "channel-cosine",
+            "the same per channel, along the tokens",
+            "LinearPatch, the public code",
+            lambda statistics: statistics.mean_channel_cosine(),
+        ),
+        Score(
+            "angular",
+            "minus the angle between both ends at the last token",
+            "arXiv 2403.17887, eq. 7",
+            lambda statistics: -statistics.mean_last_token_angle(),
+        ),
+        Score(
+            "bi",
+            "single layers, minus their block influence",
+            "ShortGPT, arXiv 2403.03853, eq. 1",
+            lambda statistics: -statistics.block_influence(),
+        ),
+        Score(
+            "loss",
+            f"minus the held-out loss once healed, of the {_SHORT_LIST} best by cosine",
+            "ours",
+            lambda statistics: statistics.mean_token_cosine(),
+            runs_the_model=True,
+        ),
+    ),
+)
 
-SCORES = (*PAIR_SCORES, "bi")
-"""The scores that statistics alone can give: all names that :func:`choose_spans` takes. ``bi`` removes the single
-layers of the lowest block influence (ShortGPT)."""
 
-LOSS = "loss"
-"""The score that runs the model: held-out loss of healed candidates (:func:`~.pruning.plan_pruning`)."""
+def scores_of_statistics() -> list[str]:
+    """The names of the scores that statistics alone can give: all that :func:`choose_spans` takes."""
+    return [name for name, score in SCORES.items() if not score.runs_the_model]
 
 
 def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dict[Span, float]:
     """The score of every contiguous span of ``drop`` layers, highest (best to remove) first; ties: the earlier span.
 
+    Of a score that runs the model, what makes its short list.
+
     Raises:
-        InputError: an unknown score, or more layers than can go.
+        InputError: an unknown score or one of single layers, or more layers than can go.
     """
-    if score not in PAIR_SCORES:
-        raise InputError(f"no score of contiguous spans is called {score!r}: choose one of {', '.join(PAIR_SCORES)}")
     check_drop(drop, statistics.num_layers)
-    pairs = PAIR_SCORES[score](statistics)
+    pairs = SCORES.named(score).function(statistics)
+    if pairs.dim() != 2:
+        raise InputError(f"the score {score} is of single layers, not of spans: give another")
     spans = [Span(start, start + drop) for start in range(1, statistics.num_layers - drop)]
     return dict(sorted(((span, float(pairs[span.start, span.end])) for span in spans), key=lambda item: -item[1]))
+
+
+def span_score(statistics: CalibrationStatistics, span: Span, score: str) -> float | None:
+    """The score of one span; None where it has none: an unknown score, one of layers or one that runs the model."""
+    record = SCORES.get(score)
+    values = None if record is None or record.runs_the_model else record.function(statistics)
+    return None if values is None or values.dim() != 2 else float(values[span.start, span.end])
 
 
 def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cosine") -> list[Span]:
     """The spans whose removal the score prefers, ``drop`` layers together, in the order of the model.
 
-    ``cosine``, ``channel-cosine`` and ``angular`` give one contiguous span. ``bi`` gives the ``drop`` layers of the
-    lowest block influence (ShortGPT, arXiv 2403.03853), neighbours joined to one span.
+    A score of spans gives one; a score of layers the ``drop`` best of them, neighbours joined to one span.
 
     Raises:
-        InputError: an unknown score, or more layers than can go.
+        InputError: an unknown score or one that runs the model, or more layers than can go.
     """
-    check_score(score, SCORES)
-    if score != "bi":
-        return [next(iter(score_spans(statistics, drop, score)))]
+    record = SCORES.named(score, among=scores_of_statistics())
     check_drop(drop, statistics.num_layers)
-    removable = statistics.block_influence()[1:-1]
-    layers = (torch.argsort(removable, stable=True)[:drop] + 1).sort().values.tolist()
-    return spans_of_layers(layers)
+    values = record.function(statistics)
+    if values.dim() == 2:
+        return [next(iter(score_spans(statistics, drop, score)))]
+    best = values[1:-1].argsort(descending=True, stable=True)[:drop]
+    return spans_of_layers((best + 1).sort().values.tolist())
+
+
+def short_list(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
+    """The best spans of a score, for the model itself to judge: running all of them would cost a pass each."""
+    return list(score_spans(statistics, drop, score))[:_SHORT_LIST]
 
 
 def spans_of_layers(layers: list[int]) -> list[Span]:
@@ -87,12 +141,6 @@ def spans_of_layers(layers: list[int]) -> list[Span]:
         else:
             spans.append(Span(layer, layer + 1))
     return spans
-
-
-def check_score(score: str, known: Sequence[str]) -> None:
-    """InputError for a score that is not among the known ones."""
-    if score not in known:
-        raise InputError(f"no score is called {score!r}: choose one of {', '.join(known)}")
 
 
 def check_drop(drop: int | None, layers: int) -> None:

@@ -17,29 +17,28 @@ from linearpatch_kernels.forward import Progress, Run, check_batch_size, check_w
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.fits import (
+    AUTO,
     DEFAULT_RANK,
-    RANKED_FITS,
     UnusableFit,
     checked_rank,
+    needs_moments,
+    takes_rank,
     too_little_text,
 )
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans
-from linearpatch_kernels.pruning.scores import LOSS, SCORES, check_drop, check_score, choose_spans, score_spans
+from linearpatch_kernels.pruning.scores import SCORES, check_drop, choose_spans, scores_of_statistics, short_list
 from linearpatch_kernels.pruning.selection import (
     DENSE,
     FitChoice,
     choose_fit,
     compare_candidates,
     fitted_joints,
-    needs_moments,
     usable_candidates,
 )
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
-AUTO = "auto"
-# How many spans the score ``loss`` runs the model on, and what heals them for that.
-_SHORT_LIST = 5
+# What heals the spans that a score runs the model on.
 _HEALER = "shrunk-low-rank"
 
 
@@ -74,13 +73,13 @@ def plan_pruning(
     """Decide what to remove and what heals it.
 
     One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter
-    one; ``fit="auto"`` adds one over ``heldout_windows``, and so does ``score="loss"``: it heals the five spans of the
-    best cosine and keeps the one with the lowest held-out loss.
+    one; ``fit="auto"`` adds one over ``heldout_windows``, and so does a score that runs the model (``loss``): it heals
+    the spans of a short list and keeps the one with the lowest held-out loss.
 
     Args:
         model: the dense causal LM; not changed.
         fit_windows: token ids [S, T] that scores and fits are computed on.
-        heldout_windows: token ids [W, T], other text, that ``auto`` chooses on; needed for ``auto`` only.
+        heldout_windows: token ids [W, T], other text, that ``auto`` and the scores that run the model choose on.
         drop: how many layers go; or ``spans``: which. Exactly one of the two.
         score, fit, rank, structured: see :mod:`~linearpatch_kernels.pruning.scores`,
             :mod:`~linearpatch_kernels.pruning.fits` and :func:`~linearpatch_kernels.pruning.selection.choose_fit`.
@@ -97,9 +96,12 @@ def plan_pruning(
     moments = needs_moments(fit)
     if (drop is None) == (not spans):
         raise InputError("give either the number of layers to drop or the spans to remove")
-    check_score(score, (*SCORES, LOSS))
-    if heldout_windows is None and (fit == AUTO or score == LOSS):
-        raise InputError("the fit auto and the score loss choose on held-out windows: give some, or name others")
+    judged = SCORES.named(score).runs_the_model
+    if heldout_windows is None and (fit == AUTO or judged):
+        raise InputError(
+            f"the fit {AUTO} and the score {' or '.join(_running())} choose on held-out windows: give some, or name "
+            "others"
+        )
     if spans:
         checked_spans(spans, layers)
     else:
@@ -116,13 +118,12 @@ def plan_pruning(
         )
     else:
         statistics = calibrate(model, fit_windows.split(batch_size), ranks=ranks, progress=progress)
-        short = _short_list(statistics, drop or 0) if score == LOSS else choose_spans(statistics, drop or 0, score)
-        if moments or score == LOSS:
-            found = collect_moments(model, fit_windows.split(batch_size), short, ranks=ranks, progress=progress)
+        chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
+        if moments or judged:
+            found = collect_moments(model, fit_windows.split(batch_size), chosen, ranks=ranks, progress=progress)
             statistics = statistics.with_moments(found)
-        chosen = short
-        if score == LOSS and heldout_windows is not None:
-            chosen = [_best_healed(model, heldout_windows, statistics, short, fit, rank, noted, comparing)]
+        if judged and heldout_windows is not None:
+            chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
             model,
@@ -161,13 +162,13 @@ def rank_for(rank: int | None, width: int) -> int:
 
 def check_rank(rank: int, width: int, fits: Sequence[str], score: str = "") -> None:
     """InputError where the rank is used, by a fit or by what the score heals with, and does not fit the width."""
-    if score == LOSS or any(fit == AUTO or fit in RANKED_FITS for fit in fits):
+    if score in _running() or any(map(takes_rank, fits)):
         checked_rank(rank, width)
 
 
-def _short_list(statistics: CalibrationStatistics, drop: int) -> list[Span]:
-    """The best spans of the cosine, for the model itself to judge: running all of them would cost a pass each."""
-    return list(score_spans(statistics, drop, "cosine"))[:_SHORT_LIST]
+def _running() -> list[str]:
+    """The scores that run the model."""
+    return [name for name, score in SCORES.items() if score.runs_the_model]
 
 
 def _best_healed(
@@ -248,7 +249,7 @@ def sweep(
         raise InputError("there is nothing to sweep: give at least one number of layers and one fit")
     for drop in drops:
         check_drop(drop, layers)
-    check_score(score, SCORES)
+    SCORES.named(score, among=scores_of_statistics())
     # A list, so that every name is checked.
     wanted = True in [needs_moments(fit) for fit in fits]
     if AUTO in fits:

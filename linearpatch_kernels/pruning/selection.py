@@ -24,7 +24,7 @@ from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import PLAIN, End, PartialRun, Run, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.pruning.apply import joint_maps
-from linearpatch_kernels.pruning.fits import DEFAULT_RANK, DENSE_FITS, FITS, NEEDS_MOMENTS, UnusableFit, fit_patch
+from linearpatch_kernels.pruning.fits import AUTO, DEFAULT_RANK, FITS, UnusableFit, fit_patch, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -131,7 +131,7 @@ class FitChoice:
 
     def structured(self) -> FitChoice:
         """The choice there would be without the dense maps; nothing is measured again."""
-        return decide({fit: joints for fit, joints in self.candidates.items() if fit not in DENSE_FITS}, self.found)
+        return decide({fit: joints for fit, joints in self.candidates.items() if FITS[fit].structured}, self.found)
 
 
 def usable_candidates(
@@ -180,7 +180,7 @@ def choose_fit(
     Raises:
         InputError: moments that were not collected, no usable candidate, or what :func:`compare_candidates` raises.
     """
-    names = [name for name in FITS if not (structured and name in DENSE_FITS)]
+    names = [fit.name for fit in fits_of(AUTO, structured=structured)]
     reasons: list[str] = []
     mine = names[run.processes.rank :: run.processes.count]
     fitted = usable_candidates(statistics, spans, {name: name for name in mine}, rank=rank, noted=reasons.append)
@@ -227,17 +227,10 @@ def fitted_joints(
     statistics: CalibrationStatistics, spans: Sequence[Span], fit: str, *, rank: int = DEFAULT_RANK
 ) -> tuple[Joint, ...]:
     """The joints of ``spans``, each healed by ``fit``."""
-    return tuple(Joint(span, fit_patch(statistics, span, fit, rank=rank), fit) for span in sorted(spans))
+    return tuple(Joint(span, fit_patch(statistics.at(span), fit, rank=rank), fit) for span in sorted(spans))
 
 
 def cost(joints: Sequence[Joint]) -> tuple[int, int]:
     """(parameters, floating point operations per token) of the joints' patches together."""
     patches = [joint.patch for joint in joints if joint.patch is not None]
     return sum(patch.num_parameters for patch in patches), sum(patch.flops_per_token for patch in patches)
-
-
-def needs_moments(fit: str) -> bool:
-    """Whether a fit (or ``auto``) needs a pass for second moments. InputError for an unknown one."""
-    if fit not in (*FITS, "auto"):
-        raise InputError(f"no fit is called {fit!r}: choose one of {', '.join(FITS)}, auto")
-    return fit == "auto" or fit in NEEDS_MOMENTS

@@ -41,7 +41,7 @@ from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import FITS, fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.reporting import joint_magnitudes
-from linearpatch_kernels.pruning.scores import SCORES
+from linearpatch_kernels.pruning.scores import scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.text import token_windows
 from linearpatch_kernels.torch_state import own_state
@@ -109,10 +109,10 @@ def own_copy() -> PreTrainedModel:
 def planning(_: Path) -> Any:
     fit, held = windows()[:5], windows()[5:]
     found: dict[str, Any] = {"statistics": calibrate(dense(), fit.split(2), moments=[SPAN])}
-    for score in SCORES:
+    for score in scores_of_statistics():
         found[score] = plan_pruning(dense(), fit, drop=2, score=score, fit="diagonal").plan
     for name in FITS:
-        found[name] = fit_patch(found["statistics"], SPAN, name, rank=4)
+        found[name] = fit_patch(found["statistics"].at(SPAN), name, rank=4)
     found["auto"] = plan_pruning(dense(), fit, held, drop=2, rank=4).plan
     found["loss"] = plan_pruning(dense(), fit, held, drop=2, score="loss", fit="linearpatch", rank=4).plan
     return found

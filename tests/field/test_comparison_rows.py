@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Moments, Span, calibrate
+from linearpatch_kernels.calibration import JointStatistics, Moments, Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
 from linearpatch_kernels.merging import refit
@@ -22,7 +23,7 @@ from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
-from linearpatch_kernels.pruning import fits, selection
+from linearpatch_kernels.pruning import selection
 from linearpatch_kernels.pruning.fits import FITS, UnusableFit, fit_patch, too_little_text
 from linearpatch_kernels.pruning.plan import Joint
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
@@ -153,11 +154,11 @@ def test_auto_chooses_among_what_is_finite(monkeypatch: pytest.MonkeyPatch) -> N
     model, windows = tiny(), token_windows(4, 16)
     statistics = calibrate(model, [windows], moments=[Span(1, 3)])
     for name in FITS:
-        monkeypatch.setitem(FITS, name, lambda *_: broken())  # type: ignore[arg-type]  # a fit that only fails
+        monkeypatch.setitem(FITS, name, dataclasses.replace(FITS[name], function=lambda *_: broken()))
     told: list[str] = []
-    monkeypatch.setitem(FITS, "none", lambda *_: None)  # type: ignore[arg-type]  # takes any arguments
+    monkeypatch.setitem(FITS, "none", dataclasses.replace(FITS["none"], function=lambda *_: None))
     with pytest.raises(UnusableFit):
-        fit_patch(statistics, Span(1, 3), "scalar")
+        fit_patch(statistics.at(Span(1, 3)), "scalar")
     choice = choose_fit(model, windows, statistics, [Span(1, 3)], rank=4, noted=told.append)
     assert choice.fit == "none"
     assert len(told) == len(FITS) - 1
@@ -180,21 +181,21 @@ def test_a_fit_without_a_solution_is_unusable() -> None:
         moments = {Span(1, 3): Moments(spoilt, spoilt, 64.0)}
         for fit in ("low-rank", "least-squares", "hadamard-low-rank"):
             with pytest.raises(UnusableFit):
-                fit_patch(statistics.with_moments(moments), Span(1, 3), fit, rank=4)
+                fit_patch(statistics.with_moments(moments).at(Span(1, 3)), fit, rank=4)
 
 
 def test_the_score_loss_passes_over_spans_that_cannot_be_healed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny(layers=8), token_windows(6, 16)
     free = plan_pruning(model, windows, windows[:2], drop=2, score="loss", fit="linearpatch", rank=4)
     best = free.plan.spans[0]
-    real = fits.FITS["linearpatch"]
+    real = FITS["linearpatch"]
 
-    def unusable(statistics: Any, span: Span, rank: int) -> Any:
-        if span == best:
-            raise UnusableFit(f"silent at {span}")
-        return real(statistics, span, rank)
+    def unusable(joint: JointStatistics, rank: int) -> Any:
+        if joint.name == str(best):
+            raise UnusableFit(f"silent at {joint.name}")
+        return real.function(joint, rank)
 
-    monkeypatch.setitem(FITS, "linearpatch", unusable)  # type: ignore[arg-type]  # a fit that only fails
+    monkeypatch.setitem(FITS, "linearpatch", dataclasses.replace(real, function=unusable))
     told: list[str] = []
     made = plan_pruning(model, windows, windows[:2], drop=2, score="loss", fit="linearpatch", rank=4, noted=told.append)
     assert made.plan.spans != [best]

@@ -63,25 +63,24 @@ def test_every_flipped_bit_of_statistics_is_noticed(statistics: CalibrationStati
 
 
 def test_statistics_of_an_earlier_version_are_read(statistics: CalibrationStatistics, tmp_path: Path) -> None:
-    tensors = {
-        name: getattr(statistics, name)
-        for name in (
-            "tokens",
-            "token_cosine",
-            "token_angle",
-            "last_token_angle",
-            "channel_cosine",
-            "mean_abs",
-            "hadamard_mean_abs",
-        )
-    }
+    """They held most means twice: over all tokens, and without the windows' first ones, which no score or fit read."""
+    halved = ("token_cosine", "channel_cosine", "mean_abs", "hadamard_mean_abs")
+    tensors = {name: torch.stack([getattr(statistics, name)] * 2) for name in halved}
+    tensors["tokens"] = torch.tensor([64, 60])
+    tensors["token_angle"] = torch.zeros_like(tensors["token_cosine"])
+    tensors["last_token_angle"] = statistics.last_token_angle
     moments = statistics.moments[Span(2, 4)]
     tensors |= {"moments.2:4.xx": moments.xx, "moments.2:4.xy": moments.xy}
     about = {"format": "linearpatch-statistics-1", "fingerprint": "f", "samples": "4", "moments": '{"2:4": 64.0}'}
     save_file(tensors, tmp_path / "old", metadata=about)
-    loaded = CalibrationStatistics.load(tmp_path / "old", fingerprint="f")
-    assert torch.equal(loaded.mean_abs, statistics.mean_abs)
-    assert loaded.moments[Span(2, 4)].yy == moments.yy
+    sealed = {**about, "format": "linearpatch-statistics-2", "samples": 4, "moments": {"2:4": 64.0}}
+    write_sealed(tmp_path / "sealed", tensors, sealed)
+    for file in ("old", "sealed"):
+        loaded = CalibrationStatistics.load(tmp_path / file, fingerprint="f")
+        for name in (*halved, "last_token_angle"):
+            assert torch.equal(getattr(loaded, name), getattr(statistics, name))
+        assert (loaded.samples, loaded.tokens) == (4, 64)
+        assert loaded.moments[Span(2, 4)].yy == moments.yy
     tensors["mean_abs"] = tensors["mean_abs"][:, :2].clone()
     save_file(tensors, tmp_path / "old", metadata=about)
     with pytest.raises(InputError, match=r"mean_abs has the shape .* calibrate again"):
@@ -231,7 +230,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TeacherStore:
 def student() -> PreTrainedModel:
     dense = tiny()
     statistics = calibrate(dense, token_windows(4, 12).split(2))
-    joint = Joint(Span(2, 4), fit_patch(statistics, Span(2, 4), "linearpatch"))
+    joint = Joint(Span(2, 4), fit_patch(statistics.at(Span(2, 4)), "linearpatch"))
     return apply_plan(dense, PrunePlan(6, (joint,)))
 
 

@@ -7,27 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, calibrate, stream_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.merging.refit import heal_merges, refit_merges
 from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.pruning.fits import SHRINKAGE, fit_patch
+from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
 from tests.support.tiny import tiny_model
-
-
-def test_two_depths_of_one_model_are_what_calibration_sees(dense: PreTrainedModel, windows: Tensor) -> None:
-    span = Span(2, 4)
-    expected = calibrate(dense, windows.split(3), moments=[span])
-    streams = [residual_stream(dense, window, [2, 4]) for window in windows.split(1)]
-    found = stream_statistics((states[2][0], states[4][0]) for states in streams)
-    for fit in ("linearpatch", "diagonal", "low-rank", "least-squares"):
-        one, other = fit_patch(expected, span, fit, rank=8), fit_patch(found, Span(0, 1), fit, rank=8)
-        torch.testing.assert_close(other.to_dense(), one.to_dense(), atol=1e-4, rtol=1e-4)
-    with pytest.raises(InputError, match="no calibration text"):
-        stream_statistics([])
 
 
 def distance(merged: PreTrainedModel, dense: PreTrainedModel, windows: Tensor) -> float:
@@ -36,14 +23,11 @@ def distance(merged: PreTrainedModel, dense: PreTrainedModel, windows: Tensor) -
     return float(((ends[0] - ends[1]).norm(dim=-1) / ends[1].norm(dim=-1)).mean())
 
 
-@pytest.mark.parametrize("last_only", [False, True])
-def test_a_dense_patch_brings_the_stream_nearer_to_the_dense_models(
-    last_only: bool, dense: PreTrainedModel, windows: Tensor
-) -> None:
+def test_a_dense_patch_brings_the_stream_nearer_to_the_dense_models(dense: PreTrainedModel, windows: Tensor) -> None:
     merged, plan = plan_merging(dense, windows, None, MergeSettings(layers=4, repeat=False))
-    healed = heal_merges(dense, merged, windows, "least-squares", last_only=last_only)
+    healed = heal_merges(dense, merged, windows, "least-squares")
     places = [index + 1 for index, node in enumerate(plan.tree) if isinstance(node, list)]
-    assert sorted(patches(healed)) == (places[-1:] if last_only else places)
+    assert sorted(patches(healed)) == places
     assert not patches(merged)
     with torch.no_grad():
         assert distance(healed, dense, windows) < 0.9 * distance(merged, dense, windows)

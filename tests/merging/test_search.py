@@ -148,7 +148,7 @@ def test_prefix_losses_are_those_of_the_whole_model(dense: PreTrainedModel, held
 
 
 @pytest.mark.parametrize("score", ["angular", "bi", "sleb", "loss", "refit"])
-def test_the_place_with_the_lowest_score_is_merged(
+def test_the_place_with_the_highest_score_is_merged(
     score: str, dense: PreTrainedModel, windows: Tensor, heldout: Tensor
 ) -> None:
     scores = score_layers(dense, windows)
@@ -156,15 +156,15 @@ def test_the_place_with_the_lowest_score_is_merged(
 
     def value(span: Span) -> float:
         if score == "sleb":
-            return loss_of(keep_layers(dense, [i for i in range(LAYERS) if i not in range(*span)]), heldout)
+            return -loss_of(keep_layers(dense, [i for i in range(LAYERS) if i not in range(*span)]), heldout)
         if score in ("loss", "refit"):
             shares = influence_shares(scores.influence[span.start : span.end].tolist())
             merged = merge_layers(dense, choose_units(scores, span, shares))
-            return loss_of(refit_merges(dense, merged, windows) if score == "refit" else merged, heldout)
-        return {"angular": scores.last_token_angle, "bi": scores.span_influence}[score][span]
+            return -loss_of(refit_merges(dense, merged, windows) if score == "refit" else merged, heldout)
+        return -{"angular": scores.last_token_angle, "bi": scores.span_influence}[score][span]
 
     _, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=5, skip_score=score))
-    assert plan.merges[0].span == min(spans, key=value)
+    assert plan.merges[0].span == max(spans, key=value)
     ranking = plan.records[0]["ranking"]
     assert {Span.parse(name) for name in ranking} == set(spans)
     for name, found in ranking.items():
@@ -179,8 +179,8 @@ def test_a_later_merge_is_judged_with_its_own_layer_refitted(
     merge, ranking = plan.merges[1], plan.records[1]["ranking"]
     # The layers of the first merge are taken as they are, the stream behind the second one's is the first model's.
     refitted = CandidateRefits(dense, first, windows, {merge.span: leaves(plan.tree[merge.span.start])[-1] + 1})
-    expected = loss_of(refitted(merge_layers(first, merge), merge.span), heldout)
-    assert ranking[str(merge.span)] == min(ranking.values()) == pytest.approx(expected, abs=1e-5)
+    expected = -loss_of(refitted(merge_layers(first, merge), merge.span), heldout)
+    assert ranking[str(merge.span)] == max(ranking.values()) == pytest.approx(expected, abs=1e-5)
     untouched = loss_of(merge_layers(first, merge), heldout)
     assert abs(untouched - expected) > 1e-3
 

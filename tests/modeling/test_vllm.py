@@ -123,7 +123,7 @@ def models(dense: PreTrainedModel, tokenizer: Any) -> Iterator[tuple[str, PreTra
     statistics = calibrate(dense, windows.split(1), moments=[SPAN, LONG_SPAN])
 
     def cut(span: Span, fit: str) -> PreTrainedModel:
-        return apply_plan(dense, PrunePlan(30, (Joint(span, fit_patch(statistics, span, fit), fit),)))
+        return apply_plan(dense, PrunePlan(30, (Joint(span, fit_patch(statistics.at(span), fit), fit),)))
 
     for name, fit in FITS.items():
         yield name, cut(SPAN, fit)

@@ -86,7 +86,7 @@ def test_linearpatch_is_the_papers_formula(study: Study) -> None:
     assert study.ratios.shape == (64, 576)
     hadamard = hadamard_matrix(576)
     transcribed = hadamard @ torch.diag(study.ratios.mean(dim=0)) @ hadamard.T
-    patch = fit_patch(study.statistics, SPAN, "linearpatch")
+    patch = fit_patch(study.statistics.at(SPAN), "linearpatch")
     assert isinstance(patch, HadamardPatch)
     torch.testing.assert_close(patch.to_dense(), transcribed, rtol=1e-5, atol=1e-5)
     x = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))

@@ -11,23 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import CalibrationStatistics, Positions, Span, calibrate
+from linearpatch_kernels.calibration import CalibrationStatistics, JointStatistics, Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import hadamard_matrix
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
-from linearpatch_kernels.pruning.fits import (
-    DENSE_FITS,
-    FITS,
-    NEEDS_MOMENTS,
-    fit_diagonal,
-    fit_hadamard_low_rank,
-    fit_least_squares,
-    fit_linearpatch,
-    fit_low_rank,
-    fit_patch,
-    fit_scalar,
-    shrunk,
-)
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
+from linearpatch_kernels.pruning.closed_forms import shrunk
+from linearpatch_kernels.pruning.fits import AUTO, FITS, fit_patch, fits_of, needs_moments, takes_rank
 from tests.support.tiny import tiny_model
 
 WIDTH = 48
@@ -42,6 +31,12 @@ def states(
 ) -> Tensor:
     """[W, T, L+1, d], float64."""
     return torch.cat([hooked_states(dense, batch) for batch in windows.split(3)])
+
+
+def fitted(joint: JointStatistics, name: str, rank: int = 8) -> Patch:
+    patch = fit_patch(joint, name, rank=rank)
+    assert patch is not None
+    return patch
 
 
 # --- fits of magnitudes ----------------------------------------------------------------------------------------------
@@ -63,7 +58,7 @@ def test_linearpatch_is_the_papers_formula(statistics: CalibrationStatistics, st
     before, after = states[:, :, span.start], states[:, :, span.end]
     transcribed = hadamard @ torch.diag(transcribed_scale(before @ hadamard, after @ hadamard)) @ hadamard.T
 
-    patch = fit_patch(statistics, span, "linearpatch")
+    patch = fit_patch(statistics.at(span), "linearpatch")
     assert isinstance(patch, HadamardPatch)
     assert patch.scale.dtype == torch.float32
     torch.testing.assert_close(patch.to_dense(), transcribed, rtol=1e-5, atol=1e-5)
@@ -83,7 +78,7 @@ def test_the_scale_is_a_mean_of_ratios_and_no_ratio_of_means(states: Tensor) -> 
 @spans
 def test_diagonal(statistics: CalibrationStatistics, states: Tensor, span: Span) -> None:
     expected = torch.diag(transcribed_scale(states[:, :, span.start], states[:, :, span.end]))
-    patch = fit_patch(statistics, span, "diagonal")
+    patch = fit_patch(statistics.at(span), "diagonal")
     assert patch is not None
     torch.testing.assert_close(patch.to_dense(), expected, rtol=1e-5, atol=1e-5)
 
@@ -91,23 +86,9 @@ def test_diagonal(statistics: CalibrationStatistics, states: Tensor, span: Span)
 @spans
 def test_scalar(statistics: CalibrationStatistics, states: Tensor, span: Span) -> None:
     expected = transcribed_scalar(states[:, :, span.start], states[:, :, span.end]) * IDENTITY
-    patch = fit_patch(statistics, span, "scalar")
+    patch = fit_patch(statistics.at(span), "scalar")
     assert patch is not None
     torch.testing.assert_close(patch.to_dense(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_magnitudes_without_the_first_token(statistics: CalibrationStatistics, states: Tensor) -> None:
-    span, hadamard = Span(2, 4), hadamard_matrix(WIDTH)
-    before, after = states[:, 1:, span.start], states[:, 1:, span.end]
-    expected = {
-        fit_linearpatch: hadamard @ torch.diag(transcribed_scale(before @ hadamard, after @ hadamard)) @ hadamard.T,
-        fit_diagonal: torch.diag(transcribed_scale(before, after)),
-        fit_scalar: transcribed_scalar(before, after) * IDENTITY,
-    }
-    for fit, dense in expected.items():
-        found = fit(statistics, span, Positions.WITHOUT_FIRST).to_dense()
-        torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(found, fit(statistics, span).to_dense(), atol=1e-3)
 
 
 # --- fits of moments -------------------------------------------------------------------------------------------------
@@ -146,7 +127,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 @spans
 def test_least_squares(statistics: CalibrationStatistics, states: Tensor, span: Span) -> None:
     rows = WeightedRows(states, span)
-    patch = fit_patch(statistics, span, "least-squares")
+    patch = fit_patch(statistics.at(span), "least-squares")
     assert isinstance(patch, DensePatch)
     assert_near(patch.to_dense(), rows.best())
     assert rows.loss(patch.to_dense()) == pytest.approx(rows.loss(rows.best()), rel=1e-5)
@@ -160,7 +141,7 @@ def test_directions_that_the_text_never_visits_stay_as_they_are(
     span, few = Span(2, 4), windows[:1, :20]
     statistics, rows = calibrate(dense, [few], moments=[span]), hooked_states(dense, few)[0, :, span.start]
     unvisited = torch.linalg.svd(rows).Vh[20:]
-    for patch in (fit_least_squares(statistics, span), fit_low_rank(statistics, span, 20)):
+    for patch in (fitted(statistics.at(span), "least-squares"), fitted(statistics.at(span), "low-rank", 20)):
         torch.testing.assert_close(unvisited @ patch.to_dense(), unvisited, rtol=0, atol=1e-2)
         assert (rows @ patch.to_dense() - rows).abs().max() > 0.1
 
@@ -173,7 +154,7 @@ def test_low_rank_is_the_optimum_of_its_rank(
     rows = WeightedRows(states, span)
     best, least = rows.best_of_rank(IDENTITY, rank)
     assert rows.loss(best) == pytest.approx(least, rel=1e-8)
-    patch = fit_patch(statistics, span, "low-rank", rank=rank)
+    patch = fit_patch(statistics.at(span), "low-rank", rank=rank)
     assert isinstance(patch, LowRankPatch)
     assert (patch.rank, patch.down.shape, patch.up.shape) == (rank, (WIDTH, rank), (rank, WIDTH))
     assert rows.loss(patch.to_dense()) == pytest.approx(least, rel=1e-5)
@@ -184,11 +165,14 @@ def test_low_rank_is_the_optimum_of_its_rank(
 def test_more_rank_is_better_up_to_least_squares(statistics: CalibrationStatistics, states: Tensor) -> None:
     span = Span(2, 4)
     rows = WeightedRows(states, span)
-    losses = [rows.loss(fit_low_rank(statistics, span, rank).to_dense()) for rank in range(1, WIDTH + 1)]
+    losses = [rows.loss(fitted(statistics.at(span), "low-rank", rank).to_dense()) for rank in range(1, WIDTH + 1)]
     assert all(more < less for less, more in pairwise([rows.loss(IDENTITY), *losses[:20]]))
     assert all(more <= less * (1 + 1e-6) for less, more in pairwise(losses))
     assert losses[-1] == pytest.approx(rows.loss(rows.best()), rel=1e-5)
-    assert_near(fit_low_rank(statistics, span, WIDTH).to_dense(), fit_least_squares(statistics, span).to_dense())
+    assert_near(
+        fitted(statistics.at(span), "low-rank", WIDTH).to_dense(),
+        fitted(statistics.at(span), "least-squares").to_dense(),
+    )
 
 
 @spans
@@ -204,20 +188,20 @@ def test_hadamard_low_rank_is_one_turn_of_alternating_least_squares(
     scale = torch.linalg.lstsq(columns.flatten(0, 1), rest.flatten().unsqueeze(1)).solution.squeeze(1)
     best, least = rows.best_of_rank(hadamard @ torch.diag(scale) @ hadamard.T, rank)
 
-    patch = fit_patch(statistics, span, "hadamard-low-rank", rank=rank)
+    patch = fit_patch(statistics.at(span), "hadamard-low-rank", rank=rank)
     assert isinstance(patch, HadamardPatch)
     assert patch.rank == rank
     torch.testing.assert_close(patch.scale.detach().double(), scale, rtol=1e-3, atol=1e-3)
     assert_near(patch.to_dense(), best)
     loss = rows.loss(patch.to_dense())
     assert loss == pytest.approx(least, rel=1e-5)
-    assert loss <= rows.loss(fit_low_rank(statistics, span, rank).to_dense())
+    assert loss <= rows.loss(fitted(statistics.at(span), "low-rank", rank).to_dense())
 
 
 @pytest.mark.parametrize("name", ["low-rank", "least-squares"])
 def test_shrunk_maps_go_three_quarters_of_the_way(statistics: CalibrationStatistics, name: str) -> None:
     span = Span(2, 4)
-    full, kept = (fit_patch(statistics, span, fit, rank=5) for fit in (name, f"shrunk-{name}"))
+    full, kept = (fit_patch(statistics.at(span), fit, rank=5) for fit in (name, f"shrunk-{name}"))
     assert full is not None
     assert kept is not None
     assert type(kept) is type(full)
@@ -227,7 +211,8 @@ def test_shrunk_maps_go_three_quarters_of_the_way(statistics: CalibrationStatist
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
 def test_shrinking_makes_a_new_patch(statistics: CalibrationStatistics, kept: float) -> None:
-    for patch in (fit_low_rank(statistics, Span(2, 4), 5), fit_least_squares(statistics, Span(2, 4))):
+    for patch in (fitted(statistics.at(Span(2, 4)), name, 5) for name in ("low-rank", "least-squares")):
+        assert isinstance(patch, DensePatch | LowRankPatch)
         before = copy.deepcopy(patch.state_dict())
         expected = IDENTITY + kept * (patch.to_dense() - IDENTITY)
         torch.testing.assert_close(shrunk(patch, kept).to_dense(), expected, rtol=1e-6, atol=1e-6)
@@ -240,32 +225,56 @@ def test_shrinking_makes_a_new_patch(statistics: CalibrationStatistics, kept: fl
 
 def test_every_fit_by_its_name(statistics: CalibrationStatistics) -> None:
     for name in FITS:
-        patch = fit_patch(statistics, Span(2, 4), name, rank=4)
+        patch = fit_patch(statistics.at(Span(2, 4)), name, rank=4)
         assert (patch is None) == (name == "none")
-        assert isinstance(patch, DensePatch) == (name in DENSE_FITS)
+        assert isinstance(patch, DensePatch) == (not FITS[name].structured)
         if patch is not None:
             assert all(parameter.dtype == torch.float32 for parameter in patch.parameters())
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_which_fits_need_moments(statistics: CalibrationStatistics, name: str) -> None:
-    if name not in NEEDS_MOMENTS:
-        fit_patch(statistics, Span(1, 5), name)
+    assert needs_moments(name) == FITS[name].needs_moments
+    if not FITS[name].needs_moments:
+        fit_patch(statistics.at(Span(1, 5)), name)
         return
     with pytest.raises(InputError, match=r"the second moments of 1:5 were not collected: calibrate with moments="):
-        fit_patch(statistics, Span(1, 5), name, rank=4)
+        fit_patch(statistics.at(Span(1, 5)), name, rank=4)
 
 
 @pytest.mark.parametrize("rank", [-1, 0, WIDTH + 1])
-@pytest.mark.parametrize("fit", [fit_low_rank, fit_hadamard_low_rank])
-def test_ranks_that_do_not_fit(statistics: CalibrationStatistics, fit: Callable[..., object], rank: int) -> None:
+@pytest.mark.parametrize("fit", [name for name in FITS if takes_rank(name)])
+def test_ranks_that_do_not_fit(statistics: CalibrationStatistics, fit: str, rank: int) -> None:
     with pytest.raises(InputError, match=f"a patch of rank {rank} does not fit a width of 48: give --rank 1 to 48"):
-        fit(statistics, Span(2, 4), rank)
+        fit_patch(statistics.at(Span(2, 4)), fit, rank=rank)
+
+
+@pytest.mark.parametrize("name", [name for name in FITS if not takes_rank(name)])
+def test_fits_without_a_rank_take_any(statistics: CalibrationStatistics, name: str) -> None:
+    fit_patch(statistics.at(Span(2, 4)), name, rank=WIDTH + 1)
+
+
+def test_what_a_name_asks_for() -> None:
+    assert [fit.name for fit in fits_of(AUTO)] == list(FITS)
+    assert {fit.name for fit in fits_of(AUTO, structured=True)} == FITS.keys() - {
+        "least-squares",
+        "shrunk-least-squares",
+    }
+    assert fits_of("low-rank", structured=True) == [FITS["low-rank"]]
+    assert needs_moments(AUTO)
+    assert takes_rank(AUTO)
+    assert not needs_moments("linearpatch")
+    assert not takes_rank("linearpatch")
+    with pytest.raises(InputError, match="--structured leaves dense maps out and --fit least-squares is one"):
+        fits_of("least-squares", structured=True)
+    for asking in (fits_of, needs_moments, takes_rank):
+        with pytest.raises(InputError, match=r"no fit is called 'magic': choose one of none, .*, auto"):
+            asking("magic")
 
 
 def test_an_unknown_fit(statistics: CalibrationStatistics) -> None:
     with pytest.raises(InputError, match=r"no fit is called 'magic': choose one of none, scalar, .*, auto"):
-        fit_patch(statistics, Span(2, 4), "magic")
+        fit_patch(statistics.at(Span(2, 4)), "magic")
 
 
 def test_a_silent_channel_is_refused_by_the_fits_that_divide_by_it(windows: Tensor) -> None:
@@ -278,9 +287,9 @@ def test_a_silent_channel_is_refused_by_the_fits_that_divide_by_it(windows: Tens
     statistics = calibrate(model, [windows], moments=[Span(2, 4)])
     assert statistics.mean_abs[..., 11].abs().max() == 0
     with pytest.raises(InputError, match="the fit diagonal of 2:4 gave a value that is not finite") as caught:
-        fit_patch(statistics, Span(2, 4), "diagonal")
+        fit_patch(statistics.at(Span(2, 4)), "diagonal")
     assert "\n" not in str(caught.value)
     for name in FITS.keys() - {"diagonal", "none"}:
-        patch = fit_patch(statistics, Span(2, 4), name, rank=4)
+        patch = fit_patch(statistics.at(Span(2, 4)), name, rank=4)
         assert patch is not None
         assert bool(patch.to_dense().isfinite().all())

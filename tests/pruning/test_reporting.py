@@ -50,7 +50,7 @@ def test_magnitudes_at_the_joint(
 def test_span_rows(statistics: CalibrationStatistics) -> None:
     patch = random_patch("low-rank")
     joints = (Joint(Span(1, 2), patch, "low-rank"), Joint(Span(3, 5)))
-    cosine = statistics.token_cosine[0] / statistics.tokens[0]
+    cosine = statistics.token_cosine / statistics.tokens
     assert span_rows(PrunePlan(6, joints, score="cosine"), statistics) == [
         SpanRow("1:2", "cosine", pytest.approx(float(cosine[1, 2])), "low-rank: LowRankPatch, 384 parameters"),
         SpanRow("3:5", "cosine", pytest.approx(float(cosine[3, 5])), "none: plain removal"),

@@ -8,11 +8,13 @@ import torch
 from linearpatch_kernels.calibration import CalibrationStatistics, Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.pruning.scores import (
-    PAIR_SCORES,
     SCORES,
     check_drop,
     choose_spans,
     score_spans,
+    scores_of_statistics,
+    short_list,
+    span_score,
     spans_of_layers,
 )
 
@@ -27,20 +29,19 @@ def random_statistics(seed: int = 0, **given: torch.Tensor) -> CalibrationStatis
 
     depths, samples, tokens = LAYERS + 1, 3, 30
     values = {
-        "token_cosine": tokens * random(2, depths, depths),
-        "token_angle": tokens * random(2, depths, depths),
+        "token_cosine": tokens * random(depths, depths),
         "last_token_angle": samples * random(depths, depths),
-        "channel_cosine": samples * random(2, depths, depths),
-        "mean_abs": random(2, samples, depths, 4),
-        "hadamard_mean_abs": random(2, samples, depths, 4),
+        "channel_cosine": samples * random(depths, depths),
+        "mean_abs": random(samples, depths, 4),
+        "hadamard_mean_abs": random(samples, depths, 4),
     }
-    return CalibrationStatistics(samples, torch.tensor([tokens, tokens - samples]), **(values | given))
+    return CalibrationStatistics(samples, tokens, **(values | given))
 
 
 def definition(statistics: CalibrationStatistics, score: str, start: int, end: int) -> float:
     sums, count = {
-        "cosine": (statistics.token_cosine[0], 30),
-        "channel-cosine": (statistics.channel_cosine[0], 3),
+        "cosine": (statistics.token_cosine, 30),
+        "channel-cosine": (statistics.channel_cosine, 3),
         "angular": (-statistics.last_token_angle, 3),
     }[score]
     return float(sums[start, end]) / count
@@ -68,33 +69,32 @@ def test_the_best_span_of_all(score: str, drop: int, seed: int) -> None:
 def test_the_default_score_is_the_cosine_per_token() -> None:
     statistics = random_statistics(1)
     assert choose_spans(statistics, 2) == choose_spans(statistics, 2, "cosine")
-    assert all(
-        choose_spans(statistics, 2) != choose_spans(statistics, 2, other) for other in SCORES if other != "cosine"
-    )
+    others = [choose_spans(statistics, 2, other) for other in scores_of_statistics() if other != "cosine"]
+    assert choose_spans(statistics, 2) not in others
 
 
 @pytest.mark.parametrize("score", ["cosine", "channel-cosine", "angular"])
 def test_the_first_and_the_last_layer_stay_however_well_they_score(score: str) -> None:
-    tempting = torch.zeros(2, LAYERS + 1, LAYERS + 1, dtype=torch.float64)
-    tempting[:, 0, :] = tempting[:, :, LAYERS] = 9
-    tempting[:, 3, 5] = 1
-    statistics = random_statistics(token_cosine=tempting, channel_cosine=tempting, last_token_angle=-tempting[0])
+    tempting = torch.zeros(LAYERS + 1, LAYERS + 1, dtype=torch.float64)
+    tempting[0, :] = tempting[:, LAYERS] = 9
+    tempting[3, 5] = 1
+    statistics = random_statistics(token_cosine=tempting, channel_cosine=tempting, last_token_angle=-tempting)
     assert choose_spans(statistics, 2, score) == [Span(3, 5)]
     assert choose_spans(statistics, LAYERS - 2, score) == [Span(1, LAYERS - 1)]
 
 
-@pytest.mark.parametrize("score", PAIR_SCORES)
+@pytest.mark.parametrize("score", ["cosine", "channel-cosine", "angular"])
 def test_of_equals_the_earlier_span(score: str) -> None:
-    same = torch.ones(2, LAYERS + 1, LAYERS + 1, dtype=torch.float64)
-    statistics = random_statistics(token_cosine=same, channel_cosine=same, last_token_angle=same[0])
+    same = torch.ones(LAYERS + 1, LAYERS + 1, dtype=torch.float64)
+    statistics = random_statistics(token_cosine=same, channel_cosine=same, last_token_angle=same)
     assert list(score_spans(statistics, 3, score)) == [Span(start, start + 3) for start in range(1, 5)]
     assert choose_spans(statistics, 3, score) == [Span(1, 4)]
 
 
 def with_influence(influence: list[float]) -> CalibrationStatistics:
     """Statistics whose layers have these block influences."""
-    cosine = torch.rand(2, LAYERS + 1, LAYERS + 1, dtype=torch.float64)
-    cosine[0].diagonal(1).copy_(30 * (1 - torch.tensor(influence, dtype=torch.float64)))
+    cosine = torch.rand(LAYERS + 1, LAYERS + 1, dtype=torch.float64)
+    cosine.diagonal(1).copy_(30 * (1 - torch.tensor(influence, dtype=torch.float64)))
     return random_statistics(token_cosine=cosine)
 
 
@@ -130,7 +130,7 @@ def test_layers_joined_to_spans(layers: list[int], spans: list[Span]) -> None:
 
 
 @pytest.mark.parametrize("drop", [-1, 0, 7, 8, 99])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", scores_of_statistics())
 def test_too_many_layers(drop: int, score: str) -> None:
     message = f"{drop} of 8 layers cannot be dropped: the first and the last stay, so give a number from 1 to 6"
     for run in (lambda: check_drop(drop, LAYERS), lambda: choose_spans(random_statistics(), drop, score)):
@@ -143,5 +143,19 @@ def test_too_many_layers(drop: int, score: str) -> None:
 def test_unknown_scores() -> None:
     with pytest.raises(InputError, match="'perplexity': choose one of cosine, channel-cosine, angular, bi"):
         choose_spans(random_statistics(), 2, "perplexity")
-    with pytest.raises(InputError, match=r"choose one of cosine, channel-cosine, angular$"):
+    with pytest.raises(InputError, match=r"'loss': choose one of cosine, channel-cosine, angular, bi$"):
+        choose_spans(random_statistics(), 2, "loss")
+    with pytest.raises(InputError, match="the score bi is of single layers, not of spans"):
         score_spans(random_statistics(), 2, "bi")
+
+
+def test_the_short_list_of_a_score_that_runs_the_model() -> None:
+    statistics = random_statistics()
+    assert SCORES["loss"].runs_the_model
+    assert short_list(statistics, 1, "loss") == list(score_spans(statistics, 1, "cosine"))[:5]
+
+
+def test_the_score_of_a_given_span() -> None:
+    statistics, span = random_statistics(), Span(3, 5)
+    assert span_score(statistics, span, "angular") == pytest.approx(definition(statistics, "angular", 3, 5))
+    assert [span_score(statistics, span, name) for name in ("bi", "loss", "given")] == [None] * 3

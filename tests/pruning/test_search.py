@@ -16,7 +16,7 @@ from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.plan import PrunePlan
-from linearpatch_kernels.pruning.scores import SCORES, choose_spans, score_spans
+from linearpatch_kernels.pruning.scores import choose_spans, score_spans, scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
 from linearpatch_kernels.pruning.selection import choose_fit, fitted_joints
 from tests.support.tiny import VOCABULARY, tiny_model
@@ -40,7 +40,7 @@ def assert_same_plan(actual: PrunePlan, expected: PrunePlan) -> None:
 
 
 @pytest.mark.parametrize("fit", ["none", "linearpatch", "low-rank", "least-squares"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", scores_of_statistics())
 def test_the_plan_of_a_number_of_layers(dense: PreTrainedModel, windows: Tensor, score: str, fit: str) -> None:
     made = plan_pruning(dense, windows, drop=2, score=score, fit=fit, rank=RANK)
     spans = choose_spans(calibrate(dense, [windows]), 2, score)

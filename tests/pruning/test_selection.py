@@ -22,7 +22,7 @@ from linearpatch_kernels.forward import Run
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
 from linearpatch_kernels.pruning import selection
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.fits import DENSE_FITS, FITS
+from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.selection import (
     choose_fit,
@@ -30,7 +30,6 @@ from linearpatch_kernels.pruning.selection import (
     cost,
     decide,
     fitted_joints,
-    needs_moments,
 )
 from tests.support.tiny import random_patch, tiny_model, tiny_patched_model
 
@@ -221,7 +220,7 @@ def test_choose_fit(dense: PreTrainedModel, heldout: Tensor, statistics: Calibra
     assert best["loss"] == min(quality.loss for name, quality in made.found.items() if name != "dense")
 
     structured = choose_fit(dense, heldout, statistics, spans, rank=RANK, structured=True)
-    assert set(structured.candidates) == set(FITS) - DENSE_FITS
+    assert set(structured.candidates) == {name for name, fit in FITS.items() if fit.structured}
     assert structured.fit == made.structured().fit
     assert not any(isinstance(joint.patch, DensePatch) for joint in structured.joints)
 
@@ -291,11 +290,3 @@ def test_a_fit_that_the_text_does_not_allow_is_no_candidate(
     assert set(made.candidates) == set(FITS) - {"diagonal"}
     with pytest.raises(InputError, match="were not collected"):
         choose_fit(dense, heldout, statistics, [Span(2, 3)], rank=RANK)
-
-
-def test_which_names_are_fits() -> None:
-    assert not needs_moments("linearpatch")
-    assert needs_moments("auto")
-    assert needs_moments("shrunk-low-rank")
-    with pytest.raises(InputError, match=r"no fit is called 'magic': choose one of none, .*, auto"):
-        needs_moments("magic")
