@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from linearpatch_kernels.fingerprints import _fingerprint_0_1, fingerprint_model, model_difference
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.pruning.consistency import check_patches, check_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
 from tests.fixtures.format1.make import FOLDER
@@ -31,15 +37,19 @@ def expected_of(family: str, name: str) -> dict[str, Tensor]:
 
 @each_family
 @each_checkpoint
+@pytest.mark.filterwarnings("error")
 @torch.no_grad()
 def test_a_checkpoint_loads_with_the_same_patches_and_logits(family: str, name: str) -> None:
     expected = expected_of(family, name)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / family / name, dtype=torch.float32)
-    matrices = {f"joint.{at}": patch.double()(torch.eye(24).double()) for at, patch in patches(model).items()}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        FOLDER / family / name, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert model.config.linearpatch["format"] == 2
+    matrices = {f"joint.{at}": chain.to_dense() for at, chain in patches(model).items()}
     assert matrices.keys() == {key for key in expected if key.startswith("joint.")}
     for key, matrix in matrices.items():
         torch.testing.assert_close(matrix, expected[key])
-    model.float()
     torch.testing.assert_close(model(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
 
 
@@ -57,3 +67,51 @@ def test_a_plan_loads_with_the_same_patches_and_belongs_to_its_checkpoint(family
     assert tokenizer is not None
     check_plan(plan, model.config.to_dict(), directory)
     check_patches(plan, model, Path(directory))
+
+
+@each_family
+@each_checkpoint
+@torch.no_grad()
+def test_it_is_saved_in_format_2(family: str, name: str, tmp_path: Path) -> None:
+    """Under the present names, whatever names it was loaded with, by ``save_pretrained`` and by `save_checkpoint`."""
+    expected = expected_of(family, name)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / family / name)
+    model.save_pretrained(tmp_path / "plain")
+    save_checkpoint(model, None, tmp_path / "checked")
+    for place in ("plain", "checked"):
+        names = {one for one in load_file(tmp_path / place / "model.safetensors") if "patch." in one}
+        assert names == {one for one in model.state_dict() if "patch." in one}
+        record = json.loads((tmp_path / place / "config.json").read_text())["linearpatch"]
+        assert record["format"] == 2
+        assert {type(chain) for chain in record["joints"].values()} == {list}
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype=torch.float32)
+        torch.testing.assert_close(again(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
+
+
+@each_family
+@torch.no_grad()
+def test_its_own_code_loads_it_beside_this_version(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = FOLDER / family / "once"
+    spec = importlib.util.spec_from_file_location("modeling_of_format_1", directory / "modeling_linearpatch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    config = json.loads((directory / "config.json").read_text())
+    model = getattr(module, config["architectures"][0]).from_pretrained(directory, dtype=torch.float32)
+    expected = expected_of(family, "once")
+    torch.testing.assert_close(model(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
+
+
+@each_family
+@each_checkpoint
+def test_what_was_fingerprinted_then_is_known_again(family: str, name: str) -> None:
+    this_version, version_0_1 = json.loads((FOLDER / family / "fingerprints.json").read_text())[name]
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / family / name)
+    # The last group is of the config, whose entries are those of a version of Transformers.
+    assert fingerprint_model(model).split("-")[:3] == this_version.split("-")[:3]
+    made_with = json.loads((FOLDER / family / name / "config.json").read_text())["transformers_version"]
+    if transformers.__version__ == made_with:
+        assert model_difference(this_version, model) == ""
+        assert _fingerprint_0_1(model) == version_0_1
