@@ -336,6 +336,7 @@ class PatchChain(nn.Sequential):
 
     @property
     def patches(self) -> tuple[Patch, ...]:
+        """In the order in which they are applied."""
         return tuple(self)
 
     @property
@@ -344,7 +345,7 @@ class PatchChain(nn.Sequential):
         return self.patches[0].dim
 
     def description(self) -> list[dict[str, Any]]:
-        """What `build_chain` needs to make an empty chain of the same kinds and shapes; JSON-able."""
+        """What `Patch.description` tells of every patch: the joint's list in a config and in a plan; JSON-able."""
         return [patch.description() for patch in self]
 
     @property

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,20 +89,34 @@ def test_it_is_saved_in_format_2(family: str, name: str, tmp_path: Path) -> None
         torch.testing.assert_close(again(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
 
 
-@each_family
-@torch.no_grad()
-def test_its_own_code_loads_it_beside_this_version(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = FOLDER / family / "once"
-    spec = importlib.util.spec_from_file_location("modeling_of_format_1", directory / "modeling_linearpatch.py")
+@pytest.fixture
+def class_of_format_1(family: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The causal LM in the modeling file that format 1 wrote."""
+    spec = importlib.util.spec_from_file_location(
+        "modeling_of_format_1", FOLDER / family / "once" / "modeling_linearpatch.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    config = json.loads((directory / "config.json").read_text())
-    model = getattr(module, config["architectures"][0]).from_pretrained(directory, dtype=torch.float32)
+    config = json.loads((FOLDER / family / "once" / "config.json").read_text())
+    return getattr(module, config["architectures"][0])
+
+
+@each_family
+@torch.no_grad()
+def test_its_own_code_loads_it_beside_this_version(family: str, class_of_format_1: Any) -> None:
+    model = class_of_format_1.from_pretrained(FOLDER / family / "once", dtype=torch.float32)
     expected = expected_of(family, "once")
     torch.testing.assert_close(model(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
+
+
+@each_family
+def test_code_of_format_1_refuses_format_2(family: str, class_of_format_1: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(FOLDER / family / "once").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the patch weights do not fit the config"):
+        class_of_format_1.from_pretrained(tmp_path)
 
 
 @each_family
