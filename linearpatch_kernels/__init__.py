@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LinearTopKKLLoss,
         LowRankPatch,
         Patch,
+        PatchChain,
         TopKKLLoss,
         build_patch,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "MergePlan",
     "MergeSettings",
     "Patch",
+    "PatchChain",
     "PrunePlan",
     "Span",
     "TeacherStore",
@@ -85,6 +87,7 @@ _HOME = {
         "LinearTopKKLLoss",
         "LowRankPatch",
         "Patch",
+        "PatchChain",
         "TopKKLLoss",
         "build_patch",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -129,10 +130,10 @@ def fingerprint_model(model: nn.Module) -> str:
     Every value is read once and added to a sum for its row, so that a single changed weight shows. Saving and loading
     keeps the fingerprint. `model_difference` says in words in what a model differs from one.
     """
-    tensors = sorted(model.state_dict().items())
-    shapes = _digest([f"{name} {tuple(tensor.shape)}".encode() for name, tensor in tensors])
-    dtypes = _digest([f"{name} {tensor.dtype}".encode() for name, tensor in tensors])
-    values = _digest(_values(model, name, tensor) + _row_sums(model, name, tensor) for name, tensor in tensors)
+    tensors = _known_tensors(model)
+    shapes = _digest([f"{known} {tuple(tensor.shape)}".encode() for known, _, tensor in tensors])
+    dtypes = _digest([f"{known} {tensor.dtype}".encode() for known, _, tensor in tensors])
+    values = _digest(_values(model, name, tensor) + _row_sums(model, name, tensor) for _, name, tensor in tensors)
     config = getattr(model, "config", None)
     computing = "" if config is None else _json(_computing(config)).decode()
     return f"{shapes[:8]}-{dtypes[:4]}-{values}-{_digest([computing.encode()])[:8]}"
@@ -146,6 +147,24 @@ def model_difference(fingerprint: str, model: nn.Module) -> str:
     if len(there) != len(here):
         return "a fingerprint of another version"
     return next((f"other {part}" for part, a, b in zip(_MODEL_PARTS, there, here, strict=True) if a != b), "")
+
+
+_FIRST_PATCH = re.compile(r"(?P<chain>.*\.(?:output_)?patch\.)0(?P<rest>\..+)")
+
+
+def _known_tensors(model: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """Of every tensor: the name that counts, by which they are sorted, its name in the model, and the tensor.
+
+    The only patch of a joint counts under the name without its number, which it had up to format 1 of a checkpoint:
+    what was fingerprinted then is known again.
+    """
+    state = model.state_dict()
+    known = []
+    for name, tensor in state.items():
+        found = _FIRST_PATCH.fullmatch(name)
+        alone = found is not None and not any(other.startswith(f"{found['chain']}1.") for other in state)
+        known.append((f"{found['chain'][:-1]}{found['rest']}" if found and alone else name, name, tensor))
+    return sorted(known, key=lambda one: one[0])
 
 
 def _computing(config: Any) -> dict[str, Any]:
@@ -181,13 +200,21 @@ def _fingerprint_0_1(model: nn.Module) -> str:
         config = getattr(model, "config", None)
         if config is not None:
             kept = {k: v for k, v in config.to_dict().items() if k not in _BESIDE_CONFIG_0_1 and not k.startswith("_")}
+            if isinstance(kept.get("linearpatch"), dict):
+                kept["linearpatch"] = _as_format_1(kept["linearpatch"])
             yield _json(kept)
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        for known, name, tensor in _known_tensors(model):
+            yield f"{known} {tuple(tensor.shape)} {tensor.dtype}".encode()
             if tensor.device.type != "meta" or _brought(model, name) is not None:
                 yield _values(model, name, tensor)
 
     return _digest(parts())
+
+
+def _as_format_1(patches: dict[str, Any]) -> dict[str, Any]:
+    """The config's record of joints as version 0.1 wrote it: without a format, one patch without a list."""
+    joints = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in (patches.get("joints") or {}).items()}
+    return {name: value for name, value in patches.items() if name != "format"} | {"joints": joints}
 
 
 # As integers, whose sums are the same in every order.

@@ -1,14 +1,14 @@
 """The patches that can stand at a joint, and the distillation losses, as modules.
 
 Every patch is linear, ``y = x @ P`` with row vectors, and is rebuilt from its `Patch.description` by `build_patch`. A
-new kind of patch is one class here, named in `PATCH_KINDS`.
+new kind of patch is one class here, named in `PATCH_KINDS`. What stands at a joint is a `PatchChain` of one or more.
 """
 
 from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -301,9 +301,75 @@ class DensePatch(Patch):
         return 2 * self.dim**2
 
 
+class PatchChain(nn.Sequential):
+    """The patches of one joint, applied in their order: ``y = x @ (P_0 @ P_1 @ ...)``, of one patch as of several.
+
+    ``chain[i]`` is patch i, and its tensors are called ``i.scale``, ``i.weight``, ... in the state dict.
+
+    Args:
+        patches: at least one, all of one width; they are held, not copied.
+
+    Raises:
+        InputError: no patch, something that is none, or patches of different widths.
+    """
+
+    def __init__(self, *patches: Patch) -> None:
+        super().__init__(*patches)
+        if not self:
+            raise InputError("there is no patch: a chain holds at least one")
+        for patch in self:
+            if not isinstance(patch, Patch):
+                raise InputError(f"a {type(patch).__name__} is no patch")
+        widths = sorted({patch.dim for patch in self})
+        if len(widths) > 1:
+            raise InputError(f"patches of the widths {', '.join(map(str, widths))} do not follow each other")
+
+    @classmethod
+    def of(cls, patches: Patch | Iterable[Patch]) -> PatchChain:
+        """The chain of one patch, or of several; a chain is returned as it is."""
+        if isinstance(patches, PatchChain):
+            return patches
+        return cls(*patches) if isinstance(patches, Iterable) else cls(patches)
+
+    def __iter__(self) -> Iterator[Patch]:
+        return super().__iter__()  # type: ignore[return-value]  # torch types them as modules
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """In the order in which they are applied."""
+        return tuple(self)
+
+    @property
+    def dim(self) -> int:
+        """The width d of the residual stream."""
+        return self.patches[0].dim
+
+    def description(self) -> list[dict[str, Any]]:
+        """What `Patch.description` tells of every patch: the joint's list in a config and in a plan; JSON-able."""
+        return [patch.description() for patch in self]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the patches hold."""
+        return sum(patch.num_parameters for patch in self)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations for one token: additions and multiplications."""
+        return sum(patch.flops_per_token for patch in self)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """P [dim, dim] in float64, on the parameters' device: the product of the patches' matrices."""
+        matrices = [patch.to_dense() for patch in self]
+        return torch.linalg.multi_dot(matrices) if len(matrices) > 1 else matrices[0]
+
+
 _FIELD_TYPES: dict[str, type] = {"int": int, "bool": bool}
 # Four times the widest model there is.
 _WIDEST = 1 << 16
+# A joint has a patch for every time that it was cut.
+_MOST_PATCHES = 256
 
 PATCH_KINDS: dict[str, type[Patch]] = {
     one.kind: one for one in (HadamardPatch, LowRankPatch, DiagonalPatch, DensePatch)
@@ -323,6 +389,30 @@ def build_patch(description: Mapping[str, Any], *, dim: int | None = None) -> Pa
     check_description(description, dim)
     fields = {name: value for name, value in description.items() if name != "kind"}
     return PATCH_KINDS[description["kind"]](**fields)
+
+
+def build_chain(descriptions: Any, *, dim: int | None = None) -> PatchChain:
+    """The untrained patches of a joint, as `PatchChain.description` told them.
+
+    Args:
+        descriptions: a list of at least one; it may come from a file.
+        dim: the width of the model that they are for.
+
+    Raises:
+        InputError: as `check_descriptions` and `PatchChain`; nothing has been allocated when it is the former.
+    """
+    check_descriptions(descriptions, dim)
+    return PatchChain(*(build_patch(description, dim=dim) for description in descriptions))
+
+
+def check_descriptions(descriptions: object, dim: int | None = None) -> None:
+    """Whether a joint's entry in a file is a list of descriptions, each of which passes `check_description`."""
+    if not isinstance(descriptions, list):
+        raise InputError(f"a joint holds a list of patches, not {reprlib.repr(descriptions)}")
+    if len(descriptions) > _MOST_PATCHES:
+        raise InputError(f"{len(descriptions)} patches are more than a joint can hold ({_MOST_PATCHES})")
+    for description in descriptions:
+        check_description(description, dim)
 
 
 def check_description(description: object, dim: int | None = None) -> None:

@@ -67,8 +67,8 @@ def signature(name: str, thing: Any) -> list[str]:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             shown.append("*")
-            starred = True
-        shown.append(declared(parameter))
+        starred = starred or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        shown.append(("*" if parameter.kind is parameter.VAR_POSITIONAL else "") + declared(parameter))
     returned = "" if found.return_annotation in (found.empty, None, "None") else f" -> {plain(found.return_annotation)}"
     line = f"{name}({', '.join(shown)}){returned}"
     if len(line) > _LONGEST:

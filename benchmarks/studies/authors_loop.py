@@ -25,7 +25,7 @@ class AuthorsLoop:
     def __init__(
         self, student: PreTrainedModel, store: TeacherStore, joint: int, learning_rate: float, steps: int
     ) -> None:
-        patch = patches(student)[joint]
+        (patch,) = patches(student)[joint]
         assert isinstance(patch, DensePatch)
         self.student, self.store = student, store
         student.requires_grad_(False)

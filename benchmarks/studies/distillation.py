@@ -57,7 +57,6 @@ from linearpatch_kernels.forward import PartialRun, residual_stream
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.nn import Patch
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
@@ -309,8 +308,8 @@ def make_row(study: Study, row: Row) -> dict[str, Any]:
     student = study.student(row)
     method = METHODS[row.method]
     if not (method.train or method.structured_of):
-        patch = patches(student).get(study.spans[row.drop].start)
-        found: dict[str, Any] = {"parameters": patch.num_parameters if isinstance(patch, Patch) else 0}
+        chain = patches(student).get(study.spans[row.drop].start)
+        found: dict[str, Any] = {"parameters": 0 if chain is None else chain.num_parameters}
     else:
         found = (train_authors if row.method == "authors" else train_ours)(study, row, student)
     quality = study.quality(student, row.drop)
@@ -384,7 +383,6 @@ def take_back(study: Study, row: Row, student: PreTrainedModel, rank: int) -> di
     structure(student, study.store, joint=joint, windows=study.training, dense=dense, rank=rank)
     after = heldout_losses(student, study.store, joint, study.heldout)["tail"]
     patch = patches(student)[joint]
-    assert isinstance(patch, Patch)
     return {"parameters": patch.num_parameters, "structured": [trained.heldout(trained.best_step), after]}
 
 

@@ -47,7 +47,7 @@ class Distillation:
         patch = DensePatch.from_dense(torch.eye(hidden_size(self.teacher)))
         student = apply_plan(self.teacher, PrunePlan(num_layers(self.teacher), (Joint(SPAN, patch),)))
         student.requires_grad_(False)
-        weight = patches(student)[SPAN.start].weight.requires_grad_(True)
+        weight = patches(student)[SPAN.start][0].weight.requires_grad_(True)
         return student, torch.optim.AdamW([weight], lr=1e-4, weight_decay=1e-4)
 
     def probs(self, step: int, normalization: str) -> Tensor:

@@ -14,7 +14,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading, record
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from linearpatch_kernels.distillation.hierarchical import HierarchySettings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.distillation.trainer import Distillation, Step
     from linearpatch_kernels.evaluation.agreement import Quality
     from linearpatch_kernels.evaluation.report import SpanRow
+    from linearpatch_kernels.nn import PatchChain
     from linearpatch_kernels.pruning.plan import PrunePlan
 
 # Windows on which the layers of a plain removal beside a merged model are chosen.
@@ -187,19 +188,17 @@ class Pruned:
         structure(student, store, joint=self.begin(student), windows=windows, dense=dense, rank=rank)
 
     def keep(self, student: PreTrainedModel, form: str, structured: int | None) -> None:
-        from torch import nn
-
         from linearpatch_kernels.modeling.patched import patches
         from linearpatch_kernels.nn import DensePatch
         from linearpatch_kernels.pruning.plan import Joint
 
-        def trained(module: nn.Module, joint: Joint) -> Joint:
-            # Behind the plan's own patch there may stand those of earlier cuts.
-            first: Any = module[0] if isinstance(module, nn.Sequential) else module
+        def trained(chain: PatchChain, joint: Joint) -> Joint:
+            # Behind the plan's own patches there may stand those of earlier cuts.
+            own = chain.patches[: 1 if joint.patch is None else len(joint.patch)]
             words = [joint.fit, *([form] if form != "keep" else []), "distilled"]
-            if structured is not None and not isinstance(first, DensePatch):
+            if structured is not None and not any(isinstance(patch, DensePatch) for patch in own):
                 words.append("structured")
-            return Joint(joint.span, copy.deepcopy(first).float(), ", ".join(words))
+            return Joint(joint.span, [copy.deepcopy(patch).float() for patch in own], ", ".join(words))
 
         there, places = patches(student), self.plan.joint_positions()
         joints = [trained(there[at], joint) if at in there else joint for at, joint in places.items()]
@@ -222,10 +221,10 @@ class Pruned:
         from linearpatch_kernels.distillation.forms import reformed
         from linearpatch_kernels.modeling.families import hidden_size
         from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
-        from linearpatch_kernels.nn import HadamardPatch
+        from linearpatch_kernels.nn import HadamardPatch, PatchChain
 
         there = patches(student)
-        identity = HadamardPatch(hidden_size(student))
+        identity = PatchChain(HadamardPatch(hidden_size(student)))
         new = {joint: reformed(there.get(joint, identity), form, rank) for joint in self.plan.joint_positions()}
         missing = {joint: patch for joint, patch in new.items() if joint not in there}
         if missing:
@@ -234,14 +233,15 @@ class Pruned:
             replace_patch(student, joint, new[joint].to(student.dtype))
         return student
 
-    def _dense_patches(self, student: PreTrainedModel, rank: int) -> dict[int, nn.Module]:
-        """The patches that ``--structured`` is about, by joint."""
+    def _dense_patches(self, student: PreTrainedModel, rank: int) -> dict[int, PatchChain]:
+        """The chains that ``--structured`` is about, each of one dense patch, by joint."""
         from linearpatch_kernels.modeling.families import hidden_size
         from linearpatch_kernels.modeling.patched import patches
         from linearpatch_kernels.nn import DensePatch
 
         there, places = patches(student), self.plan.joint_positions()
-        dense = {joint: there[joint] for joint in places if isinstance(there.get(joint), DensePatch)}
+        kinds = {joint: [type(patch) for patch in chain] for joint, chain in there.items()}
+        dense = {joint: there[joint] for joint in places if kinds.get(joint) == [DensePatch]}
         if not dense:
             raise InputError("--structured is for dense patches and there is none: leave it out, or give --patch dense")
         if rank > hidden_size(student):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch, PatchChain
 from linearpatch_kernels.torch_state import own_state
 
 FORMS = ("keep", "scale", "scales", "low-rank", "dense")
@@ -21,21 +20,21 @@ def check_form(form: str) -> str:
 
 
 @own_state()
-def reformed(patch: nn.Module, form: str, rank: int) -> Patch:
-    """The patch of this form nearest to a joint's map (one patch, or several one after the other), in float32.
+def reformed(chain: PatchChain, form: str, rank: int) -> Patch:
+    """The patch of this form nearest to the map of a joint's patches, in float32.
 
     ``dense`` and, for a map that is H D H.T already, ``scale``, ``scales`` and ``low-rank`` are the same map; else
     Hadamard forms are the nearest in Frobenius norm (`HadamardPatch.from_dense`).
 
     Args:
-        patch: the module at the joint.
+        chain: the patches of the joint.
         form: of `FORMS`, not ``keep``.
         rank: of the low-rank term.
 
     Raises:
         InputError: an unknown form, or a rank outside [1, d] for ``low-rank``.
     """
-    matrix = dense_map(patch)
+    matrix = chain.to_dense()
     if check_form(form) == "dense":
         return DensePatch.from_dense(matrix)
     if form == "low-rank" and not 1 <= rank <= len(matrix):
@@ -49,14 +48,6 @@ def reformed(patch: nn.Module, form: str, rank: int) -> Patch:
             getattr(patch, name).copy_(parameter)
         _make_trainable(patch)
     return patch
-
-
-def dense_map(patch: nn.Module) -> Tensor:
-    """P [d, d] in float64 of one patch, or of an ``nn.Sequential`` of several."""
-    if isinstance(patch, Patch):
-        return patch.to_dense()
-    assert isinstance(patch, nn.Sequential)
-    return torch.linalg.multi_dot([dense_map(link) for link in patch]) if len(patch) > 1 else dense_map(patch[0])
 
 
 def _make_trainable(patch: HadamardPatch) -> None:

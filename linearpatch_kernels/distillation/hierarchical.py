@@ -38,7 +38,7 @@ from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import PartialRun, leaving
 from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree
-from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.patched import patches, present_name
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
@@ -397,7 +397,7 @@ class _Groups:
             outcome = GroupOutcome(
                 told.real("before"), told.real("after"), told.whole("best_step"), told.real("seconds")
             )
-            return load_file(file), outcome
+            return {present_name(name): tensor for name, tensor in load_file(file).items()}, outcome
 
 
 def _lone_layer(student: PreTrainedModel, layer: int) -> PreTrainedModel:

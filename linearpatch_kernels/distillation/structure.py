@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import joint_statistics
-from linearpatch_kernels.distillation.forms import dense_map
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import joint_depth, joint_state
 from linearpatch_kernels.forward import PartialRun, entering, leaving
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.patched import replace_patch
-from linearpatch_kernels.nn import HadamardPatch
+from linearpatch_kernels.nn import HadamardPatch, PatchChain
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
 # Relative to the mean eigenvalue: where the text never went, the two should be alike as matrices.
@@ -30,7 +29,7 @@ def structure(
     *,
     joint: int,
     windows: Sequence[int],
-    dense: Mapping[int, nn.Module],
+    dense: Mapping[int, PatchChain],
     rank: int,
 ) -> None:
     """Put the nearest Hadamard + rank r into the place of dense patches: least ``||X (P - Q)||_F`` on the store's text.
@@ -42,22 +41,22 @@ def structure(
         student: changed in place.
         joint: its first joint; nothing before it differs from the teacher.
         windows: numbers of windows in the store.
-        dense: the patches to replace, by joint.
+        dense: the chains to replace, by joint.
         rank: r in [0, d].
     """
-    measured = {at: input_moments(student, store, patch, joint=joint, windows=windows) for at, patch in dense.items()}
-    for at, patch in dense.items():
-        structured = HadamardPatch.from_dense(dense_map(patch), rank, second_moments=measured[at])
+    measured = {at: input_moments(student, store, chain, joint=joint, windows=windows) for at, chain in dense.items()}
+    for at, chain in dense.items():
+        structured = HadamardPatch.from_dense(chain.to_dense(), rank, second_moments=measured[at])
         replace_patch(student, at, structured.to(student.dtype))
 
 
 @torch.no_grad()
 def input_moments(
-    student: PreTrainedModel, store: TeacherStore, patch: nn.Module, *, joint: int, windows: Sequence[int]
+    student: PreTrainedModel, store: TeacherStore, chain: PatchChain, *, joint: int, windows: Sequence[int]
 ) -> Tensor:
-    """X.T @ X [d, d], float64, of the stream that enters a patch, every token over the norm of what leaves it; plus a
+    """X.T @ X [d, d], float64, of the stream that enters a chain, every token over the norm of what leaves it; plus a
     ten-thousandth of its mean eigenvalue times the identity."""
-    pairs = _through(student, store, patch, joint, windows[:_WINDOWS])
+    pairs = _through(student, store, chain, joint, windows[:_WINDOWS])
     moments = joint_statistics(pairs, "a trained patch").collected_moments().xx
     return moments + _RIDGE * moments.diagonal().mean() * torch.eye(
         len(moments), dtype=moments.dtype, device=moments.device
@@ -65,13 +64,13 @@ def input_moments(
 
 
 def _through(
-    student: PreTrainedModel, store: TeacherStore, patch: nn.Module, joint: int, windows: Sequence[int]
+    student: PreTrainedModel, store: TeacherStore, chain: PatchChain, joint: int, windows: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per window the tokens [T, d] before and after the patch."""
+    """Per window the tokens [T, d] before and after the chain."""
     begin = joint_depth(student, joint)
     run = PartialRun(student, begin, num_layers(student))
     seen: list[Tensor] = []
-    with eval_mode(student), entering([(patch, seen.append)]), leaving([(patch, seen.append)]):
+    with eval_mode(student), entering([(chain, seen.append)]), leaving([(chain, seen.append)]):
         for window in windows:
             run(joint_state(student, store.batch([window], [begin]), begin))
             yield seen[0].flatten(0, 1), seen[1].flatten(0, 1)

@@ -43,6 +43,7 @@ from linearpatch_kernels.files import (
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.modeling.families import linear_head, num_layers
+from linearpatch_kernels.modeling.patched import joint_place, present_name
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
 from linearpatch_kernels.torch_state import eval_mode, own_state
@@ -201,7 +202,7 @@ def joint_depth(student: PreTrainedModel, joint: int) -> int:
 
     The patch behind the last layer is a part of that layer.
     """
-    return min(joint, num_layers(student) - 1)
+    return joint_place(joint, num_layers(student))[0]
 
 
 class SuffixLoss(nn.Module):
@@ -605,7 +606,7 @@ class _Run:
         about, _ = read_seal(state, cure)
         with reading(state, cure):
             check_same_run(about["run"], self.about, folder)
-            tensors = load_file(state)
+            tensors = {present_name(name): tensor for name, tensor in load_file(state).items()}
             told = Entries(about)
             self.step = told.whole("step", most=self.settings.steps)
             self.best_step = told.whole("best_step", most=self.step)

@@ -1,12 +1,12 @@
-"""Decoders whose joints carry a patch: configuration, classes, Auto registration.
+"""Decoders whose joints carry patches: configuration, classes, Auto registration.
 
-A patched model is the stock model with a patch in front of some layers: ``model.layers.13.patch`` acts on the stream
-entering layer 13, inside the layer's forward (so inside gradient checkpointing). Joint L, behind the last of L layers,
-is ``model.layers.<L-1>.output_patch``. The config names the joints, in this model's own numbering::
+A patched model is the stock model with a `PatchChain` in front of some layers: ``model.layers.13.patch`` acts on the
+stream entering layer 13, inside the layer's forward (so inside gradient checkpointing). Joint L, behind the last of L
+layers, is ``model.layers.<L-1>.output_patch``. The config lists the patches of every joint, in this model's own
+numbering (docs/reference/checkpoint-format.md)::
 
-    config.linearpatch == {"joints": {"13": {"kind": "hadamard", ...}}, "provenance": [...]}
+    config.linearpatch == {"format": 2, "joints": {"13": [{"kind": "hadamard", ...}]}, "provenance": [...]}
 
-A joint that was cut twice holds a list of descriptions, applied in order (``patch`` is then an ``nn.Sequential``).
 The config file may have come a long way, so `checked_record` looks at it before anything is built.
 
 `patched_classes` makes the three classes of a family. With what it needs, it also travels inside the modeling file of
@@ -19,7 +19,7 @@ import copy
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,63 +40,71 @@ from linearpatch_kernels.modeling.families import (
     rebuild,
 )
 from linearpatch_kernels.modeling.modeling_file import modeling_source
-from linearpatch_kernels.nn import Patch, build_patch, check_description
+from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
 
-# A joint has a patch for every time that it was cut.
-_MOST_LINKS = 256
-_FORMATS = (1, 2)
+FORMAT = 2
+# Format 1 numbered the patches of a joint only where they were several: a pattern of its names, and what stands there
+# now. In the form that Transformers takes (``key_mapping``).
+_NAMES_OF_FORMAT_1 = {r"\.patch\.(?!\d)": ".patch.0.", r"\.output_patch\.(?!\d)": ".output_patch.0."}
+
+
+def present_name(name: str) -> str:
+    """What a tensor that a file of either format calls ``name`` is called in a model."""
+    for pattern, now in _NAMES_OF_FORMAT_1.items():
+        name = re.sub(pattern, now, name)
+    return name
+
+
+def listed(entry: Any) -> Any:
+    """A joint's entry in a file of either format, as format 2 has it: format 1 wrote a single patch without a list."""
+    return [entry] if isinstance(entry, Mapping) else entry
+
+
+def joint_place(joint: int, depth: int) -> tuple[int, str]:
+    """Where a joint of a model of ``depth`` layers stands: the number of a layer, and the name of the chain in it."""
+    return (joint, "patch") if joint < depth else (depth - 1, "output_patch")
 
 
 def checked_record(record: Any, depth: int, dim: int) -> dict[str, Any]:
-    """The entry ``linearpatch`` of a config, ``{"joints": {"13": ...}, ...}``, after a look at all that is built from.
+    """The entry ``linearpatch`` of a config, in format 2, after a look at all that is built from.
 
     Args:
-        record: as the config has it; None stands for no joints.
+        record: as the config has it, of either format; None stands for no joints.
         depth, dim: how many layers the model has, and how wide they are.
 
     Raises:
         InputError: another type or format, a joint that the model does not have, a description that does not fit it.
     """
     if record is None:
-        return {"joints": {}}
+        return {"format": FORMAT, "joints": {}}
     joints = record.get("joints") if isinstance(record, Mapping) else None
     provenance = record.get("provenance", []) if isinstance(record, Mapping) else None
     if not isinstance(joints, Mapping) or not isinstance(provenance, list):
         raise InputError(
             f"the config's linearpatch is {reprlib.repr(record)}, no record of joints: restore config.json"
         )
-    if record.get("format", 1) not in _FORMATS:
-        raise InputError(
-            f"the config's linearpatch is of format {reprlib.repr(record['format'])}: update linearpatch-kernels"
-        )
-    for joint, description in joints.items():
+    written = record.get("format", 1)
+    if written not in (1, FORMAT):
+        raise InputError(f"the config's linearpatch is of format {reprlib.repr(written)}: update linearpatch-kernels")
+    chains = {joint: entry if written == FORMAT else listed(entry) for joint, entry in joints.items()}
+    for joint, chain in chains.items():
         # As it is looked up, so no "02"; and not all that there could be, which a depth of 10**9 would make many.
         if not isinstance(joint, str) or not re.fullmatch("0|[1-9][0-9]{0,8}", joint) or int(joint) > depth:
             named = ", ".join(sorted(map(str, joints)))
             raise InputError(f"the config patches joints [{named:.200}] of a model with {depth} layers")
-        chain = description if isinstance(description, list) else [description]
-        if len(chain) > _MOST_LINKS:
-            raise InputError(f"the config has {len(chain)} patches at joint {joint}: restore config.json")
-        for link in chain:
-            try:
-                check_description(link, dim)
-            except InputError as error:
-                raise InputError(f"joint {joint} of the config: {error}") from None
-    return dict(record)
+        try:
+            check_descriptions(chain, dim)
+        except InputError as error:
+            raise InputError(f"joint {joint} of the config: {error}") from None
+    return {**record, "format": FORMAT, "joints": chains}
 
 
-def build_joint(description: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, dim: int) -> nn.Module | None:
-    """The module of a joint of a model of width ``dim``: one patch, those of a list one after the other, or nothing.
+def build_joint(descriptions: Any, dim: int) -> PatchChain | None:
+    """The chain of a joint of a model of width ``dim``; None for an empty list.
 
     In the default dtype, which `from_pretrained` sets to that of the model while it builds one.
     """
-    chain = [description] if isinstance(description, Mapping) else description
-    links = [build_patch(link, dim=dim) for link in chain or ()]
-    return _joined(links).to(torch.get_default_dtype()) if links else None
-
-
-def _joined(links: Sequence[nn.Module]) -> nn.Module:
-    return links[0] if len(links) == 1 else nn.Sequential(*links)
+    return build_chain(descriptions, dim=dim).to(torch.get_default_dtype()) if descriptions else None
 
 
 class PatchedPreTrained:
@@ -108,6 +116,7 @@ class PatchedPreTrained:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in Transformers, but a checkpoint whose weights are not those of its config raises: it warns, and goes on
         without the patches or the biases, or with random ones."""
+        kwargs["key_mapping"] = {**_NAMES_OF_FORMAT_1, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]  # a mixin
         # A decoder alone leaves the head of its checkpoint where it is.
         apart = () if hasattr(model, "lm_head") else ("lm_head.",)
@@ -123,6 +132,8 @@ class PatchedPreTrained:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, and the modeling file with which the directory loads where this package is missing."""
+        # Else Transformers gives the tensors the names back that the file they were loaded from had: of format 1.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # a mixin
         Path(save_directory, "modeling_linearpatch.py").write_text(self.own_code(), encoding="utf-8")
 
@@ -179,10 +190,13 @@ def patched_classes(
     class Layer(stock_layer):
         def __init__(self, config: Any, layer_idx: int) -> None:
             super().__init__(config, layer_idx)
-            joints, dim = config.linearpatch["joints"], config.hidden_size
-            behind = str(layer_idx + 1) if layer_idx == config.num_hidden_layers - 1 else None
-            self.register_module("patch", build_joint(joints.get(str(layer_idx)), dim))
-            self.register_module("output_patch", build_joint(joints.get(behind), dim))
+            self.register_module("patch", None)
+            self.register_module("output_patch", None)
+            for joint in (layer_idx, layer_idx + 1):
+                layer, name = joint_place(joint, config.num_hidden_layers)
+                if layer == layer_idx:
+                    chain = build_joint(config.linearpatch["joints"].get(str(joint)), config.hidden_size)
+                    self.register_module(name, chain)
 
         def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if self.patch is not None:
@@ -202,7 +216,7 @@ def patched_classes(
             depth = len(self.layers)
             # Checked when the config was made, which may have been changed since.
             joints = checked_record(config.linearpatch, depth, config.hidden_size)["joints"]
-            for layer in {min(int(joint), depth - 1) for joint in joints}:
+            for layer in {joint_place(int(joint), depth)[0] for joint in joints}:
                 self.layers[layer] = Layer(config, layer)
             self.post_init()
 
@@ -257,16 +271,20 @@ LinearPatchGemma3TextConfig, LinearPatchGemma3TextModel, LinearPatchGemma3ForCau
 LinearPatchPhi3Config, LinearPatchPhi3Model, LinearPatchPhi3ForCausalLM = PATCHED_CLASSES["phi3"]
 
 
-def patches(model: nn.Module) -> dict[int, nn.Module]:
-    """The patch of every joint: index of the layer whose input it acts on -> module (the depth: behind the last)."""
+def patches(model: nn.Module) -> dict[int, PatchChain]:
+    """The chain of every joint: index of the layer whose input it acts on -> patches (the depth: behind the last)."""
     layers = decoder_layers(model)
-    found = {index: getattr(layer, "patch", None) for index, layer in enumerate(layers)}
-    found[len(layers)] = getattr(layers[-1], "output_patch", None)
-    return {joint: patch for joint, patch in found.items() if patch is not None}
+    depth = len(layers)
+    places = {joint: joint_place(joint, depth) for joint in range(depth + 1)}
+    found = {joint: getattr(layers[layer], name, None) for joint, (layer, name) in places.items()}
+    return {joint: chain for joint, chain in found.items() if chain is not None}
 
 
 def patched_model(
-    model: PreTrainedModel, joints: Mapping[int, nn.Module], *, provenance: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    joints: Mapping[int, Patch | Iterable[Patch]],
+    *,
+    provenance: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The patched twin of a causal LM that has already been cut (`families.keep_layers`).
 
@@ -276,8 +294,8 @@ def patched_model(
 
     Args:
         model: stock or patched.
-        joints: layer index -> patch (of `nn`; an ``nn.Sequential`` of several) for the layer's input; the number of
-            layers stands for the output of the last one.
+        joints: layer index -> patch (of `nn`), or several in their order, for the layer's input; the number of layers
+            stands for the output of the last one.
         provenance: JSON values for the record in ``config.linearpatch["provenance"]`` (dense depth, spans, ...), added
             behind those of earlier cuts.
 
@@ -297,55 +315,45 @@ def patched_model(
     if provenance is not None:
         config.linearpatch["provenance"] = [*config.linearpatch.get("provenance", []), dict(provenance)]
     there = patches(model)
-    chains: dict[int, list[Any]] = {}
-    for joint, patch in sorted(joints.items()):
+    chains: dict[int, PatchChain] = {}
+    for joint, new in sorted(joints.items()):
         if not 0 <= joint <= depth:
             raise InputError(f"there is no joint {joint} in a model with {depth} layers")
-        chains[joint] = _links(patch) + _links(there.get(joint))
-        for link in chains[joint]:
-            width = getattr(link, "dim", None)
-            if width != config.hidden_size:
-                kind = type(link).__name__
-                raise InputError(f"the patch of joint {joint} ({kind}) is {width} wide, the model {config.hidden_size}")
-        if not chains[joint]:
-            raise InputError(f"there is no patch to put at joint {joint}: leave the joint out")
+        try:
+            chain = PatchChain.of(new)
+        except InputError as error:
+            raise InputError(f"at joint {joint}: {error}") from None
+        if chain.dim != config.hidden_size:
+            raise InputError(f"the patch of joint {joint} is {chain.dim} wide, the model {config.hidden_size}")
+        chains[joint] = PatchChain(*chain, *there.get(joint, ()))
         # A place for what is new; what is there comes with the model's modules.
         config.linearpatch["joints"].setdefault(str(joint), [])
     twin = rebuild(model, causal_lm_class, config, range(depth))
     weight = decoder(model).embed_tokens.weight
     for joint, chain in chains.items():
-        copies = [copy.deepcopy(link).to(device=weight.device, dtype=weight.dtype) for link in chain]
-        _put(twin, joint, _joined(copies))
+        _put(twin, joint, copy.deepcopy(chain).to(device=weight.device, dtype=weight.dtype))
     return twin
 
 
-def _put(model: PreTrainedModel, joint: int, patch: nn.Module) -> None:
+def _put(model: PreTrainedModel, joint: int, chain: PatchChain) -> None:
     """Set what stands at a joint, in the model and in its config."""
-    layers = decoder_layers(model)
-    layer = layers[min(joint, len(layers) - 1)]
-    layer.register_module("patch" if joint < len(layers) else "output_patch", patch)
-    descriptions = [link.description() for link in _links(patch)]
+    layer, name = joint_place(joint, num_layers(model))
+    decoder_layers(model)[layer].register_module(name, chain)
     for config in (model.config, decoder(model).config):
-        config.linearpatch["joints"][str(joint)] = descriptions if len(descriptions) > 1 else descriptions[0]
+        config.linearpatch["joints"][str(joint)] = chain.description()
 
 
-def replace_patch(model: PreTrainedModel, joint: int, patch: Patch) -> None:
-    """Put ``patch`` in the place of whatever stands at a joint of a patched model, here and in its config.
+def replace_patch(model: PreTrainedModel, joint: int, patch: Patch | Iterable[Patch]) -> None:
+    """Put ``patch``, or several, in the place of whatever stands at a joint of a patched model, here and in its config.
 
     Unlike `patched_model` it changes ``model`` itself, and keeps the patch's own dtype.
     """
     if joint not in patches(model):
         raise InputError(f"the model has no patch at joint {joint}: it has some at {sorted(patches(model))}")
-    _put(model, joint, patch.to(decoder(model).embed_tokens.weight.device))
+    _put(model, joint, PatchChain.of(patch).to(decoder(model).embed_tokens.weight.device))
 
 
-def _links(patch: nn.Module | None) -> list[Any]:
-    if patch is None:
-        return []
-    return list(patch) if isinstance(patch, nn.Sequential) else [patch]
-
-
-def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, nn.Module]:
+def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, PatchChain]:
     """The patches of the layers that ``keep`` leaves out, by the joint where they still make sense.
 
     For a *plain* removal, where no new patch is fitted: a removed layer counts as the identity, but the patch in front
@@ -354,8 +362,8 @@ def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, nn.Modul
     """
     depth = num_layers(model)
     kept = set(keep)
-    carried: dict[int, list[Any]] = {}
-    for joint, patch in patches(model).items():
-        if min(joint, depth - 1) not in kept:
-            carried.setdefault(sum(layer < joint for layer in kept), []).extend(_links(patch))
-    return {joint: _joined(chain) for joint, chain in carried.items()}
+    carried: dict[int, list[Patch]] = {}
+    for joint, chain in patches(model).items():
+        if joint_place(joint, depth)[0] not in kept:
+            carried.setdefault(sum(layer < joint for layer in kept), []).extend(chain)
+    return {joint: PatchChain(*found) for joint, found in carried.items()}

@@ -22,6 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading
 from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.patched import present_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -206,11 +207,14 @@ def check_weights(source: str, config: PretrainedConfig, shapes: Shapes) -> None
 
 
 def _named_as(expected: Collection[str], shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """The weights as the model calls them: a decoder saved alone has no ``model.`` in front."""
-    return {
-        name if name in expected or f"{prefix}.{name}" not in expected else f"{prefix}.{name}": shape
-        for name, shape in shapes.items()
-    }
+    """The weights as the model calls them: a decoder saved alone has no ``model.`` in front, and patches were called
+    otherwise in format 1."""
+
+    def named(name: str) -> str:
+        others = (f"{prefix}.{name}", present_name(name), f"{prefix}.{present_name(name)}")
+        return name if name in expected else next((other for other in others if other in expected), name)
+
+    return {named(name): shape for name, shape in shapes.items()}
 
 
 def _supplied(tied: Mapping[str, str], stored: Collection[str]) -> set[str]:

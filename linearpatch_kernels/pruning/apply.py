@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
 from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches
+from linearpatch_kernels.nn import PatchChain
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
@@ -36,14 +36,14 @@ def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
     return patched_model(cut, new, provenance=plan.provenance) if new or patches(cut) else cut
 
 
-def joint_maps(model: PreTrainedModel, plan: PrunePlan) -> dict[Span, nn.Module]:
-    """The map at every joint that has one: its patch, or at a plain removal what healed an earlier cut in that span.
+def joint_maps(model: PreTrainedModel, plan: PrunePlan) -> dict[Span, PatchChain]:
+    """The patches of every joint that has some: its own, or at a plain removal what healed an earlier cut in that span.
 
-    A patch was fitted on what came before all the patches it replaces, so it stands alone.
+    They were fitted on what came before all the patches that they replace, so they stand alone.
     """
     carried = carried_patches(model, plan.kept_layers)
     maps = {
         joint.span: carried.get(at) if joint.patch is None else joint.patch
         for at, joint in plan.joint_positions().items()
     }
-    return {span: patch for span, patch in maps.items() if patch is not None}
+    return {span: chain for span, chain in maps.items() if chain is not None}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers
-from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.patched import listed, patches
 from linearpatch_kernels.pruning.plan import PrunePlan
 
 # In which a checkpoint may have been written.
@@ -39,15 +39,14 @@ def check_plan(plan: PrunePlan, config: Mapping[str, Any], directory: Path) -> N
     for at, joint in plan.joint_positions().items():
         if joint.patch is None:
             continue
-        chain = there.get(str(at), [])
-        # The plan's own patch leads up to those of earlier cuts.
-        first = chain if isinstance(chain, Mapping) else next(iter(chain), None)
-        # A version may tell more of a patch than an earlier one.
         ours = joint.patch.description()
-        if first is None or any(ours.get(name) != value for name, value in first.items()):
+        # The plan's own patches lead up to those of earlier cuts.
+        theirs = listed(there.get(str(at), []))[: len(ours)]
+        # A version may tell more of a patch than an earlier one.
+        pairs = zip(ours, theirs, strict=False)
+        if len(theirs) < len(ours) or any(one.get(name) != told[name] for one, told in pairs for name in told):
             refuse_mixture(
-                directory,
-                f"plan.json has the patch {ours} at layer {at} and config.json {'none' if first is None else first}",
+                directory, f"plan.json has the patches {ours} at layer {at} and config.json {theirs or 'none'}"
             )
     # The last cut is the plan's.
     record = next(reversed(told.get("provenance", [])), None)
@@ -64,9 +63,7 @@ def check_patches(plan: PrunePlan, model: nn.Module, directory: Path) -> None:
     for at, joint in plan.joint_positions().items():
         if joint.patch is None:
             continue
-        module: Any = there.get(at)
-        found = module[0] if isinstance(module, nn.Sequential) else module
-        state = {} if found is None else found.state_dict()
+        state = there[at].state_dict() if at in there else {}
         for name, ours in joint.patch.state_dict().items():
             if name not in state or not _is_rounded(state[name].cpu(), ours):
                 refuse_mixture(directory, f"plan.safetensors and the weights have other patches at layer {at} ({name})")

@@ -1,7 +1,8 @@
 """What is removed and what heals it, as a file that can be read, kept, compared and applied again.
 
-``plan.json`` holds the spans, the kind of every joint's patch, what chose them and what they were fitted on;
-``plan.safetensors`` beside it holds the patches' tensors under ``joint.<start>:<end>.<parameter>``.
+``plan.json`` holds the spans, the kinds of every joint's patches, what chose them and what they were fitted on;
+``plan.safetensors`` beside it holds the patches' tensors under ``joint.<start>:<end>.<number>.<parameter>``
+(docs/reference/checkpoint-format.md, also for version 1, which had no number).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,31 @@ from torch import Tensor
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
-from linearpatch_kernels.nn import Patch, build_patch
+from linearpatch_kernels.nn import Patch, PatchChain, build_chain
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
 PLAN_FORMAT = "linearpatch-plan"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 MOST_LAYERS = 10_000
 """More than any model has: a number that a file or a slip of the finger says must not fill the memory."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Joint:
-    """One removed span and the patch that takes its place (None: plain removal)."""
+    """One removed span and the patches that take its place, as one module (None: plain removal).
+
+    ``patch`` is given as one patch, as several in their order, or as a chain of them.
+    """
 
     span: Span
-    patch: Patch | None = None
-    fit: str = "none"
+    patch: PatchChain | None
+    fit: str
+
+    def __init__(self, span: Span, patch: Patch | Iterable[Patch] | None = None, fit: str = "none") -> None:
+        object.__setattr__(self, "span", span)
+        object.__setattr__(self, "patch", None if patch is None else PatchChain.of(patch))
+        object.__setattr__(self, "fit", fit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +108,7 @@ class PrunePlan:
                 {
                     "span": str(joint.span),
                     "fit": joint.fit,
-                    "patch": None if joint.patch is None else joint.patch.description(),
+                    "patches": [] if joint.patch is None else joint.patch.description(),
                 }
                 for joint in self.joints
             ],
@@ -151,18 +161,21 @@ class PrunePlan:
                     f"{folder} holds no plan ({file.name} is missing): give a directory that linearpatch prune wrote"
                 )
         about = read_json(description, _CURE)
-        if about.get("format") != PLAN_FORMAT or about.get("version") != PLAN_VERSION:
-            raise InputError(f"{description} is not a plan of version {PLAN_VERSION} of this package: prune again")
+        if about.get("format") != PLAN_FORMAT or about.get("version") not in (1, PLAN_VERSION):
+            raise InputError(
+                f"{description} is not a plan of version {PLAN_VERSION} or earlier of this package: prune again"
+            )
         with reading(patches, _CURE), safe_open(patches, "pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # A file is no mapping, and must be asked for its keys.
+            there = {_present_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         with reading(description, _CURE):
-            joints = _told_joints(Entries(about))
+            joints = _told_joints(about)
             told = {name: shape for joint in joints for name, shape in joint.shapes.items()}
         # Before anything of the told sizes is made.
         if told != there:
             raise InputError(f"plan.json and plan.safetensors in {folder} do not belong together: prune again")
         with reading(patches, _CURE):
-            tensors = load_file(patches)
+            tensors = {_present_name(name): tensor for name, tensor in load_file(patches).items()}
         with reading(description, _CURE):
             return cls._from(Entries(about), tuple(joint.built(tensors) for joint in joints))
 
@@ -187,11 +200,11 @@ _CURE = "prune again"
 
 @dataclasses.dataclass(frozen=True)
 class _ToldJoint:
-    """A joint as ``plan.json`` tells it: nothing of its patch's size is made yet."""
+    """A joint as ``plan.json`` tells it: nothing of its patches' size is made yet."""
 
     span: Span
     fit: str
-    patch: dict[str, Any] | None
+    patches: list[Any]
 
     @property
     def _prefix(self) -> str:
@@ -200,34 +213,47 @@ class _ToldJoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name in the file of tensors -> shape."""
-        if self.patch is None:
+        if not self.patches:
             return {}
         try:
             with torch.device("meta"):
-                state = build_patch(self.patch).state_dict()
+                state = build_chain(self.patches).state_dict()
         except InputError as error:
             raise ValueError(said(error)) from error
         return {f"{self._prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
     def built(self, tensors: Mapping[str, Tensor]) -> Joint:
-        if self.patch is None:
+        if not self.patches:
             return Joint(self.span, None, self.fit)
-        patch = build_patch(self.patch)
+        chain = build_chain(self.patches)
         start = self._prefix
-        patch.load_state_dict(
+        chain.load_state_dict(
             {name.removeprefix(start): one for name, one in tensors.items() if name.startswith(start)}
         )
-        return Joint(self.span, patch, self.fit)
+        return Joint(self.span, chain, self.fit)
 
 
-def _told_joints(about: Entries) -> list[_ToldJoint]:
+def _told_joints(about: Mapping[str, Any]) -> list[_ToldJoint]:
     joints = [
-        _ToldJoint(_span(one.text("span")), one.text("fit"), one.maybe_table("patch")) for one in about.each("joints")
+        _ToldJoint(_span(one.text("span")), one.text("fit"), _told_patches(one, about["version"]))
+        for one in Entries(about).each("joints")
     ]
-    widths = {joint.patch.get("dim") for joint in joints if joint.patch is not None}
+    widths = {patch.get("dim") for joint in joints for patch in joint.patches if isinstance(patch, Mapping)}
     if len(widths) > 1:
         raise ValueError(f"its patches are of different widths ({', '.join(map(str, widths))})")
     return joints
+
+
+def _told_patches(joint: Entries, version: int) -> list[Any]:
+    if version == PLAN_VERSION:
+        return joint.rows("patches")
+    patch = joint.maybe_table("patch")
+    return [] if patch is None else [patch]
+
+
+def _present_name(name: str) -> str:
+    """What a tensor is called now: version 1 had no number of the patch, since a joint had one."""
+    return re.sub(r"^(joint\.\d+:\d+)\.(?!\d)", r"\1.0.", name)
 
 
 def _span(text: str) -> Span:

@@ -42,10 +42,11 @@ def span_rows(plan: PrunePlan, statistics: CalibrationStatistics) -> list[SpanRo
 
 
 def describe_patch(joint: Joint) -> str:
-    """One phrase: the fit and what the patch is made of."""
+    """One phrase: the fit, and of what kinds the patches are."""
     if joint.patch is None:
         return f"{joint.fit}: plain removal"
-    return f"{joint.fit}: {type(joint.patch).__name__}, {joint.patch.num_parameters:,} parameters"
+    kinds = " + ".join(type(patch).__name__ for patch in joint.patch)
+    return f"{joint.fit}: {kinds}, {joint.patch.num_parameters:,} parameters"
 
 
 def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:

@@ -23,6 +23,7 @@ from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import PLAIN, End, PartialRun, Run, check_windows, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.patched import joint_place
 from linearpatch_kernels.pruning.apply import joint_maps
 from linearpatch_kernels.pruning.fits import AUTO, DEFAULT_RANK, FITS, UnusableFit, fit_patch, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans
@@ -102,7 +103,7 @@ def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> 
     if patch is None:
         return None
     layers = decoder_layers(model)
-    place = next(layers[min(joint.span.end, len(layers) - 1)].parameters())
+    place = next(layers[joint_place(joint.span.end, len(layers))[0]].parameters())
     return copy.deepcopy(patch).to(place.device, place.dtype)
 
 

@@ -45,7 +45,7 @@ def student() -> PreTrainedModel:
 def test_its_loss_and_gradient_are_those_of_topk(store: TeacherStore) -> None:
     loop, ours = AuthorsLoop(student(), store, JOINT, 1e-3, 8), student()
     value = loop.step(0)
-    weight = patches(ours)[JOINT].weight
+    weight = patches(ours)[JOINT][0].weight
     batch = store.batch([0])
     mine = SuffixLoss(ours, JOINT)(joint_state(ours, batch, JOINT), batch.probs, batch.ids, ["topk"])[0]
     mine.backward()

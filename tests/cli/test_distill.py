@@ -123,13 +123,7 @@ def test_what_is_printed(world: World, run: Run, tmp_path: Path) -> None:
     assert "0:00 left" in last[0]
     patch = PrunePlan.load(tmp_path / "out").joints[0].patch
     assert patch is not None
-    assert patch.description() == {
-        "kind": "hadamard",
-        "dim": 48,
-        "rank": 3,
-        "pre_scale": False,
-        "post_scale": False,
-    }
+    assert patch.description() == [{"kind": "hadamard", "dim": 48, "rank": 3, "pre_scale": False, "post_scale": False}]
     assert logits_at(tmp_path / "out").isfinite().all()
 
 
@@ -410,7 +404,7 @@ def test_two_processes_prune_as_one(world: World, tmp_path: Path) -> None:
         assert told.count("evaluating: 16/16") == 1
     one, two = (PrunePlan.load(tmp_path / name) for name in ("one", "two"))
     assert two.spans == one.spans
-    torch.testing.assert_close(two.joints[0].patch.weight, one.joints[0].patch.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two.joints[0].patch[0].weight, one.joints[0].patch[0].weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_teacher_that_accelerate_places(world: World, run: Run, tmp_path: Path, distilled: Path) -> None:

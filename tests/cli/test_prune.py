@@ -224,7 +224,7 @@ def test_a_model_narrower_than_the_default_rank(world: World, run: Run, tmp_path
     assert run("prune", world.model, "--drop", 2, "--fit", "low-rank", "-o", tmp_path / "out", *flags).status == 0
     patch = PrunePlan.load(tmp_path / "out").joints[0].patch
     assert patch is not None
-    assert patch.description()["rank"] == WIDTH
+    assert patch.description()[0]["rank"] == WIDTH
     refused = run("prune", world.model, "--drop", 2, "--rank", 64, "-o", tmp_path / "two", *flags)
     assert f"give --rank 1 to {WIDTH}" in refusal(refused)
 

@@ -49,7 +49,7 @@ def work(place: Path, heldout: int = 4) -> dict[str, Any]:
 
     def remember(step: Step) -> None:
         if step.done == 1:
-            gradients.append(patches(student)[2].weight.grad.clone())
+            gradients.append(patches(student)[2][0].weight.grad.clone())
 
     run = distill(
         student,

@@ -54,7 +54,7 @@ class Pass:
         for handle in handles:
             handle.remove()
         assert forward_calls == len(layers)
-        patch: Any = patches(student)[JOINT]
+        patch: Any = patches(student)[JOINT][0]
         self.gradient: Tensor = patch.weight.grad
 
 

@@ -117,10 +117,10 @@ def test_norm_gains_too(dense: PreTrainedModel, store: TeacherStore) -> None:
     teacher, before = state_of(dense), state_of(ours)
     run = train(ours, store, train="patch+norms")
     gains = {f"model.layers.{i}.{norm}_layernorm.weight" for i in (2, 3) for norm in ("input", "post_attention")}
-    assert changed(before, state_of(ours)) == {"model.layers.2.patch.weight", "model.norm.weight", *gains}
+    assert changed(before, state_of(ours)) == {"model.layers.2.patch.0.weight", "model.norm.weight", *gains}
     # The teacher shared those gains with the student.
     assert changed(teacher, state_of(dense)) == set()
-    full_training(theirs, store, {"model.layers.2.patch.weight", "model.norm.weight", *gains}, run, "tail")
+    full_training(theirs, store, {"model.layers.2.patch.0.weight", "model.norm.weight", *gains}, run, "tail")
     assert changed(state_of(ours), state_of(theirs)) == set()
 
 
@@ -149,7 +149,7 @@ def test_every_family_learns(family: str, what: str, windows: Tensor, tmp_path: 
     run = train(student, store, train=what, steps=12, lora_rank=2)
     assert run.heldout(run.best_step) < 0.99 * run.heldout(0)
     after = changed(before, state_of(student))
-    assert {name for name in after if ".patch." in name} == {"model.layers.2.patch.weight"}
+    assert {name for name in after if ".patch." in name} == {"model.layers.2.patch.0.weight"}
     assert not [name for name in after if "layers.0." in name or "layers.1." in name or "embed" in name]
     assert bool([name for name in after if "norm" in name]) == (what != "patch")
     assert bool([name for name in after if "_proj" in name]) == (what in ("lora", "suffix"))
@@ -205,7 +205,7 @@ def test_a_joint_behind_the_last_layer(dense: PreTrainedModel, windows: Tensor, 
     before = state_of(student)
     settings = TrainingSettings(steps=8, learning_rate=3e-3)
     run = distill(student, store, joint=4, training=TRAINING, heldout=HELDOUT, settings=settings)
-    assert changed(before, state_of(student)) == {"model.layers.3.output_patch.weight"}
+    assert changed(before, state_of(student)) == {"model.layers.3.output_patch.0.weight"}
     assert run.heldout(run.best_step) < run.heldout(0)
     assert measured(student, store) == pytest.approx(run.heldout(run.best_step), rel=1e-4)
 
@@ -216,7 +216,7 @@ def test_two_joints(dense: PreTrainedModel, store: TeacherStore) -> None:
     before = state_of(student)
     settings = TrainingSettings(steps=8, learning_rate=3e-3)
     run = distill(student, store, joint=1, training=TRAINING, heldout=HELDOUT, settings=settings)
-    trained = {"model.layers.1.patch.weight", "model.layers.2.patch.down", "model.layers.2.patch.up"}
+    trained = {"model.layers.1.patch.0.weight", "model.layers.2.patch.0.down", "model.layers.2.patch.0.up"}
     assert changed(before, state_of(student)) == trained
     assert measured(student, store) == pytest.approx(run.heldout(run.best_step), rel=1e-4)
     assert run.heldout(run.best_step) < run.heldout(0)
@@ -236,7 +236,7 @@ def test_half_precision_trains_float32_masters(windows: Tensor, tmp_path: Path) 
     model = tiny_model("llama").bfloat16()
     store = write_teacher_store(model, windows, tmp_path / "store", top_k=10)
     student = student_of(model)
-    assert patches(student)[2].weight.dtype == torch.bfloat16
+    assert patches(student)[2][0].weight.dtype == torch.bfloat16
     run = train(student, store, train="patch+norms", steps=12)
     assert run.heldout(run.best_step) < 0.97 * run.heldout(0)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
@@ -351,7 +351,7 @@ def test_what_is_refused(dense: PreTrainedModel, store: TeacherStore) -> None:
         distill(student_of(dense), store, joint=JOINT, training=[], heldout=[1])
     broken = student_of(dense)
     with torch.no_grad():
-        patches(broken)[2].weight[3, 4] = torch.nan
+        patches(broken)[2][0].weight[3, 4] = torch.nan
     with pytest.raises(InputError, match="not finite"):
         train(broken, store)
     for wrong in (

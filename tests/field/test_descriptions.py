@@ -140,15 +140,19 @@ def test_a_config_file_that_somebody_changed(checkpoint: Path, tmp_path: Path, c
 
 
 def test_what_was_written_before_is_read() -> None:
-    """One description or a list of them, with or without a format, without the fields that have defaults."""
+    """One description or a list of them, with or without the format, without the fields that have defaults."""
     record = {
         "joints": {"0": HADAMARD, "2": [HADAMARD, {"kind": "hadamard", "dim": 48}], "4": []},
         "provenance": [{"spans": ["2:4"]}],
         "note": "of a later version",
     }
-    for extra in ({}, {"format": 1}, {"format": 2}):
-        assert checked_record({**record, **extra}, 4, 48) == {**record, **extra}
-    assert checked_record(None, 4, 48) == {"joints": {}}
+    lists = {**record["joints"], "0": [HADAMARD]}
+    for extra in ({}, {"format": 1}):
+        assert checked_record({**record, **extra}, 4, 48) == {**record, "format": 2, "joints": lists}
+    assert checked_record({**record, "format": 2, "joints": lists}, 4, 48)["joints"] == lists
+    with pytest.raises(InputError, match="joint 0 of the config: a joint holds a list of patches, not"):
+        checked_record({**record, "format": 2}, 4, 48)
+    assert checked_record(None, 4, 48) == {"format": 2, "joints": {}}
 
 
 def test_a_depth_that_a_file_says_is_not_counted_up_to() -> None:
@@ -156,7 +160,7 @@ def test_a_depth_that_a_file_says_is_not_counted_up_to() -> None:
     record = {"joints": {str(HUGE): HADAMARD}}
     with pytest.raises(InputError):
         checked_record(record, HUGE - 1, 48)
-    assert checked_record({"joints": {"7": HADAMARD}}, HUGE, 48)["joints"] == {"7": HADAMARD}
+    assert checked_record({"joints": {"7": HADAMARD}}, HUGE, 48)["joints"] == {"7": [HADAMARD]}
 
 
 _DEEP: list[Any] = [0, 1]
@@ -227,7 +231,7 @@ def test_a_stock_model_is_read_by_the_patched_class_of_its_family(tmp_path: Path
     model = tiny()
     model.save_pretrained(tmp_path)
     again = PATCHED_CLASSES["llama"][2].from_pretrained(tmp_path)
-    assert again.config.linearpatch == {"joints": {}}
+    assert again.config.linearpatch == {"format": 2, "joints": {}}
     assert again.config.model_type == "linearpatch_llama"
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)

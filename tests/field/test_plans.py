@@ -175,7 +175,7 @@ def test_where_two_descriptions_differ_is_told(place: Path, tmp_path: Path) -> N
         with pytest.raises(InputError, match=named):
             check_plan(plan, other, tmp_path)
     listed = copy.deepcopy(config)
-    listed["linearpatch"]["joints"]["2"] = [listed["linearpatch"]["joints"]["2"], {"kind": "diagonal", "dim": 48}]
+    listed["linearpatch"]["joints"]["2"].append({"kind": "diagonal", "dim": 48})
     check_plan(plan, listed, tmp_path)
 
 
@@ -186,10 +186,10 @@ def test_patches_are_the_plan_s_once_rounded(dtype: torch.dtype, tmp_path: Path)
     pruned = apply_plan(model.to(dtype), plan)
     check_patches(plan, pruned, tmp_path)
     check_patches(plan, pruned.float(), tmp_path)
-    patch = plan.joints[0].patch
-    assert patch is not None
+    chain = plan.joints[0].patch
+    assert chain is not None
     with torch.no_grad():
-        patch.down[3, 2] *= 1.01  # type: ignore[index, operator]
+        chain.patches[0].down[3, 2] *= 1.01  # type: ignore[index, operator]
     with pytest.raises(InputError, match="other patches at layer 2"):
         check_patches(plan, pruned, tmp_path)
 
@@ -279,16 +279,16 @@ def test_tensors_of_another_shape_are_not_read_in(place: Path, tmp_path: Path) -
     for file in BOTH:
         shutil.copy(plan_files(place / "pruned")[file], tmp_path / file)
     about = json.loads((tmp_path / "plan.json").read_text())
-    about["joints"][0]["patch"] = {"kind": "dense", "dim": 60_000}  # 14 GB
+    about["joints"][0]["patches"] = [{"kind": "dense", "dim": 60_000}]  # 14 GB
     (tmp_path / "plan.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match="do not belong together"):
         PrunePlan.load(tmp_path)
     about["joints"] = [
-        {"span": "1:2", "fit": "x", "patch": {"kind": "diagonal", "dim": dim}} | {"span": span}
+        {"span": span, "fit": "x", "patches": [{"kind": "diagonal", "dim": dim}]}
         for span, dim in (("1:2", 4), ("3:4", 5))
     ]
     (tmp_path / "plan.json").write_text(json.dumps(about))
-    save_file({"joint.1:2.scale": torch.ones(4), "joint.3:4.scale": torch.ones(5)}, tmp_path / "plan.safetensors")
+    save_file({"joint.1:2.0.scale": torch.ones(4), "joint.3:4.0.scale": torch.ones(5)}, tmp_path / "plan.safetensors")
     with pytest.raises(InputError, match="of different widths"):
         PrunePlan.load(tmp_path)
 

@@ -127,7 +127,7 @@ def test_patched_weights_under_a_stock_config_are_refused(tmp_path: Path) -> Non
     config |= {"model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"]}
     (directory / "config.json").write_text(json.dumps(config))
     message = refusal(directory)
-    assert "patches (model.layers.2.patch.weight)" in message
+    assert "patches (model.layers.2.patch.0.weight)" in message
     assert "unpatched" in message
 
 
@@ -138,7 +138,7 @@ def test_patches_that_the_config_does_not_name_are_refused(tmp_path: Path) -> No
     config = json.loads((directory / "config.json").read_text())
     del config["linearpatch"]["joints"]["4"]
     (directory / "config.json").write_text(json.dumps(config))
-    assert "model.layers.3.output_patch.weight" in refusal(directory)
+    assert "model.layers.3.output_patch.0.weight" in refusal(directory)
 
 
 @pytest.mark.parametrize(

@@ -129,15 +129,15 @@ def edited(source: Path, target: Path, change: Any) -> Path:
     return target
 
 
-SCALE = "model.layers.2.patch.scale"
+SCALE = "model.layers.2.patch.0.scale"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda weights: weights.pop(SCALE),
-        lambda weights: weights.pop("model.layers.3.output_patch.weight"),
-        lambda weights: weights.update({"model.layers.1.patch.scale": torch.ones(48)}),
+        lambda weights: weights.pop("model.layers.3.output_patch.0.weight"),
+        lambda weights: weights.update({"model.layers.1.patch.0.scale": torch.ones(48)}),
     ],
     ids=["missing", "missing behind the last layer", "of another joint"],
 )

@@ -48,8 +48,8 @@ def test_a_patched_model_is_its_layers_and_patches(
 
 def test_where_the_patch_lives(patched: PreTrainedModel) -> None:
     names = {name for name, _ in patched.named_parameters() if "patch" in name}
-    hadamard = {f"model.layers.2.patch.{name}" for name in ("scale", "pre_scale", "post_scale", "down", "up")}
-    assert names == {*hadamard, "model.layers.3.output_patch.weight"}
+    hadamard = {f"model.layers.2.patch.0.{name}" for name in ("scale", "pre_scale", "post_scale", "down", "up")}
+    assert names == {*hadamard, "model.layers.3.output_patch.0.weight"}
 
 
 def test_the_twin_shares_the_model_and_owns_its_patches(model: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -57,8 +57,8 @@ def test_the_twin_shares_the_model_and_owns_its_patches(model: PreTrainedModel, 
     twin = patched_model(model, {3: patch})
     stock = dict(model.named_parameters())
     assert all(twin.get_parameter(name) is parameter for name, parameter in stock.items())
-    assert twin.model.layers[3].patch is not patch
-    assert torch.equal(twin.model.layers[3].patch.scale, patch.scale)
+    assert twin.model.layers[3].patch[0] is not patch
+    assert torch.equal(twin.model.layers[3].patch[0].scale, patch.scale)
     assert model.config == config
     assert torch.equal(model(ids).logits, before)
     assert not torch.equal(twin(ids).logits, before)
@@ -91,9 +91,9 @@ def test_a_config_survives_every_copy(patched: PreTrainedModel) -> None:
     assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
     again = type(config)(**entries)
     assert again.to_dict() == config.to_dict()
-    assert again.linearpatch["joints"]["4"] == {"kind": "dense", "dim": 48}
+    assert again.linearpatch["joints"]["4"] == [{"kind": "dense", "dim": 48}]
     assert set(entries["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert type(config)().linearpatch == {"joints": {}}
+    assert type(config)().linearpatch == {"format": 2, "joints": {}}
     assert config.to_diff_dict()["linearpatch"] == config.linearpatch
 
 
@@ -141,7 +141,7 @@ def test_casting_and_moving(patched: PreTrainedModel, ids: torch.Tensor) -> None
 
 def test_a_lora_step_trains_the_adapter_and_not_the_patch(patched: PreTrainedModel, ids: torch.Tensor) -> None:
     before = patched(ids).logits.detach()
-    scale = patches(patched)[2].scale.detach().clone()
+    scale = patches(patched)[2][0].scale.detach().clone()
     wrapped = get_peft_model(patched, LoraConfig(target_modules="all-linear", r=2)).train()
     assert torch.equal(wrapped.eval()(ids).logits, before)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
@@ -153,7 +153,7 @@ def test_a_lora_step_trains_the_adapter_and_not_the_patch(patched: PreTrainedMod
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-    assert torch.equal(patches(wrapped)[2].scale, scale)
+    assert torch.equal(patches(wrapped)[2][0].scale, scale)
     merged = wrapped.merge_and_unload()
     assert type(merged) is type(patched)
     torch.testing.assert_close(merged(ids).logits, wrapped(ids).logits)

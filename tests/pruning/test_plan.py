@@ -17,11 +17,11 @@ from tests.support.tiny import random_patch
 
 
 def full_plan() -> PrunePlan:
-    """Every kind of patch, none, and a joint behind the last layer; given out of order."""
+    """Every kind of patch, none, and two patches at a joint behind the last layer; given out of order."""
     return PrunePlan(
         num_layers=14,
         joints=(
-            Joint(Span(12, 14), random_patch("dense", seed=3), "least-squares"),
+            Joint(Span(12, 14), [random_patch("dense", seed=3), random_patch("diagonal", seed=4)], "least-squares"),
             Joint(Span(1, 3), random_patch("hadamard", seed=1), "hadamard-low-rank"),
             Joint(Span(8, 9), None, "none"),
             Joint(Span(5, 7), random_patch("low-rank", seed=2), "low-rank"),
@@ -64,7 +64,8 @@ def test_a_plan_comes_back_bit_for_bit(tmp_path: Path) -> None:
     x = torch.randn(3, 48)
     for ours, theirs in zip(loaded.joints, plan.joints, strict=True):
         assert ours.fit == theirs.fit
-        assert type(ours.patch) is type(theirs.patch)
+        kinds = [None if joint.patch is None else [*map(type, joint.patch)] for joint in (ours, theirs)]
+        assert kinds[0] == kinds[1]
         assert ours.patch is None or torch.equal(ours.patch(x), theirs.patch(x))
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["plan.json", "plan.safetensors"]
     loaded.save(tmp_path / "again")
@@ -75,15 +76,15 @@ def test_a_plan_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_the_file_says_what_a_person_wants_to_know(tmp_path: Path) -> None:
     full_plan().save(tmp_path)
     about = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert (about["format"], about["version"], about["num_layers"]) == ("linearpatch-plan", 1, 14)
+    assert (about["format"], about["version"], about["num_layers"]) == ("linearpatch-plan", 2, 14)
     assert [joint["span"] for joint in about["joints"]] == ["1:3", "5:7", "8:9", "12:14"]
-    assert [joint["patch"] and joint["patch"]["kind"] for joint in about["joints"]] == [
-        "hadamard",
-        "low-rank",
-        None,
-        "dense",
+    assert [[patch["kind"] for patch in joint["patches"]] for joint in about["joints"]] == [
+        ["hadamard"],
+        ["low-rank"],
+        [],
+        ["dense", "diagonal"],
     ]
-    assert "joint.12:14.weight" in load_file(tmp_path / "plan.safetensors")
+    assert {"joint.12:14.0.weight", "joint.12:14.1.scale"} <= load_file(tmp_path / "plan.safetensors").keys()
 
 
 def test_a_plan_without_patches(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        edit(lambda about: about.update(version=2)),
+        edit(lambda about: about.update(version=3)),
         edit(lambda about: about.pop("joints")),
         edit(lambda about: about.pop("num_layers")),
         edit(lambda about: about.update(num_layers="fourteen")),
@@ -165,16 +166,20 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         edit(lambda about: about["joints"][0].update(span=[1, 3])),
         edit(lambda about: about["joints"][0].update(span="3:1")),
         edit(lambda about: about["joints"][0].update(span="1:6")),
-        edit(lambda about: about["joints"][0]["patch"].update(kind="cubic")),
-        edit(lambda about: about["joints"][0]["patch"].update(dim="wide")),
-        edit(lambda about: about["joints"][0]["patch"].update(dim=64)),
-        edit(lambda about: about["joints"][0]["patch"].pop("rank")),
-        edit(lambda about: about["joints"][0].update(patch=[])),
+        edit(lambda about: about["joints"][0]["patches"][0].update(kind="cubic")),
+        edit(lambda about: about["joints"][0]["patches"][0].update(dim="wide")),
+        edit(lambda about: about["joints"][0]["patches"][0].update(dim=64)),
+        edit(lambda about: about["joints"][0]["patches"][0].pop("rank")),
+        edit(lambda about: about["joints"][0].update(patches={})),
+        edit(lambda about: about["joints"][0].update(patches=about["joints"][0]["patches"][0])),
+        edit(lambda about: about["joints"][0]["patches"].append({"kind": "diagonal", "dim": 48})),
+        edit(lambda about: about["joints"][0].update(patches=[{"kind": "diagonal", "dim": 48}] * 10_000)),
+        edit(lambda about: about.update(version=1)),
         edit(lambda about: about.update(candidates=7)),
     ],
     ids=[
         "version", "no-joints", "no-depth", "depth", "joints", "no-fit", "span", "reversed", "overlap", "kind", "dim",
-        "width", "no-rank", "patch", "candidates",
+        "width", "no-rank", "patch", "no-list", "one-more", "very-many", "older", "candidates",
     ],
 )  # fmt: skip
 def test_json_that_was_changed_by_hand(folder: Path, change: Callable[[Path], None]) -> None:
@@ -188,9 +193,9 @@ def test_tensors_of_another_plan(folder: Path) -> None:
     tensors = load_file(folder / "plan.safetensors")
     save_file({"weight": torch.ones(2)}, folder / "plan.safetensors")
     refused(folder, "do not belong together")
-    save_file(tensors | {"joint.9:10.scale": torch.ones(48)}, folder / "plan.safetensors")
+    save_file(tensors | {"joint.9:10.0.scale": torch.ones(48)}, folder / "plan.safetensors")
     refused(folder, "do not belong together")
-    save_file(tensors | {"joint.12:14.weight": torch.ones(3, 3)}, folder / "plan.safetensors")
+    save_file(tensors | {"joint.12:14.0.weight": torch.ones(3, 3)}, folder / "plan.safetensors")
     refused(folder, "do not belong together")
 
 

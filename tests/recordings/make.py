@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +216,22 @@ def _bits_below(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): _digest(load_file(path)) for path in files}
 
 
+# A joint's only patch, in a checkpoint and in a plan.
+_FIRST_PATCH = re.compile(r"(?P<chain>(?:.*\.(?:output_)?patch|joint\.\d+:\d+)\.)0\.(?P<rest>.+)")
+
+
+def _recorded_name(name: str, names: Collection[str]) -> str:
+    """What a tensor was called at the recording, when the only patch of a joint had no number yet."""
+    found = _FIRST_PATCH.fullmatch(name)
+    alone = found is not None and not any(other.startswith(f"{found['chain']}1.") for other in names)
+    return f"{found['chain']}{found['rest']}" if found and alone else name
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors: names, dtypes, shapes and bytes."""
     state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    recorded = {_recorded_name(name, tensors): tensor for name, tensor in tensors.items()}
+    for name, tensor in sorted(recorded.items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # As bytes, since numpy has no bfloat16.
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

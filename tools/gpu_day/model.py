@@ -171,7 +171,7 @@ def training(dense: Any) -> None:
     for again in range(2):
         _timed("calibrate", lambda: calibrate(dense, list(ids.split(1))), tokens=ids.numel(), again=bool(again))
     student = variants(dense)["cut, fused patch"]()
-    scale = patches(student)[JOINT].scale.requires_grad_()
+    scale = patches(student)[JOINT][0].scale.requires_grad_()
     optimizer = torch.optim.AdamW([scale], lr=1e-4)
     probs = torch.rand(PROMPT, KEPT, device=DEVICE).softmax(1)
     teacher = torch.randint(0, dense.config.vocab_size, (PROMPT, KEPT), device=DEVICE)
