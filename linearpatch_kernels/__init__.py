@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from linearpatch_kernels.calibration import CalibrationStatistics, calibrate
+    from linearpatch_kernels.distillation.settings import TrainingSettings
     from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
-    from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
+    from linearpatch_kernels.distillation.trainer import distill
     from linearpatch_kernels.errors import InputError
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
     from linearpatch_kernels.merging.plan import MergePlan, apply_merges
@@ -75,7 +76,8 @@ __all__ = [
 _HOME = {
     "calibration": ("CalibrationStatistics", "calibrate"),
     "distillation.teacher_store": ("TeacherStore", "write_teacher_store"),
-    "distillation.trainer": ("TrainingSettings", "distill"),
+    "distillation.settings": ("TrainingSettings",),
+    "distillation.trainer": ("distill",),
     "errors": ("InputError",),
     "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
     "nn": (

@@ -121,7 +121,7 @@ FITS: Mapping[str, Fit] = {
 """Name -> fit(statistics, span, rank). A new fit is one entry; ``auto`` chooses among all of them."""
 
 DENSE_FITS = frozenset({"least-squares", "shrunk-least-squares"})
-"""The fits that give a d x d map: what ``--structured`` leaves out."""
+"""The fits that give a d x d map: what ``structured`` leaves out."""
 
 RANKED_FITS = frozenset({"low-rank", "hadamard-low-rank", "shrunk-low-rank"})
 """The fits that a rank is given for."""
@@ -149,7 +149,7 @@ def too_little_text(fits: Sequence[str], width: int, windows: Tensor, *, instead
     return (
         f"{count} windows of {length} tokens are little text for {', '.join(hungry)} and {width} unknowns per channel: "
         f"on other text that may do worse than plain removal; {math.ceil(_TOKENS_PER_UNKNOWN * width / length)} "
-        f"windows would do (--samples){f', or {instead}' if instead else ''}"
+        f"windows would do (`samples`){f', or {instead}' if instead else ''}"
     )
 
 
@@ -195,7 +195,7 @@ def _moments(statistics: CalibrationStatistics, span: Span) -> Moments:
 def checked_rank(rank: int, width: int) -> int:
     """The rank, or an InputError if no d x d matrix has it."""
     if not 1 <= rank <= width:
-        raise InputError(f"a patch of rank {rank} does not fit a width of {width}: give --rank 1 to {width}")
+        raise InputError(f"a patch of rank {rank} does not fit a width of {width}: give `rank` 1 to {width}")
     return rank
 
 

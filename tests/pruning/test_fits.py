@@ -259,7 +259,7 @@ def test_which_fits_need_moments(statistics: CalibrationStatistics, name: str) -
 @pytest.mark.parametrize("rank", [-1, 0, WIDTH + 1])
 @pytest.mark.parametrize("fit", [fit_low_rank, fit_hadamard_low_rank])
 def test_ranks_that_do_not_fit(statistics: CalibrationStatistics, fit: Callable[..., object], rank: int) -> None:
-    with pytest.raises(InputError, match=f"a patch of rank {rank} does not fit a width of 48: give --rank 1 to 48"):
+    with pytest.raises(InputError, match=f"a patch of rank {rank} does not fit a width of 48: give `rank` 1 to 48"):
         fit(statistics, Span(2, 4), rank)
 
 
