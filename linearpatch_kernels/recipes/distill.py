@@ -76,9 +76,7 @@ def distill(
     reporter: Reporter | None = None,
     **named: Any,
 ) -> DistillResult:
-    """Train the patch in a directory, or its merged layers, against the dense model it was made from.
-
-    ::
+    """Train the patch in a directory, or its merged layers, against the dense model it was made from::
 
         lp.recipes.distill("DIR", teacher="demo", output="OUT", steps=200)
 

@@ -59,9 +59,7 @@ class TasksFailed(Exception):
 def evaluate(
     model: ModelName, settings: EvaluateSettings | None = None, *, reporter: Reporter | None = None, **named: Any
 ) -> Evaluation:
-    """Perplexity of a model; with a ``teacher`` its top-1 agreement and KL; with ``tasks`` zero-shot accuracy.
-
-    ::
+    """Perplexity of a model; with a ``teacher`` its top-1 agreement and KL; with ``tasks`` zero-shot accuracy::
 
         lp.evaluate("DIR", teacher="demo", speed=True).summary["perplexity"]
 

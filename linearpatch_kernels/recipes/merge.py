@@ -73,9 +73,7 @@ class MergeResult(Result):
 def merge(
     model: ModelName, settings: MergeRunSettings | None = None, *, reporter: Reporter | None = None, **named: Any
 ) -> MergeResult:
-    """Merge layers of a model until so many remain (CoMe), and write it with its plan and a report.
-
-    ::
+    """Merge layers of a model until so many remain (CoMe), and write it with its plan and a report::
 
         lp.merge("demo", layers=24, output="DIR")
 

@@ -63,9 +63,7 @@ class PruneResult(Result):
 def prune(
     model: ModelName, settings: PruneSettings | None = None, *, reporter: Reporter | None = None, **named: Any
 ) -> PruneResult:
-    """Remove layers from a model, heal the joint, and write the shallower model with its plan and a report.
-
-    ::
+    """Remove layers from a model, heal the joint, and write the shallower model with its plan and a report::
 
         lp.prune("demo", drop=6, output="DIR")
 

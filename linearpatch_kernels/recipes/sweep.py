@@ -59,9 +59,7 @@ class SweepResult(Result):
 def sweep(
     model: ModelName, settings: SweepSettings | None = None, *, reporter: Reporter | None = None, **named: Any
 ) -> SweepResult:
-    """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot.
-
-    ::
+    """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot::
 
         lp.sweep("demo", drop="1-12", output="DIR")
 
