@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linearpatch_kernels import recipes
     from linearpatch_kernels.calibration import CalibrationStatistics, calibrate
+    from linearpatch_kernels.distillation.settings import TrainingSettings
     from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
-    from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
+    from linearpatch_kernels.distillation.trainer import distill
     from linearpatch_kernels.errors import InputError
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
     from linearpatch_kernels.merging.plan import MergePlan, apply_merges
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.pruning.apply import apply_plan
     from linearpatch_kernels.pruning.plan import Joint, PrunePlan
     from linearpatch_kernels.pruning.search import plan_pruning
+    from linearpatch_kernels.recipes import evaluate, merge, prune, sweep
     from linearpatch_kernels.span import Span
 
 __version__ = "0.1.0"
@@ -62,14 +65,19 @@ __all__ = [
     "build_patch",
     "calibrate",
     "distill",
+    "evaluate",
     "hadamard_matrix",
     "hadamard_order",
     "hadamard_patch",
     "hadamard_transform",
     "linear_topk_kl_loss",
+    "merge",
     "paley_factor",
     "plan_merging",
     "plan_pruning",
+    "prune",
+    "recipes",
+    "sweep",
     "topk_kl_loss",
     "write_teacher_store",
 ]
@@ -77,7 +85,8 @@ __all__ = [
 _HOME = {
     "calibration": ("CalibrationStatistics", "calibrate"),
     "distillation.teacher_store": ("TeacherStore", "write_teacher_store"),
-    "distillation.trainer": ("TrainingSettings", "distill"),
+    "distillation.settings": ("TrainingSettings",),
+    "distillation.trainer": ("distill",),
     "errors": ("InputError",),
     "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
     "nn": (
@@ -100,14 +109,17 @@ _HOME = {
     "merging.search": ("MergeSettings", "plan_merging"),
     "pruning.plan": ("Joint", "PrunePlan"),
     "pruning.search": ("plan_pruning",),
+    "recipes": ("evaluate", "merge", "prune", "sweep"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+# The last one is a module itself.
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names} | {"recipes": "recipes"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = module if name == _MODULE_OF[name] else getattr(module, name)
     globals()[name] = value
     return value
 

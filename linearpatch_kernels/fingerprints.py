@@ -120,7 +120,7 @@ _BESIDE_CONFIG = {
 }
 _STOCK_PACKAGES = ("transformers", "linearpatch_kernels")
 _BESIDE_CONFIG_0_1 = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
-_MODEL_PARTS = ("layers or sizes", "--dtype", "weights", "config (rope, norms, attention, patches)")
+_MODEL_PARTS = ("layers or sizes", "`dtype`", "weights", "config (rope, norms, attention, patches)")
 
 
 def fingerprint_model(model: nn.Module) -> str:
@@ -142,7 +142,7 @@ def fingerprint_model(model: nn.Module) -> str:
 def model_difference(fingerprint: str, model: nn.Module) -> str:
     """In what a model differs from that of a fingerprint (of any version), in words; "" where it is the same."""
     if _is_old(fingerprint):
-        return "" if fingerprint == _fingerprint_0_1(model) else "other weights, config or --dtype"
+        return "" if fingerprint == _fingerprint_0_1(model) else "other weights, config or `dtype`"
     there, here = fingerprint.split("-"), fingerprint_model(model).split("-")
     if len(there) != len(here):
         return "a fingerprint of another version"

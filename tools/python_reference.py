@@ -6,6 +6,7 @@ what the command makes now.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import textwrap
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import linearpatch_kernels
+from linearpatch_kernels.settings import Field, Settings, fields_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "python.md"
 MADE_BY = "<!-- made by tools/python_reference.py from the docstrings: change those, not this page -->"
@@ -39,16 +41,38 @@ def page() -> str:
 
 
 def entry(name: str, thing: Any) -> str:
-    """A function, or a class with those of its public members that say what they are for."""
+    """A function, or a class or module with those of its public members that say what they are for."""
     parts = [f"## `{name}`", *signature(name, thing), *markdown(inspect.getdoc(thing))]
     for member, told in public_members(thing):
         called = f"{name}.{member}"
         parts += [f"### `{called}`", *signature(called, getattr(thing, member)), *markdown(inspect.getdoc(told))]
+        parts += fields(told)
     return "\n\n".join(parts)
 
 
+def fields(thing: Any) -> list[str]:
+    """What the settings of a recipe are for: a list of their fields."""
+    if not inspect.isclass(thing) or not issubclass(thing, Settings):
+        return []
+    entries = []
+    for field in fields_of(thing):
+        kind = f"{field.kind.__name__}{' | None' if field.optional else ''}"
+        default = "" if field.default is dataclasses.MISSING else f" = {value_of(field)}"
+        entries.append(f"- `{field.name}: {kind}{default}` {inline(field.option.help)}".rstrip())
+    return ["\n".join(entries)]
+
+
+def value_of(field: Field) -> str:
+    return repr(str(field.default) if field.kind is Path and field.default is not None else field.default)
+
+
 def public_members(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Name and what has the docstring, in the order of the source."""
+    """Name and what has the docstring, in the order of the source; of a module, what has no entry of its own."""
+    if inspect.ismodule(thing):
+        for name in thing.__all__:
+            if name not in linearpatch_kernels.__all__ or getattr(linearpatch_kernels, name) is not vars(thing)[name]:
+                yield name, vars(thing)[name]
+        return
     for name, member in vars(thing).items() if inspect.isclass(thing) else ():
         told = getattr(member, "__func__", member)
         own = callable(told) or isinstance(told, property)
@@ -58,7 +82,7 @@ def public_members(thing: Any) -> Iterator[tuple[str, Any]]:
 
 def signature(name: str, thing: Any) -> list[str]:
     """A block of code with the parameters as the source has them; no block for an attribute."""
-    if not callable(thing) or (inspect.isclass(thing) and not made_by_us(thing)):
+    if not callable(thing) or (inspect.isclass(thing) and (not made_by_us(thing) or issubclass(thing, Settings))):
         return []
     found = inspect.signature(thing)
     shown, starred = [], False
@@ -88,7 +112,7 @@ def ours(thing: type) -> bool:
 def declared(parameter: inspect.Parameter) -> str:
     kind = "" if parameter.annotation is parameter.empty else f": {plain(parameter.annotation)}"
     if parameter.default is parameter.empty:
-        return f"{parameter.name}{kind}"
+        return f"{'**' if parameter.kind is parameter.VAR_KEYWORD else ''}{parameter.name}{kind}"
     value = parameter.default
     if isinstance(value, Enum):
         told = f"{type(value).__name__}.{value.name}"

@@ -41,7 +41,8 @@ from benchmarks.studies.authors_loop import AuthorsLoop
 from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, collect_moments
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
-from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
+from linearpatch_kernels.distillation.recompute import recomputing
+from linearpatch_kernels.distillation.settings import RECOMPUTE
 from linearpatch_kernels.distillation.structure import structure
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, teacher_answers, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
@@ -84,9 +85,9 @@ class Method:
     Attributes:
         fit: the closed form it starts from.
         form: of `forms.FORMS`.
-        train: of `trainable.TRAIN`; "" for a method without training.
+        train: of `settings.TRAIN`; "" for a method without training.
         rank: of the fit and the form, where they have one.
-        loss: of `trainer.LOSSES`.
+        loss: of `settings.LOSSES`.
         label_weight: of the text's own next tokens.
         structured_of: the method whose trained dense patch it takes back to Hadamard + ``rank`` first.
     """

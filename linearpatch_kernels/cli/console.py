@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import check_file, expanded, finite, lies_in, read_json, said, write_whole
+from linearpatch_kernels.files import RECORDS, check_file, expanded, json_text, lies_in, read_json, said, write_whole
 
 if TYPE_CHECKING:
     from linearpatch_kernels.evaluation.agreement import Quality
     from linearpatch_kernels.pruning.plan import PrunePlan
+    from linearpatch_kernels.recipes import Result
 
 
 # What would move the cursor, clear the screen or colour what follows.
@@ -60,41 +61,21 @@ def print_error(message: str) -> None:
     problems.print(Text.assemble(("error:", "bold red"), " ", problems.render_str(message)), soft_wrap=True)
 
 
-class Notes:
-    """What a result lacks or suffers from: shown as it becomes known, once, and kept for the report."""
-
-    def __init__(self, *, shown: bool = True) -> None:
-        self.all: list[str] = []
-        self._shown = shown
-
-    def __call__(self, note: str) -> None:
-        if note not in self.all:
-            self.all.append(note)
-            if self._shown:
-                problems.print(f"note: {note}", soft_wrap=True)
-
-
-class Reporter:
-    """Shows progress: a bar on a terminal, a plain line every few seconds elsewhere; and keeps the time of every
-    stage."""
+class Terminal:
+    """The `recipes.Reporter` of the command: a bar on a terminal, a plain line every few seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
         self._bar: Progress | None = None
         self._last_line = ""
         self._last_time = time.monotonic()
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside under ``name``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.close()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+    def note(self, note: str) -> None:
+        problems.print(f"note: {in_flags(note)}", soft_wrap=True)
 
-    def __call__(self, description: str, done: int, total: int, detail: str = "") -> None:
+    def mention(self, line: str) -> None:
+        problems.print(line)
+
+    def progress(self, description: str, done: int, total: int, detail: str = "") -> None:
         if problems.is_terminal:
             self._draw(description, done, total, detail)
         elif done >= total or time.monotonic() - self._last_time > _PLAIN_INTERVAL:
@@ -106,7 +87,7 @@ class Reporter:
 
     def _draw(self, description: str, done: int, total: int, detail: str) -> None:
         if self._bar is None or self._bar.tasks[0].description != description:
-            self.close()
+            self.finish()
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -120,7 +101,7 @@ class Reporter:
             self._bar.start()
         self._bar.update(self._bar.tasks[0].id, completed=done, detail=detail)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -200,9 +181,28 @@ def candidates_table(plan: PrunePlan) -> list[TableContent]:
     return [(f"Candidates for the joint {spans} on held-out calibration windows", columns, rows)]
 
 
-def print_seconds(run: Reporter) -> None:
-    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
-    console.print(f"Time: {parts}; together {sum(run.seconds.values()):.0f} s")
+def print_seconds(seconds: Mapping[str, float]) -> None:
+    parts = ", ".join(f"{name} {one:.0f} s" for name, one in seconds.items())
+    console.print(f"Time: {parts}; together {sum(seconds.values()):.0f} s")
+
+
+def print_result(result: Result, what: str, *, tables: Sequence[TableContent] = (), lines: Sequence[str] = ()) -> None:
+    """How good the result is, how long it took, where it lies, and what speaks against it.
+
+    Args:
+        what: lies in the output, beside the report.
+        tables, lines: behind the qualities.
+    """
+    print_quality(result.quality, result.quality_text)
+    for table in tables:
+        print_table(*table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    print_seconds(result.seconds)
+    report = result.output / RECORDS / "report" / "report.md"
+    console.print(f"{what} and report: {result.output} (report: {report})", soft_wrap=True)
+    for line in result.verdict:
+        console.print(in_flags(line), soft_wrap=True)
 
 
 def check_json(file: Path | None, *, made_from: Iterable[Path | str | None] = (), output: Path | None = None) -> None:
@@ -221,7 +221,14 @@ def check_json(file: Path | None, *, made_from: Iterable[Path | str | None] = ()
         _try_stream(file)
         return
     for source in made_from:
-        if source and file.exists() and expanded(source).exists() and file.samefile(expanded(source)):
+        # 'demo' is no path, whatever lies under that name.
+        if (
+            source
+            and source != "demo"
+            and file.exists()
+            and expanded(source).exists()
+            and file.samefile(expanded(source))
+        ):
             raise InputError(f"--json {file} is what the run reads: give another file")
     check_file(file, f"--json {file}", _holds_figures)
 
@@ -278,8 +285,3 @@ def write_json(file: Path | None, summary: Mapping[str, Any]) -> None:
             write_whole(file.resolve(), text.encode())
     except (OSError, InputError) as error:
         raise InputError(f"--json {file} could not be written ({said(error)}): give another file") from error
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    """Indented JSON, in which what is not finite is null: JSON has no word for it."""
-    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"

@@ -20,11 +20,12 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
-from linearpatch_kernels.cli.merge import merges_table, written
-from linearpatch_kernels.cli.options import JsonFile, given_path
+from linearpatch_kernels.cli.merge import merges_table
+from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, record
+from linearpatch_kernels.settings import given_path
 
 _CURE = "write the directory again"
 
@@ -115,6 +116,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    from linearpatch_kernels.recipes.merge import written
+
     weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
     tree = config.get("linearpatch_merge_tree")
     about = {

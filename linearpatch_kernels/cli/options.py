@@ -1,71 +1,23 @@
-"""The arguments and flags that several commands share."""
+"""The options of a command, made from the settings of its recipe; and the arguments that no recipe has."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.files import expanded
-from linearpatch_kernels.pruning.scores import SCORES, scores_of_statistics
+from linearpatch_kernels.settings import Field, fields_of, given_path
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or 'demo'.", show_default=False)
-]
-
-
-def given_path(text: str | Path) -> Path:
-    """A path as it was given, with its ``~`` resolved: a shell leaves that of --output=~/there as it is."""
-    if not str(text).strip():
-        # To pathlib an empty name is the working directory.
-        raise InputError("a path that was given is empty: give one, or leave the option out")
-    return expanded(text)
-
-
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.", show_default=False, parser=given_path),
-]
-Drop = Annotated[
-    int | None, typer.Option("--drop", metavar="N", min=1, help="How many layers to remove.", show_default=False)
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        "--text",
-        metavar="FILE",
-        help="UTF-8 text to calibrate on (default: the demo text).",
-        show_default=False,
-        parser=given_path,
-    ),
-]
-HeldoutText = Annotated[
-    Path | None,
-    typer.Option(
-        "--heldout-text",
-        metavar="FILE",
-        help="Text for the report's figures (default: unused windows of --text).",
-        show_default=False,
-        parser=given_path,
-    ),
-]
-Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Calibration windows.")]
-Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens per window.")]
-ScoreOfStatistics = Annotated[
-    str, typer.Option("--score", metavar="NAME", help=f"{SCORES.described(scores_of_statistics())}.")
-]
-Score = Annotated[str, typer.Option("--score", metavar="NAME", help=f"{SCORES.described()}.")]
-Rank = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        metavar="R",
-        min=1,
-        help="Rank of the low-rank fits (default: 64, or the model's width where that is less).",
-        show_default=False,
-    ),
 ]
 JsonFile = Annotated[
     Path | None,
@@ -77,12 +29,63 @@ JsonFile = Annotated[
         parser=given_path,
     ),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (the checkpoint's own).")]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).", show_default=False),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Windows per forward pass.")]
+# Options from this one on say how models are loaded, and stand last.
+_LOADING = "dtype"
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """What typer makes a command of: in the place of the parameter ``settings``, an option for each of its fields.
+
+    Errors name flags in the place of the settings that they name in backticks (`cli.flags`).
+    """
+    own = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function, include_extras=True)
+    fields = fields_of(hints["settings"])
+    parameters = {name: one.replace(annotation=hints[name], kind=_KIND) for name, one in own.items()}
+    options = {field.name: _parameter(field) for field in fields}
+    before = [one for name, one in parameters.items() if name not in ("settings", "json_file")]
+    last = list(options).index(_LOADING) if _LOADING in options else len(options)
+    listed = list(options.values())
+    made = [*before, *listed[:last], parameters["json_file"], *listed[last:]]
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        try:
+            settings = hints["settings"](**{field.name: given.pop(field.name) for field in fields})
+            _hush()
+            function(settings=settings, **given)
+        except InputError as error:
+            error.args = (in_flags(str(error)),)
+            raise
+
+    run.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]  # how typer and inspect see it
+    run.__annotations__ = {one.name: one.annotation for one in made}
+    return run
+
+
+_KIND = inspect.Parameter.KEYWORD_ONLY
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    required = field.default is dataclasses.MISSING
+    option = typer.Option(
+        *field.flags,
+        metavar=field.option.metavar,
+        help=in_flags(field.option.help) or None,
+        min=field.option.least,
+        show_default=not (required or field.default is None),
+        parser=given_path if field.kind is Path else None,
+    )
+    kind = field.kind | None if field.optional else field.kind
+    default = inspect.Parameter.empty if required else field.default
+    return inspect.Parameter(field.name, _KIND, default=default, annotation=Annotated[kind, option])
+
+
+def _hush() -> None:
+    """Transformers and the hub say what a command says itself, or what nobody asked for."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

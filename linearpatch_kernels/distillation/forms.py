@@ -38,7 +38,7 @@ def reformed(chain: PatchChain, form: str, rank: int) -> Patch:
     if check_form(form) == "dense":
         return DensePatch.from_dense(matrix)
     if form == "low-rank" and not 1 <= rank <= len(matrix):
-        raise InputError(f"--rank {rank} is not between 1 and the model's width {len(matrix)}")
+        raise InputError(f"`rank` {rank} is not between 1 and the model's width {len(matrix)}")
     near = HadamardPatch.from_dense(matrix, rank if form == "low-rank" else 0)
     if form == "scale":
         return near

@@ -18,15 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.distillation.settings import HierarchySettings, TrainingSettings
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
     Step,
     SuffixLoss,
-    TrainingSettings,
-    check_real,
     check_same_run,
-    check_whole,
     distill,
     heldout_losses,
     joint_state,
@@ -43,10 +41,6 @@ from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
-STREAM_ERRORS = ("relative", "mse")
-"""Squared error per token over the squared norm of the teacher's state, so that a token of huge values (an attention
-sink) counts as one; the paper's mean squared error."""
-
 LAYERS = "layers"
 """Name of the streams' error among the losses of a run: the mean over the merged layers."""
 
@@ -60,30 +54,6 @@ class Group:
 
     layer: int
     span: Span
-
-
-@dataclasses.dataclass(frozen=True)
-class HierarchySettings:
-    """What a hierarchical run has beside `TrainingSettings`.
-
-    Attributes:
-        weight: of the streams' error beside the Top-K KL in the run of all groups together; 0: the KL alone.
-        error: of `STREAM_ERRORS`.
-        group_steps: of every group on its own before that; 0: none.
-
-    Raises:
-        InputError: a value that makes no sense, in the words of its flag.
-    """
-
-    weight: float = 1.0
-    error: str = "relative"
-    group_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.error not in STREAM_ERRORS:
-            raise InputError(f"--layer-error {self.error} is not known: choose one of {', '.join(STREAM_ERRORS)}")
-        check_real("layer_weight", self.weight)
-        check_whole("group_steps", self.group_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +145,7 @@ def distill_merged(
     lacking = set(stream_depths(student, hierarchy)) - set(store.request.depths)
     if lacking:
         raise InputError(
-            f"the teacher store lacks the states of depth {', '.join(map(str, sorted(lacking)))}: give another --store"
+            f"the teacher store lacks the states of depth {', '.join(map(str, sorted(lacking)))}: give another `store`"
         )
     folder = None if directory is None else Path(directory).expanduser()
     alone: dict[int, GroupOutcome] = {}
@@ -183,7 +153,7 @@ def distill_merged(
     original, before = dict(student.named_parameters()), math.inf
     if hierarchy.group_steps:
         if patches(student):
-            raise InputError("a group is trained on its own without patches: merge without --heal, or no --group-steps")
+            raise InputError("a group is trained on its own without patches: merge without `heal`, or no `group_steps`")
         if folder is None and processes.count > 1:
             raise InputError("several processes exchange their groups through a directory: give one")
         before = heldout_losses(student, store, groups[0].layer, heldout)["tail"]

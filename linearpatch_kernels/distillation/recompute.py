@@ -15,9 +15,6 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.modeling.families import decoder_layers, rms_norms, sublayers
 from linearpatch_kernels.torch_internals import StorageMark
 
-RECOMPUTE = ("none", "activation", "layer")
-"""Nothing; the output of the feed-forward's activation, so that no matrix product is done twice; all of a layer."""
-
 
 @contextlib.contextmanager
 def recomputing(model: PreTrainedModel, begin: int, what: str) -> Iterator[None]:
@@ -26,7 +23,7 @@ def recomputing(model: PreTrainedModel, begin: int, what: str) -> Iterator[None]
     Norms whose gains are frozen have a cheaper backward then, whatever is recomputed.
 
     Args:
-        what: of `RECOMPUTE`.
+        what: of `settings.RECOMPUTE`.
     """
     layers = list(decoder_layers(model)[begin:])
     with contextlib.ExitStack() as stack:

@@ -81,7 +81,7 @@ class StoreRequest:
         if min(sizes) < 1 or self.top_k > self.vocabulary or list(self.depths) != sorted({*self.depths}):
             raise InputError(
                 f"a teacher store of {self.count} windows of {self.length} tokens, in shards of {self.shard_windows}, "
-                f"with --top-k {self.top_k} of {self.vocabulary} and the depths {list(self.depths)} makes no sense: "
+                f"with `top_k` {self.top_k} of {self.vocabulary} and the depths {list(self.depths)} makes no sense: "
                 "every number must be at least 1, and the depths must increase"
             )
 
@@ -126,7 +126,7 @@ class StoreRequest:
         """InputError where the file is not what a writer of this version wrote."""
         if not file.exists():
             raise InputError(f"{file.parent} is not a teacher store: it has no {file.name}")
-        cure = "give another --store"
+        cure = "give another `store`"
         content = read_json(file, f"it is damaged or not of this version, so {cure}")
         if content.get("format") != _FORMAT or content.get("version") != _VERSION:
             raise InputError(f"{file} is damaged or not of this version: {cure}")
@@ -158,7 +158,7 @@ def store_request(
     check_windows(model, windows)
     vocabulary, layers = int(model.config.vocab_size), num_layers(model)
     if not 1 <= top_k <= vocabulary:
-        raise InputError(f"--top-k {top_k} is not between 1 and the vocabulary's {vocabulary} tokens")
+        raise InputError(f"`top_k` {top_k} is not between 1 and the vocabulary's {vocabulary} tokens")
     for depth in depths:
         if not 0 <= depth <= layers:
             raise InputError(f"there is no depth {depth} in a model of {layers} layers")
@@ -273,7 +273,7 @@ def _check_folder(folder: Path, request: StoreRequest) -> bool:
     sound = True
     if folder.is_dir() and not all(_may_be_begun(path.name) for path in folder.iterdir()):
         if not (folder / "request.json").exists():
-            raise InputError(f"{folder} exists and is not a teacher store: give another --store")
+            raise InputError(f"{folder} exists and is not a teacher store: give another `store`")
         try:
             found = StoreRequest.read(folder / "request.json")
         except InputError:
@@ -289,7 +289,7 @@ def _check_folder(folder: Path, request: StoreRequest) -> bool:
     if needed > free:
         raise InputError(
             f"the teacher store takes {request.total_bytes / 1e9:.3f} GB ({request.bytes_per_token} MB per million "
-            f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another --store, a smaller --top-k, "
+            f"tokens) and {parent} has {free / 1e9:.3f} GB free: make room, give another `store`, a smaller `top_k`, "
             "or less text"
         )
     return sound
@@ -308,7 +308,7 @@ _WHOSE = {
     "windows": "other text",
     "count": "other text",
     "length": "windows of another length",
-    "top_k": "another --top-k",
+    "top_k": "another `top_k`",
     "depths": "the states of other depths",
     "shard_windows": "shards of another size",
 }
@@ -319,7 +319,7 @@ def _check_same(found: StoreRequest, wanted: StoreRequest, folder: Path) -> None
         there, here = getattr(found, name), getattr(wanted, name)
         if there != here:
             raise InputError(
-                f"{folder} is a teacher store of {whose} ({name} {there} there, {here} here): give another --store, or "
+                f"{folder} is a teacher store of {whose} ({name} {there} there, {here} here): give another `store`, or "
                 "delete it"
             )
 

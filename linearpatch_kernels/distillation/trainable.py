@@ -10,16 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.distillation.settings import TRAIN
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, linear_layers, merge_tree, norm_gains
 from linearpatch_kernels.modeling.patched import patches
 
-TRAIN = ("patch", "patch+norms", "lora", "suffix", "merged")
-"""The patches alone; they and the RMSNorm gains from them on; and LoRA on the projections from them on too; the patches
-and all weights of the layers from them on; the patches and all weights of the merged layers (CoMe). Without patches
-"them" is the first merged layer."""
-
-# Relative to --learning-rate: gains and scales are near 1 and each of them moves a whole channel.
+# Relative to the learning rate: gains and scales are near 1 and each of them moves a whole channel.
 _RATES = {"matrix": 1.0, "vector": 10.0}
 # Where the matrices around a gain are trained whole, they do that themselves.
 _RATES_OF_WHOLE_LAYERS = {"matrix": 1.0, "vector": 1.0}
@@ -78,11 +74,11 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_ra
             autograd cannot work with.
     """
     if train not in TRAIN:
-        raise InputError(f"--train {train} is not known: choose one of {', '.join(TRAIN)}")
+        raise InputError(f"`train` {train} is not known: choose one of {', '.join(TRAIN)}")
     if train == "lora":
         _need_peft()
         if lora_rank > hidden_size(student):
-            raise InputError(f"--lora-rank {lora_rank} is more than the model's width {hidden_size(student)}")
+            raise InputError(f"`lora_rank` {lora_rank} is more than the model's width {hidden_size(student)}")
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
     if train in ("patch+norms", "lora", "suffix"):
@@ -93,11 +89,11 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_ra
         nodes = enumerate(merge_tree(student))
         merged = [layer for layer, node in nodes if isinstance(node, list) and layer >= begin]
         if not merged:
-            raise InputError("there is no merged layer to train from the joint on: give another --train")
+            raise InputError("there is no merged layer to train from the joint on: give another `train`")
         chosen |= {id(parameter) for layer in merged for parameter in decoder_layers(student)[layer].parameters()}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in chosen]
     if not names:
-        raise InputError("there is no patch to train: make one with --patch dense, or train more with --train")
+        raise InputError("there is no patch to train: make one with `patch` dense, or train more with `train`")
     if any(parameter.is_inference() for parameter in student.parameters()):
         raise InputError("weights made in torch.inference_mode cannot be trained: load the model outside of it")
     return names
@@ -153,6 +149,6 @@ def _need_peft() -> Any:
         import peft
     except ImportError as error:
         raise InputError(
-            "--train lora needs peft, which is not installed: pip install 'linearpatch-kernels[train]'"
+            "`train` lora needs peft, which is not installed: pip install 'linearpatch-kernels[train]'"
         ) from error
     return peft

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
+from linearpatch_kernels.distillation.recompute import recomputing
+from linearpatch_kernels.distillation.settings import TrainingSettings
 from linearpatch_kernels.distillation.teacher_store import TeacherBatch, TeacherStore
-from linearpatch_kernels.distillation.trainable import TRAIN, Trainable, prepare
+from linearpatch_kernels.distillation.trainable import Trainable, prepare
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.files import (
@@ -48,11 +49,6 @@ from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
-LOSSES = ("tail", "topk", "full")
-"""The rest of the vocabulary in one bucket; the paper's, over the K alone; over the vocabulary, without a bucket."""
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 # Writing checkpoints may take one part in so many of a run: those of a whole suffix are large.
 _SHARE_OF_CHECKPOINTS = 50
 
@@ -62,91 +58,6 @@ RUN_FILES = re.compile(r"((together|group-\d+)/)?(state\.safetensors|log\.jsonl)
 """What the directory of a run holds, also that of a `hierarchical` one."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("parameter", "best", *_MOMENTS)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingSettings:
-    """What decides the result of a run, together with the student and the store.
-
-    Attributes:
-        steps: optimizer steps.
-        train: of `trainable.TRAIN`.
-        loss: of `LOSSES`.
-        label_weight: of the text's own next tokens in what is learnt, beside the teacher's distribution, which has the
-            rest (`TeacherBatch.with_labels`); 0: the teacher's alone. Held-out windows are always measured against it.
-        learning_rate: its peak; gains and scales take ten times as much, but beside whole layers (``suffix``) the same.
-        final_share: the cosine ends at this share of the peak (the paper's is 1/20).
-        warmup_steps: linear, before the cosine.
-        weight_decay: AdamW's; it pulls towards zero, which is no place for a patch, so 0 unless told.
-        clip: largest norm of the gradient; 0: no limit.
-        windows_per_step: over all processes.
-        micro_batch: windows per forward and backward pass in one process; more are accumulated.
-        evaluate_every: steps between two looks at the held-out windows; 0: ten in all.
-        patience: looks without a better one until the run ends early; 0: never.
-        lora_rank: of ``train="lora"``.
-        precision: of the matrix products (``bfloat16``: autocast; a half-precision student always).
-        recompute: of `recompute.RECOMPUTE`: what the backward computes again instead of keeping it; same bits.
-        seed: of the order of windows and LoRA's start.
-
-    Raises:
-        InputError: a value that makes no sense, in the words of its flag.
-    """
-
-    steps: int = 100
-    train: str = "patch"
-    loss: str = "tail"
-    label_weight: float = 0.0
-    learning_rate: float = 3e-4
-    final_share: float = 0.05
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    windows_per_step: int = 1
-    micro_batch: int = 1
-    evaluate_every: int = 0
-    patience: int = 0
-    lora_rank: int = 16
-    precision: str = "float32"
-    recompute: str = "activation"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        known_names = {"train": TRAIN, "loss": LOSSES, "precision": tuple(PRECISIONS), "recompute": RECOMPUTE}
-        for name, known in known_names.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)} is not known: choose one of {', '.join(known)}")
-        for name in ("steps", "windows_per_step", "micro_batch", "lora_rank"):
-            check_whole(name, getattr(self, name), least=1)
-        for name in ("warmup_steps", "evaluate_every", "patience"):
-            check_whole(name, getattr(self, name))
-        # Every epoch has the next seed, and torch takes no larger ones.
-        check_whole("seed", self.seed, least=-(1 << 62), most=1 << 62)
-        for name in ("weight_decay", "clip"):
-            check_real(name, getattr(self, name))
-        for name in ("final_share", "label_weight"):
-            check_real(name, getattr(self, name), most=1)
-        check_real("learning_rate", self.learning_rate)
-        if not self.learning_rate > 0:
-            raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
-
-    def check_processes(self, count: int) -> None:
-        """InputError where the windows of a step cannot be shared out evenly."""
-        if self.windows_per_step % count:
-            raise InputError(
-                f"--batch-size {self.windows_per_step} cannot be shared out among {count} processes: give a multiple"
-            )
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: linear warm-up, then a cosine to ``final_share`` of the peak."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        through = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * min(1.0, through))) / 2
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
-
-    def looks(self, step: int) -> bool:
-        """Whether the held-out windows are looked at after this many steps."""
-        return step % (self.evaluate_every or max(1, self.steps // 10)) == 0 or step == self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +93,6 @@ class Distillation:
     def heldout(self, step: int, loss: str = "tail") -> float:
         """The held-out KL after ``step`` steps."""
         return next(point[loss] for point in self.curve if point["step"] == step)
-
-
-def check_whole(name: str, value: Any, *, least: int = 0, most: int = (1 << 31) - 1) -> None:
-    """InputError where a setting is no whole number from ``least`` to ``most``; ``name`` as in the settings."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"--{name.replace('_', '-')} must be a whole number from {least} to {most}, not {value}")
-
-
-def check_real(name: str, value: Any, *, most: float = math.inf) -> None:
-    """InputError where a setting is no finite number from 0 to ``most``."""
-    if not isinstance(value, int | float) or not 0 <= value <= most or not math.isfinite(value):
-        wanted = "finite and not negative" if most == math.inf else f"between 0 and {most}"
-        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def joint_depth(student: PreTrainedModel, joint: int) -> int:
@@ -384,7 +282,7 @@ def distill(
         trainable = prepare(student, begin, settings.train, lora_rank=settings.lora_rank, seed=settings.seed)
         try:
             half = trainable.dtype in (torch.float16, torch.bfloat16)
-            precision = torch.bfloat16 if half else PRECISIONS[settings.precision]
+            precision = torch.bfloat16 if half else getattr(torch, settings.precision)
             goal = objective(student, store, begin, settings, precision)
             about["objective"] = dict(goal.about)
             run = _Run(goal, trainable, store.request.length, settings, processes, folder, about, noted)
@@ -516,7 +414,7 @@ class _Run:
         norm = self._gradient_norm()
         if not math.isfinite(float(total)) or not math.isfinite(norm):
             raise InputError(
-                f"the loss or its gradient is not finite at step {self.step + 1}: use a smaller --learning-rate, or "
+                f"the loss or its gradient is not finite at step {self.step + 1}: use a smaller `learning_rate`, or "
                 "check the model's weights"
             )
         self.optimizer.step()
@@ -545,7 +443,7 @@ class _Run:
         point = {"step": float(self.step), **dict(zip(measured, means.tolist(), strict=True))}
         chooses = measured[0]
         if not math.isfinite(point[chooses]):
-            raise InputError(f"the held-out loss is not finite after {self.step} steps: use a smaller --learning-rate")
+            raise InputError(f"the held-out loss is not finite after {self.step} steps: use a smaller `learning_rate`")
         if all(point[chooses] < earlier[chooses] for earlier in self.curve):
             self.best_step = self.step
             for name, parameter in self.trainable.parameters.items():

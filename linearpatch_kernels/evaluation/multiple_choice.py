@@ -98,7 +98,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise InputError(f"no task was named: give some of {', '.join(LOCAL_TASKS)}")
     missing = [name for name in ("lm_eval", "datasets", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"--tasks needs {', '.join(missing)}: pip install 'linearpatch-kernels[eval]'")
+        raise InputError(f"`tasks` needs {', '.join(missing)}: pip install 'linearpatch-kernels[eval]'")
     _, remote = _split_tasks(tasks)
     if remote:
         known = _default_tasks().all_subtasks

@@ -71,3 +71,8 @@ def finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Indented JSON, in which what is not finite is null: JSON has no word for it."""
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"

@@ -129,7 +129,7 @@ def too_little_to_refit(model: PreTrainedModel, windows: Tensor) -> str | None:
         return None
     return (
         f"{count} windows of {length} tokens are little text to refit {half.output.projection} and its {inputs} inputs "
-        f"on: it may win back little; {math.ceil(inputs * 4 / 3 / length)} windows would do (--samples)"
+        f"on: it may win back little; {math.ceil(inputs * 4 / 3 / length)} windows would do (`samples`)"
     )
 
 

@@ -188,7 +188,7 @@ def influence_shares(influence: Sequence[float], power: float = 1.0, floor: floa
             # Every share of the sum is too small for so large a power; a share of the largest is not.
             powers = [(max(value, 0.0) / max(influence)) ** power for value in influence]
     except (OverflowError, ZeroDivisionError) as error:
-        raise InputError(f"an influence to the power of {power} is beyond all numbers: give another --power") from error
+        raise InputError(f"an influence to the power of {power} is beyond all numbers: give another `power`") from error
     shares = [value / sum(powers) for value in powers]
     largest = max(range(len(shares)), key=lambda i: shares[i])
     if shares[largest] >= floor:

@@ -18,7 +18,7 @@ def apply_plan(model: PreTrainedModel, plan: PrunePlan) -> PreTrainedModel:
     """The shallower model: the plan's spans removed, its patches at the joints.
 
     ``model`` is not changed; the result shares its parameters. Layers are renumbered, per-layer config lists and the
-    key/value cache follow. Without any patch (``--fit none``) the result is of the stock class and saves as a stock
+    key/value cache follow. Without any patch (the fit ``none``) the result is of the stock class and saves as a stock
     checkpoint.
 
     Raises:

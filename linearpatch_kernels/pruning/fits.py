@@ -142,7 +142,7 @@ def fits_of(name: str, *, structured: bool = False) -> list[Fit]:
         return [fit for fit in FITS.values() if fit.automatic and (fit.structured or not structured)]
     fit = FITS.named(name, also=(AUTO,))
     if structured and not fit.structured:
-        raise InputError(f"--structured leaves dense maps out and --fit {name} is one: give one of the two")
+        raise InputError(f"`structured` leaves dense maps out and `fit` {name} is one: give one of the two")
     return [fit]
 
 
@@ -172,14 +172,14 @@ def too_little_text(fits: Sequence[str], width: int, windows: Tensor, *, instead
     return (
         f"{count} windows of {length} tokens are little text for {', '.join(hungry)} and {width} unknowns per channel: "
         f"on other text that may do worse than plain removal; {math.ceil(_TOKENS_PER_UNKNOWN * width / length)} "
-        f"windows would do (--samples){f', or {instead}' if instead else ''}"
+        f"windows would do (`samples`){f', or {instead}' if instead else ''}"
     )
 
 
 def checked_rank(rank: int, width: int) -> int:
     """The rank, or an InputError if no d x d matrix has it."""
     if not 1 <= rank <= width:
-        raise InputError(f"a patch of rank {rank} does not fit a width of {width}: give --rank 1 to {width}")
+        raise InputError(f"a patch of rank {rank} does not fit a width of {width}: give `rank` 1 to {width}")
     return rank
 
 

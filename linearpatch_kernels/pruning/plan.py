@@ -60,7 +60,7 @@ class PrunePlan:
         joints: not overlapping, not touching; kept in the order of the model.
         score: what chose the spans (a name of ``scores.SCORES``, or ``given``).
         calibration: what the patches were fitted on (text fingerprint, windows, tokens per window, ...); JSON values.
-        candidates: the rows of the table that ``--fit auto`` decided on; JSON values.
+        candidates: the rows of the table that the fit ``auto`` decided on; JSON values.
 
     Raises:
         InputError: spans that overlap, touch, leave the model or leave no layer.

@@ -50,7 +50,7 @@ def describe_patch(joint: Joint) -> str:
 
 
 def candidate_rows(plan: PrunePlan) -> list[CandidateRow]:
-    """The rows of the table that ``--fit auto`` decided on."""
+    """The rows of the table that the fit ``auto`` decided on."""
     spans = ",".join(map(str, plan.spans))
     return [
         CandidateRow(spans, row["fit"], row["loss"], row["flops_per_token"], row["kept"]) for row in plan.candidates

@@ -108,7 +108,7 @@ def plan_pruning(
         check_drop(drop, layers)
     check_rank(rank, hidden_size(model), [fit], score)
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
-    _note_little_text([fit], model, fit_windows, noted, instead="--fit auto, which chooses on other text")
+    _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
     # Comparing holds the logits of two models at once, so it takes one window at a time.
     comparing = Run(processes=ranks or Processes(), progress=progress)
     if spans:

@@ -109,7 +109,7 @@ def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class FitChoice:
-    """What ``--fit auto`` decided and why.
+    """What the fit ``auto`` decided and why.
 
     Attributes:
         fit: the name of the fit that was kept.

@@ -266,7 +266,7 @@ def test_what_is_refused(dense: PreTrainedModel, windows: Tensor, store: Teacher
         train(student, store)
     with pytest.raises(InputError, match="no merged layers"):
         train(dense, store)
-    with pytest.raises(InputError, match="--layer-error"):
+    with pytest.raises(InputError, match="`layer_error`"):
         HierarchySettings(error="cosine")
     with pytest.raises(InputError, match="negative"):
         HierarchySettings(weight=-1.0)

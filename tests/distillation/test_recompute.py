@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.distillation.recompute import RECOMPUTE, recomputing
+from linearpatch_kernels.distillation.recompute import recomputing
+from linearpatch_kernels.distillation.settings import RECOMPUTE
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, partial_decoder

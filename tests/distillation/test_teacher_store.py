@@ -177,7 +177,7 @@ def test_foreign_stores_and_directories(dense: PreTrainedModel, windows: Tensor,
     assert "another tokenizer" in write(tokenizer="0123456789abcdef")
     assert "other text" in write(ids=windows.flip(0))
     assert "other text" in write(ids=windows[:6])
-    assert "another --top-k" in write(top_k=9)
+    assert "another `top_k`" in write(top_k=9)
     assert "states of other depths" in write(depths=[2])
     assert contents(copy) == before
     (tmp_path / "mine").mkdir()
@@ -201,7 +201,7 @@ def test_a_student_that_cannot_learn_from_it(
 
 def test_requests_that_make_no_sense(dense: PreTrainedModel, windows: Tensor) -> None:
     for top_k in (0, 98):
-        assert "--top-k" in refused(lambda k=top_k: store_request(dense, windows, top_k=k))
+        assert "`top_k`" in refused(lambda k=top_k: store_request(dense, windows, top_k=k))
     assert "no depth 7" in refused(lambda: store_request(dense, windows, depths=[7]))
     assert "token id 97" in refused(lambda: store_request(dense, windows + 97 - windows.max()))
 

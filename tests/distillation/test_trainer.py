@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.forms import reformed
+from linearpatch_kernels.distillation.settings import LOSSES, TrainingSettings
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import (
-    LOSSES,
     Distillation,
     Step,
     SuffixLoss,
-    TrainingSettings,
     check_same_run,
     distill,
 )
@@ -366,7 +365,7 @@ def test_what_is_refused(dense: PreTrainedModel, store: TeacherStore) -> None:
             TrainingSettings(**wrong)
     with pytest.raises(InputError, match="among 3 processes"):
         TrainingSettings(windows_per_step=4).check_processes(3)
-    with pytest.raises(InputError, match="--learning-rate must be positive"):
+    with pytest.raises(InputError, match="`learning_rate` must be positive"):
         TrainingSettings(learning_rate=0.0)
 
 

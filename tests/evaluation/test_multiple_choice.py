@@ -114,7 +114,7 @@ def test_nothing_is_printed_and_everything_is_put_back(
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
-    with pytest.raises(InputError, match=r"--tasks needs lm_eval: pip install 'linearpatch-kernels\[eval\]'"):
+    with pytest.raises(InputError, match=r"`tasks` needs lm_eval: pip install 'linearpatch-kernels\[eval\]'"):
         check_tasks(["piqa"])
 
 

@@ -55,7 +55,7 @@ HUGE = 10**20
 )
 def test_a_setting_of_training_that_makes_no_sense(name: str, value: Any) -> None:
     """A seed of 2**64 and a weight decay of infinity were told after the teacher was asked."""
-    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be ") as caught:
+    with pytest.raises(InputError, match=f"`{name}` must be ") as caught:
         TrainingSettings(**{name: value})
     assert "\n" not in str(caught.value)
 
@@ -69,7 +69,7 @@ def test_seeds_that_torch_takes_in_every_epoch(seed: int) -> None:
     ("name", "value"), [("weight", math.inf), ("weight", math.nan), ("weight", -1.0), ("group_steps", HUGE)]
 )
 def test_a_setting_of_merged_layers_that_makes_no_sense(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=r"--(layer-weight|group-steps) must be "):
+    with pytest.raises(InputError, match=r"`(layer_weight|group_steps)` must be "):
         HierarchySettings(**{name: value})
 
 
@@ -96,6 +96,6 @@ def test_a_rank_that_makes_no_sense(rank: int) -> None:
 def test_a_rank_of_lora_beyond_the_width() -> None:
     pytest.importorskip("peft")
     student = apply_plan(tiny(), PrunePlan(6, (Joint(Span(2, 4)),)))
-    with pytest.raises(InputError, match="--lora-rank 49 is more than the model's width 48"):
+    with pytest.raises(InputError, match="`lora_rank` 49 is more than the model's width 48"):
         check_trainable(student, 2, "lora", lora_rank=49)
     assert check_trainable(student, 2, "lora", lora_rank=48)

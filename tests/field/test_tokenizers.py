@@ -70,7 +70,7 @@ def test_windows_begin_as_texts_do(tmp_path: Path, front: list[str], back: list[
 def test_a_window_without_room_for_a_text_is_refused() -> None:
     made = framed(["<s>", "90"])
     assert token_windows(made, numbers(200), length=3).shape[1] == 3
-    with pytest.raises(InputError, match="--length must be at least 3"):
+    with pytest.raises(InputError, match="`length` must be at least 3"):
         token_windows(made, numbers(200), length=2)
 
 

@@ -245,7 +245,7 @@ def test_which_fits_need_moments(statistics: CalibrationStatistics, name: str) -
 @pytest.mark.parametrize("rank", [-1, 0, WIDTH + 1])
 @pytest.mark.parametrize("fit", [name for name in FITS if takes_rank(name)])
 def test_ranks_that_do_not_fit(statistics: CalibrationStatistics, fit: str, rank: int) -> None:
-    with pytest.raises(InputError, match=f"a patch of rank {rank} does not fit a width of 48: give --rank 1 to 48"):
+    with pytest.raises(InputError, match=f"a patch of rank {rank} does not fit a width of 48: give `rank` 1 to 48"):
         fit_patch(statistics.at(Span(2, 4)), fit, rank=rank)
 
 
@@ -265,7 +265,7 @@ def test_what_a_name_asks_for() -> None:
     assert takes_rank(AUTO)
     assert not needs_moments("linearpatch")
     assert not takes_rank("linearpatch")
-    with pytest.raises(InputError, match="--structured leaves dense maps out and --fit least-squares is one"):
+    with pytest.raises(InputError, match="`structured` leaves dense maps out and `fit` least-squares is one"):
         fits_of("least-squares", structured=True)
     for asking in (fits_of, needs_moments, takes_rank):
         with pytest.raises(InputError, match=r"no fit is called 'magic': choose one of none, .*, auto"):

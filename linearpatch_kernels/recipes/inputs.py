@@ -1,0 +1,216 @@
+"""What a recipe works on: the model, the texts and their windows; and whether its output may go where it is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.demo_data import demo_model_path, demo_text
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import lies_in
+from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
+from linearpatch_kernels.forward import check_windows
+from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.saving import check_output
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.recipes.log import Log
+from linearpatch_kernels.text import cache_dir, read_text, split_windows, token_windows
+
+ModelName = str | os.PathLike[str]
+"""A model directory, a ``.gguf`` file, a hub id, or ``demo``."""
+
+EVALUATION_WINDOWS = 16
+"""How many windows the figures of a report are measured on."""
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Loading(Protocol):
+    """The settings that say how a model is loaded."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def device(self) -> str | None: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+def find_model(
+    model: ModelName, settings: Loading, *, processes: Processes | None = None, device_map: str | None = None
+) -> ModelSource:
+    """MODEL with its config and tokenizer at hand, for all that can be refused before its weights are loaded.
+
+    Args:
+        processes: what a launcher started: it decides the device, unless the settings do.
+    """
+    if settings.dtype not in _DTYPES:
+        raise InputError(f"`dtype` {settings.dtype} is not known: choose one of {', '.join(_DTYPES)}")
+    launched = None if processes is None else processes.device
+    return ModelSource(
+        demo_model_path() if model == "demo" else model,
+        dtype=_DTYPES[settings.dtype],
+        device=settings.device or (str(launched) if launched is not None else "auto"),
+        device_map=device_map,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def check_can_be_cut(model: ModelSource) -> None:
+    """InputError for a model that can only be measured; ask it before the calibration."""
+    if model.is_quantised:
+        raise InputError(
+            f"{model.name} is quantised and cannot be cut: give the full-precision model, and quantise the result"
+        )
+
+
+def check_output_place(output: Path, model: ModelName, *reads: ModelName | None) -> None:
+    """Whether an output can take its place; call it first.
+
+    Args:
+        reads: what the run reads beside the model, None for what it does not.
+    """
+    if lies_in(output, cache_dir()):
+        raise InputError(f"{output} is in the cache, which is not yours to keep things in: give another directory")
+    check_output(output, overwrite=True, made_from=[on_disk(model), *reads])
+
+
+def on_disk(model: ModelName | None) -> ModelName | None:
+    """MODEL as a path that may be there; ``demo`` is none, whatever lies under that name."""
+    return None if model == "demo" else model
+
+
+def title_of(model: ModelName) -> str:
+    """What a report calls the model."""
+    return "SmolLM2-135M-Instruct" if model == "demo" else in_words(Path(model).name or os.fspath(model))
+
+
+def in_words(name: str) -> str:
+    """A name as it can be written in a report: what is not UTF-8 in the name of a file becomes question marks."""
+    return name.encode("utf-8", "replace").decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""
+
+    calibration: str | list[str]
+    report: str | list[str] | None
+    source: str
+    report_source: str
+
+
+def read_texts(text: Path | None = None, heldout_text: Path | None = None) -> Texts:
+    """The texts in these files; without ``text`` the demo's."""
+    if text is not None:
+        texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
+    else:
+        texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
+    if heldout_text is None:
+        return texts
+    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=in_words(heldout_text.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Disjoint windows of text for fitting, for choosing between fits, and for the report (None: the text is used
+    up)."""
+
+    fit: Tensor
+    heldout: Tensor | None
+    evaluation: Tensor | None
+    about: dict[str, Any]
+    evaluation_source: str
+
+
+def heldout_windows(samples: int) -> int:
+    """How many windows ``auto`` chooses on."""
+    return max(4, samples // 8)
+
+
+class Sampling(Protocol):
+    """The settings that say how much text is taken."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+def make_windows(
+    model: ModelSource | PreTrainedModel,
+    tokenizer: Any,
+    texts: Texts,
+    settings: Sampling,
+    log: Log,
+    *,
+    heldout: int,
+    report: int = EVALUATION_WINDOWS,
+) -> Windows:
+    """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the ``report``.
+
+    InputError where the text is too short, or where the model lacks one of its tokens or so many positions.
+    """
+    samples, length = settings.samples, settings.length
+    needed = samples + heldout
+    extra = 0 if texts.report is not None else report
+    try:
+        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed + extra)
+    except InputError:
+        # Too short for the report's share: what was asked for comes first.
+        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed)
+        if extra:
+            windows = token_windows(tokenizer, texts.calibration, length=length)
+            extra = min(extra, len(windows) - needed)
+    shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
+    evaluation: Tensor | None = shares["evaluation"]
+    if texts.report is not None:
+        evaluation = token_windows(tokenizer, texts.report, length=length, count=report)
+    elif extra < report:
+        log.aside(f"the text leaves {extra} windows of {report} for the report's figures")
+    for share in (windows, evaluation):
+        if share is not None and len(share):
+            check_windows(model, share)
+    about = {
+        "source": texts.source,
+        "text": fingerprint_text(texts.calibration),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "samples": samples,
+        "heldout": heldout,
+        "length": length,
+        # Which windows those are depends on how many the report takes of the same text.
+        "windows": fingerprint_windows(torch.cat([shares["fit"], shares["heldout"]])),
+    }
+    held = shares["heldout"] if heldout else None
+    return Windows(
+        shares["fit"],
+        held,
+        evaluation if evaluation is not None and len(evaluation) else None,
+        about,
+        texts.report_source,
+    )
+
+
+def windows_up_to(tokenizer: Any, content: str | list[str], length: int, count: int) -> Tensor:
+    """``count`` windows spread over the text, or all where it has fewer (or ``count`` is 0)."""
+    if count:
+        with contextlib.suppress(InputError):
+            return token_windows(tokenizer, content, length=length, count=count)
+    return token_windows(tokenizer, content, length=length)
+
+
+def names_in(given: str | Sequence[str]) -> list[str]:
+    """``"a, b"`` or ``["a", "b"]`` -> ``["a", "b"]``, each once."""
+    parts = given.split(",") if isinstance(given, str) else given
+    return list(dict.fromkeys(part.strip() for part in parts))

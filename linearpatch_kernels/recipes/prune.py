@@ -1,0 +1,300 @@
+"""Remove layers, heal the joint, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels import processes
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.agreement import Quality
+from linearpatch_kernels.evaluation.notes import left_out
+from linearpatch_kernels.evaluation.report import QualityRow, ReportData
+from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.forward import Run
+from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import AUTO, fits_of
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
+from linearpatch_kernels.pruning.reporting import candidate_rows, joint_magnitudes, prune_report, span_rows
+from linearpatch_kernels.pruning.scores import SCORES, check_drop
+from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
+from linearpatch_kernels.pruning.selection import compare_candidates, usable_candidates
+from linearpatch_kernels.recipes.inputs import (
+    ModelName,
+    Windows,
+    check_can_be_cut,
+    check_output_place,
+    find_model,
+    heldout_windows,
+    make_windows,
+    read_texts,
+    title_of,
+)
+from linearpatch_kernels.recipes.log import Log, Reporter
+from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
+from linearpatch_kernels.settings import PruneSettings
+from linearpatch_kernels.span import Span
+
+PAPERS = "LinearPatch (the paper's)"
+COMPARED = {DROPPED: "none", PAPERS: "linearpatch"}
+"""Rows for comparison and their fits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneResult(Result):
+    """What `prune` did.
+
+    Attributes:
+        plan: what was removed, and what heals it.
+    """
+
+    plan: PrunePlan
+
+
+def prune(
+    model: ModelName, settings: PruneSettings | None = None, *, reporter: Reporter | None = None, **named: Any
+) -> PruneResult:
+    """Remove layers from a model, heal the joint, and write the shallower model with its plan and a report::
+
+        lp.prune("demo", drop=6, output="DIR")
+
+    Does what ``linearpatch prune`` does: the same checks, report and files. ``output`` is needed, and ``drop`` or
+    ``spans``.
+
+    Args:
+        model: a directory, a hub id, a ``.gguf`` file, or ``"demo"``.
+        settings: or their fields by ``named``.
+        reporter: is told progress and notes; by default notes are Python warnings, and progress is not shown.
+
+    Raises:
+        InputError: a model, a text, a value or a place for the output that cannot be worked with; before long work
+            where that can be known.
+    """
+    settings = PruneSettings.of(settings, named)
+    log = Log(reporter)
+    cut = plan_cut(model, settings, log)
+    plan = cut.pruning.plan
+    if not cut.processes.first:
+        return PruneResult(output=settings.output, written=False, plan=plan)
+    found: dict[str, Quality] = {}
+    with left_out("the comparison on held-out text", log.note):
+        found = cut.compare(cut.candidates({_row(plan): plan}, log), log)
+    verdict = _verdict(cut, found, log)
+    report = _report(cut, found, verdict, log)
+    summary = summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
+    files = recorded(plan.files(), summary, report)
+    with log.stage("save"):
+        if settings.plan_only:
+            save_files(settings.output, files, overwrite=True)
+        else:
+            cut.save(apply_plan(cut.dense, plan), settings.output, files)
+    return PruneResult(
+        output=settings.output,
+        summary=summary,
+        quality=found,
+        quality_text=cut.windows.evaluation_source,
+        seconds=log.seconds,
+        verdict=tuple(verdict),
+        plan=plan,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A model, and the plan that was made for it.
+
+    Attributes:
+        model: as it was named; source, dense: where it is from, and the model itself.
+        processes: this one among its siblings, which all have the same plan.
+    """
+
+    model: ModelName
+    source: ModelSource
+    dense: PreTrainedModel
+    windows: Windows
+    pruning: Pruning
+    processes: Processes
+
+    def candidates(self, plans: Mapping[str, PrunePlan], log: Log) -> dict[str, tuple[Joint, ...]]:
+        """The rows of a comparison: plain removal, the paper's patch, and these plans."""
+        found = usable_candidates(self.pruning.statistics, self.pruning.plan.spans, COMPARED, noted=log.note)
+        return found | {row: plan.joints for row, plan in plans.items()}
+
+    def compare(self, candidates: Mapping[str, tuple[Joint, ...]], log: Log) -> dict[str, Quality]:
+        """Quality of the dense model and the candidates on the report's windows."""
+        if self.windows.evaluation is None:
+            return {}
+        with log.stage("evaluate"):
+            return compare_candidates(
+                self.dense,
+                self.windows.evaluation,
+                candidates,
+                description="evaluating",
+                noted=log.note,
+                run=Run(progress=log.progress),
+            )
+
+    def magnitudes(self, log: Log) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The channels' magnitudes at the first joint, for a picture; None, with a note, where that fails."""
+        shown = self.windows.heldout if self.windows.heldout is not None else self.windows.fit[:4]
+        found = None
+        with left_out("the picture of the channels' magnitudes", log.note):
+            found = joint_magnitudes(self.dense, shown, self.pruning.plan.joints[0])
+        return found
+
+    def draw(self, data: ReportData, magnitudes: tuple[Tensor, Tensor, Tensor] | None, log: Log) -> dict[str, bytes]:
+        """The files of a report directory."""
+        pruning = self.pruning
+        name = title_of(self.model)
+        return prune_report(data, pruning.plan, pruning.statistics, magnitudes, name, noted=log.note)
+
+    def save(self, shallower: PreTrainedModel, output: Path, files: Mapping[str, bytes | str]) -> None:
+        """Write what was made of the model, with its tokenizer and these files."""
+        save_checkpoint(
+            shallower,
+            self.source.tokenizer,
+            output,
+            overwrite=True,
+            extra_files=files,
+            companions=self.source.companions,
+        )
+
+
+def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int = 1) -> Cut:
+    """All of `prune` before the comparison: checks, text, model, plan.
+
+    Args:
+        copies: how many models will be written.
+    """
+    wanted = _check(settings)
+    check_output_place(settings.output, model, settings.text, settings.heldout_text)
+    texts = read_texts(settings.text, settings.heldout_text)
+    siblings = processes.launched_processes()
+    if not siblings.first:
+        log.silence()
+    with log.stage("load the model"):
+        source = find_model(model, settings, processes=siblings)
+        check_can_be_cut(source)
+    if wanted:
+        checked_spans(wanted, source.num_layers)
+    else:
+        check_drop(settings.drop, source.num_layers)
+    with log.stage("tokenise"):
+        rank = rank_for(settings.rank, source.hidden_size)
+        check_rank(rank, source.hidden_size, [settings.fit], settings.score)
+        chooses = settings.fit == AUTO or SCORES.named(settings.score).runs_the_model
+        heldout = heldout_windows(settings.samples) if chooses else 0
+        windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout)
+    with log.stage("load the model"):
+        dense = source.load()
+    check_output(settings.output, 0 if settings.plan_only else copies * parameter_bytes(dense), overwrite=True)
+    with log.stage("calibrate and fit"):
+        pruning = plan_pruning(
+            dense,
+            windows.fit,
+            windows.heldout,
+            drop=settings.drop,
+            spans=wanted,
+            score=settings.score,
+            fit=settings.fit,
+            rank=rank,
+            structured=settings.structured,
+            about=windows.about,
+            fingerprint=fingerprint_model(dense),
+            batch_size=settings.batch_size,
+            ranks=siblings,
+            noted=log.note,
+            progress=log.progress,
+        )
+    return Cut(model, source, dense, windows, pruning, siblings)
+
+
+def _check(settings: PruneSettings) -> Sequence[Span]:
+    """The spans that were named; InputError for settings that make no sense for any model."""
+    if (settings.drop is None) == (settings.spans is None):
+        raise InputError("say what to remove: either `drop` N or `spans` START:END")
+    SCORES.named(settings.score)
+    fits_of(settings.fit, structured=settings.structured)
+    if settings.spans is None:
+        return []
+    wanted = (
+        parse_spans(settings.spans) if isinstance(settings.spans, str) else [Span(*span) for span in settings.spans]
+    )
+    # Whatever the model's depth, these must not touch.
+    return checked_spans(wanted, max((span.end for span in wanted), default=0) + 1)
+
+
+def _row(plan: PrunePlan) -> str:
+    """In which row of the comparison the result is."""
+    fit = plan.joints[0].fit
+    return next((row for row, its in COMPARED.items() if its == fit), f"healed ({fit})")
+
+
+def _verdict(cut: Cut, found: Mapping[str, Quality], log: Log) -> list[str]:
+    """That the result is worse than plain removal, if it is; on which windows; and what to do."""
+    plan, windows = cut.pruning.plan, cut.windows
+    if windows.evaluation is None and (windows.heldout is not None or plan.joints[0].fit == "none"):
+        return []
+    told = verdict_on(found, _row(plan), {DROPPED: "plain removal"}, windows, log)
+    instead = ", or `fit` auto, which chooses on held-out text" if not plan.candidates else ""
+    return [f"{line} Give more text (`samples`){instead}." for line in told]
+
+
+def _report(cut: Cut, found: Mapping[str, Quality], verdict: Sequence[str], log: Log) -> dict[str, bytes]:
+    """The report's files; what cannot be drawn is left out, with a note."""
+    report: dict[str, bytes] = {}
+    with log.stage("draw the report"), left_out("the report", log.note):
+        magnitudes = cut.magnitudes(log)
+        data = dataclasses.replace(report_data(cut, found, log), notes=[*verdict, *log.notes])
+        report = cut.draw(data, magnitudes, log)
+    return report
+
+
+def report_data(cut: Cut, found: Mapping[str, Quality], log: Log) -> ReportData:
+    """What the report of a plan says."""
+    plan, about = cut.pruning.plan, cut.windows.about
+    layers, kept = plan.num_layers, len(plan.kept_layers)
+    return ReportData(
+        title=f"{title_of(cut.model)}: {layers} layers to {kept}",
+        steps=[
+            f"Calibrated on {about['samples']} windows of {about['length']} tokens from {about['source']}.",
+            f"Removed the layers {', '.join(map(str, plan.spans))} (half-open; chosen by: {plan.score}).",
+            f"Healed the joint{'s' if len(plan.joints) > 1 else ''} with the fit {plan.joints[0].fit}.",
+        ],
+        quality=[QualityRow(name, layers if name == DENSE else kept, quality) for name, quality in found.items()],
+        quality_text=judged_on(cut.windows),
+        dense=DENSE,
+        dropped=DROPPED,
+        candidates=candidate_rows(plan),
+        spans=span_rows(plan, cut.pruning.statistics),
+        timings=dict(log.seconds),
+        usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
+        files={
+            f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
+            f"{RECORDS}/plan.safetensors": "the patches",
+            f"{RECORDS}/summary.json": "the figures above",
+            f"{RECORDS}/report/report.md": "this report",
+        },
+    )
+
+
+def summarise(plan: PrunePlan, found: Mapping[str, Quality], log: Log) -> dict[str, Any]:
+    """For ``summary.json``."""
+    return {
+        "spans": [str(span) for span in plan.spans],
+        "num_layers": {"dense": plan.num_layers, "pruned": len(plan.kept_layers)},
+        "fit": plan.joints[0].fit,
+        "score": plan.score,
+        "quality": {name: quality.to_dict() for name, quality in found.items()},
+        "candidates": [dict(row) for row in plan.candidates],
+        "seconds": log.rounded_seconds(),
+    }
