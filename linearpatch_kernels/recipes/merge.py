@@ -102,7 +102,7 @@ def merge(
     found: dict[str, Quality] = {}
     with left_out("the comparison on held-out text", log.note):
         found = _compare(job, models, log)
-    healing = _told_help(found, job.heal)
+    healing = _whether_healing_helps(found, job.heal)
     against = {DROPPED: "plain removal", _MERGED: "without healing"}
     verdict = verdict_on(found, row, against, job.windows, log)
     drawn: dict[str, bytes] = {}
@@ -295,7 +295,7 @@ def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, log: 
         log.note(told)
 
 
-def _told_help(found: Mapping[str, Quality], heal: str) -> list[str]:
+def _whether_healing_helps(found: Mapping[str, Quality], heal: str) -> list[str]:
     """Whether healing the merged layers helps, on the report's windows."""
     if _healed(heal) not in found:
         return []
