@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from linearpatch_kernels.pruning.apply import apply_plan
     from linearpatch_kernels.pruning.plan import Joint, PrunePlan
     from linearpatch_kernels.pruning.search import plan_pruning
-    from linearpatch_kernels.recipes import evaluate, merge, prune, sweep
+    from linearpatch_kernels.recipes.evaluate import evaluate
+    from linearpatch_kernels.recipes.merge import merge
+    from linearpatch_kernels.recipes.prune import prune
+    from linearpatch_kernels.recipes.sweep import sweep
     from linearpatch_kernels.span import Span
 
 __version__ = "0.1.0"

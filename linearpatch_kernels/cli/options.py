@@ -52,7 +52,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         try:
             settings = hints["settings"](**{field.name: given.pop(field.name) for field in fields})
-            _hush()
+            _quieten_libraries()
             function(settings=settings, **given)
         except InputError as error:
             error.args = (in_flags(str(error)),)
@@ -81,8 +81,8 @@ def _parameter(field: Field) -> inspect.Parameter:
     return inspect.Parameter(field.name, _KIND, default=default, annotation=Annotated[kind, option])
 
 
-def _hush() -> None:
-    """Transformers and the hub say what a command says itself, or what nobody asked for."""
+def _quieten_libraries() -> None:
+    """No progress bars and warnings of Transformers and the hub: the command reports progress and problems itself."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

@@ -22,7 +22,8 @@ from linearpatch_kernels.distillation.teacher_store import STORE_FILES, TeacherS
 from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import RUN_FILES, Distillation, Step, joint_depth
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.agreement import Quality, compare_quality
+from linearpatch_kernels.evaluation import agreement
+from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report, plot_training
 from linearpatch_kernels.files import (
@@ -199,7 +200,7 @@ class _Job:
             with left_out(DROPPED, log.note):
                 removed[DROPPED] = self.plan.removed(dense, windows.all[: len(windows.training)])
         models = {DENSE: dense, **removed, _BEFORE: self.student}
-        return compare_quality(models, windows.evaluation, dense, noted=log.note, progress=log.progress)
+        return agreement.compare_quality(models, windows.evaluation, dense, noted=log.note, progress=log.progress)
 
     def quality(self, name: str, log: Log) -> dict[str, Quality]:
         """Of the student as it is now, called so."""
@@ -208,7 +209,9 @@ class _Job:
             return {}
         found: dict[str, Quality] = {}
         with log.stage("evaluate"), left_out(f"the comparison of the model, {name},", log.note):
-            found = compare_quality({name: self.student}, windows, self.dense, noted=log.note, progress=log.progress)
+            found = agreement.compare_quality(
+                {name: self.student}, windows, self.dense, noted=log.note, progress=log.progress
+            )
         return found
 
     def save(self, files: Mapping[str, bytes | str]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.agreement import compare_quality
+from linearpatch_kernels.evaluation import agreement
 from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
 from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
 from linearpatch_kernels.evaluation.notes import left_out
@@ -87,7 +87,7 @@ def evaluate(
     with log.stage("load"):
         models = {name: source.load()} | ({_TEACHER: teacher.load()} if teacher is not None else {})
     with log.stage("evaluate"):
-        found = compare_quality(
+        found = agreement.compare_quality(
             models, windows, models.get(_TEACHER), batch_size=settings.batch_size, progress=log.progress
         )
     scores: Mapping[str, Mapping[str, float | int]] = {}

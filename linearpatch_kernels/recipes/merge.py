@@ -9,11 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.agreement import Quality, compare_quality
+from linearpatch_kernels.evaluation import agreement, report
+from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report
+from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.merging import refit
 from linearpatch_kernels.merging.plan import MergePlan
 from linearpatch_kernels.merging.refit import (
     REFIT,
@@ -22,7 +24,6 @@ from linearpatch_kernels.merging.refit import (
     check_refit,
     heal_merges,
     lowers_the_loss,
-    refit_merges,
     too_little_to_refit,
 )
 from linearpatch_kernels.merging.search import VARIANTS, MergeSettings, check_settings, default_variant, plan_merging
@@ -101,20 +102,20 @@ def merge(
     found: dict[str, Quality] = {}
     with left_out("the comparison on held-out text", log.note):
         found = _compare(job, models, log)
-    healing = _told_help(found, job.heal)
+    healing = _whether_healing_helps(found, job.heal)
     against = {DROPPED: "plain removal", _MERGED: "without healing"}
     verdict = verdict_on(found, row, against, job.windows, log)
-    report: dict[str, bytes] = {}
+    drawn: dict[str, bytes] = {}
     with left_out("the report", log.note):
         data = _report_data(job, plan, found, log)
         steps = [*data.steps, *healing]
         data = dataclasses.replace(
             data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", patched=bool(patches(result)))
         )
-        report = draw_report(data, {}, log.note)
+        drawn = report.draw_report(data, {}, log.note)
     summary = _summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
     summary |= {"heal": job.heal} if row != _MERGED else {}
-    files = recorded(plan.files(), summary, report)
+    files = recorded(plan.files(), summary, drawn)
     source = job.source
     with log.stage("save"):
         save_checkpoint(
@@ -179,7 +180,7 @@ class _Job:
 
     def healed(self, merged: PreTrainedModel) -> PreTrainedModel:
         if self.heal == REFIT:
-            return refit_merges(self.dense, merged, self.windows.fit)
+            return refit.refit_merges(self.dense, merged, self.windows.fit)
         try:
             return heal_merges(self.dense, merged, self.windows.fit, self.heal, rank=self.rank)
         except UnusableFit as error:
@@ -294,7 +295,7 @@ def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, log: 
         log.note(told)
 
 
-def _told_help(found: Mapping[str, Quality], heal: str) -> list[str]:
+def _whether_healing_helps(found: Mapping[str, Quality], heal: str) -> list[str]:
     """Whether healing the merged layers helps, on the report's windows."""
     if _healed(heal) not in found:
         return []
@@ -312,7 +313,9 @@ def _compare(job: _Job, results: Mapping[str, PreTrainedModel], log: Log) -> dic
     with log.stage("evaluate"):
         with left_out(DROPPED, log.note):
             models[DROPPED] = plainly_removed(dense, windows.fit, job.merging.layers)
-        return compare_quality(models | dict(results), windows.evaluation, dense, noted=log.note, progress=log.progress)
+        return agreement.compare_quality(
+            models | dict(results), windows.evaluation, dense, noted=log.note, progress=log.progress
+        )
 
 
 def _report_data(job: _Job, plan: MergePlan, found: Mapping[str, Quality], log: Log) -> ReportData:

@@ -21,13 +21,14 @@ from linearpatch_kernels.forward import Run
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning import reporting, selection
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
-from linearpatch_kernels.pruning.reporting import candidate_rows, joint_magnitudes, prune_report, span_rows
+from linearpatch_kernels.pruning.reporting import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.pruning.scores import SCORES, check_drop
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
-from linearpatch_kernels.pruning.selection import compare_candidates, usable_candidates
+from linearpatch_kernels.pruning.selection import usable_candidates
 from linearpatch_kernels.recipes.inputs import (
     ModelName,
     Windows,
@@ -134,7 +135,7 @@ class Cut:
         if self.windows.evaluation is None:
             return {}
         with log.stage("evaluate"):
-            return compare_candidates(
+            return selection.compare_candidates(
                 self.dense,
                 self.windows.evaluation,
                 candidates,
@@ -148,7 +149,7 @@ class Cut:
         shown = self.windows.heldout if self.windows.heldout is not None else self.windows.fit[:4]
         found = None
         with left_out("the picture of the channels' magnitudes", log.note):
-            found = joint_magnitudes(self.dense, shown, self.pruning.plan.joints[0])
+            found = reporting.joint_magnitudes(self.dense, shown, self.pruning.plan.joints[0])
         return found
 
     def draw(self, data: ReportData, magnitudes: tuple[Tensor, Tensor, Tensor] | None, log: Log) -> dict[str, bytes]:

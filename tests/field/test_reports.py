@@ -212,7 +212,7 @@ def test_words_on_a_terminal_are_letters(capsys: pytest.CaptureFixture[str]) -> 
     """Of a directory that somebody else made, for example, which `inspect` shows."""
     console.print_table("[bold]t[/] \x1b[2Jt", ["[red]c :x:"], [["[i]r\x1b]0;r\x07"]])
     console.print_error("[bold]e \x1b[31m")
-    console.Notes()("n\x1b[1A")
+    console.Terminal().note("n\x1b[1A")
     console.problems.print("p\x9b1m")
     out, err = capsys.readouterr()
     assert out.split()[:2] == ["[bold]t[/]", "\ufffd[2Jt"]
