@@ -39,14 +39,14 @@ def record(path: Path, tables: Mapping[str, Rows], **more: object) -> None:
 
 
 def command() -> str:
-    """As it can be typed again from the checkout, without where its result went."""
-    module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("")
+    """As it can be typed again, without where its result went."""
     words = sys.argv[1:]
     for option in ("--json", "--result"):
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
-    name = ".".join(part for part in module.parts if part != "__main__")
-    return shlex.join(["python", "-m", name, *words])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    started = ["-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *started, *words])
 
 
 def commit() -> str:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.record import Rows, add_option, record
+from benchmarks.record import Rows, add_option, commit, record
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.memory import peak_memory
 from benchmarks.speed.table import markdown
@@ -314,7 +314,7 @@ def make_row(study: Study, row: Row) -> dict[str, Any]:
     else:
         found = (train_authors if row.method == "authors" else train_ours)(study, row, student)
     quality = study.quality(student, row.drop)
-    return {"span": str(study.spans[row.drop]), **found, "quality": quality}
+    return {"span": str(study.spans[row.drop]), **found, "quality": quality, "commit": commit()}
 
 
 def train_authors(study: Study, row: Row, student: PreTrainedModel) -> dict[str, Any]:
@@ -473,14 +473,15 @@ def print_tables(results: Mapping[str, Any], json_file: Path | None) -> None:
     for title, table in found.items():
         print(f"\n{title}\n\n{markdown(*table)}")
     if json_file:
-        record(json_file, found, note=f"perplexity / agreement on {REPORT} windows of each text; rows of several days")
+        record(json_file, found, note=f"perplexity / agreement on {REPORT} windows of each text")
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, Rows]:
     """Those that have rows, by title."""
     found: dict[str, Rows] = {}
     shown = ("step", "seconds", "of theirs", "MB live", "of theirs", "MB resident", "of theirs")
-    header = ("layers", "method", "learning rate", "trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes")
+    figures = ("trained", "held-out KL", *TEXTS, "log-perplexity healed", "minutes", "commit")
+    header = ("layers", "method", "learning rate", *figures)
     for drop in DROPS:
         for threads in (1, 2):
             title = f"A step of {LENGTH} tokens, {drop} of 30 layers gone, {threads} threads"
@@ -510,7 +511,7 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
     lost = found.get(Row(drop, "dropped"))
     order = list(METHODS)
     if dense and found:
-        yield "", "dense", "", "", "", *_figures(dense), "", ""
+        yield "", "dense", "", "", "", *_figures(dense), "", "", dense.get("commit", "not kept")
     for row, one in sorted(found.items(), key=lambda item: (order.index(item[0].method), item[0].learning_rate)):
         curve = one.get("curve", [])
         ends = [curve[0]["tail"], min(point["tail"] for point in curve)] if curve else one.get("structured", [])
@@ -520,7 +521,8 @@ def table_rows(results: Mapping[str, Any], drop: int) -> Iterator[tuple[str, ...
         step = steps.get(row.method, {}).get("seconds")
         minutes = f"{one.get('steps', STEPS) * step / 60:.1f}" if step else ""
         shares = " / ".join(f"{share:.0%}" for share in healed)
-        yield one["span"], row.method, rate, f"{one['parameters']:,}", kl, *_figures(one), shares, minutes
+        trained = f"{one['parameters']:,}"
+        yield one["span"], row.method, rate, trained, kl, *_figures(one), shares, minutes, one.get("commit", "not kept")
 
 
 def _figures(one: Mapping[str, Any]) -> list[str]:
@@ -564,7 +566,7 @@ def main() -> None:
         print_tables(results.content | seconds, options.json)
     else:
         study = HourStudy(options.work) if options.hour else Study(options.work)
-        results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none"})
+        results.put("dense", {"quality": study.dense_quality(), "parameters": 0, "span": "none", "commit": commit()})
         if options.what in ("step", "memory"):
             for drop in options.drop:
                 cases = step_cases(study, drop, options.steps_of, options.recompute)

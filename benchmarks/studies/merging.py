@@ -1,4 +1,4 @@
-"""CoMe on the demo model, against plain removal and patches of its depth: ``python -m benchmarks.studies.merging``.
+"""CoMe on the demo model, beside plain removal and patches: ``python -m benchmarks.studies.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
 (but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `merging.refit.refit_merges`,
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.record import Rows, add_option, record
+from benchmarks.record import Rows, add_option, commit, record
 from benchmarks.speed.hardware import describe
 from benchmarks.speed.memory import peak_memory
 from benchmarks.speed.table import markdown
@@ -132,6 +132,7 @@ class Study:
             # Of what it takes to make the model; evaluating it is not counted, nor is what another row has made.
             about = there | {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
             if not there:
+                about["commit"] = commit()
                 found = {text: self._quality(model, text) for text in ("same", "other")}
                 about |= {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
             temporary = file.with_suffix(".tmp")
@@ -151,13 +152,15 @@ class Study:
         cost_of = options.layers[0]
         print(f"perplexity and agreement on the calibration's source / another text, costs at {cost_of} layers")
         depths = sorted(options.layers, reverse=True)
-        header = ("", *(head for layers in depths for head in (f"{layers} layers", "agreement")), "seconds", "memory")
+        heads = [head for layers in depths for head in (f"{layers} layers", "agreement")]
+        header = ("", *heads, "seconds", "memory", "commits")
         table = []
         for name in self.names:
             there = {layers: rows[layers, name] for layers in depths}
             if any(there.values()):
                 cells = [cell for row in there.values() for cell in _figures(row)]
-                table.append((name, *cells, *_costs(there[cost_of])))
+                commits = sorted({row.get("commit", "not kept") for row in there.values() if row})
+                table.append((name, *cells, *_costs(there[cost_of]), ", ".join(commits)))
         print(f"\n{markdown(header, table)}\n")
         shares = []
         for name in options.variants:

@@ -126,7 +126,13 @@ def test_steps_and_their_memory_are_shown_and_make_the_minutes() -> None:
         group_name("step of 2 threads", 9): {name: {"seconds": 3.0, "of theirs": 0.5} for name in ("authors", "fast")},
         group_name("memory live", 9): {"authors": 4e8, "fast": 1e8},
         "dense": one,
-        "9/authors/0.001": {**one, "span": "12:21", "parameters": 4, "curve": [{"tail": 0.5}, {"tail": 0.25}]},
+        "9/authors/0.001": {
+            **one,
+            "span": "12:21",
+            "parameters": 4,
+            "curve": [{"tail": 0.5}, {"tail": 0.25}],
+            "commit": "abc1234",
+        },
         "6/authors/0.001": {**one, "span": "13:19", "parameters": 4, "structured": [0.25, 0.5]},
     }
     assert list(step_rows(results, 9, 2)) == [
@@ -135,8 +141,8 @@ def test_steps_and_their_memory_are_shown_and_make_the_minutes() -> None:
     ]
     assert list(step_rows(results, 9, 1)) == list(step_rows(results, 6, 2)) == []
     nine, six = (list(table_rows(results, drop))[1] for drop in (9, 6))
-    assert (nine[4], nine[-1]) == ("0.5000 to 0.2500", "5.0")
-    assert (six[4], six[-1]) == ("0.2500 to 0.5000", "")
+    assert (nine[4], *nine[-2:]) == ("0.5000 to 0.2500", "5.0", "abc1234")
+    assert (six[4], *six[-2:]) == ("0.2500 to 0.5000", "", "not kept")
 
 
 def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out() -> None:

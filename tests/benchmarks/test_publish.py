@@ -89,8 +89,8 @@ def test_the_matrix_is_published_as_its_tool_writes_it(monkeypatch: pytest.Monke
 
 
 def test_what_a_study_records_can_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = ROOT / "benchmarks" / "studies" / "shrinkage.py"
-    monkeypatch.setattr(sys, "argv", [str(study), "--drop", "6", "--json", "x.json"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("benchmarks.studies.shrinkage"))
+    monkeypatch.setattr(sys, "argv", ["shrinkage.py", "--drop", "6", "--json", "x.json"])
     record.record(tmp_path / "x.json", {"loss": (("fit", "loss"), [("none", "3.7")])}, note="made up")
     result = load("x", tmp_path)
     assert result.command == "python -m benchmarks.studies.shrinkage --drop 6"
