@@ -1,0 +1,134 @@
+"""Healing in closed form, side by side: ``python -m benchmarks.healing --spans 13:19 --text mix --windows 128``.
+
+SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much of
+the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
+`benchmarks.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last two are
+never calibrated on. ``--json FILE`` adds the rows to what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.distillation import FIT, HELDOUT, LENGTH, REPORT, _apart
+from benchmarks.hardware import describe
+from linearpatch_kernels.calibration import calibrate
+from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
+from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, healed_share
+from linearpatch_kernels.healing.refit import RefitSettings, refit, steps_of_cut
+from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.loading import load_model
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import fit_patch
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.span import Span
+from linearpatch_kernels.text import split_windows, token_windows
+
+# As `benchmarks.distillation` shares the first text out: its tables and these have the same report windows.
+_SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
+METHODS = ("patch", "stock", "patch+stock")
+
+
+def third_text() -> list[str]:
+    """The topics of Python's language reference, as the interpreter carries them."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def reports(tokenizer: Any) -> dict[str, Tensor]:
+    boolq = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
+    return {
+        "BoolQ": split_windows(boolq, _SHARES)["report"],
+        "LAMBADA": token_windows(tokenizer, demo_text("heldout"), length=LENGTH, count=REPORT),
+        "manual": token_windows(tokenizer, third_text(), length=LENGTH, count=REPORT),
+    }
+
+
+def calibration(tokenizer: Any, text: str, count: int, kept_back: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Windows to fit on and windows held out: of BoolQ alone, or in equal shares of every kind of the mix."""
+    if text == "boolq":
+        windows = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
+        found = split_windows(windows, _SHARES)
+        return torch.cat([found["fit"], found["training"]])[:count], found["heldout"]
+    fit, held = [], []
+    kinds = {kind: _apart(documents, kept_back) for kind, documents in demo_mix().items()}
+    for index, documents in enumerate(kinds.values()):
+        mine = count * (index + 1) // len(kinds) - count * index // len(kinds)
+        sets = split_windows(
+            token_windows(tokenizer, documents, length=LENGTH, count=mine + 1), {"fit": mine, "held": 1}
+        )
+        fit.append(sets["fit"])
+        held.append(sets["held"])
+    return torch.cat(fit), torch.cat(held)
+
+
+def healed(
+    dense: PreTrainedModel, spans: Sequence[Span], method: str, fit: Tensor, held: Tensor, settings: RefitSettings
+) -> PreTrainedModel:
+    joints = tuple(Joint(span, None) for span in spans)
+    if "patch" in method:
+        statistics = calibrate(dense, fit.split(4), moments=spans)
+        joints = tuple(Joint(span, fit_patch(statistics, span, "shrunk-least-squares")) for span in spans)
+    plan = PrunePlan(num_layers(dense), joints)
+    student = apply_plan(dense, plan)
+    if "stock" not in method:
+        return student
+    steps = steps_of_cut(plan.kept_layers, num_layers(dense), settings.behind, in_front="patch" not in method)
+    result = refit(dense, student, steps, fit, held, settings=settings)
+    for row in result.rows:
+        print(f"    {row.layer:3} {row.part:17} ridge {row.ridge}: {row.before:.4f} -> {row.after:.4f}", flush=True)
+    return result.model
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--spans", default="13:19")
+    arguments.add_argument("--text", choices=("boolq", "mix"), default="mix")
+    arguments.add_argument("--windows", type=int, default=128)
+    arguments.add_argument("--methods", default=",".join(METHODS))
+    arguments.add_argument("--behind", type=int, default=3)
+    arguments.add_argument("--shrinkage", type=float, default=0.75)
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    dense, tokenizer = load_model(demo_model_path(), device="cpu")
+    spans = [Span.parse(span) for span in options.spans.split(",")]
+    texts = reports(tokenizer)
+    kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
+    fit, held = calibration(tokenizer, options.text, options.windows, kept_back)
+    print(f"{options.spans}, {options.text}: {len(fit)} windows to fit on, {len(held)} held out, of {LENGTH}", flush=True)
+    dropped = apply_plan(dense, PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans)))
+    base = {name: compare_quality({"dense": dense, "dropped": dropped}, windows) for name, windows in texts.items()}
+    settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
+    rows: list[dict[str, Any]] = []
+    for method in options.methods.split(","):
+        begin, cpu = time.perf_counter(), time.process_time()
+        model = healed(dense, spans, method, fit, held, settings)
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        row: dict[str, Any] = {"spans": options.spans, "text": options.text, "windows": len(fit), "method": method}
+        row |= {"behind": options.behind, "seconds": round(seconds), "cpu_seconds": round(cpu)}
+        for name, windows in texts.items():
+            quality: Quality = compare_quality({"it": model}, windows, dense)["it"]
+            share = healed_share(base[name]["dense"], base[name]["dropped"], quality)
+            row[name] = {"perplexity": quality.perplexity, "healed": share, "agreement": quality.top1_agreement}
+        told = ", ".join(f"{name} {row[name]['perplexity']:.2f} {row[name]['healed']:.1%}" for name in texts)
+        print(f"{method}: {told} ({seconds:.0f} s, {cpu:.0f} CPU s)", flush=True)
+        rows.append(row)
+    if options.json:
+        there = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+        options.json.write_text(json.dumps({"machine": describe(), "rows": there + rows}, indent=1) + "\n")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
