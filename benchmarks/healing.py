@@ -1,9 +1,9 @@
 """Healing in closed form, side by side: ``python -m benchmarks.healing --spans 13:19 --text mix --windows 128``.
 
-SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much of
-the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
-`benchmarks.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last two are
-never calibrated on. ``--json FILE`` adds the rows to what is there.
+SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much
+of the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
+`benchmarks.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last two
+are never calibrated on. ``--json FILE`` adds the rows to what is there.
 """
 
 from __future__ import annotations
@@ -106,9 +106,12 @@ def main() -> None:
     texts = reports(tokenizer)
     kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
     fit, held = calibration(tokenizer, options.text, options.windows, kept_back)
-    print(f"{options.spans}, {options.text}: {len(fit)} windows to fit on, {len(held)} held out, of {LENGTH}", flush=True)
+    print(
+        f"{options.spans}, {options.text}: {len(fit)} windows to fit on, {len(held)} held out, of {LENGTH}", flush=True
+    )
     dropped = apply_plan(dense, PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans)))
-    base = {name: compare_quality({"dense": dense, "dropped": dropped}, windows) for name, windows in texts.items()}
+    plain = {"dense": dense, "dropped": dropped}
+    base = {name: compare_quality(plain, windows) for name, windows in texts.items()}
     settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
     rows: list[dict[str, Any]] = []
     for method in options.methods.split(","):

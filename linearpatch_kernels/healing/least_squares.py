@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ _BLOCK_TOKENS = 4096
 class NormalEquations:
     """Sums over tokens t of what a change D [d, n] of a linear map is fitted on, with weights w_t; float64.
 
-    With a_t [n] the input of the map and r_t [d] what its output lacks: ``gram = sum w a a^T`` [n, n], ``cross = sum w a
-    r^T`` [n, d], ``error = sum w |r|^2``, and ``tokens``, their number. ``a + b`` is that of both texts.
+    With a_t [n] the input of the map and r_t [d] what its output lacks: ``gram = sum w a a^T`` [n, n], ``cross =
+    sum w a r^T`` [n, d], ``error = sum w |r|^2``, and ``tokens``, their number. ``a + b`` is that of both texts.
     """
 
     gram: Tensor
@@ -103,14 +103,17 @@ class RidgeChoice:
     after: float
 
 
-def choose_ridge(fit: NormalEquations, held: NormalEquations, ridges: Sequence[float], kept: float = 1.0) -> RidgeChoice:
+def choose_ridge(
+    fit: NormalEquations, held: NormalEquations, ridges: Sequence[float], kept: float = 1.0
+) -> RidgeChoice:
     """``kept`` times the solution of ``fit`` whose ridge has the least error on the held-out tokens.
 
     From the weakest ridge on, until the error rises: it has one minimum. The solution stays that of ``fit``, so that
     what is held out can still judge it.
     """
     best: tuple[float, float, Tensor] | None = None
-    for ridge, change in _solutions(fit, sorted(ridges)):
+    for ridge in sorted(ridges):
+        change = fit.solution(ridge)
         error = held.error_with(change)
         if best is not None and error > best[0]:
             break
@@ -120,8 +123,3 @@ def choose_ridge(fit: NormalEquations, held: NormalEquations, ridges: Sequence[f
         return RidgeChoice(None, None, before, before)
     change = kept * best[2]
     return RidgeChoice(change, best[1], before, held.error_with(change) / max(1, held.tokens))
-
-
-def _solutions(fit: NormalEquations, ridges: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
-    for ridge in ridges:
-        yield ridge, fit.solution(ridge)

@@ -8,9 +8,12 @@ what the removed layers would have written (`docs/guide/heal.md` has the formula
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +24,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Start, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
@@ -77,8 +81,9 @@ class RefitRow:
     Attributes:
         layer: of the student; part: one of `PARTS`; projections: what got new weights, empty where nothing did.
         ridge: the one taken, None where no change was better than none.
-        before, after: the error per token on the held-out windows, relative to |target|^2 behind an output.
-        why: where the part was left alone, the reason.
+        before, after: the error per token on the held-out windows, of an output relative to |target|^2; nan where
+            nothing was fitted.
+        why: then the reason.
     """
 
     layer: int
@@ -138,9 +143,10 @@ def refit(
     With x the student's stream entering a layer and x', m', y' the dense model's entering it, behind its attention and
     leaving it, in this order and each with the changes before it in place:
 
-    1. what reads the stream in front of the attention (q, k, v, fused or not): ``W <- W (I + c M)``, M the least-squares
-       map from the student's normed stream n to the dense one, ``argmin sum_t |n'_t - n_t - M n_t|^2``;
-    2. what writes to it (o): ``W <- W + c D``, a its input, ``argmin sum_t |m'_t - (x_t + W a_t) - D a_t|^2 / |m'_t|^2``;
+    1. what reads the stream in front of the attention (q, k, v, fused or not): ``W <- W (I + c M)``, n the normed
+       stream, ``M = argmin sum_t |n'_t - n_t - M n_t|^2``;
+    2. what writes to it (o): ``W <- W + c D``, a its input,
+       ``D = argmin sum_t |m'_t - (x_t + W a_t) - D a_t|^2 / |m'_t|^2``;
     3. gate and up as 1, toward the dense model's norm behind its attention; 4. down as 2, toward y'.
 
     Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Where a
@@ -171,25 +177,24 @@ def refit(
     refitted = keep_layers(student, range(num_layers(student)))
     if not steps:
         return Refit(refitted, [])
-    share = _Share(fit_windows, heldout_windows, run)
+    share = _Share(fit_windows, heldout_windows, run.processes)
     found, wanted = Stream(share.windows), Stream(share.windows)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
-        for step in steps:
-            names = _weights_of(refitted, step)
-            found.advance(refitted, step.index)
-            if done is not None and names.keys() & done.keys():
-                for name in names.keys() & done.keys():
-                    _assign(refitted, name, done[name])
-                continue
-            before = {name: parameter.detach() for name, parameter in names.items()}
-            layer = _Layer(dense, refitted, step, found, wanted, share, settings)
-            fresh = layer.fit()
-            rows += fresh
-            after = _weights_of(refitted, step)
-            if keep is not None:
-                keep(step, {name: one for name, one in after.items() if one is not before.get(name)}, fresh)
-            run.report("refitting layers", steps.index(step) + 1, len(steps))
+        for count, step in enumerate(steps, 1):
+            before = _weights_of(refitted, step)
+            earlier = {name: done[name] for name in before if name in done} if done else {}
+            if earlier:
+                for name, weight in earlier.items():
+                    _assign(refitted, name, weight)
+            else:
+                found.advance(refitted, step.index)
+                fresh = _Layer(dense, refitted, step, share, settings).fit(found, wanted)
+                rows += fresh
+                if keep is not None:
+                    after = _weights_of(refitted, step)
+                    keep(step, {name: one for name, one in after.items() if one is not before[name]}, fresh)
+            run.report("refitting layers", count, len(steps))
     return Refit(refitted, rows)
 
 
@@ -238,155 +243,140 @@ class Stream:
 class _Share:
     """This process's windows, those to fit on first, and what the sums of all processes come to."""
 
-    def __init__(self, fit: Tensor, held: Tensor, run: Run) -> None:
-        processes = run.processes
+    def __init__(self, fit: Tensor, held: Tensor, processes: Processes) -> None:
         if min(len(fit), len(held)) < processes.count:
             raise InputError(
                 f"{len(fit)} windows to fit on and {len(held)} held out are too few for {processes.count} processes: "
                 "give each at least one of both"
             )
+        if fit.shape[1] != held.shape[1]:
+            raise InputError("windows to fit on and windows held out must have the same length")
         mine = [
-            windows[len(windows) * processes.rank // processes.count : len(windows) * (processes.rank + 1) // processes.count]
+            windows[slice(*(len(windows) * rank // processes.count for rank in (processes.rank, processes.rank + 1)))]
             for windows in (fit, held)
         ]
-        self._processes = processes
-        self._fit = len(mine[0])
-        self.windows = torch.cat(mine) if mine[0].shape[1] == mine[1].shape[1] else None
-        if self.windows is None:
-            raise InputError("windows to fit on and windows held out must have the same length")
+        self.windows = torch.cat(mine)
+        self._fit, self._processes = len(mine[0]), processes
 
-    def sums(self, tokens: Iterator[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[NormalEquations, NormalEquations]:
-        """Of the windows to fit on and of those held out, from (a, r, weight) per window."""
-        running: list[RunningSums | None] = [None, None]
+    def sums(self, tokens: Iterable[_Tokens]) -> tuple[NormalEquations, NormalEquations]:
+        """Of the windows to fit on and of those held out, from what is to be fitted on each window."""
+        running: list[RunningSums] = []
         for index, (a, r, weight) in enumerate(tokens):
-            kind = int(index >= self._fit)
-            if running[kind] is None:
-                running[kind] = RunningSums(a.shape[-1], r.shape[-1], a.device)
-            running[kind].add(a, r, weight)  # type: ignore[union-attr]  # made above
-        mine = [one.total() for one in running if one is not None]
-        if self._processes.count == 1:
-            return mine[0], mine[1]
-        gathered: list[list[NormalEquations]] = self._processes.gather(mine)
-        total = gathered[0]
-        for other in gathered[1:]:
-            total = [one + two for one, two in zip(total, other, strict=True)]
-        return total[0], total[1]
+            if index in (0, self._fit):
+                running.append(RunningSums(a.shape[-1], r.shape[-1], a.device))
+            running[-1].add(a, r, weight)
+        gathered: list[list[NormalEquations]] = self._processes.gather([one.total() for one in running])
+        fit, held = (functools.reduce(operator.add, parts) for parts in zip(*gathered, strict=True))
+        return fit, held
+
+
+# Inputs a [T, n] of a map, what its output lacks r [T, d], and weights [T] (None: 1).
+_Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 class _Enough(Exception):
     """Ends a run of a layer once what was wanted of it is there."""
 
 
+def _entering_alone(model: PreTrainedModel, index: int, path: str, states: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What enters a module of a layer, [T, d] per window; nothing behind that module runs."""
+    run = PartialRun(model, index, index + 1)
+    seen: list[Tensor] = []
+
+    def stop(entered: Tensor) -> None:
+        seen.append(entered[0])
+        raise _Enough
+
+    with entering([(decoder_layers(model)[index].get_submodule(path), stop)]):
+        for state in states:
+            with contextlib.suppress(_Enough):
+                run(state.unsqueeze(0))
+            yield seen.pop()
+
+
+def _entering_and_leaving(
+    model: PreTrainedModel, index: int, paths: Sequence[str], states: Iterable[Tensor]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """What enters modules of a layer, in the order in which they run, and what leaves the layer, per window."""
+    run = PartialRun(model, index, index + 1)
+    layer = decoder_layers(model)[index]
+    seen: list[Tensor] = []
+    with entering((layer.get_submodule(path), lambda entered: seen.append(entered[0])) for path in paths):
+        for state in states:
+            seen.clear()
+            leaving = run(state.unsqueeze(0))[0]
+            yield list(seen), leaving
+
+
 class _Layer:
-    """One step: the four fits of a layer, in their order."""
+    """One step: the fits of a layer, in their order."""
 
     def __init__(
-        self,
-        dense: PreTrainedModel,
-        student: PreTrainedModel,
-        step: Step,
-        found: Stream,
-        wanted: Stream,
-        share: _Share,
-        settings: RefitSettings,
+        self, dense: PreTrainedModel, student: PreTrainedModel, step: Step, share: _Share, settings: RefitSettings
     ) -> None:
         self._dense, self._student, self._step = dense, student, step
-        self._found, self._wanted, self._share, self._settings = found, wanted, share, settings
-        self._run = PartialRun(student, step.index, step.index + 1)
+        self._share, self._settings = share, settings
         self._module = decoder_layers(student)[step.index]
 
-    def fit(self) -> list[RefitRow]:
+    def fit(self, found: Stream, wanted: Stream) -> list[RefitRow]:
+        """From the student's stream entering the layer, and the dense model's at the depth it was left at."""
         attention, feed_forward = sublayers(self._student)
-        step, wanted = self._step, self._wanted
-        if step.stands_for is None:
-            wanted.advance(self._dense, step.leaves_at)
-            return [self._output("feed-forward-out", feed_forward, wanted.states)]
-        wanted.advance(self._dense, step.stands_for)
-        rows = [self._input("attention-in", attention, self._normed(attention, wanted.states))]
-        middle = wanted.advance_through(self._dense, step.stands_for)
-        rows.append(self._output("attention-out", attention, middle))
-        norm = decoder_layers(self._dense)[step.stands_for].get_submodule(feed_forward.norm)
-        rows.append(self._input("feed-forward-in", feed_forward, (norm(state) for state in middle)))
+        dense, stands_for, leaves_at = self._dense, self._step.stands_for, self._step.leaves_at
+        if stands_for is None:
+            wanted.advance(dense, leaves_at)
+            return [self._output("feed-forward-out", feed_forward, found.states, wanted.states)]
+        wanted.advance(dense, stands_for)
+        # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
+        normed = _entering_alone(dense, stands_for, attention.inputs[0].projection, wanted.states)
+        rows = [self._input("attention-in", attention, found.states, normed)]
+        middle = wanted.advance_through(dense, stands_for)
+        rows.append(self._output("attention-out", attention, found.states, middle))
+        norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
+        rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
         del middle
-        wanted.advance(self._dense, step.leaves_at)
-        rows.append(self._output("feed-forward-out", feed_forward, wanted.states))
+        wanted.advance(dense, leaves_at)
+        rows.append(self._output("feed-forward-out", feed_forward, found.states, wanted.states))
         return rows
 
-    def _normed(self, half: Sublayer, states: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What the dense layer's projections read, for the stream entering it (a patch of its own lies between)."""
-        index: int = self._step.stands_for  # type: ignore[assignment]  # asked for only where there is one
-        run = PartialRun(self._dense, index, index + 1)
-        yield from self._entering(run, decoder_layers(self._dense)[index], [half.inputs[0].projection], states, True)
-
-    def _entering(
-        self, run: PartialRun, layer: nn.Module, paths: Sequence[str], states: Sequence[Tensor], alone: bool
-    ) -> Iterator[Any]:
-        """What enters the named modules of a layer, and what leaves the layer; ``alone``: what enters the first."""
-        for state in states:
-            seen: dict[str, Tensor] = {}
-
-            def tell(entered: Tensor, path: str, seen: dict[str, Tensor] = seen) -> None:
-                seen[path] = entered[0]
-                if alone:
-                    raise _Enough
-
-            with ExitStack() as hooks:
-                hooks.enter_context(
-                    entering(
-                        (layer.get_submodule(path), lambda entered, path=path: tell(entered, path)) for path in paths
-                    )
-                )
-                try:
-                    leaving = run(state.unsqueeze(0))[0]
-                except _Enough:
-                    yield seen[paths[0]]
-                    continue
-            yield seen, leaving
-
-    def _input(self, part: Part, half: Sublayer, targets: Iterator[Tensor]) -> RefitRow:
+    def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
         projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = self._entering(self._run, self._module, projections[:1], self._found.states, True)
+        normed = _entering_alone(self._student, self._step.index, projections[0], states)
+        choice = self._choice(
+            (n, target.to(n.device).float() - n.float(), None) for n, target in zip(normed, targets, strict=True)
+        )
+        return self._taken(part, projections, choice, of_input=True)
 
-        def tokens() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for n, target in zip(normed, targets, strict=True):
-                yield n, target.to(n.device).float() - n.float(), None
-
-        choice = choose_ridge(*self._share.sums(tokens()), self._settings.ridges, self._settings.shrinkage)
-        for path in projections if choice.change is not None else ():
-            weight = self._module.get_submodule(path).weight
-            self._replace(path, weight.detach().double() @ choice.change.to(weight.device), added=True)
-        return self._row(part, projections, choice)
-
-    def _output(self, part: Part, half: Sublayer, targets: Sequence[Tensor]) -> RefitRow:
+    def _output(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
         """What writes to the stream: a change of the projection back."""
         path = half.output.projection
-        behind = [name for name in half.shared_norms if not name.startswith(path.partition(".")[0] + ".")]
-        if behind:
-            return RefitRow(self._step.index, part, (), None, 0.0, 0.0, f"{behind[0]} norms what comes out of {path}")
-        middle = part == "attention-out"
-        paths = [path, sublayers(self._student)[1].norm] if middle else [path]
-        runs = self._entering(self._run, self._module, paths, self._found.states, False)
+        if half.output_norm is not None:
+            why = f"{half.output_norm} norms what comes out of {path}"
+            return RefitRow(self._step.index, part, (), None, math.nan, math.nan, why)
+        behind = [sublayers(self._student)[1].norm] if part == "attention-out" else []
+        passes = _entering_and_leaving(self._student, self._step.index, [path, *behind], states)
 
-        def tokens() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for (seen, leaving), target in zip(runs, targets, strict=True):
-                has = seen[paths[1]] if middle else leaving
+        def tokens() -> Iterator[_Tokens]:
+            for ((a, *middle), leaving), target in zip(passes, targets, strict=True):
+                has = middle[0] if middle else leaving
                 y = target.to(has.device).float()
-                yield seen[path], y - has.float(), 1 / y.square().sum(-1).clamp_min(_EPSILON)
+                yield a, y - has.float(), 1 / y.square().sum(-1).clamp_min(_EPSILON)
 
-        choice = choose_ridge(*self._share.sums(tokens()), self._settings.ridges, self._settings.shrinkage)
-        if choice.change is not None:
-            self._replace(path, choice.change, added=True)
-        return self._row(part, (path,), choice)
+        return self._taken(part, (path,), self._choice(tokens()), of_input=False)
 
-    def _replace(self, path: str, change: Tensor, *, added: bool) -> None:
-        module: Any = self._module.get_submodule(path)
-        weight = module.weight
-        new = (weight.detach().double() + change.to(weight.device)).to(weight.dtype)
-        module.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+    def _choice(self, tokens: Iterable[_Tokens]) -> RidgeChoice:
+        return choose_ridge(*self._share.sums(tokens), self._settings.ridges, self._settings.shrinkage)
 
-    def _row(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice) -> RefitRow:
+    def _taken(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice, *, of_input: bool) -> RefitRow:
+        """The change put into the projections: behind them, or (``of_input``) in front."""
         changed = projections if choice.change is not None else ()
+        if choice.change is not None:
+            for path in projections:
+                module: Any = self._module.get_submodule(path)
+                old = module.weight.detach()
+                change = choice.change.to(old.device)
+                new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
+                module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
         return RefitRow(self._step.index, part, changed, choice.ridge, choice.before, choice.after)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -48,7 +48,12 @@ def test_the_steps_of_a_cut() -> None:
     ]
     # With a map at the joint the layer in front stays; two joints side by side share what lies behind them.
     assert steps_of_cut((0, 1, 4, 5, 6, 7), 8, 1, in_front=False) == [Step(2, 4, 5)]
-    assert steps_of_cut((0, 2, 4, 5), 6, 2, in_front=True) == [Step(0, None, 2), Step(1, 2, 4), Step(2, 4, 5), Step(3, 5, 6)]
+    assert steps_of_cut((0, 2, 4, 5), 6, 2, in_front=True) == [
+        Step(0, None, 2),
+        Step(1, 2, 4),
+        Step(2, 4, 5),
+        Step(3, 5, 6),
+    ]
     assert steps_of_cut((0, 1), 4, 2, in_front=True) == [Step(1, None, 4)]
     assert steps_of_cut(range(6), 6, 3, in_front=True) == []
 
@@ -91,10 +96,6 @@ def test_nothing_changes(steps: Sequence[Step], settings: RefitSettings | None) 
         torch.testing.assert_close(parameter, student.get_parameter(name), rtol=0, atol=1e-6)
 
 
-def linear_in_the_stream(map_: Tensor) -> Callable[..., Tensor]:
-    return lambda hidden_states, *_, **__: hidden_states + hidden_states @ map_
-
-
 def test_removed_layers_that_are_linear_in_what_the_layer_before_wrote_are_restored() -> None:
     dense = tiny_model("llama")
     student = student_of(dense)
@@ -109,7 +110,9 @@ def test_removed_layers_that_are_linear_in_what_the_layer_before_wrote_are_resto
     result = refit(dense, student, STEPS[:1], FIT, HELD, settings=EXACT)
     with torch.no_grad():
         wanted = model_logits(dense, OTHER)
-        torch.testing.assert_close(model_logits(result.model, OTHER), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            model_logits(result.model, OTHER), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max())
+        )
 
 
 def test_what_reads_the_stream_takes_a_linear_change_of_it_back() -> None:
