@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.distillation import FIT, HELDOUT, LENGTH, REPORT, _apart
+from benchmarks.distillation import FIT, HELDOUT, LENGTH, REPORT
 from benchmarks.hardware import describe
 from linearpatch_kernels.calibration import calibrate
 from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
@@ -32,7 +32,7 @@ from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.text import split_windows, token_windows
+from linearpatch_kernels.text import split_windows, token_windows, without_shared_runs
 
 # As `benchmarks.distillation` shares the first text out: its tables and these have the same report windows.
 _SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
@@ -62,7 +62,7 @@ def calibration(tokenizer: Any, text: str, count: int, kept_back: Sequence[str])
         found = split_windows(windows, _SHARES)
         return torch.cat([found["fit"], found["training"]])[:count], found["heldout"]
     fit, held = [], []
-    kinds = {kind: _apart(documents, kept_back) for kind, documents in demo_mix().items()}
+    kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
     for index, documents in enumerate(kinds.values()):
         mine = count * (index + 1) // len(kinds) - count * index // len(kinds)
         sets = split_windows(
