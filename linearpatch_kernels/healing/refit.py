@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,11 +113,10 @@ def steps_of_cut(kept: Sequence[int], layers: int, behind: int, *, in_front: boo
             no map at the joint does that).
     """
     steps: dict[int, Step] = {}
-    ends = [*kept[1:], layers]
-    for index, (layer, following) in enumerate(zip(kept, ends, strict=True)):
+    for index, (layer, following) in enumerate(itertools.pairwise([-1, *kept, layers]), -1):
         if following == layer + 1:
             continue
-        if in_front:
+        if in_front and index >= 0:
             whole = steps[index].stands_for if index in steps else None
             steps[index] = Step(index, whole, following)
         for later in range(index + 1, min(index + 1 + behind, len(kept))):
@@ -134,6 +134,7 @@ def refit(
     heldout_windows: Tensor,
     *,
     settings: RefitSettings | None = None,
+    entering: Stream | None = None,
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
     run: Run = PLAIN,
@@ -150,9 +151,9 @@ def refit(
     3. gate and up as 1, toward the dense model's norm behind its attention; 4. down as 2, toward y'.
 
     Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Where a
-    projection's output is normed before it reaches the stream (Gemma), it is left alone and a row says so. Both models
-    run their first layers once, the fitted ones three times; memory: three times the stream of all windows, ``W T d``
-    values each, and ``24 n^2`` bytes for the widest input n of a projection.
+    projection's output is normed before it reaches the stream (Gemma), it is left alone and a row says so. What both
+    models have in front runs once, the fitted layers four times; memory: three times the stream of all windows, ``W T
+    d`` values each, and ``24 n^2`` bytes for the widest input n of a projection.
 
     Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
     ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
@@ -161,6 +162,7 @@ def refit(
         dense: the model before the cut; student: after it, with patches perhaps; neither is changed.
         steps: `steps_of_cut`, or of a merge; in the order of the layers.
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
+        entering: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
 
@@ -178,7 +180,13 @@ def refit(
     if not steps:
         return Refit(refitted, [])
     share = _Share(fit_windows, heldout_windows, run.processes)
-    found, wanted = Stream(share.windows), Stream(share.windows)
+    wanted = Stream(share.windows) if entering is None else entering.copy()
+    # Up to its first change the student is the dense model: the two streams are one.
+    shared = shared_depth(dense, refitted, steps)
+    if wanted.depth > shared:
+        raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
+    wanted.advance(dense, shared)
+    found = wanted.copy()
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
@@ -210,12 +218,44 @@ def _check_steps(steps: Sequence[Step], dense: nn.Module, student: nn.Module) ->
         raise InputError(f"these are no steps through {num_layers(student)} layers, in their order: {steps}")
 
 
+def shared_depth(dense: nn.Module, student: nn.Module, steps: Sequence[Step]) -> int:
+    """The depth up to which no step changes anything and the student shares the dense model's parameters."""
+    first = min(step.index for step in steps)
+    for index, pair in enumerate(zip(decoder_layers(dense)[:first], decoder_layers(student)[:first], strict=False)):
+        ours, theirs = (dict(layer.named_parameters()) for layer in pair)
+        # A shared tensor is the same memory, if not the same object.
+        if ours.keys() != theirs.keys() or any(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours):
+            return index
+    return first
+
+
+@torch.no_grad()
+def dense_stream(
+    dense: PreTrainedModel, fit_windows: Tensor, heldout_windows: Tensor, depth: int, run: Run = PLAIN
+) -> Stream:
+    """The dense model's stream at a depth, over this process's share of both kinds of windows, for `refit`."""
+    stream = Stream(_Share(fit_windows, heldout_windows, run.processes).windows)
+    stream.advance(dense, depth)
+    return stream
+
+
 class Stream:
     """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
 
     def __init__(self, windows: Tensor) -> None:
         self.states: list[Tensor] = list(windows)
         self._depth: Start = "tokens"
+
+    @property
+    def depth(self) -> int:
+        """Where it is; 0 also before the embedding."""
+        return 0 if self._depth == "tokens" else self._depth
+
+    def copy(self) -> Stream:
+        """Another one at the same place, which shares its states: going on replaces them."""
+        twin = Stream(torch.empty(0))
+        twin.states, twin._depth = list(self.states), self._depth
+        return twin
 
     @torch.no_grad()
     def advance(self, model: PreTrainedModel, depth: int) -> None:

@@ -56,6 +56,8 @@ def test_the_steps_of_a_cut() -> None:
     ]
     assert steps_of_cut((0, 1), 4, 2, in_front=True) == [Step(1, None, 4)]
     assert steps_of_cut(range(6), 6, 3, in_front=True) == []
+    # Nothing lies in front of a joint in front of all layers.
+    assert steps_of_cut((2, 3, 4), 5, 2, in_front=True) == [Step(0, 2, 3), Step(1, 3, 4)]
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
