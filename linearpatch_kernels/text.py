@@ -188,6 +188,20 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor
     return {name: windows[owner == k] for k, name in enumerate(sizes)}
 
 
+def without_shared_runs(documents: Sequence[str], kept_back: Sequence[str], words: int = 8) -> list[str]:
+    """The documents that have no run of so many words in common with any text that is kept back.
+
+    Words are what white space separates. For calibration and training on what evaluation must not have been seen in.
+    """
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        found = text.split()
+        return {tuple(found[i : i + words]) for i in range(len(found) - words + 1)}
+
+    seen: set[tuple[str, ...]] = set().union(*map(runs, kept_back))
+    return [document for document in documents if seen.isdisjoint(runs(document))]
+
+
 def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 

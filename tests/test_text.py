@@ -27,7 +27,14 @@ from linearpatch_kernels.fingerprints import (
     fingerprint_tokenizer,
     model_difference,
 )
-from linearpatch_kernels.text import cache_dir, leading_tokens, read_text, split_windows, token_windows
+from linearpatch_kernels.text import (
+    cache_dir,
+    leading_tokens,
+    read_text,
+    split_windows,
+    token_windows,
+    without_shared_runs,
+)
 
 WORDS = [f"w{i:04}" for i in range(3000)]
 
@@ -445,3 +452,15 @@ def test_the_names_of_0_1_0_are_where_they_were() -> None:
     assert teacher_store.fingerprint_windows is fingerprints.fingerprint_windows
     with pytest.raises(AttributeError, match="no attribute 'fingerprint'"):
         _ = text_module.fingerprint
+
+
+def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out() -> None:
+    kept_back = ["one two three four five six seven eight nine ten"]
+    shares, almost, short = (
+        "x two three\nfour five six seven eight  nine y",
+        "two three four five six seven eight z",
+        "one two",
+    )
+    assert without_shared_runs([shares, almost, short], kept_back) == [almost, short]
+    assert without_shared_runs([shares, almost], kept_back, words=7) == []
+    assert without_shared_runs([shares], []) == [shares]

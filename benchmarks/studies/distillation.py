@@ -62,7 +62,7 @@ from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.scores import choose_spans
-from linearpatch_kernels.text import cache_dir, split_windows, token_windows
+from linearpatch_kernels.text import cache_dir, split_windows, token_windows, without_shared_runs
 from linearpatch_kernels.torch_state import evaluation_mode
 
 DROPS = (3, 6, 9)
@@ -72,8 +72,6 @@ LOOKS = 10
 TEXTS = ("BoolQ passages", "LAMBADA passages")
 STRUCTURED_RANK = 32
 HOUR_STEPS, HOUR_WINDOWS = 2350, 1100
-# A document with so many words in a row of a held-out or reported window of the first text is not trained on.
-_SHARED_WORDS = 8
 # glibc's, in bytes: larger allocations get a mapping of their own. Set, it does not adapt itself.
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
@@ -268,21 +266,10 @@ class HourStudy(Study):
         sizes = {"fit": FIT, "heldout": HELDOUT, "report": REPORT}
         found = split_windows(near, sizes | {"training": len(near) - sum(sizes.values())})
         kept_back = tokenizer.batch_decode(torch.cat([found["heldout"], found["report"]]))
-        more = token_windows(tokenizer, _apart(demo_text("training"), kept_back), length=LENGTH)
+        more = token_windows(tokenizer, without_shared_runs(demo_text("training"), kept_back), length=LENGTH)
         training = torch.cat([found["training"], more])
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
         return found | {"training": training[order][: self._training]}
-
-
-def _apart(documents: Sequence[str], kept_back: Sequence[str]) -> list[str]:
-    """The documents that have no run of `_SHARED_WORDS` words in common with what is kept back."""
-
-    def runs(text: str) -> set[tuple[str, ...]]:
-        words = text.split()
-        return {tuple(words[i : i + _SHARED_WORDS]) for i in range(len(words) - _SHARED_WORDS + 1)}
-
-    seen = set().union(*map(runs, kept_back))
-    return [document for document in documents if not runs(document) & seen]
 
 
 def show(description: str, done: int, total: int) -> None:

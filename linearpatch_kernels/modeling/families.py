@@ -164,6 +164,12 @@ class Sublayer:
     shared_norms: tuple[str, ...]
     gain_offset: float
 
+    @property
+    def output_norm(self) -> str | None:
+        """The norm between the projection back and the stream (Gemma); None where what comes out is added as it is."""
+        room = self.output.projection.partition(".")[0] + "."
+        return next((norm for norm in self.shared_norms if not norm.startswith(room)), None)
+
 
 def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
     """The attention and the feed-forward half of this model's layers."""

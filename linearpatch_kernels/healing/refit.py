@@ -1,0 +1,439 @@
+"""The projections around a joint, fitted again in closed form so that the student's stream is the dense model's.
+
+The result is a *stock* model: the dense model's architecture with fewer layers, and no operator of its own. Behind a
+joint three layers are fitted again, in each of them what reads the stream and what writes to it, on the stream that the
+student itself has there, all earlier changes in place; where no map heals the joint, the layer in front of it writes
+what the removed layers would have written (`docs/guide/heal.md` has the formulas in a row).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Start, check_windows, entering
+from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
+from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.torch_state import evaluation_mode, own_state
+
+Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
+PARTS: tuple[Part, ...] = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
+"""What of a layer is fitted, in this order: q, k and v; o; gate and up; down."""
+
+_EPSILON = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class RefitSettings:
+    """How much is fitted again, and how far.
+
+    Attributes:
+        behind: layers behind a joint. On SmolLM2-135M the fourth one wins back a hundredth of the error or less.
+        shrinkage: the part of a change that is kept, as of the maps at a joint (`fits.SHRINKAGE`): the rest is what the
+            change would do wrong on other text.
+        ridges: those tried, each relative to an input's own second moment.
+    """
+
+    behind: int = 3
+    shrinkage: float = 0.75
+    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+    def __post_init__(self) -> None:
+        if self.behind < 0 or not 0 <= self.shrinkage <= 1:
+            raise InputError(
+                f"behind={self.behind}, shrinkage={self.shrinkage}: give a number of layers from 0 on and a part from "
+                "0 to 1"
+            )
+        if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
+            raise InputError(f"ridges={self.ridges}: give at least one, each above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One layer to fit again: layer ``index`` of the student.
+
+    Attributes:
+        stands_for: the layer of the dense model whose input, middle and output the student's are to be; None: only
+            what leaves the layer has a target.
+        leaves_at: the depth of the dense model whose stream is to leave the layer.
+    """
+
+    index: int
+    stands_for: int | None
+    leaves_at: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RefitRow:
+    """What one least-squares fit came to.
+
+    Attributes:
+        layer: of the student; part: one of `PARTS`; projections: what got new weights, empty where nothing did.
+        ridge: the one taken, None where no change was better than none.
+        before, after: the error per token on the held-out windows, of an output relative to |target|^2; nan where
+            nothing was fitted.
+        why: then the reason.
+    """
+
+    layer: int
+    part: Part
+    projections: tuple[str, ...]
+    ridge: float | None
+    before: float
+    after: float
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refit:
+    """A refitted model and the fits that made it, in their order."""
+
+    model: PreTrainedModel
+    rows: list[RefitRow]
+
+
+def steps_of_cut(kept: Sequence[int], layers: int, behind: int, *, in_front: bool) -> list[Step]:
+    """The layers of a cut model to fit again: ``behind`` of them behind each joint, and the one in front of it.
+
+    Args:
+        kept: layers of the dense model that the student has, in order; layers: how many the dense model has.
+        in_front: whether the layer in front of a joint is to write what the removed layers would have written (where
+            no map at the joint does that).
+    """
+    steps: dict[int, Step] = {}
+    for index, (layer, following) in enumerate(itertools.pairwise([-1, *kept, layers]), -1):
+        if following == layer + 1:
+            continue
+        if in_front and index >= 0:
+            whole = steps[index].stands_for if index in steps else None
+            steps[index] = Step(index, whole, following)
+        for later in range(index + 1, min(index + 1 + behind, len(kept))):
+            steps[later] = Step(later, kept[later], kept[later] + 1)
+    return [steps[index] for index in sorted(steps)]
+
+
+@own_state()
+@torch.no_grad()
+def refit(
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    steps: Sequence[Step],
+    fit_windows: Tensor,
+    heldout_windows: Tensor,
+    *,
+    settings: RefitSettings | None = None,
+    entering: Stream | None = None,
+    done: Mapping[str, Tensor] | None = None,
+    keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
+    run: Run = PLAIN,
+) -> Refit:
+    """The student with new weights in the projections of some layers, by least squares; the same architecture.
+
+    With x the student's stream entering a layer and x', m', y' the dense model's entering it, behind its attention and
+    leaving it, in this order and each with the changes before it in place:
+
+    1. what reads the stream in front of the attention (q, k, v, fused or not): ``W <- W (I + c M)``, n the normed
+       stream, ``M = argmin sum_t |n'_t - n_t - M n_t|^2``;
+    2. what writes to it (o): ``W <- W + c D``, a its input,
+       ``D = argmin sum_t |m'_t - (x_t + W a_t) - D a_t|^2 / |m'_t|^2``;
+    3. gate and up as 1, toward the dense model's norm behind its attention; 4. down as 2, toward y'.
+
+    Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Where a
+    projection's output is normed before it reaches the stream (Gemma), it is left alone and a row says so. What both
+    models have in front runs once, the fitted layers four times; memory: three times the stream of all windows, ``W T
+    d`` values each, and ``24 n^2`` bytes for the widest input n of a projection.
+
+    Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
+    ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
+
+    Args:
+        dense: the model before the cut; student: after it, with patches perhaps; neither is changed.
+        steps: `steps_of_cut`, or of a merge; in the order of the layers.
+        fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
+        entering: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
+        done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
+        keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
+
+    Raises:
+        InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
+            finite.
+
+    Source: benchmarks/notes/healing.md; a generalisation of the refit of merged layers.
+    """
+    settings = settings or RefitSettings()
+    check_windows(dense, fit_windows)
+    check_windows(dense, heldout_windows)
+    _check_steps(steps, dense, student)
+    refitted = keep_layers(student, range(num_layers(student)))
+    if not steps:
+        return Refit(refitted, [])
+    share = _Share(fit_windows, heldout_windows, run.processes)
+    wanted = Stream(share.windows) if entering is None else entering.copy()
+    # Up to its first change the student is the dense model: the two streams are one.
+    shared = shared_depth(dense, refitted, steps)
+    if wanted.depth > shared:
+        raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
+    wanted.advance(dense, shared)
+    found = wanted.copy()
+    rows: list[RefitRow] = []
+    with evaluation_mode(dense, refitted):
+        for count, step in enumerate(steps, 1):
+            before = _weights_of(refitted, step)
+            earlier = {name: done[name] for name in before if name in done} if done else {}
+            if earlier:
+                for name, weight in earlier.items():
+                    _assign(refitted, name, weight)
+            else:
+                found.advance(refitted, step.index)
+                fresh = _Layer(dense, refitted, step, share, settings).fit(found, wanted)
+                rows += fresh
+                if keep is not None:
+                    after = _weights_of(refitted, step)
+                    keep(step, {name: one for name, one in after.items() if one is not before[name]}, fresh)
+            run.report("refitting layers", count, len(steps))
+    return Refit(refitted, rows)
+
+
+def _check_steps(steps: Sequence[Step], dense: nn.Module, student: nn.Module) -> None:
+    indices = [step.index for step in steps]
+    whole = all(
+        0 <= step.index < num_layers(student)
+        and 0 < step.leaves_at <= num_layers(dense)
+        and (step.stands_for is None or 0 <= step.stands_for < step.leaves_at)
+        for step in steps
+    )
+    if not whole or indices != sorted(set(indices)):
+        raise InputError(f"these are no steps through {num_layers(student)} layers, in their order: {steps}")
+
+
+def shared_depth(dense: nn.Module, student: nn.Module, steps: Sequence[Step]) -> int:
+    """The depth up to which no step changes anything and the student shares the dense model's parameters."""
+    first = min(step.index for step in steps)
+    for index, pair in enumerate(zip(decoder_layers(dense)[:first], decoder_layers(student)[:first], strict=False)):
+        ours, theirs = (dict(layer.named_parameters()) for layer in pair)
+        # A shared tensor is the same memory, if not the same object.
+        if ours.keys() != theirs.keys() or any(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours):
+            return index
+    return first
+
+
+@torch.no_grad()
+def dense_stream(
+    dense: PreTrainedModel, fit_windows: Tensor, heldout_windows: Tensor, depth: int, run: Run = PLAIN
+) -> Stream:
+    """The dense model's stream at a depth, over this process's share of both kinds of windows, for `refit`."""
+    stream = Stream(_Share(fit_windows, heldout_windows, run.processes).windows)
+    stream.advance(dense, depth)
+    return stream
+
+
+class Stream:
+    """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.states: list[Tensor] = list(windows)
+        self._depth: Start = "tokens"
+
+    @property
+    def depth(self) -> int:
+        """Where it is; 0 also before the embedding."""
+        return 0 if self._depth == "tokens" else self._depth
+
+    def copy(self) -> Stream:
+        """Another one at the same place, which shares its states: going on replaces them."""
+        twin = Stream(torch.empty(0))
+        twin.states, twin._depth = list(self.states), self._depth
+        return twin
+
+    @torch.no_grad()
+    def advance(self, model: PreTrainedModel, depth: int) -> None:
+        """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
+        if self._depth == depth:
+            return
+        run = PartialRun(model, self._depth, depth)
+        with evaluation_mode(model):
+            # One by one in the same list: the stream is held once.
+            for index, state in enumerate(self.states):
+                self.states[index] = run(state.unsqueeze(0))[0]
+        self._depth = depth
+
+    @torch.no_grad()
+    def advance_through(self, model: PreTrainedModel, index: int) -> list[Tensor]:
+        """Run layer ``index``, and give the stream behind its attention: W tensors [T, d]."""
+        self.advance(model, index)
+        middle: list[Tensor] = []
+        norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
+        with entering([(norm, lambda state: middle.append(state[0]))]):
+            self.advance(model, index + 1)
+        return middle
+
+
+class _Share:
+    """This process's windows, those to fit on first, and what the sums of all processes come to."""
+
+    def __init__(self, fit: Tensor, held: Tensor, processes: Processes) -> None:
+        if min(len(fit), len(held)) < processes.count:
+            raise InputError(
+                f"{len(fit)} windows to fit on and {len(held)} held out are too few for {processes.count} processes: "
+                "give each at least one of both"
+            )
+        if fit.shape[1] != held.shape[1]:
+            raise InputError("windows to fit on and windows held out must have the same length")
+        mine = [
+            windows[slice(*(len(windows) * rank // processes.count for rank in (processes.rank, processes.rank + 1)))]
+            for windows in (fit, held)
+        ]
+        self.windows = torch.cat(mine)
+        self._fit, self._processes = len(mine[0]), processes
+
+    def sums(self, tokens: Iterable[_Tokens]) -> tuple[NormalEquations, NormalEquations]:
+        """Of the windows to fit on and of those held out, from what is to be fitted on each window."""
+        running: list[RunningSums] = []
+        for index, (a, r, weight) in enumerate(tokens):
+            if index in (0, self._fit):
+                running.append(RunningSums(a.shape[-1], r.shape[-1], a.device))
+            running[-1].add(a, r, weight)
+        gathered: list[list[NormalEquations]] = self._processes.gather([one.total() for one in running])
+        fit, held = (functools.reduce(operator.add, parts) for parts in zip(*gathered, strict=True))
+        return fit, held
+
+
+# Inputs a [T, n] of a map, what its output lacks r [T, d], and weights [T] (None: 1).
+_Tokens = tuple[Tensor, Tensor, Tensor | None]
+
+
+class _Enough(Exception):
+    """Ends a run of a layer once what was wanted of it is there."""
+
+
+def _entering_alone(model: PreTrainedModel, index: int, path: str, states: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What enters a module of a layer, [T, d] per window; nothing behind that module runs."""
+    run = PartialRun(model, index, index + 1)
+    seen: list[Tensor] = []
+
+    def stop(entered: Tensor) -> None:
+        seen.append(entered[0])
+        raise _Enough
+
+    with entering([(decoder_layers(model)[index].get_submodule(path), stop)]):
+        for state in states:
+            with contextlib.suppress(_Enough):
+                run(state.unsqueeze(0))
+            yield seen.pop()
+
+
+def _entering_and_leaving(
+    model: PreTrainedModel, index: int, paths: Sequence[str], states: Iterable[Tensor]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """What enters modules of a layer, in the order in which they run, and what leaves the layer, per window."""
+    run = PartialRun(model, index, index + 1)
+    layer = decoder_layers(model)[index]
+    seen: list[Tensor] = []
+    with entering((layer.get_submodule(path), lambda entered: seen.append(entered[0])) for path in paths):
+        for state in states:
+            seen.clear()
+            leaving = run(state.unsqueeze(0))[0]
+            yield list(seen), leaving
+
+
+class _Layer:
+    """One step: the fits of a layer, in their order."""
+
+    def __init__(
+        self, dense: PreTrainedModel, student: PreTrainedModel, step: Step, share: _Share, settings: RefitSettings
+    ) -> None:
+        self._dense, self._student, self._step = dense, student, step
+        self._share, self._settings = share, settings
+        self._module = decoder_layers(student)[step.index]
+
+    def fit(self, found: Stream, wanted: Stream) -> list[RefitRow]:
+        """From the student's stream entering the layer, and the dense model's at the depth it was left at."""
+        attention, feed_forward = sublayers(self._student)
+        dense, stands_for, leaves_at = self._dense, self._step.stands_for, self._step.leaves_at
+        if stands_for is None:
+            wanted.advance(dense, leaves_at)
+            return [self._output("feed-forward-out", feed_forward, found.states, wanted.states)]
+        wanted.advance(dense, stands_for)
+        # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
+        normed = _entering_alone(dense, stands_for, attention.inputs[0].projection, wanted.states)
+        rows = [self._input("attention-in", attention, found.states, normed)]
+        middle = wanted.advance_through(dense, stands_for)
+        rows.append(self._output("attention-out", attention, found.states, middle))
+        norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
+        rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
+        del middle
+        wanted.advance(dense, leaves_at)
+        rows.append(self._output("feed-forward-out", feed_forward, found.states, wanted.states))
+        return rows
+
+    def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
+        """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
+        projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
+        normed = _entering_alone(self._student, self._step.index, projections[0], states)
+        choice = self._choice(
+            (n, target.to(n.device).float() - n.float(), None) for n, target in zip(normed, targets, strict=True)
+        )
+        return self._taken(part, projections, choice, of_input=True)
+
+    def _output(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
+        """What writes to the stream: a change of the projection back."""
+        path = half.output.projection
+        if half.output_norm is not None:
+            why = f"{half.output_norm} norms what comes out of {path}"
+            return RefitRow(self._step.index, part, (), None, math.nan, math.nan, why)
+        behind = [sublayers(self._student)[1].norm] if part == "attention-out" else []
+        passes = _entering_and_leaving(self._student, self._step.index, [path, *behind], states)
+
+        def tokens() -> Iterator[_Tokens]:
+            for ((a, *middle), leaving), target in zip(passes, targets, strict=True):
+                has = middle[0] if middle else leaving
+                y = target.to(has.device).float()
+                yield a, y - has.float(), 1 / y.square().sum(-1).clamp_min(_EPSILON)
+
+        return self._taken(part, (path,), self._choice(tokens()), of_input=False)
+
+    def _choice(self, tokens: Iterable[_Tokens]) -> RidgeChoice:
+        return choose_ridge(*self._share.sums(tokens), self._settings.ridges, self._settings.shrinkage)
+
+    def _taken(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice, *, of_input: bool) -> RefitRow:
+        """The change put into the projections: behind them, or (``of_input``) in front."""
+        changed = projections if choice.change is not None else ()
+        if choice.change is not None:
+            for path in projections:
+                module: Any = self._module.get_submodule(path)
+                old = module.weight.detach()
+                change = choice.change.to(old.device)
+                new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
+                module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
+        return RefitRow(self._step.index, part, changed, choice.ridge, choice.before, choice.after)
+
+
+def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
+    """The weights that a step may change, by their names in the model."""
+    layer = decoder_layers(model)[step.index]
+    paths = {layer.get_submodule(one) for half in sublayers(model) for one in _projections(half)}
+    return {f"{name}.weight": module.weight for name, module in model.named_modules() if module in paths}
+
+
+def _projections(half: Sublayer) -> list[str]:
+    return [*(heads.projection for heads in half.inputs), half.output.projection]
+
+
+def _assign(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    module: Any = model.get_submodule(name.removesuffix(".weight"))
+    weight = module.weight
+    if weight.shape != value.shape:
+        raise InputError(f"{name} of an earlier refit has the shape {list(value.shape)}: delete it and refit again")
+    module.weight = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)
