@@ -1,9 +1,9 @@
-"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --spans 13:19 --text mix --windows 128``.
+"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --text mix --windows 128``.
 
 SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much
 of the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
-`benchmarks.studies.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last two
-are never calibrated on. ``--json FILE`` keeps the table as a result.
+`benchmarks.studies.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last
+two are never calibrated on. ``--json FILE`` keeps the table as a result.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.studies.distillation import FIT, HELDOUT, LENGTH, REPORT
 from benchmarks.record import add_option, record
 from benchmarks.speed.table import markdown
+from benchmarks.studies.distillation import FIT, HELDOUT, LENGTH, REPORT
 from linearpatch_kernels.calibration import calibrate
 from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
 from linearpatch_kernels.evaluation.agreement import compare_quality, healed_share
