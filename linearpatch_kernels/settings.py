@@ -23,6 +23,7 @@ from typing import Annotated, Any, Self
 from linearpatch_kernels.distillation.settings import HierarchySettings, TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded
+from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.merging.scores import PLACE_SCORES
 from linearpatch_kernels.pruning.fits import AUTO, FITS
 from linearpatch_kernels.pruning.scores import SCORES, scores_of_statistics
@@ -135,7 +136,12 @@ def given_path(text: str | os.PathLike[str]) -> Path:
 
 Output = Annotated[Path, Option("Where the result goes.", "DIR", flags=("--output", "-o"))]
 Drop = Annotated[int | None, Option("How many layers to remove.", "N", least=1)]
-Text = Annotated[Path | None, Option("UTF-8 text to calibrate on (default: the demo text).", "FILE")]
+MIX = "preset:mix"
+"""In the place of a file with text: text of many kinds in equal shares (`demo_data.demo_mix`)."""
+Text = Annotated[
+    Path | None,
+    Option(f"UTF-8 text to calibrate on, or {MIX}: many kinds in equal shares (default: the demo text).", "FILE"),
+]
 HeldoutText = Annotated[
     Path | None, Option("Text for the report's figures (default: unused windows of `text`).", "FILE")
 ]
@@ -160,6 +166,12 @@ class PruneSettings(Settings):
     spans: Annotated[str | Sequence[Span] | None, Option("Remove these layers instead, half-open.", "A:B,...")] = None
     score: Annotated[str, Option(f"{SCORES.described()}.", "NAME")] = "cosine"
     fit: Annotated[str, Option(f"{AUTO} (the best of all on held-out windows), {FITS.described()}.", "NAME")] = "auto"
+    heal: Annotated[
+        str,
+        Option(
+            f"{HEALS.described()}, or {AUTO} (a stock model unless a patch heals 2 % more on held-out windows).", "NAME"
+        ),
+    ] = "patch"
     rank: Rank = None
     structured: Annotated[bool, Option("auto: leave the dense d x d map out.")] = False
     text: Text = None

@@ -163,6 +163,40 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
     return torch.cat([torch.tensor(start, dtype=torch.long, device="cpu").expand(len(windows), -1), windows], dim=1)
 
 
+def mixed_windows(
+    tokenizer: Any, texts: Mapping[str, str | Sequence[str]], *, length: int, count: int | None = None
+) -> Tensor:
+    """Windows of several texts in equal shares: LongTensor ``[count, length]``.
+
+    `token_windows` of each text, interleaved: any stretch of the result has its share of every text, and so has every
+    set that `split_windows` makes of it.
+
+    Args:
+        texts: by name, in the order in which they take turns.
+        count: how many windows of all texts together; None: as many as the shortest text allows, of each.
+
+    Raises:
+        InputError: no text; one is too short for its share (it is named); or what `token_windows` raises.
+    """
+    if not texts:
+        raise InputError("there is no text: give at least one")
+    kinds = len(texts)
+    bounds = None if count is None else [count * k // kinds for k in range(kinds + 1)]
+    shares = [None] * kinds if bounds is None else [end - start for start, end in itertools.pairwise(bounds)]
+    found = []
+    for (name, text), share in zip(texts.items(), shares, strict=True):
+        if share != 0:
+            try:
+                found.append(token_windows(tokenizer, text, length=length, count=share))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+    if count is None:
+        fewest = min(map(len, found))
+        found = [windows[[len(windows) * j // fewest for j in range(fewest)]] for windows in found]
+    places = sorted(((2 * j + 1) / (2 * len(one)), k, j) for k, one in enumerate(found) for j in range(len(one)))
+    return torch.stack([found[k][j] for _, k, j in places])
+
+
 def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Share windows out to named, disjoint sets, each spread over the whole text.
 

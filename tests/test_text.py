@@ -30,6 +30,7 @@ from linearpatch_kernels.fingerprints import (
 from linearpatch_kernels.text import (
     cache_dir,
     leading_tokens,
+    mixed_windows,
     read_text,
     split_windows,
     token_windows,
@@ -162,7 +163,7 @@ def test_no_bos_where_the_tokenizer_adds_none(numbered_text: str) -> None:
     [
         (100, 31, "it has 3000 tokens and 31 x 100 = 3100 are needed"),
         (3001, None, "it has 3000 tokens and 1 x 3001 = 3001 are needed"),
-        (1, 1, "length must be at least 2"),
+        (1, 1, "`length` must be at least 2"),
         (10, 0, "at least 1 is needed"),
         # Nothing as long as the count may be made of it.
         (10, 10**20, "1000000000000000000000 are needed"),
@@ -352,7 +353,7 @@ def test_a_difference_from_a_fingerprint_is_named() -> None:
     renamed.config.rms_norm_eps = 1e-3
     said = {
         "other layers or sizes": tiny_model(num_hidden_layers=3),
-        "other --dtype": tiny_model().bfloat16(),
+        "other `dtype`": tiny_model().bfloat16(),
         "other weights": trained,
         "other config (rope, norms, attention, patches)": scaled,
     }
@@ -464,3 +465,22 @@ def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out
     assert without_shared_runs([shares, almost, short], kept_back) == [almost, short]
     assert without_shared_runs([shares, almost], kept_back, words=7) == []
     assert without_shared_runs([shares], []) == [shares]
+
+
+def test_windows_of_several_texts_come_in_equal_shares_and_in_turns() -> None:
+    tokenizer = word_tokenizer()
+    texts = {"short": " ".join(WORDS[:200]), "long": [" ".join(WORDS[1000:2000]), " ".join(WORDS[2000:])]}
+    windows = mixed_windows(tokenizer, texts, length=8, count=11)
+    kinds = [int(window[0]) - 3 >= 1000 for window in windows]
+    assert (len(windows), sum(kinds)) == (11, 6)
+    # Any stretch has both.
+    assert all({*kinds[start : start + 3]} == {False, True} for start in range(9))
+    for kind, share in (("short", 5), ("long", 6)):
+        mine = windows[[place for place, long in enumerate(kinds) if long == (kind == "long")]]
+        assert torch.equal(mine, token_windows(tokenizer, texts[kind], length=8, count=share))
+    everything = mixed_windows(tokenizer, texts, length=8)
+    assert sum(int(window[0]) - 3 < 1000 for window in everything) == len(everything) / 2 == 25
+    with pytest.raises(InputError, match="short: the text is too short"):
+        mixed_windows(tokenizer, texts, length=8, count=100)
+    with pytest.raises(InputError, match="no text"):
+        mixed_windows(tokenizer, {}, length=8, count=3)

@@ -2,8 +2,8 @@
 
 SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much
 of the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
-`benchmarks.studies.distillation`), LAMBADA (12 windows) and Python's own reference manual (12 windows), of which the last
-two are never calibrated on. ``--json FILE`` keeps the table as a result.
+`benchmarks.studies.distillation`), LAMBADA (12 windows) and the manual of Python (12 windows), of which the last two
+are never calibrated on. ``--json FILE`` keeps the table as a result.
 """
 
 from __future__ import annotations

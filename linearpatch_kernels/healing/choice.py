@@ -22,46 +22,14 @@ from linearpatch_kernels.healing.refit import (
     shared_depth,
     steps_of_cut,
 )
+from linearpatch_kernels.healing.ways import AUTO, HEALS, Heal
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.torch_state import own_state
 
-AUTO = "auto"
 # How many points of the healed share a stock model may lack and is still taken: it runs everywhere, at no cost.
 _STOCK_MAY_LACK = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Heal:
-    """A way to heal.
-
-    Attributes:
-        name: as given to ``heal=``; about: one line of help.
-        patched: whether the plan's patches stand at the joints; refitted: whether the weights around them are fitted.
-    """
-
-    name: str
-    about: str
-    patched: bool
-    refitted: bool
-
-    @property
-    def stock(self) -> bool:
-        """Whether the result has the dense model's architecture and nothing else."""
-        return not self.patched
-
-
-HEALS: Mapping[str, Heal] = {
-    heal.name: heal
-    for heal in (
-        Heal("none", "plain removal", patched=False, refitted=False),
-        Heal("patch", "the fit's map at every joint, applied by an operator of its own", patched=True, refitted=False),
-        Heal("refit", "new weights in the layers around a joint; a stock model", patched=False, refitted=True),
-        Heal("patch+refit", "the map, and new weights in the layers behind it", patched=True, refitted=True),
-    )
-}
-"""The ways by name; ``auto`` compares them all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +82,8 @@ def heal_cut(
     Raises:
         InputError: an unknown way, a patched one where the plan has no patch, or what `refit` raises.
     """
-    if heal not in (*HEALS, AUTO):
-        raise InputError(f"no way to heal is called {heal!r}: choose one of {', '.join(HEALS)}, {AUTO}")
+    if heal != AUTO:
+        HEALS.named(heal, also=[AUTO])
     bare = dataclasses.replace(
         plan, joints=tuple(dataclasses.replace(one, patch=None, fit="none") for one in plan.joints)
     )

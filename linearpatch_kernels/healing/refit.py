@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -82,7 +81,7 @@ class RefitRow:
     Attributes:
         layer: of the student; part: one of `PARTS`; projections: what got new weights, empty where nothing did.
         ridge: the one taken, None where no change was better than none.
-        before, after: the error per token on the held-out windows, of an output relative to |target|^2; nan where
+        before, after: the error per token on the held-out windows, of an output relative to |target|^2; None where
             nothing was fitted.
         why: then the reason.
     """
@@ -91,8 +90,8 @@ class RefitRow:
     part: Part
     projections: tuple[str, ...]
     ridge: float | None
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     why: str = ""
 
 
@@ -392,7 +391,7 @@ class _Layer:
         path = half.output.projection
         if half.output_norm is not None:
             why = f"{half.output_norm} norms what comes out of {path}"
-            return RefitRow(self._step.index, part, (), None, math.nan, math.nan, why)
+            return RefitRow(self._step.index, part, (), None, None, None, why)
         behind = [sublayers(self._student)[1].norm] if part == "attention-out" else []
         passes = _entering_and_leaving(self._student, self._step.index, [path, *behind], states)
 

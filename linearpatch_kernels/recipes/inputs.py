@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.demo_data import demo_model_path, demo_text
+from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import lies_in
 from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
@@ -22,10 +22,21 @@ from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.recipes.log import Log
-from linearpatch_kernels.text import cache_dir, read_text, split_windows, token_windows
+from linearpatch_kernels.settings import MIX
+from linearpatch_kernels.text import (
+    cache_dir,
+    mixed_windows,
+    read_text,
+    split_windows,
+    token_windows,
+    without_shared_runs,
+)
 
 ModelName = str | os.PathLike[str]
 """A model directory, a ``.gguf`` file, a hub id, or ``demo``."""
+
+Content = str | list[str] | dict[str, list[str]]
+"""One text, documents, or documents by their kinds."""
 
 EVALUATION_WINDOWS = 16
 """How many windows the figures of a report are measured on."""
@@ -102,17 +113,22 @@ def in_words(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""
+    """The text to calibrate on (several by their kinds are taken in equal shares), the report's own text (None: what is
+    left of the first), and a name for each."""
 
-    calibration: str | list[str]
+    calibration: Content
     report: str | list[str] | None
     source: str
     report_source: str
 
 
 def read_texts(text: Path | None = None, heldout_text: Path | None = None) -> Texts:
-    """The texts in these files; without ``text`` the demo's."""
-    if text is not None:
+    """The texts in these files; without ``text`` the demo's, for `MIX` of many kinds."""
+    if text is not None and str(text) == MIX:
+        report = demo_text("heldout")
+        mix = {kind: without_shared_runs(documents, report) for kind, documents in demo_mix().items()}
+        texts = Texts(mix, report, f"{len(mix)} kinds of text", "LAMBADA passages")
+    elif text is not None:
         texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
     else:
         texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
@@ -166,12 +182,12 @@ def make_windows(
     needed = samples + heldout
     extra = 0 if texts.report is not None else report
     try:
-        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed + extra)
+        windows = _windows(tokenizer, texts.calibration, length, needed + extra)
     except InputError:
         # Too short for the report's share: what was asked for comes first.
-        windows = token_windows(tokenizer, texts.calibration, length=length, count=needed)
+        windows = _windows(tokenizer, texts.calibration, length, needed)
         if extra:
-            windows = token_windows(tokenizer, texts.calibration, length=length)
+            windows = _windows(tokenizer, texts.calibration, length)
             extra = min(extra, len(windows) - needed)
     shares = split_windows(windows, {"fit": samples, "heldout": heldout, "evaluation": extra})
     evaluation: Tensor | None = shares["evaluation"]
@@ -184,7 +200,7 @@ def make_windows(
             check_windows(model, share)
     about = {
         "source": texts.source,
-        "text": fingerprint_text(texts.calibration),
+        "text": fingerprint_text(_documents(texts.calibration)),
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "samples": samples,
         "heldout": heldout,
@@ -202,12 +218,22 @@ def make_windows(
     )
 
 
-def windows_up_to(tokenizer: Any, content: str | list[str], length: int, count: int) -> Tensor:
+def windows_up_to(tokenizer: Any, content: Content, length: int, count: int) -> Tensor:
     """``count`` windows spread over the text, or all where it has fewer (or ``count`` is 0)."""
     if count:
         with contextlib.suppress(InputError):
-            return token_windows(tokenizer, content, length=length, count=count)
-    return token_windows(tokenizer, content, length=length)
+            return _windows(tokenizer, content, length, count)
+    return _windows(tokenizer, content, length)
+
+
+def _windows(tokenizer: Any, content: Content, length: int, count: int | None = None) -> Tensor:
+    if isinstance(content, dict):
+        return mixed_windows(tokenizer, content, length=length, count=count)
+    return token_windows(tokenizer, content, length=length, count=count)
+
+
+def _documents(content: Content) -> str | list[str]:
+    return [document for kind in content.values() for document in kind] if isinstance(content, dict) else content
 
 
 def names_in(given: str | Sequence[str]) -> list[str]:

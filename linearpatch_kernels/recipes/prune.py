@@ -12,23 +12,25 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels import processes
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation.agreement import Quality
+from linearpatch_kernels.evaluation.agreement import Quality, compare_quality
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
+from linearpatch_kernels.healing.choice import Healed
+from linearpatch_kernels.healing.refit import RefitRow
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning import reporting, selection
-from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
 from linearpatch_kernels.pruning.reporting import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.pruning.scores import SCORES, check_drop
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
+from linearpatch_kernels.recipes.healing import fit_for, heal, needs_heldout, told
 from linearpatch_kernels.recipes.inputs import (
     ModelName,
     Windows,
@@ -42,6 +44,7 @@ from linearpatch_kernels.recipes.inputs import (
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
+from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.settings import PruneSettings
 from linearpatch_kernels.span import Span
 
@@ -82,22 +85,34 @@ def prune(
     """
     settings = PruneSettings.of(settings, named)
     log = Log(reporter)
+    unfinished = Unfinished(settings.output, "refit")
     cut = plan_cut(model, settings, log)
-    plan = cut.pruning.plan
+    healed = heal(
+        cut.dense,
+        cut.pruning.plan,
+        cut.windows,
+        settings.heal,
+        unfinished=unfinished,
+        processes=cut.processes,
+        log=log,
+    )
+    plan = healed.plan
     if not cut.processes.first:
         return PruneResult(output=settings.output, written=False, plan=plan)
     found: dict[str, Quality] = {}
     with left_out("the comparison on held-out text", log.note):
-        found = cut.compare(cut.candidates({_row(plan): plan}, log), log)
-    verdict = _verdict(cut, found, log)
-    report = _report(cut, found, verdict, log)
-    summary = summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
+        found = cut.compare(cut.candidates({} if healed.rows else {_row(healed): plan}, log), log)
+        found |= _refitted_quality(cut, healed, log)
+    verdict = _verdict(cut, healed, found, log)
+    report = _report(cut, healed, found, verdict, log)
+    summary = summarise(plan, found, log) | told(healed) | {"notes": [*log.notes, *verdict]}
     files = recorded(plan.files(), summary, report)
     with log.stage("save"):
         if settings.plan_only:
             save_files(settings.output, files, overwrite=True)
         else:
-            cut.save(apply_plan(cut.dense, plan), settings.output, files)
+            cut.save(healed.model, settings.output, files)
+    unfinished.forget()
     return PruneResult(
         output=settings.output,
         summary=summary,
@@ -191,8 +206,9 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
         check_drop(settings.drop, source.num_layers)
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)
-        check_rank(rank, source.hidden_size, [settings.fit], settings.score)
-        chooses = settings.fit == AUTO or SCORES.named(settings.score).runs_the_model
+        check_rank(rank, source.hidden_size, [fit_for(settings.heal, settings.fit)], settings.score)
+        fit = fit_for(settings.heal, settings.fit)
+        chooses = fit == AUTO or SCORES.named(settings.score).runs_the_model or needs_heldout(settings.heal)
         heldout = heldout_windows(settings.samples) if chooses else 0
         windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout)
     with log.stage("load the model"):
@@ -206,7 +222,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             drop=settings.drop,
             spans=wanted,
             score=settings.score,
-            fit=settings.fit,
+            fit=fit,
             rank=rank,
             structured=settings.structured,
             about=windows.about,
@@ -225,6 +241,11 @@ def _check(settings: PruneSettings) -> Sequence[Span]:
         raise InputError("say what to remove: either `drop` N or `spans` START:END")
     SCORES.named(settings.score)
     fits_of(settings.fit, structured=settings.structured)
+    needs_heldout(settings.heal)
+    if settings.heal == "patch+refit" and settings.fit == "none":
+        raise InputError(f"`heal` {settings.heal} puts a patch at the joint and `fit` none is none: name another fit")
+    if settings.plan_only and needs_heldout(settings.heal):
+        raise InputError(f"`plan_only` writes no weights and `heal` {settings.heal} may change some: leave one out")
     if settings.spans is None:
         return []
     wanted = (
@@ -234,35 +255,50 @@ def _check(settings: PruneSettings) -> Sequence[Span]:
     return checked_spans(wanted, max((span.end for span in wanted), default=0) + 1)
 
 
-def _row(plan: PrunePlan) -> str:
+def _row(healed: Healed) -> str:
     """In which row of the comparison the result is."""
-    fit = plan.joints[0].fit
+    fit = healed.plan.joints[0].fit
+    if healed.rows:
+        return f"healed ({healed.heal.name}{f', {fit}' if healed.heal.patched else ''})"
     return next((row for row, its in COMPARED.items() if its == fit), f"healed ({fit})")
 
 
-def _verdict(cut: Cut, found: Mapping[str, Quality], log: Log) -> list[str]:
+def _refitted_quality(cut: Cut, healed: Healed, log: Log) -> dict[str, Quality]:
+    """Of a model with new weights: no comparison from the dense model's states knows it."""
+    if not healed.rows or cut.windows.evaluation is None:
+        return {}
+    with log.stage("evaluate"):
+        return compare_quality(
+            {_row(healed): healed.model}, cut.windows.evaluation, cut.dense, noted=log.note, progress=log.progress
+        )
+
+
+def _verdict(cut: Cut, healed: Healed, found: Mapping[str, Quality], log: Log) -> list[str]:
     """That the result is worse than plain removal, if it is; on which windows; and what to do."""
-    plan, windows = cut.pruning.plan, cut.windows
-    if windows.evaluation is None and (windows.heldout is not None or plan.joints[0].fit == "none"):
+    plan, windows = healed.plan, cut.windows
+    if windows.evaluation is None and (windows.heldout is not None or healed.heal.name == "none"):
         return []
-    told = verdict_on(found, _row(plan), {DROPPED: "plain removal"}, windows, log)
+    lines = verdict_on(found, _row(healed), {DROPPED: "plain removal"}, windows, log)
     instead = ", or `fit` auto, which chooses on held-out text" if not plan.candidates else ""
-    return [f"{line} Give more text (`samples`){instead}." for line in told]
+    return [f"{line} Give more text (`samples`){instead}." for line in lines]
 
 
-def _report(cut: Cut, found: Mapping[str, Quality], verdict: Sequence[str], log: Log) -> dict[str, bytes]:
+def _report(
+    cut: Cut, healed: Healed, found: Mapping[str, Quality], verdict: Sequence[str], log: Log
+) -> dict[str, bytes]:
     """The report's files; what cannot be drawn is left out, with a note."""
     report: dict[str, bytes] = {}
     with log.stage("draw the report"), left_out("the report", log.note):
         magnitudes = cut.magnitudes(log)
-        data = dataclasses.replace(report_data(cut, found, log), notes=[*verdict, *log.notes])
+        data = report_data(cut, found, log, healed)
+        data = dataclasses.replace(data, notes=[*verdict, *log.notes])
         report = cut.draw(data, magnitudes, log)
     return report
 
 
-def report_data(cut: Cut, found: Mapping[str, Quality], log: Log) -> ReportData:
-    """What the report of a plan says."""
-    plan, about = cut.pruning.plan, cut.windows.about
+def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed | None = None) -> ReportData:
+    """What the report of a plan says; ``healed``: by which way, where that is not the plan's patches alone."""
+    plan, about = cut.pruning.plan if healed is None else healed.plan, cut.windows.about
     layers, kept = plan.num_layers, len(plan.kept_layers)
     return ReportData(
         title=f"{title_of(cut.model)}: {layers} layers to {kept}",
@@ -270,6 +306,7 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log) -> ReportData:
             f"Calibrated on {about['samples']} windows of {about['length']} tokens from {about['source']}.",
             f"Removed the layers {', '.join(map(str, plan.spans))} (half-open; chosen by: {plan.score}).",
             f"Healed the joint{'s' if len(plan.joints) > 1 else ''} with the fit {plan.joints[0].fit}.",
+            *(_refit_in_words(healed.rows) if healed is not None else []),
         ],
         quality=[QualityRow(name, layers if name == DENSE else kept, quality) for name, quality in found.items()],
         quality_text=judged_on(cut.windows),
@@ -286,6 +323,16 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log) -> ReportData:
             f"{RECORDS}/report/report.md": "this report",
         },
     )
+
+
+def _refit_in_words(rows: Sequence[RefitRow]) -> list[str]:
+    changed = [row for row in rows if row.projections]
+    left = dict.fromkeys(row.why for row in rows if row.why)
+    if not rows:
+        return []
+    layers = dict.fromkeys(row.layer for row in changed)
+    told = f"Fitted {sum(len(row.projections) for row in changed)} projections of the layers "
+    return [f"{told}{', '.join(map(str, layers))} again.", *(f"Left alone: {why}." for why in left)]
 
 
 def summarise(plan: PrunePlan, found: Mapping[str, Quality], log: Log) -> dict[str, Any]:

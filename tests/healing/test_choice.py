@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
-from linearpatch_kernels.healing.choice import HEALS, decide, heal_cut
+from linearpatch_kernels.healing.choice import decide, heal_cut
 from linearpatch_kernels.healing.refit import RefitRow, Step
+from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.selection import fitted_joints

@@ -12,7 +12,7 @@ from linearpatch_kernels.errors import InputError
 @pytest.mark.demo
 def test_it_has_many_kinds_of_documents_and_none_of_the_text_that_is_held_out() -> None:
     mix = demo_mix()
-    assert len(mix) == 10
+    assert len(mix) == 9
     # 20 windows of 512 tokens a kind, at about three characters a token of code and formulas.
     assert min(sum(map(len, documents)) for documents in mix.values()) > 20 * 512 * 4
     documents = [document for kind in mix.values() for document in kind]

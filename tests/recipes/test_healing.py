@@ -1,0 +1,151 @@
+"""`prune` with the ways to heal: what is written, going on after a kill, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import linearpatch_kernels as lp
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.healing.choice import Healed
+from linearpatch_kernels.healing.ways import HEALS
+from linearpatch_kernels.recipes import healing
+from tests.support.field import linearpatch, logits, save_model, text_file, tiny
+
+SMALL: dict[str, Any] = {"samples": 12, "length": 16, "rank": 4, "device": "cpu", "spans": "2:4"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healing")
+    save_model(tiny(), folder / "dense")
+    text_file(folder, 6000)
+    return folder
+
+
+def prune(place: Path, output: Path, **settings: Any) -> Any:
+    with warnings.catch_warnings(action="ignore"):
+        return lp.prune(place / "dense", output=output, text=place / "numbers.txt", **{**SMALL, **settings})
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[Healed]:
+    """The healed models of the recipe's calls."""
+    seen: list[Healed] = []
+    real = healing.heal_cut
+
+    def watched(*given: Any, **named: Any) -> Healed:
+        seen.append(real(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(healing, "heal_cut", watched)
+    return seen
+
+
+def test_a_refitted_model_is_a_stock_one_with_the_logits_it_had(
+    place: Path, tmp_path: Path, in_memory: list[Healed]
+) -> None:
+    result = prune(place, tmp_path / "out", heal="refit")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model) is LlamaForCausalLM
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    dense = json.loads((place / "dense" / "config.json").read_text())
+    assert (config["architectures"], config["num_hidden_layers"]) == (["LlamaForCausalLM"], 4)
+    assert {name for name in config.keys() - dense.keys() if "linearpatch" in name} == set()
+    assert torch.equal(logits(model), logits(in_memory[0].model))
+    assert result.summary["heal"] == "refit"
+    assert [row["layer"] for row in result.summary["refit"]] == [1, *[2] * 4, *[3] * 4]
+    assert result.plan.joints[0].patch is None
+    assert {"dense", "dropped (no patch)", "healed (refit)"} <= result.quality.keys()
+    report = (tmp_path / "out" / "linearpatch" / "report" / "report.md").read_text()
+    assert "of the layers 1, 2, 3 again" in report
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_a_patch_and_a_refit(place: Path, tmp_path: Path, in_memory: list[Healed]) -> None:
+    result = prune(place, tmp_path / "out", heal="patch+refit", fit="low-rank")
+    assert "healed (patch+refit, low-rank)" in result.quality
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.model_type == "linearpatch_llama"
+    torch.testing.assert_close(logits(model), logits(in_memory[0].model))
+
+
+def test_auto_says_what_it_compared(place: Path, tmp_path: Path) -> None:
+    result = prune(place, tmp_path / "out", heal="auto")
+    assert result.summary["heal"] in HEALS
+    assert result.summary["heal_candidates"].keys() >= {"dense", "none", "refit"}
+
+
+@pytest.mark.parametrize("heal", ["patch", "none"])
+def test_without_a_refit_nothing_else_than_before_is_written(heal: str, place: Path, tmp_path: Path) -> None:
+    fit = "low-rank" if heal == "patch" else "none"
+    prune(place, tmp_path / "before", fit=fit)
+    prune(place, tmp_path / "now", fit=fit, heal=heal)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "now")]
+    assert weights[0] == weights[1]
+
+
+class Killed(BaseException):
+    """Like a signal: nothing that handles errors handles it."""
+
+
+@pytest.mark.parametrize("heal", ["refit", "auto"])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    heal: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune(place, tmp_path / "whole", heal=heal)
+    real, steps = healing._Work.keep, []
+
+    def keep(self: Any, way: str, step: Any, weights: Mapping[str, Any], rows: Sequence[Any]) -> None:
+        real(self, way, step, weights, rows)
+        steps.append(step)
+        if len(steps) == 2:
+            raise Killed
+
+    monkeypatch.setattr(healing._Work, "keep", keep)
+    with pytest.raises(Killed):
+        prune(place, tmp_path / "killed", heal=heal)
+    assert (tmp_path / ".killed.refit").exists()
+    monkeypatch.undo()
+    arguments = ["--text", place / "numbers.txt", "--heal", heal, "-o", tmp_path / "killed"]
+    small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
+    assert linearpatch("prune", place / "dense", *arguments, *small) is None
+    assert "going on from a refit that did not finish" in capsys.readouterr().err
+    for name in ("model.safetensors", "config.json", "linearpatch/plan.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    summaries = [json.loads((tmp_path / name / "linearpatch/summary.json").read_text()) for name in ("killed", "whole")]
+    assert summaries[0].get("refit") == summaries[1].get("refit")
+    assert not (tmp_path / ".killed.refit").exists()
+
+
+def test_the_work_of_another_run_is_not_gone_on_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(place, tmp_path / "whole", heal="refit", samples=16)
+    with monkeypatch.context() as patched:
+        patched.setattr(healing.Unfinished, "forget", lambda _: None)
+        prune(place, tmp_path / "out", heal="refit")
+    assert (tmp_path / ".out.refit").exists()
+    prune(place, tmp_path / "out", heal="refit", samples=16)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"heal": "refti"}, "no way to heal is called 'refti': choose one of none, patch, refit, patch.refit, auto"),
+        ({"heal": "patch+refit", "fit": "none"}, "puts a patch at the joint and `fit` none is none"),
+        ({"heal": "refit", "plan_only": True}, "`plan_only` writes no weights"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(settings: dict[str, Any], words: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        prune(place, tmp_path / "out", **settings)
+    assert not [*tmp_path.iterdir()]
