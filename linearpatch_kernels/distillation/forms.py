@@ -20,7 +20,7 @@ def check_form(form: str) -> str:
 
 
 @own_state()
-def reformed(chain: PatchChain, form: str, rank: int) -> Patch:
+def reformed(chain: Patch | PatchChain, form: str, rank: int) -> Patch:
     """The patch of this form nearest to the map of a joint's patches, in float32.
 
     ``dense`` and, for a map that is H D H.T already, ``scale``, ``scales`` and ``low-rank`` are the same map; else

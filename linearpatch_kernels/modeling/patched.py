@@ -307,6 +307,7 @@ def patched_model(
     config_class, _, causal_lm_class = PATCHED_CLASSES[family.model_type]
     if not isinstance(model, family.causal_lm_class):
         raise InputError(f"only a {family.causal_lm_class.__name__} can be patched, not a {type(model).__name__}")
+    _check_format(model)
     depth = num_layers(model)
     config = config_class()
     own = ("auto_map", "model_type")
@@ -335,6 +336,13 @@ def patched_model(
     return twin
 
 
+def _check_format(model: nn.Module) -> None:
+    """InputError for a model that its checkpoint's own code made, of format 1: its joints hold no chains."""
+    record = getattr(getattr(model, "config", None), "linearpatch", None)
+    if record is not None and record.get("format") != FORMAT:
+        raise InputError("the code that the checkpoint brought is of format 1: load it without trust_remote_code")
+
+
 def _put(model: PreTrainedModel, joint: int, chain: PatchChain) -> None:
     """Set what stands at a joint, in the model and in its config."""
     layer, name = joint_place(joint, num_layers(model))
@@ -360,6 +368,7 @@ def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, PatchCha
     of it still heals an earlier cut. ``patched_model(keep_layers(model, keep), carried_patches(model, keep))`` keeps
     it. A newly fitted patch has measured through the old one, so a joint that gets one needs no carried patch.
     """
+    _check_format(model)
     depth = num_layers(model)
     kept = set(keep)
     carried: dict[int, list[Patch]] = {}

@@ -97,7 +97,7 @@ FOREIGN = {
     "span beyond the model": changed_plan(lambda plan: plan | {"num_layers": 3}),
     "layers in words": changed_plan(lambda plan: plan | {"num_layers": "eight"}),
     "unknown patch": changed_plan(
-        lambda plan: plan | {"joints": [plan["joints"][0] | {"patch": {"kind": "magic", "dim": 48}}]}
+        lambda plan: plan | {"joints": [plan["joints"][0] | {"patches": [{"kind": "magic", "dim": 48}]}]}
     ),
     "candidates of another kind": changed_plan(lambda plan: plan | {"candidates": [{"fit": "none"}]}),
     "summary broken": replaced("summary.json", "{"),

@@ -31,7 +31,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_seal
 from linearpatch_kernels.modeling.families import norm_gains
 from linearpatch_kernels.modeling.patched import patches
-from linearpatch_kernels.nn import DensePatch, HadamardPatch
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, PatchChain
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
@@ -398,7 +398,7 @@ def test_forms() -> None:
     x = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(reformed(hadamard, "dense", 0)(x), hadamard(x), rtol=1e-4, atol=1e-4)
-        chain = torch.nn.Sequential(hadamard, random_patch("dense"))
+        chain = PatchChain(hadamard, random_patch("dense"))
         torch.testing.assert_close(reformed(chain, "dense", 0)(x), chain(x), rtol=1e-4, atol=1e-4)
         for form in ("scale", "scales", "low-rank", "dense"):
             torch.testing.assert_close(reformed(scale, form, 4)(x), scale(x), rtol=1e-4, atol=1e-4)
@@ -417,7 +417,7 @@ def test_every_parameter_of_a_form_moves(dense: PreTrainedModel, store: TeacherS
     # On the windows it learns: this is not about what a text has in common with another.
     run = distill(student, store, joint=JOINT, training=TRAINING, heldout=TRAINING, settings=settings)
     assert run.best_step > 0
-    for name, parameter in patches(student)[2].named_parameters():
+    for name, parameter in patches(student)[2][0].named_parameters():
         assert not torch.equal(parameter, dict(start.named_parameters())[name]), name
 
 

@@ -335,4 +335,7 @@ def test_an_output_saved_again_in_another_dtype(dtype: torch.dtype, tied: Path, 
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_model(tmp_path, device="cpu")
     assert again.dtype == dtype
-    assert torch.equal(logits(again, IDS), logits(model, IDS))
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    # Not to the bit: sums are rounded in an order that depends on where in the mapped file a weight begins.
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS))

@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.fingerprints import _fingerprint_0_1, fingerprint_model, model_difference
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.modeling.saving import save_checkpoint
+from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.consistency import check_patches, check_plan
-from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.span import Span
 from tests.fixtures.format1.make import FOLDER
 from tests.support.tiny import FAMILY_NAMES
 
@@ -110,6 +113,15 @@ def test_its_own_code_loads_it_beside_this_version(family: str, class_of_format_
     model = class_of_format_1.from_pretrained(FOLDER / family / "once", dtype=torch.float32)
     expected = expected_of(family, "once")
     torch.testing.assert_close(model(expected["ids"], use_cache=False).logits, expected["logits"], **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_a_model_of_its_own_code_is_not_cut_again(class_of_format_1: Any) -> None:
+    model = class_of_format_1.from_pretrained(FOLDER / "llama" / "once")
+    plan = PrunePlan(4, (Joint(Span(1, 2)),))
+    for step in (lambda: apply_plan(model, plan), lambda: patched_model(model, {})):
+        with pytest.raises(InputError, match="load it without trust_remote_code"):
+            step()
 
 
 @each_family
