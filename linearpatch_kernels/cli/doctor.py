@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linearpatch_kernels.cli.console import check_json, print_table, write_json
+from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.errors import InputError
 
@@ -35,7 +36,7 @@ def doctor(json_file: JsonFile = None) -> None:
         try:
             check()
         except InputError as error:
-            return str(error)
+            return in_flags(str(error))
         return "yes"
 
     def free_disk() -> str:
