@@ -18,6 +18,7 @@ from linearpatch_kernels import __version__
 from linearpatch_kernels.cli import console
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.recipes.log import Log
 from tests.support.command import (
     COMMANDS,
     LAYERS,
@@ -86,12 +87,13 @@ def test_progress_is_a_few_plain_lines_and_not_on_stdout(world: World, run: Run,
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(console, "problems", terminal)
-    reporter = console.Reporter()
-    with reporter.stage("work"):
+    reporter = console.Terminal()
+    log = Log(reporter)
+    with log.stage("work"):
         for done in range(5):
-            reporter("calibrating", done, 5)
-    reporter("evaluating", 1, 2)
-    reporter.close()
+            log.progress("calibrating", done, 5)
+    log.progress("evaluating", 1, 2)
+    reporter.finish()
     drawn = terminal.file.getvalue()  # type: ignore[attr-defined]  # set by the test
     assert "calibrating" in drawn
     assert "━" in drawn
@@ -99,7 +101,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "1/2" in drawn
     # Nothing of it stays.
     assert drawn.rstrip().endswith("\x1b[2K")
-    assert set(reporter.seconds) == {"work"}
+    assert set(log.seconds) == {"work"}
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(world: World, run: Run, tmp_path: Path) -> None:
