@@ -10,6 +10,9 @@ from linearpatch_kernels.cli.console import check_json, print_table, write_json
 from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.healing.ways import HEALS
+from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.scores import SCORES
 
 
 def doctor(json_file: JsonFile = None) -> None:
@@ -21,6 +24,7 @@ def doctor(json_file: JsonFile = None) -> None:
     import torch
 
     from linearpatch_kernels.demo_data import demo_model_path, demo_text
+    from linearpatch_kernels.modeling.families import STOCK_FAMILIES
     from linearpatch_kernels.ops.backends import BACKENDS
     from linearpatch_kernels.text import cache_dir
 
@@ -68,10 +72,14 @@ def doctor(json_file: JsonFile = None) -> None:
             "cache": str(cache_dir()),
         },
         "backends": {name: "yes" if (found := one.available()).ok else found.reason for name, one in BACKENDS.items()},
+        "families": {name: one.about for name, one in STOCK_FAMILIES.items()},
+        "scores": {name: one.about for name, one in SCORES.items()},
+        "fits": {name: one.about for name, one in FITS.items()},
+        "ways to heal": {name: one.about for name, one in HEALS.items()},
         "packages": {name: version(name) for name in packages},
         "demo": {"model": reason(demo_model_path), "texts": reason(lambda: demo_text("calibration"))},
     }
-    told = {"backends": {name: f"{name}: {one.help}" for name, one in BACKENDS.items()}}
+    told = {"backends": {name: f"{name}: {one.about}" for name, one in BACKENDS.items()}}
     for section, entries in summary.items():
         names = told.get(section, {})
         print_table(

@@ -4,13 +4,29 @@
 loads a patched checkpoint. It costs the import of Transformers, which importing the package root does not.
 """
 
-from linearpatch_kernels.modeling.families import FAMILIES, decoder_layers, family_of, keep_layers, partial_decoder
+from __future__ import annotations
+
+from typing import Any
+
+from linearpatch_kernels.modeling.families import (
+    STOCK_FAMILIES,
+    Family,
+    LayerModules,
+    decoder_layers,
+    family_of,
+    keep_layers,
+    model_types,
+    partial_decoder,
+)
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches
+from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches, registered
 from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
 
 __all__ = [
     "FAMILIES",
+    "Family",
+    "LayerModules",
+    "add_family",
     "carried_patches",
     "check_output",
     "decoder_layers",
@@ -22,3 +38,20 @@ __all__ = [
     "patches",
     "save_checkpoint",
 ]
+
+
+def add_family(family: Family) -> None:
+    """Make a family known: its models can be loaded, cut, merged and patched, and its patched checkpoints load.
+
+    Raises:
+        InputError: a family of its model type is there.
+    """
+    STOCK_FAMILIES.add(family)
+    PATCHED_CLASSES[family.model_type] = registered(family)
+
+
+def __getattr__(name: str) -> Any:
+    # Not a constant: families can be added.
+    if name == "FAMILIES":
+        return model_types()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

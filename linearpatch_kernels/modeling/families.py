@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,45 +35,93 @@ from linearpatch_kernels.modeling.copies import (
     share_tensors,
     shared_copy,
 )
+from linearpatch_kernels.records import Registry
 from linearpatch_kernels.torch_internals import accelerate_hook
 
 PATCHED_PREFIX = "linearpatch_"
 
-# Config attributes with one entry per decoder layer. Named, not guessed from their length: a list of special token ids
-# may well have as many entries as the model has layers.
-_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "linearpatch_merge_tree")
 # A merge adds a level at most, and models have fewer layers than that.
 _DEEPEST_NODE = 300
 
 
 @dataclass(frozen=True)
-class Family:
-    """One architecture, by its stock classes.
+class LayerModules:
+    """What the halves of a decoder layer are made of, by the paths of modules in the layer.
 
     Attributes:
-        model_type: of the stock config, ``"llama"``.
+        attention, feed_forward: paths of the norms in front of the halves.
+        queries_keys_values, gates: paths of the projections that read the normed stream, rows of units; one path
+            several times is a fused projection, in this order.
+        attention_output, feed_forward_output: paths of the projections back.
+        attention_shared, feed_forward_shared: norms whose one gain all units share (of queries and keys, behind a
+            half).
+        gain_offset: a norm's gain is ``gain_offset + weight``.
+    """
+
+    attention: str = "input_layernorm"
+    feed_forward: str = "post_attention_layernorm"
+    queries_keys_values: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gates: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    attention_output: str = "self_attn.o_proj"
+    feed_forward_output: str = "mlp.down_proj"
+    attention_shared: tuple[str, ...] = ()
+    feed_forward_shared: tuple[str, ...] = ()
+    gain_offset: float = 0.0
+
+
+def logits_options(config: PretrainedConfig) -> tuple[float, float | None]:
+    """By what a model multiplies its head's output, and the soft-cap before that, under the names Transformers uses."""
+    factor, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return float(factor) / float(divisor), getattr(config, "final_logit_softcapping", None) or None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        model_type: of the stock config, ``"llama"``; about: what people call its models.
         config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes.
+        modules: what a layer is made of.
+        per_layer: config attributes with one entry per decoder layer. Named, not guessed from their length: a list of
+            special token ids may well have as many entries as the model has layers.
+        logits_options: of a config, the factor on the logits and their soft-cap.
+        gguf: what a GGUF file calls the architecture, where `gguf` reads it.
     """
 
     model_type: str
+    about: str
     config_class: type[PretrainedConfig]
     layer_class: type[nn.Module]
     decoder_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
+    modules: LayerModules = LayerModules()
+    per_layer: tuple[str, ...] = ("layer_types",)
+    logits_options: Callable[[PretrainedConfig], tuple[float, float | None]] = logits_options
+    gguf: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.model_type
 
 
-STOCK_FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
+_QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+STOCK_FAMILIES: Registry[Family] = Registry(
+    "family",
+    (
         Family(
             "llama",
+            "Llama",
             modeling_llama.LlamaConfig,
             modeling_llama.LlamaDecoderLayer,
             modeling_llama.LlamaModel,
             modeling_llama.LlamaForCausalLM,
+            gguf="llama",
         ),
         Family(
             "mistral",
+            "Mistral (a GGUF file calls it llama)",
             modeling_mistral.MistralConfig,
             modeling_mistral.MistralDecoderLayer,
             modeling_mistral.MistralModel,
@@ -81,36 +129,56 @@ STOCK_FAMILIES: dict[str, Family] = {
         ),
         Family(
             "qwen2",
+            "Qwen2",
             modeling_qwen2.Qwen2Config,
             modeling_qwen2.Qwen2DecoderLayer,
             modeling_qwen2.Qwen2Model,
             modeling_qwen2.Qwen2ForCausalLM,
+            gguf="qwen2",
         ),
         Family(
             "qwen3",
+            "Qwen3",
             modeling_qwen3.Qwen3Config,
             modeling_qwen3.Qwen3DecoderLayer,
             modeling_qwen3.Qwen3Model,
             modeling_qwen3.Qwen3ForCausalLM,
+            LayerModules(attention_shared=_QUERY_KEY_NORMS),
+            gguf="qwen3",
         ),
         Family(
             "gemma3_text",
+            "Gemma 3, its text-only checkpoints",
             modeling_gemma3.Gemma3TextConfig,
             modeling_gemma3.Gemma3DecoderLayer,
             modeling_gemma3.Gemma3TextModel,
             modeling_gemma3.Gemma3ForCausalLM,
+            # What comes out of a half is normed, too, by a norm of the name that others give to the one in between.
+            LayerModules(
+                feed_forward="pre_feedforward_layernorm",
+                attention_shared=(*_QUERY_KEY_NORMS, "post_attention_layernorm"),
+                feed_forward_shared=("post_feedforward_layernorm",),
+                gain_offset=1.0,
+            ),
+            gguf="gemma3",
         ),
         Family(
             "phi3",
+            "Phi-3",
             modeling_phi3.Phi3Config,
             modeling_phi3.Phi3DecoderLayer,
             modeling_phi3.Phi3Model,
             modeling_phi3.Phi3ForCausalLM,
+            LayerModules(queries_keys_values=("self_attn.qkv_proj",) * 3, gates=("mlp.gate_up_proj",) * 2),
+            gguf="phi3",
         ),
-    )
-}
+    ),
+)
 
-FAMILIES: tuple[str, ...] = (*STOCK_FAMILIES, *(PATCHED_PREFIX + model_type for model_type in STOCK_FAMILIES))
+
+def model_types() -> tuple[str, ...]:
+    """Those of all families, and of their patched twins."""
+    return (*STOCK_FAMILIES, *(PATCHED_PREFIX + model_type for model_type in STOCK_FAMILIES))
 
 
 def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
@@ -173,52 +241,50 @@ class Sublayer:
 
 def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
     """The attention and the feed-forward half of this model's layers."""
-    config = decoder(model).config
+    config, modules = decoder(model).config, family_of(model).modules
     layer: Any = decoder_layers(model)[0]
     groups, queries = config.num_key_value_heads, config.num_attention_heads
     size, neurons = layer.self_attn.head_dim, config.intermediate_size
     per_group = queries // groups
-    if hasattr(layer.self_attn, "qkv_proj"):
-        fused = "self_attn.qkv_proj"
-        heads: tuple[Heads, ...] = (
-            Heads(fused, 0, per_group, size),
-            Heads(fused, queries * size, 1, size),
-            Heads(fused, (queries + groups) * size, 1, size),
-        )
-        rows: tuple[Heads, ...] = (Heads("mlp.gate_up_proj", 0, 1, 1), Heads("mlp.gate_up_proj", neurons, 1, 1))
-    else:
-        heads = tuple(Heads(f"self_attn.{x}_proj", 0, per_group if x == "q" else 1, size) for x in "qkv")
-        rows = tuple(Heads(f"mlp.{x}_proj", 0, 1, 1) for x in ("gate", "up"))
-    # Gemma norms what comes out of a half, too, and calls that norm by the name others give to the one in between.
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    shared = tuple(f"self_attn.{x}_norm" for x in "qk" if hasattr(layer.self_attn, f"{x}_norm"))
-    offset = 1.0 if sandwich else 0.0
     return (
         Sublayer(
             "attention",
             groups,
-            "input_layernorm",
-            heads,
-            Heads("self_attn.o_proj", 0, per_group, size),
-            (*shared, "post_attention_layernorm") if sandwich else shared,
-            offset,
+            modules.attention,
+            _rows(modules.queries_keys_values, (per_group, 1, 1), size, groups),
+            Heads(modules.attention_output, 0, per_group, size),
+            modules.attention_shared,
+            modules.gain_offset,
         ),
         Sublayer(
             "feed-forward",
             neurons,
-            "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm",
-            rows,
-            Heads("mlp.down_proj", 0, 1, 1),
-            ("post_feedforward_layernorm",) if sandwich else (),
-            offset,
+            modules.feed_forward,
+            _rows(modules.gates, (1,) * len(modules.gates), 1, neurons),
+            Heads(modules.feed_forward_output, 0, 1, 1),
+            modules.feed_forward_shared,
+            modules.gain_offset,
         ),
     )
 
 
+def _rows(paths: Sequence[str], per_unit: Sequence[int], size: int, units: int) -> tuple[Heads, ...]:
+    """The rows of the units in each projection; those of one path lie behind each other."""
+    ends: dict[str, int] = {}
+    found = []
+    for path, heads in zip(paths, per_unit, strict=True):
+        found.append(Heads(path, ends.get(path, 0), heads, size))
+        ends[path] = ends.get(path, 0) + heads * units * size
+    return tuple(found)
+
+
 def layer_kinds(model: nn.Module) -> list[str]:
-    """What each layer attends to: ``"full_attention"``, ``"sliding_attention"``, ...; one kind where none is named."""
-    kinds = getattr(decoder(model).config, "layer_types", None)
-    return list(kinds) if kinds is not None else ["full_attention"] * num_layers(model)
+    """What each layer is by the config's lists, ``"full_attention"`` for example; one kind where there are none."""
+    lists = [getattr(decoder(model).config, name, None) for name in family_of(model).per_layer]
+    told = [entries for entries in lists if entries is not None]
+    if not told:
+        return ["full_attention"] * num_layers(model)
+    return [", ".join(map(str, entries)) for entries in zip(*told, strict=True)]
 
 
 def decoder(model: nn.Module) -> Any:
@@ -535,7 +601,7 @@ def _config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrai
     sliced = copy.deepcopy(config)
     if len(kept) == count:
         return sliced
-    for name in _PER_LAYER_LISTS:
+    for name in (*family_of(config).per_layer, "linearpatch_merge_tree"):
         entries = getattr(config, name, None)
         if entries is None:
             continue

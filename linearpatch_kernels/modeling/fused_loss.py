@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.modeling.families import PATCHED_PREFIX, STOCK_FAMILIES, logits_options
 from linearpatch_kernels.nn import LinearTopKKLLoss
 
 
@@ -81,8 +82,9 @@ def fuse_distillation_loss(
 def _logits_options(model: PreTrainedModel, head: nn.Linear) -> tuple[float, float | None]:
     """By what the model multiplies its head's output, soft-capped first: of the config, and checked on two tokens."""
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None) or None
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    # Models of no family of ours are fused, too.
+    family = STOCK_FAMILIES.get(config.model_type.removeprefix(PATCHED_PREFIX))
+    factor, softcap = (logits_options if family is None else family.logits_options)(config)
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, args, output: seen.extend((args[0], output)))
     ids = torch.tensor([[0, config.vocab_size - 1]], dtype=torch.int64, device=head.weight.device)

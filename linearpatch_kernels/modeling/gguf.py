@@ -38,8 +38,8 @@ from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
 from linearpatch_kernels.modeling.weights import refuse_missing
 from linearpatch_kernels.text import cache_dir
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text", "phi3": "phi3"}
-"""What a GGUF file calls an architecture (it calls Mistral llama) -> the family."""
+ARCHITECTURES = {family.gguf: name for name, family in STOCK_FAMILIES.items() if family.gguf is not None}
+"""What a GGUF file calls an architecture (it calls Mistral llama) -> the family, of those that are read here."""
 
 _INSTEAD = "use the model's safetensors"
 _ENDS = 1 << 20

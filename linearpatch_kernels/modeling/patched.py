@@ -248,7 +248,8 @@ def patched_classes(
     return Config, Decoder, CausalLM
 
 
-def _registered(family: Family) -> tuple[Any, Any, Any]:
+def registered(family: Family) -> tuple[Any, Any, Any]:
+    """The config, decoder and causal LM of a family's patched twin, known to the Auto classes."""
     config_class, decoder_class, causal_lm_class = patched_classes(
         family.config_class,
         family.layer_class,
@@ -262,13 +263,7 @@ def _registered(family: Family) -> tuple[Any, Any, Any]:
     return config_class, decoder_class, causal_lm_class
 
 
-PATCHED_CLASSES = {model_type: _registered(family) for model_type, family in STOCK_FAMILIES.items()}
-LinearPatchLlamaConfig, LinearPatchLlamaModel, LinearPatchLlamaForCausalLM = PATCHED_CLASSES["llama"]
-LinearPatchMistralConfig, LinearPatchMistralModel, LinearPatchMistralForCausalLM = PATCHED_CLASSES["mistral"]
-LinearPatchQwen2Config, LinearPatchQwen2Model, LinearPatchQwen2ForCausalLM = PATCHED_CLASSES["qwen2"]
-LinearPatchQwen3Config, LinearPatchQwen3Model, LinearPatchQwen3ForCausalLM = PATCHED_CLASSES["qwen3"]
-LinearPatchGemma3TextConfig, LinearPatchGemma3TextModel, LinearPatchGemma3ForCausalLM = PATCHED_CLASSES["gemma3_text"]
-LinearPatchPhi3Config, LinearPatchPhi3Model, LinearPatchPhi3ForCausalLM = PATCHED_CLASSES["phi3"]
+PATCHED_CLASSES = {model_type: registered(family) for model_type, family in STOCK_FAMILIES.items()}
 
 
 def patches(model: nn.Module) -> dict[int, PatchChain]:

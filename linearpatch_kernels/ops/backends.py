@@ -7,7 +7,7 @@ of Triton's patch, and on GPUs what the CUDA kernels have no instance for) belon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from linearpatch_kernels import backend
 from linearpatch_kernels.backend import Support
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.records import Registry
 from linearpatch_kernels.torch_internals import has_kernel
 
 
@@ -36,14 +37,22 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation that ``impl`` and ``LINEARPATCH_BACKEND`` can name, with one line about it."""
+    """An implementation that ``impl`` can name.
+
+    Attributes:
+        name: what ``impl`` takes; about: one line about it.
+        available: whether it can run here at all.
+        devices: the types of device on whose tensors it runs; None: all, and it has every operator.
+        dispatch_key: where torch's dispatcher finds its kernels in the extension; None: they are in `Kernel` records.
+        float64: whether it computes in float64.
+    """
 
     name: str
-    help: str
-
-    def available(self) -> Support:
-        """Whether it can run here at all."""
-        return backend.available(self.name)
+    about: str
+    available: Callable[[], Support]
+    devices: Callable[[], Sequence[str]] | None
+    dispatch_key: str | None = None
+    float64: bool = False
 
     def serves(self, operator: str, tensor: Tensor) -> Support:
         """Whether it computes an operator of such a tensor.
@@ -58,18 +67,55 @@ class Backend:
         return Support(not reason, reason)
 
 
-BACKENDS: dict[str, Backend] = {
-    one.name: one
-    for one in (
-        Backend("reference", "plain PyTorch, on every device"),
-        Backend("cpu", "the extension's C++ kernels, in the instructions that the processor has"),
-        Backend("triton", "Triton's kernels, for NVIDIA's and AMD's GPUs"),
-        Backend("cuda", "the extension's CUDA kernels, for NVIDIA's GPUs"),
-    )
-}
+BACKENDS: Registry[Backend] = Registry(
+    "implementation",
+    (
+        Backend("reference", "plain PyTorch, on every device", lambda: Support(True), None, float64=True),
+        Backend(
+            "cpu",
+            "the extension's C++ kernels, in the instructions that the processor has",
+            lambda: backend.available("cpu"),
+            lambda: backend.devices_of("cpu"),
+            "CPU",
+        ),
+        Backend(
+            "triton",
+            "Triton's kernels, for NVIDIA's and AMD's GPUs",
+            lambda: backend.available("triton"),
+            lambda: backend.devices_of("triton"),
+        ),
+        Backend(
+            "cuda",
+            "the extension's CUDA kernels, for NVIDIA's GPUs",
+            lambda: backend.available("cuda"),
+            lambda: backend.devices_of("cuda"),
+            "CUDA",
+        ),
+    ),
+)
 assert tuple(BACKENDS) == backend.NAMES
 
 _KERNELS: dict[str, Mapping[str, Kernel]] = {}
+_ADDED: dict[str, Mapping[str, Kernel]] = {}
+
+
+def add_backend(record: Backend, kernels: Mapping[str, Kernel]) -> None:
+    """Make an implementation known, with its kernels by the names of the operators.
+
+    What it has no kernel of raises where a call names it, derivatives among that (``hadamard_patch_backward``): no
+    other implementation takes its place.
+
+    Raises:
+        InputError: one of its name is there, or operators were imported already: they are defined with their kernels.
+    """
+    if _KERNELS:
+        raise InputError(f"{next(iter(_KERNELS))} is imported already: add {record.name} before the operators are")
+    _ADDED[BACKENDS.add(record).name] = kernels
+
+
+def added_kernels(operator: str) -> dict[str, Kernel | None]:
+    """By the names of the implementations that `add_backend` made known, their kernels of an operator."""
+    return {name: kernels.get(operator) for name, kernels in _ADDED.items()}
 
 
 def add_operator(name: str, kernels: Mapping[str, Kernel]) -> None:
@@ -87,17 +133,18 @@ def backends() -> dict[str, bool | str]:
 @torch.compiler.assume_constant_result
 def _why_not(name: str, operator: str, device: str, dtype: torch.dtype, width: int) -> str:
     """One line, empty where the implementation serves."""
-    if name == "reference":
-        return ""
-    if not (found := backend.available(name)).ok:
+    one = BACKENDS[name]
+    if not (found := one.available()).ok:
         return found.reason
+    if one.devices is None:
+        return ""
     kernel = _KERNELS.get(operator, {}).get(name)
-    compiled = operator in _KERNELS and name in ("cpu", "cuda") and has_kernel(operator, name.upper())
-    if kernel is None and not compiled:
+    key = one.dispatch_key
+    if kernel is None and (operator not in _KERNELS or key is None or not has_kernel(operator, key)):
         return f"{name} has no kernel of {operator}"
-    if device not in (devices := backend.devices_of(name)):
+    if device not in (devices := one.devices()):
         return f"{name} runs on {' and '.join(devices)} tensors, and this one is on {device}"
-    if dtype == torch.float64:
+    if dtype == torch.float64 and not one.float64:
         return f"{name} has no float64 kernels"
     if kernel is not None and not kernel.serves(device, width):
         return f"{name} has no kernel of {operator} for a width of {width}"

@@ -17,7 +17,7 @@ from torch.library import Library, custom_op
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
-from linearpatch_kernels.ops.backends import Kernel, add_operator
+from linearpatch_kernels.ops.backends import Kernel, add_operator, added_kernels
 from linearpatch_kernels.torch_internals import called_by, may_be_dual, transformed
 
 _AUTOGRAD = Library("linearpatch", "IMPL")
@@ -267,12 +267,21 @@ def define_operator(
 
         return in_the_kernels_precision
 
+    def refused(impl: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> Any:
+            raise InputError(f"impl={impl!r} has no kernel of {name}: name another implementation, or none")
+
+        return refuse
+
     def defined(variant: str, run: Callable[..., Any], variants: Mapping[str, Operator] | None = None) -> Operator:
         derived = otherwise and without_formula
         return Operator(variant, schema, run, on_one_device, mutates_args, name, derived, variants)
 
-    kernels = kernels or {}
+    added = added_kernels(name)
+    kernels = {**(kernels or {}), **{impl: one for impl, one in added.items() if one is not None}}
     variants = {impl: defined(f"{name}_{impl}", kernel(one.run)) for impl, one in kernels.items()}
+    # Where an implementation was added without a kernel of this operator, none takes its place.
+    variants |= {impl: defined(f"{name}_{impl}", refused(impl)) for impl in added if impl not in kernels}
     variants["reference"] = defined(f"{name}_reference", in_its_own_precision)
     operator = defined(name, where_no_kernel_is, variants)
     add_operator(name, kernels)

@@ -13,7 +13,7 @@ def test_doctor_names_what_is_there_and_what_is_not(run: Run) -> None:
     done = run("doctor", "--json", "-")
     assert done.status == 0
     summary = json.loads(done.stdout)
-    assert set(summary) == {"machine", "backends", "packages", "demo"}
+    assert set(summary) == {"machine", "backends", "families", "scores", "fits", "ways to heal", "packages", "demo"}
     assert summary["packages"]["torch"] == torch.__version__
     assert summary["backends"]["reference"] == "yes"
     plain = run("doctor")

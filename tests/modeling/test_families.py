@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from linearpatch_kernels import modeling
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import (
-    FAMILIES,
     decoder,
     decoder_layers,
     family_of,
@@ -35,7 +35,7 @@ def stream_entering(model: PreTrainedModel, layer: int, ids: torch.Tensor, **inp
 
 
 def test_every_family_and_its_twin_is_listed() -> None:
-    assert list(FAMILIES) == FAMILY_NAMES + [f"linearpatch_{name}" for name in FAMILY_NAMES]
+    assert list(modeling.FAMILIES) == FAMILY_NAMES + [f"linearpatch_{name}" for name in FAMILY_NAMES]
 
 
 def test_where_things_are(family: str, model: PreTrainedModel) -> None:

@@ -66,7 +66,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_records_are_the_names() -> None:
     assert list(BACKENDS) == list(backends()) == list(backend.NAMES)
     for one in BACKENDS.values():
-        assert one.help
+        assert one.about
         assert one.available() == Support(True) or one.available().reason == backends()[one.name]
 
 

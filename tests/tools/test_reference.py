@@ -12,7 +12,7 @@ import linearpatch_kernels
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("tool", ["cli_reference", "python_reference"])
+@pytest.mark.parametrize("tool", ["cli_reference", "python_reference", "choices_reference"])
 def test_the_page_is_what_the_command_writes(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     command = importlib.import_module(tool)

@@ -182,13 +182,13 @@ for _bit in ("Negative", "Conjugate"):
         _asked.impl(f"hadamard_patch_out_{_impl}", _into_bits(_patch.by(_impl)), _bit)
 
 # The reference needs no formula: autograd records it.
-for _impl in ("auto", "triton"):
+for _impl in ("auto", *((_patch.variants.keys() & _patch_backward.variants.keys()) - {"reference"})):
     _patch.by(_impl).register_autograd(_backward(_patch_backward.by(_impl)), setup_context=_save)
-for _impl in ("auto", *_patch.variants):
-    _add_patch_rms_norm.by(_impl).register_autograd(_no_derivative)
-    batch_by_rows(_patch.by(_impl), rows=(0,))
-    batch_by_rows(_patch_backward.by(_impl), rows=())
-    batch_by_rows(_add_patch_rms_norm.by(_impl), rows=(0, 1))
+for _one in (_add_patch_rms_norm, *_add_patch_rms_norm.variants.values()):
+    _one.register_autograd(_no_derivative)
+for _operator, _rows in ((_patch, (0,)), (_patch_backward, ()), (_add_patch_rms_norm, (0, 1))):
+    for _one in (_operator, *_operator.variants.values()):
+        batch_by_rows(_one, rows=_rows)
 
 
 def _run(impl: str, operator: Operator, *operands: Any) -> Any:
