@@ -1,4 +1,4 @@
-"""The records -> ``docs/reference/choices.md``: scores, fits, ways to heal, places to merge, implementations and families.
+"""The records -> ``docs/reference/choices.md``: scores, fits, ways to heal, places to merge, implementations, families.
 
 ``python tools/choices_reference.py`` writes the page, with a Python that has the package. A test compares the page with
 what the command makes now.
