@@ -518,7 +518,7 @@ class _Sums:
         """One window: the residual stream [T, d] at every depth."""
         tokens, width = depths[0].shape
         gram = torch.zeros(width, len(depths), len(depths), dtype=torch.float32, device=depths[0].device)
-        last = torch.zeros(())
+        last = torch.zeros((), dtype=torch.float64, device="cpu")
 
         def look(chunk: Tensor) -> None:
             nonlocal last

@@ -9,6 +9,7 @@ what the removed layers would have written (`docs/guide/heal.md` has the formula
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -252,8 +253,8 @@ class Stream:
 
     def copy(self) -> Stream:
         """Another one at the same place, which shares its states: going on replaces them."""
-        twin = Stream(torch.empty(0))
-        twin.states, twin._depth = list(self.states), self._depth
+        twin = copy.copy(self)
+        twin.states = list(self.states)
         return twin
 
     @torch.no_grad()

@@ -85,14 +85,13 @@ def prune(
     """
     settings = PruneSettings.of(settings, named)
     log = Log(reporter)
-    unfinished = Unfinished(settings.output, "refit")
     cut = plan_cut(model, settings, log)
     healed = heal(
         cut.dense,
         cut.pruning.plan,
         cut.windows,
         settings.heal,
-        unfinished=unfinished,
+        unfinished=cut.unfinished,
         processes=cut.processes,
         log=log,
     )
@@ -112,7 +111,7 @@ def prune(
             save_files(settings.output, files, overwrite=True)
         else:
             cut.save(healed.model, settings.output, files)
-    unfinished.forget()
+    cut.unfinished.forget()
     return PruneResult(
         output=settings.output,
         summary=summary,
@@ -131,6 +130,7 @@ class Cut:
     Attributes:
         model: as it was named; source, dense: where it is from, and the model itself.
         processes: this one among its siblings, which all have the same plan.
+        unfinished: where a refit keeps its work.
     """
 
     model: ModelName
@@ -139,6 +139,7 @@ class Cut:
     windows: Windows
     pruning: Pruning
     processes: Processes
+    unfinished: Unfinished
 
     def candidates(self, plans: Mapping[str, PrunePlan], log: Log) -> dict[str, tuple[Joint, ...]]:
         """The rows of a comparison: plain removal, the paper's patch, and these plans."""
@@ -193,6 +194,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
     """
     wanted = _check(settings)
     check_output_place(settings.output, model, settings.text, settings.heldout_text)
+    unfinished = Unfinished(settings.output, "refit")
     texts = read_texts(settings.text, settings.heldout_text)
     siblings = processes.launched_processes()
     if not siblings.first:
@@ -232,7 +234,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             noted=log.note,
             progress=log.progress,
         )
-    return Cut(model, source, dense, windows, pruning, siblings)
+    return Cut(model, source, dense, windows, pruning, siblings, unfinished)
 
 
 def _check(settings: PruneSettings) -> Sequence[Span]:

@@ -13,7 +13,6 @@ from benchmarks.studies.distillation import (
     METHODS,
     Results,
     Row,
-    _apart,
     compare_steps,
     default_rows,
     group_name,
@@ -143,9 +142,3 @@ def test_steps_and_their_memory_are_shown_and_make_the_minutes() -> None:
     nine, six = (list(table_rows(results, drop))[1] for drop in (9, 6))
     assert (nine[4], *nine[-2:]) == ("0.5000 to 0.2500", "5.0", "abc1234")
     assert (six[4], *six[-2:]) == ("0.2500 to 0.5000", "", "not kept")
-
-
-def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out() -> None:
-    kept_back = ["and one two three four five six seven eight nine", "short"]
-    documents = ["zero one two three four five six seven eight", "one two three four five six seven", "short", ""]
-    assert _apart(documents, kept_back) == documents[1:]

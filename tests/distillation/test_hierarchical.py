@@ -15,7 +15,6 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation import hierarchical
 from linearpatch_kernels.distillation.hierarchical import (
     LAYERS,
-    STREAM_ERRORS,
     Group,
     GroupsLoss,
     HierarchicalDistillation,
@@ -25,6 +24,7 @@ from linearpatch_kernels.distillation.hierarchical import (
     stream_depths,
     stream_error,
 )
+from linearpatch_kernels.distillation.settings import STREAM_ERRORS
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
