@@ -13,7 +13,8 @@ from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.pruning.fits import fit_least_squares, fit_low_rank, shrunk
+from linearpatch_kernels.pruning.closed_forms import least_squares, low_rank, shrunk
+from linearpatch_kernels.pruning.fits import DEFAULT_RANK
 from linearpatch_kernels.pruning.plan import Joint
 from linearpatch_kernels.pruning.selection import compare_candidates
 from linearpatch_kernels.text import split_windows, token_windows
@@ -32,9 +33,9 @@ def main() -> None:
     )
     statistics = calibrate(model, windows["fit"].split(4), moments=[SPAN])
     candidates = {"none": (Joint(SPAN),)}
-    for name, fit in (("least-squares", fit_least_squares), ("low-rank", fit_low_rank)):
+    for name, fit in (("least-squares", least_squares), ("low-rank", low_rank)):
         for share in SHARES:
-            candidates[f"{name} {share}"] = (Joint(SPAN, shrunk(fit(statistics, SPAN), share), name),)
+            candidates[f"{name} {share}"] = (Joint(SPAN, shrunk(fit(statistics.at(SPAN), DEFAULT_RANK), share), name),)
     texts = {
         "calibration text, held out": windows["heldout"],
         "another text": token_windows(tokenizer, demo_text("heldout"), length=512, count=8),
