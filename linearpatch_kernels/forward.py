@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_internals import accelerate_hook
+from linearpatch_kernels.torch_state import evaluation_mode
 
 #: Called with what is being done, how many windows are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -179,6 +181,37 @@ class PartialRun(nn.Module):
 def residual_stream(model: nn.Module, ids: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
     """The residual stream [B, T, d] at each of ``depths`` for token ids [B, T]; no layer behind the last one is run."""
     return PartialRun(model, "tokens", max(depths)).states(ids, depths)
+
+
+class Stream:
+    """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.states: list[Tensor] = list(windows)
+        self._depth: Start = "tokens"
+
+    @property
+    def depth(self) -> int:
+        """Where it is; 0 also before the embedding."""
+        return 0 if self._depth == "tokens" else self._depth
+
+    def copy(self) -> Stream:
+        """Another one at the same place, which shares its states: going on replaces them."""
+        twin = copy.copy(self)
+        twin.states = list(self.states)
+        return twin
+
+    @torch.no_grad()
+    def advance(self, model: PreTrainedModel, depth: int) -> None:
+        """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
+        if self._depth == depth:
+            return
+        run = PartialRun(model, self._depth, depth)
+        with evaluation_mode(model):
+            # One by one in the same list: the stream is held once.
+            for index, state in enumerate(self.states):
+                self.states[index] = run(state.unsqueeze(0))[0]
+        self._depth = depth
 
 
 @contextmanager

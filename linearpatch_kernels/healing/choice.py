@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, healed_share
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.forward import PLAIN, Run
+from linearpatch_kernels.forward import PLAIN, Run, Stream
 from linearpatch_kernels.healing.refit import (
     RefitRow,
     RefitSettings,
     Step,
-    Stream,
     dense_stream,
     refit,
     shared_depth,
@@ -109,7 +108,7 @@ def heal_cut(
                 fit_windows,
                 heldout_windows,
                 settings=settings,
-                entering=stream,
+                stream=stream,
                 done=(done or {}).get(way.name),
                 keep=None if keep is None else lambda *told, name=way.name: keep(name, *told),
                 run=run,

@@ -9,7 +9,6 @@ what the removed layers would have written (`docs/guide/heal.md` has the formula
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Start, check_windows, entering
+from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
@@ -134,7 +133,7 @@ def refit(
     heldout_windows: Tensor,
     *,
     settings: RefitSettings | None = None,
-    entering: Stream | None = None,
+    stream: Stream | None = None,
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
     run: Run = PLAIN,
@@ -162,7 +161,7 @@ def refit(
         dense: the model before the cut; student: after it, with patches perhaps; neither is changed.
         steps: `steps_of_cut`, or of a merge; in the order of the layers.
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
-        entering: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
+        stream: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
 
@@ -180,7 +179,7 @@ def refit(
     if not steps:
         return Refit(refitted, [])
     share = _Share(fit_windows, heldout_windows, run.processes)
-    wanted = Stream(share.windows) if entering is None else entering.copy()
+    wanted = Stream(share.windows) if stream is None else stream.copy()
     # Up to its first change the student is the dense model: the two streams are one.
     shared = shared_depth(dense, refitted, steps)
     if wanted.depth > shared:
@@ -237,47 +236,6 @@ def dense_stream(
     stream = Stream(_Share(fit_windows, heldout_windows, run.processes).windows)
     stream.advance(dense, depth)
     return stream
-
-
-class Stream:
-    """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.states: list[Tensor] = list(windows)
-        self._depth: Start = "tokens"
-
-    @property
-    def depth(self) -> int:
-        """Where it is; 0 also before the embedding."""
-        return 0 if self._depth == "tokens" else self._depth
-
-    def copy(self) -> Stream:
-        """Another one at the same place, which shares its states: going on replaces them."""
-        twin = copy.copy(self)
-        twin.states = list(self.states)
-        return twin
-
-    @torch.no_grad()
-    def advance(self, model: PreTrainedModel, depth: int) -> None:
-        """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
-        if self._depth == depth:
-            return
-        run = PartialRun(model, self._depth, depth)
-        with evaluation_mode(model):
-            # One by one in the same list: the stream is held once.
-            for index, state in enumerate(self.states):
-                self.states[index] = run(state.unsqueeze(0))[0]
-        self._depth = depth
-
-    @torch.no_grad()
-    def advance_through(self, model: PreTrainedModel, index: int) -> list[Tensor]:
-        """Run layer ``index``, and give the stream behind its attention: W tensors [T, d]."""
-        self.advance(model, index)
-        middle: list[Tensor] = []
-        norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
-        with entering([(norm, lambda state: middle.append(state[0]))]):
-            self.advance(model, index + 1)
-        return middle
 
 
 class _Share:
@@ -348,6 +306,15 @@ def _entering_and_leaving(
             yield list(seen), leaving
 
 
+def _behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> list[Tensor]:
+    """Run layer ``index`` over a stream that is there, and give the stream behind its attention: W tensors [T, d]."""
+    middle: list[Tensor] = []
+    norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
+    with entering([(norm, lambda state: middle.append(state[0]))]):
+        stream.advance(model, index + 1)
+    return middle
+
+
 class _Layer:
     """One step: the fits of a layer, in their order."""
 
@@ -369,7 +336,7 @@ class _Layer:
         # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
         normed = _entering_alone(dense, stands_for, attention.inputs[0].projection, wanted.states)
         rows = [self._input("attention-in", attention, found.states, normed)]
-        middle = wanted.advance_through(dense, stands_for)
+        middle = _behind_attention(dense, stands_for, wanted)
         rows.append(self._output("attention-out", attention, found.states, middle))
         norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
         rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import joint_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
-from linearpatch_kernels.forward import PartialRun, Start, entering, residual_stream
+from linearpatch_kernels.forward import PartialRun, Stream, entering, residual_stream
 from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.families import (
     decoder_layers,
@@ -62,7 +62,7 @@ def heal_merges(
         InputError: a model without merged layers or of another depth than ``dense``, or what the fit raises.
     """
     places = _merged_places(dense, merged)
-    found, wanted = _Stream(windows), _Stream(windows)
+    found, wanted = Stream(windows), Stream(windows)
     for index, end in places:
         found.advance(merged, index + 1)
         wanted.advance(dense, end)
@@ -71,24 +71,6 @@ def heal_merges(
         if patch is not None:
             merged = patched_model(merged, {index + 1: patch})
     return merged
-
-
-class _Stream:
-    """A model's residual stream over windows [W, T], at one depth after the other: ``states``, W tensors [T, d]."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.states: list[Tensor] = list(windows)
-        self._depth: Start = "tokens"
-
-    @torch.no_grad()
-    def advance(self, model: PreTrainedModel, depth: int) -> None:
-        """Run the layers up to ``depth``; ``model`` may differ from that of the last call from the depth reached on."""
-        run = PartialRun(model, self._depth, depth)
-        with evaluation_mode(model):
-            # One by one in the same list: the stream is held once.
-            for index, state in enumerate(self.states):
-                self.states[index] = run(state.unsqueeze(0))[0]
-        self._depth = depth
 
 
 @own_state()
@@ -109,7 +91,7 @@ def refit_merges(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tenso
     places = _merged_places(dense, merged)
     check_refit(merged, windows)
     refitted = keep_layers(merged, range(num_layers(merged)))
-    found, wanted = _Stream(windows), _Stream(windows)
+    found, wanted = Stream(windows), Stream(windows)
     for index, end in places:
         found.advance(refitted, index)
         wanted.advance(dense, end)
