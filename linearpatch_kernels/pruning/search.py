@@ -92,23 +92,10 @@ def plan_pruning(
         InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
         UnusableFit: the text does not allow the fit that was asked for.
     """
-    layers = num_layers(model)
-    moments = needs_moments(fit)
-    if (drop is None) == (not spans):
-        raise InputError("give either the number of layers to drop or the spans to remove")
-    judged = SCORES.named(score).runs_the_model
-    if heldout_windows is None and (fit == AUTO or judged):
-        raise InputError(
-            f"the fit {AUTO} and the score {' or '.join(_running())} choose on held-out windows: give some, or name "
-            "others"
-        )
-    if spans:
-        checked_spans(spans, layers)
-    else:
-        check_drop(drop, layers)
-    check_rank(rank, hidden_size(model), [fit], score)
+    _check_request(model, drop, spans, score, fit, rank, heldout=heldout_windows is not None)
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
+    layers, moments, judged = num_layers(model), needs_moments(fit), SCORES.named(score).runs_the_model
     # Comparing holds the logits of two models at once, so it takes one window at a time.
     comparing = Run(processes=ranks or Processes(), progress=progress)
     if spans:
@@ -139,6 +126,26 @@ def plan_pruning(
         return Pruning(plan, statistics, choice)
     joints = fitted_joints(statistics, chosen, fit, rank=rank)
     return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+
+
+def _check_request(
+    model: PreTrainedModel, drop: int | None, spans: Sequence[Span], score: str, fit: str, rank: int, *, heldout: bool
+) -> None:
+    """InputError where what is asked of `plan_pruning` does not fit the model or each other."""
+    judged = SCORES.named(score).runs_the_model
+    needs_moments(fit)
+    if (drop is None) == (not spans):
+        raise InputError("give either the number of layers to drop or the spans to remove")
+    if not heldout and (fit == AUTO or judged):
+        raise InputError(
+            f"the fit {AUTO} and the score {' or '.join(_running())} choose on held-out windows: give some, or name "
+            "others"
+        )
+    if spans:
+        checked_spans(spans, num_layers(model))
+    else:
+        check_drop(drop, num_layers(model))
+    check_rank(rank, hidden_size(model), [fit], score)
 
 
 def _check_text(model: PreTrainedModel, texts: Sequence[Tensor], batch_size: int) -> None:

@@ -47,11 +47,12 @@ def test_the_pages_name_it(added: Registry, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_takes_it(tmp_path: Path) -> None:
     file = tmp_path / "my_fit.py"
     file.write_text(python_of("add/fit.md"))
-    told = "median (a ratio per channel, the median of the windows)"
-    assert told in " ".join(run_program(file, "prune", "--help").replace("│", " ").split())
+    helped = "median (a ratio per channel, the median of the windows)"
+    assert helped in " ".join(run_program(file, "prune", "--help").replace("│", " ").split())
     assert "median" in json.loads(run_program(file, "doctor", "--json", "-"))["fits"]
     model = save_model(tiny(), tmp_path / "model")
     arguments = ("--text", text_file(tmp_path), "--samples", 4, "--length", 16, "--device", "cpu")
     run_program(file, "prune", model, "--spans", "2:4", "--fit", "median", "-o", tmp_path / "out", *arguments)
     plan = json.loads((tmp_path / "out" / "linearpatch" / "plan.json").read_text())
-    assert [(joint["fit"], joint["patch"]["kind"]) for joint in plan["joints"]] == [("median", "diagonal")]
+    told = [(joint["fit"], [patch["kind"] for patch in joint["patches"]]) for joint in plan["joints"]]
+    assert told == [("median", ["diagonal"])]
