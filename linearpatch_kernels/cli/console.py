@@ -162,6 +162,28 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
     )
 
 
+def healing_tables(about: Mapping[str, Any]) -> list[TableContent]:
+    """The ways to heal that ``auto`` compared, and what a refit did, from what ``summary.json`` says."""
+    tables: list[TableContent] = []
+    if "heal_candidates" in about:
+        rows = [
+            [name, figure(one["perplexity"]), "taken" if name == about.get("heal") else ""]
+            for name, one in about["heal_candidates"].items()
+        ]
+        tables.append(("Ways to heal on held-out calibration windows", ["way", "perplexity", ""], rows))
+    if "refit" in about:
+        errors = [
+            ["" if row[when] is None else f"{row[when]:.4f}" for when in ("before", "after")] for row in about["refit"]
+        ]
+        rows = [
+            [str(row["layer"]), ", ".join(row["projections"]), *error, row["why"]]
+            for row, error in zip(about["refit"], errors, strict=True)
+        ]
+        heads = ["layer", "new weights", "error before", "after", "left alone because"]
+        tables.append(("The refit: held-out error of every least-squares fit", heads, rows))
+    return tables
+
+
 def candidates_table(plan: PrunePlan) -> list[TableContent]:
     """The table that ``--fit auto`` decided on, if it did."""
     if not plan.candidates:

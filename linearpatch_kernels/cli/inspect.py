@@ -15,6 +15,7 @@ from linearpatch_kernels.cli.console import (
     check_json,
     console,
     figure,
+    healing_tables,
     print_table,
     share,
     write_json,
@@ -98,7 +99,9 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
         figures = record(directory, "summary.json")
         about = _read(figures) or {}
         summary["quality"] = about.get("quality", {})
+        summary |= {name: about[name] for name in ("heal", "heal_candidates", "refit") if name in about}
         with reading(figures, _CURE):
+            tables += healing_tables(about)
             tables += _quality_table(summary["quality"])
             if "distillation" in about:
                 summary["distillation"] = about["distillation"]

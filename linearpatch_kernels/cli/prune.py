@@ -6,6 +6,7 @@ from linearpatch_kernels.cli.console import (
     Terminal,
     candidates_table,
     check_json,
+    healing_tables,
     print_result,
     print_table,
     write_json,
@@ -24,6 +25,6 @@ def prune(model: Model, settings: PruneSettings, json_file: JsonFile = None) -> 
     if not result.written:
         return
     write_json(json_file, result.summary)
-    for table in candidates_table(result.plan):
+    for table in (*candidates_table(result.plan), *healing_tables(result.summary)):
         print_table(*table)
     print_result(result, "Plan" if settings.plan_only else "Model, plan")

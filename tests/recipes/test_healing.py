@@ -149,3 +149,25 @@ def test_what_cannot_be_done_is_refused(settings: dict[str, Any], words: str, pl
     with pytest.raises(InputError, match=words):
         prune(place, tmp_path / "out", **settings)
     assert not [*tmp_path.iterdir()]
+
+
+def test_inspect_and_the_command_tell_of_the_refit(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--text", place / "numbers.txt", "--heal", "auto", "-o", tmp_path / "out"]
+    small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
+    assert linearpatch("prune", place / "dense", *arguments, *small) is None
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Ways to heal on held-out calibration windows" in told
+    assert linearpatch("inspect", tmp_path / "out", "--json", tmp_path / "out.json") is None
+    about = json.loads((tmp_path / "out.json").read_text())
+    summary = json.loads((tmp_path / "out" / "linearpatch" / "summary.json").read_text())
+    assert {name: about.get(name) for name in ("heal", "heal_candidates", "refit")} == {
+        name: summary.get(name) for name in ("heal", "heal_candidates", "refit")
+    }
+    prune(place, tmp_path / "refitted", heal="refit")
+    capsys.readouterr()
+    assert linearpatch("inspect", tmp_path / "refitted") is None
+    told = " ".join(capsys.readouterr().out.split())
+    assert "held-out error of every least-squares fit" in told
+    assert "mlp.down_proj" in told
