@@ -262,7 +262,7 @@ _FIGURES = (
     {"perplexity", "windows", "length"},
     {"backends", "packages"},
 )
-_INSPECTED = {"model", "merges", "plan", "quality", "distillation", "sweep"}
+_INSPECTED = {"model", "merges", "plan", "heal", "heal_candidates", "refit", "quality", "distillation", "sweep"}
 
 
 def _holds_figures(file: Path) -> bool:
