@@ -39,7 +39,7 @@ class RefitSettings:
     """How much is fitted again, and how far.
 
     Attributes:
-        behind: layers behind a joint. On SmolLM2-135M the fourth one wins back a hundredth of the error or less.
+        behind: layers behind a joint.
         shrinkage: the part of a change that is kept, as of the maps at a joint (`fits.SHRINKAGE`): the rest is what the
             change would do wrong on other text.
         ridges: those tried, each relative to an input's own second moment.
@@ -169,7 +169,7 @@ def refit(
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
             finite.
 
-    Source: benchmarks/notes/healing.md; a generalisation of the refit of merged layers.
+    Source: ours; a generalisation of `merging.refit.refit_merges`.
     """
     settings = settings or RefitSettings()
     check_windows(dense, fit_windows)

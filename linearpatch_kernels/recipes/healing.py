@@ -105,7 +105,10 @@ class _Work:
 
     def keep(self, way: str, _: Step, weights: Mapping[str, Tensor], rows: Sequence[RefitRow]) -> None:
         self.weights.setdefault(way, {}).update(weights)
-        self.rows.setdefault(way, []).extend(rows)
+        # A step that changed no weight leaves no trace among them and is taken again after a kill: once in the rows.
+        told = {(row.layer, row.part) for row in rows}
+        others = [row for row in self.rows.get(way, []) if (row.layer, row.part) not in told]
+        self.rows[way] = [*others, *rows]
         if self._writes:
             self._unfinished.keep(self._save)
 

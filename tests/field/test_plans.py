@@ -189,7 +189,7 @@ def test_patches_are_the_plan_s_once_rounded(dtype: torch.dtype, tmp_path: Path)
     chain = plan.joints[0].patch
     assert chain is not None
     with torch.no_grad():
-        chain.patches[0].down[3, 2] *= 1.01  # type: ignore[index, operator]
+        chain.patches[0].down[3, 2] *= 1.01  # type: ignore[index, operator]  # torch types a patch's parameter as a module
     with pytest.raises(InputError, match="other patches at layer 2"):
         check_patches(plan, pruned, tmp_path)
 

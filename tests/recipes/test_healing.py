@@ -171,3 +171,24 @@ def test_inspect_and_the_command_tell_of_the_refit(
     told = " ".join(capsys.readouterr().out.split())
     assert "held-out error of every least-squares fit" in told
     assert "mlp.down_proj" in told
+
+
+def test_a_step_that_changes_nothing_is_told_once_after_a_kill(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Gemma the layer in front of a joint is left alone: no weight says that its step was taken."""
+    save_model(tiny("gemma3_text"), tmp_path / "dense")
+    (tmp_path / "numbers.txt").write_text((place / "numbers.txt").read_text())
+    real, ways = healing._Work.keep, []
+
+    def keep(self: Any, way: str, *told: Any) -> None:
+        real(self, way, *told)
+        ways.append(way)
+        if len(ways) == 1:
+            raise Killed
+
+    monkeypatch.setattr(healing._Work, "keep", keep)
+    with pytest.raises(Killed):
+        prune(tmp_path, tmp_path / "out", heal="refit")
+    rows = prune(tmp_path, tmp_path / "out", heal="refit").summary["refit"]
+    assert [row["layer"] for row in rows] == [1, *[2] * 4, *[3] * 4]
