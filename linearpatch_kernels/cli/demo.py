@@ -36,7 +36,7 @@ def demo(settings: DemoSettings, json_file: JsonFile = None) -> None:
     columns = ["model", "layers", "parameters", "prefill tok/s", "decode tok/s"]
     print_table("Speed", columns, [cells for row in result.models if (cells := _speed(row))])
     console.print(f"Removed the layers {', '.join(map(str, result.plan.spans))} of {result.plan.num_layers}.")
-    first = result.places["healed (auto)"]
+    first = result.places["healed (stock)"]
     console.print(
         f"Reloaded {first}: its logits are {'' if result.same else 'NOT '}those of the model in memory.", soft_wrap=True
     )

@@ -37,7 +37,7 @@ def distill(
     reads: list[Path | str | None] = [
         directory,
         settings.teacher,
-        settings.text,
+        *(settings.text or ()),
         settings.heldout_text,
         settings.store,
     ]

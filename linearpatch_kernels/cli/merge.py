@@ -24,7 +24,7 @@ def merge(model: Model, settings: MergeRunSettings, json_file: JsonFile = None) 
     """Merge layers of MODEL until N remain (CoMe), write the shallower model to DIR with its plan and a report."""
     from linearpatch_kernels import recipes
 
-    check_json(json_file, made_from=[model, settings.text, settings.heldout_text], output=settings.output)
+    check_json(json_file, made_from=[model, *(settings.text or ()), settings.heldout_text], output=settings.output)
     result = recipes.merge(model, settings, reporter=Terminal())
     write_json(json_file, result.summary)
     print_table(*merges_table(result.plan))

@@ -76,7 +76,9 @@ def _parameter(field: Field) -> inspect.Parameter:
         show_default=not (required or field.default is None),
         parser=given_path if field.kind is Path else None,
     )
-    kind = field.kind | None if field.optional else field.kind
+    kind: Any = list[field.kind] if field.option.many else field.kind  # type: ignore[name-defined]  # made as the program runs
+    if field.optional:
+        kind = kind | None
     default = inspect.Parameter.empty if required else field.default
     return inspect.Parameter(field.name, _KIND, default=default, annotation=Annotated[kind, option])
 

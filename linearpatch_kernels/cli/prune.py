@@ -20,7 +20,7 @@ def prune(model: Model, settings: PruneSettings, json_file: JsonFile = None) -> 
     """Remove layers from MODEL, heal the joint, write the shallower model to DIR with its plan and a report."""
     from linearpatch_kernels import recipes
 
-    check_json(json_file, made_from=[model, settings.text, settings.heldout_text], output=settings.output)
+    check_json(json_file, made_from=[model, *(settings.text or ()), settings.heldout_text], output=settings.output)
     result = recipes.prune(model, settings, reporter=Terminal())
     if not result.written:
         return

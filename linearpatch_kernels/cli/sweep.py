@@ -24,7 +24,7 @@ def sweep(model: Model, settings: SweepSettings, json_file: JsonFile = None) -> 
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot."""
     from linearpatch_kernels import recipes
 
-    check_json(json_file, made_from=[model, settings.text, settings.heldout_text], output=settings.output)
+    check_json(json_file, made_from=[model, *(settings.text or ()), settings.heldout_text], output=settings.output)
     result = recipes.sweep(model, settings, reporter=Terminal())
     write_json(json_file, result.summary)
     print_table(*sweep_table(result.summary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -18,13 +19,13 @@ from linearpatch_kernels.healing.refit import (
     Step,
     dense_stream,
     refit,
-    shared_depth,
     steps_of_cut,
 )
 from linearpatch_kernels.healing.ways import AUTO, HEALS, Heal
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
 # How many points of the healed share a stock model may lack and is still taken: it runs everywhere, at no cost.
@@ -49,8 +50,86 @@ class Healed:
     found: Mapping[str, Quality] = dataclasses.field(default_factory=dict)
 
 
-#: Called with the way of healing, the step, its new weights and its rows.
+#: Called with a step, its new weights and its rows.
+KeepStep = Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None]
+#: The same with the way of healing in front.
 Keep = Callable[[str, Step, Mapping[str, Tensor], Sequence[RefitRow]], None]
+
+
+class Healer:
+    """Heals the same cut in several ways; the dense model runs once up to the cut for all of them.
+
+    Args:
+        dense: the model before the cut; not changed.
+        spans: what the cut removes.
+        fit_windows [S, T], heldout_windows [H, T], settings, run: as for `refit`.
+    """
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        spans: Sequence[Span],
+        fit_windows: Tensor,
+        heldout_windows: Tensor,
+        *,
+        settings: RefitSettings | None = None,
+        run: Run = PLAIN,
+    ) -> None:
+        self._dense, self._settings, self._run = dense, settings or RefitSettings(), run
+        self._windows = fit_windows, heldout_windows
+        # No way changes anything before the layer in front of the first joint.
+        self._depth = max(0, spans[0].start - 1)
+        self._stream: Stream | None = None
+
+    def by(
+        self,
+        way: Heal,
+        plan: PrunePlan,
+        *,
+        done: Mapping[str, Tensor] | None = None,
+        keep: KeepStep | None = None,
+    ) -> Healed:
+        """The plan of this cut, with the patches that a patched way puts at the joints, carried out and healed.
+
+        Args:
+            done, keep: as for `refit`.
+
+        Raises:
+            InputError: a patched way and a plan without patches, or what `refit` raises.
+        """
+        if way.patched and not has_patches(plan):
+            raise InputError(f"the plan has no patch for heal={way.name!r}: name a fit, or heal by refit")
+        its = plan if way.patched else without_patches(plan)
+        student = apply_plan(self._dense, its)
+        if not way.refitted:
+            return Healed(student, its, way)
+        steps = steps_of_cut(its.kept_layers, num_layers(self._dense), self._settings.behind, in_front=way.stock)
+        if self._stream is None:
+            self._stream = dense_stream(self._dense, *self._windows, self._depth, self._run)
+        result = refit(
+            self._dense,
+            student,
+            steps,
+            *self._windows,
+            settings=self._settings,
+            stream=self._stream,
+            done=done,
+            keep=keep,
+            run=self._run,
+        )
+        its = dataclasses.replace(its, refitted=tuple(step.index for step in steps))
+        return Healed(result.model, its, way, result.rows)
+
+
+def has_patches(plan: PrunePlan) -> bool:
+    """Whether anything stands at a joint of the plan."""
+    return any(joint.patch is not None for joint in plan.joints)
+
+
+def without_patches(plan: PrunePlan) -> PrunePlan:
+    """The same cut with nothing at its joints."""
+    joints = tuple(dataclasses.replace(one, patch=None, fit="none") for one in plan.joints)
+    return dataclasses.replace(plan, joints=joints)
 
 
 @own_state()
@@ -83,40 +162,15 @@ def heal_cut(
     """
     if heal != AUTO:
         HEALS.named(heal, also=[AUTO])
-    bare = dataclasses.replace(
-        plan, joints=tuple(dataclasses.replace(one, patch=None, fit="none") for one in plan.joints)
-    )
-    has_patches = any(joint.patch is not None for joint in plan.joints)
-    if heal != AUTO and HEALS[heal].patched and not has_patches:
-        raise InputError(f"the plan has no patch for heal={heal!r}: name a fit, or heal by refit")
-    ways = [way for way in HEALS.values() if heal in (way.name, AUTO) and (has_patches or not way.patched)]
-    settings = settings or RefitSettings()
-    stream: Stream | None = None
-    made: dict[str, Healed] = {}
-    for way in ways:
-        its = plan if way.patched else bare
-        student, rows = apply_plan(dense, its), []
-        if way.refitted:
-            steps = steps_of_cut(its.kept_layers, num_layers(dense), settings.behind, in_front=way.stock)
-            if stream is None:
-                depth = shared_depth(dense, student, steps)
-                stream = dense_stream(dense, fit_windows, heldout_windows, depth, run)
-            result = refit(
-                dense,
-                student,
-                steps,
-                fit_windows,
-                heldout_windows,
-                settings=settings,
-                stream=stream,
-                done=(done or {}).get(way.name),
-                keep=None if keep is None else lambda *told, name=way.name: keep(name, *told),
-                run=run,
-            )
-            student, rows = result.model, result.rows
-        made[way.name] = Healed(student, its, way, rows)
+    healer = Healer(dense, plan.spans, fit_windows, heldout_windows, settings=settings, run=run)
+
+    def healed(way: Heal) -> Healed:
+        kept = None if keep is None else functools.partial(keep, way.name)
+        return healer.by(way, plan, done=(done or {}).get(way.name), keep=kept)
+
     if heal != AUTO:
-        return made[heal]
+        return healed(HEALS[heal])
+    made = {way.name: healed(way) for way in HEALS.values() if has_patches(plan) or not way.patched}
     models = {"dense": dense, **{name: one.model for name, one in made.items()}}
     found = compare_quality(models, heldout_windows, noted=noted, progress=run.progress)
     return dataclasses.replace(made[decide(found)], found=found)

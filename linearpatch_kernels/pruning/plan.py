@@ -61,6 +61,7 @@ class PrunePlan:
         score: what chose the spans (a name of ``scores.SCORES``, or ``given``).
         calibration: what the patches were fitted on (text fingerprint, windows, tokens per window, ...); JSON values.
         candidates: the rows of the table that the fit ``auto`` decided on; JSON values.
+        refitted: the layers, of those that stay, whose weights a refit may have changed; the plan holds none of them.
 
     Raises:
         InputError: spans that overlap, touch, leave the model or leave no layer.
@@ -72,9 +73,12 @@ class PrunePlan:
     score: str = "given"
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     candidates: Sequence[Mapping[str, Any]] = ()
+    refitted: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         checked_spans([joint.span for joint in self.joints], self.num_layers)
+        if any(not 0 <= layer < len(self.kept_layers) for layer in self.refitted):
+            raise InputError(f"{list(self.refitted)} are no layers of the {len(self.kept_layers)} that stay")
         object.__setattr__(self, "joints", tuple(sorted(self.joints, key=lambda joint: joint.span)))
 
     @property
@@ -86,6 +90,11 @@ class PrunePlan:
         """The dense model's layers that stay, in order."""
         removed = {layer for span in self.spans for layer in range(*span)}
         return [layer for layer in range(self.num_layers) if layer not in removed]
+
+    @property
+    def first_change(self) -> int:
+        """The first layer of the shallower model whose input or weights differ from the dense model's."""
+        return min([self.spans[0].start, *self.refitted])
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -115,6 +124,7 @@ class PrunePlan:
             "score": self.score,
             "calibration": dict(self.calibration),
             "candidates": [dict(row) for row in self.candidates],
+            **({"refitted": list(self.refitted)} if self.refitted else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -190,6 +200,8 @@ class PrunePlan:
                 score=about.text("score"),
                 calibration=about.table("calibration"),
                 candidates=tuple(dict(row) for row in rows),
+                # Earlier plans do not tell: there was no refit.
+                refitted=tuple(about.listed("refitted").wholes()) if "refitted" in about.names else (),
             )
         except InputError as error:  # in the words for a person who chose the spans
             raise ValueError(str(error)) from error

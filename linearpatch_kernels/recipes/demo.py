@@ -1,4 +1,4 @@
-"""The main job on a model from PyPI, from start to end: `prune`, twice from one plan, and what came of it."""
+"""The main job on a model from PyPI, from start to end: one cut, healed in three ways, and what came of each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_s
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.evaluation.report import QualityRow
 from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.forward import Run
+from linearpatch_kernels.healing.choice import Healed, Healer
+from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.saving import check_output, save_files
 from linearpatch_kernels.processes import check_alone
@@ -24,7 +27,8 @@ from linearpatch_kernels.recipes.outputs import DENSE, Result, usage
 from linearpatch_kernels.recipes.prune import Cut, plan_cut, report_data, summarise
 from linearpatch_kernels.settings import DemoSettings, PruneSettings
 
-_AUTO, _STRUCTURED = "healed (auto)", "healed (structured)"
+_STOCK, _PATCHED, _STRUCTURED = "healed (stock)", "healed (patch)", "healed (structured patch)"
+_PLACES = {_STOCK: "stock", _PATCHED: "patched", _STRUCTURED: "structured"}
 _PROMPT = "The Hadamard transform is"
 
 
@@ -51,40 +55,44 @@ class DemoResult(Result):
 def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = None, **named: Any) -> DemoResult:
     """`prune` on SmolLM2-135M: drop 6 of 30 layers, heal, measure on held-out text, save, read back, write on.
 
+    The cut is healed by a refit alone, and by one behind a patch, of which there are two: the best of all fits, and the
+    best without the dense maps.
+
     Args:
         settings, reporter, named: as of `prune`.
     """
     settings = DemoSettings.of(settings, named)
     check_alone("demo")
     log = Log(reporter)
-    places = {_AUTO: settings.output / "auto", _STRUCTURED: settings.output / "structured"}
+    places = {name: settings.output / place for name, place in _PLACES.items()}
     report_place = settings.output / "report"
     for place in (*places.values(), report_place):
         check_output(place, overwrite=True)
     pruning = PruneSettings(
-        output=places[_AUTO],
+        output=places[_PATCHED],
         drop=settings.drop,
         samples=settings.samples,
         length=settings.length,
         dtype="float32",
     )
     cut = plan_cut("demo", pruning, log, copies=len(places))
-    plans = _plans(cut)
-    candidates = cut.candidates(plans, log)
+    healed = _healed(cut, log)
+    candidates = cut.candidates({}, log)
     found = cut.compare(candidates, log)
+    found |= cut.compare_models({name: one.model for name, one in healed.items()}, log)
     depth = cut.pruning.plan.num_layers
-    models = {DENSE: cut.dense} | {
-        name: apply_plan(cut.dense, PrunePlan(depth, joints)) for name, joints in candidates.items()
-    }
+    models = {DENSE: cut.dense}
+    models |= {name: apply_plan(cut.dense, PrunePlan(depth, joints)) for name, joints in candidates.items()}
+    models |= {name: one.model for name, one in healed.items()}
     speeds: dict[str, Speed] = {}
     with log.stage("measure speed"), left_out("the speed", log.note):
         speeds = compare_speed(models, progress=log.progress)
     with log.stage("save"):
-        for name, plan in plans.items():
-            files = {f"{RECORDS}/{file}": content for file, content in plan.files().items()}
-            cut.save(models[name], places[name], files)
+        for name, one in healed.items():
+            files = {f"{RECORDS}/{file}": content for file, content in one.plan.files().items()}
+            cut.save(one.model, places[name], files)
     with log.stage("reload and write on"):
-        same, continuation = _read_back(places[_AUTO], models[_AUTO])
+        same, continuation = _read_back(places[_STOCK], healed[_STOCK].model)
     rows = tuple(
         QualityRow(name, num_layers(models[name]), quality, model_size(models[name]), speeds.get(name))
         for name, quality in found.items()
@@ -92,12 +100,12 @@ def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = No
     with left_out("the report", log.note):
         magnitudes = cut.magnitudes(log)
         data = dataclasses.replace(
-            report_data(cut, found, log),
+            report_data(cut, found, log, healed[_PATCHED]),
             notes=log.notes,
             quality=rows,
             sample_prompt=_PROMPT,
             sample=continuation,
-            usage=usage(str(places[_AUTO]), patched=True),
+            usage=usage(str(places[_STOCK]), patched=False),
             files={str(place): name for name, place in {**places, "report": report_place}.items()},
         )
         save_files(report_place, cut.draw(data, magnitudes, log), overwrite=True)
@@ -117,15 +125,18 @@ def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = No
     )
 
 
-def _plans(cut: Cut) -> dict[str, PrunePlan]:
-    """What ``auto`` chose of all fits, and what it would choose without dense maps, from the same calibration."""
+def _healed(cut: Cut, log: Log) -> dict[str, Healed]:
+    """The cut, healed in three ways."""
     plan, choice = cut.pruning.plan, cut.pruning.choice
     assert choice is not None
-    structured = choice.structured()
-    return {
-        _AUTO: plan,
-        _STRUCTURED: dataclasses.replace(plan, joints=structured.joints, candidates=structured.table),
-    }
+    assert cut.windows.heldout is not None
+    without_dense = choice.structured()
+    structured = dataclasses.replace(plan, joints=without_dense.joints, candidates=without_dense.table)
+    ways = {_STOCK: ("refit", plan), _PATCHED: ("patch+refit", plan), _STRUCTURED: ("patch+refit", structured)}
+    run = Run(progress=log.progress)
+    with log.stage("heal"):
+        healer = Healer(cut.dense, plan.spans, cut.windows.fit, cut.windows.heldout, run=run)
+        return {name: healer.by(HEALS[way], its) for name, (way, its) in ways.items()}
 
 
 def _read_back(place: Path, model: PreTrainedModel) -> tuple[bool, str]:

@@ -230,7 +230,7 @@ def _prepare(directory: Path, settings: DistillSettings, log: Log) -> _Job:
     # Whatever the student is, the settings must make sense.
     settings.training("patch")
     check_form(settings.patch)
-    reads = (on_disk(settings.teacher), settings.text, settings.heldout_text, settings.store)
+    reads = (on_disk(settings.teacher), *(settings.text or ()), settings.heldout_text, settings.store)
     check_output_place(settings.output, directory, *reads)
     work = _Work(settings.output, settings.store)
     work.check()

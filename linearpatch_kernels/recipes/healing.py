@@ -21,37 +21,71 @@ from linearpatch_kernels.healing.refit import RefitRow, Step
 from linearpatch_kernels.healing.ways import AUTO, HEALS
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.fits import AUTO as FIT_AUTO
+from linearpatch_kernels.pruning.fits import fits_of
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.recipes.inputs import Windows
 from linearpatch_kernels.recipes.log import Log
 from linearpatch_kernels.recipes.resuming import Unfinished
+from linearpatch_kernels.settings import PruneSettings
 
 _CURE = "it is made again"
 _FORMAT = "linearpatch-refit-1"
 
 
-def needs_heldout(heal: str) -> bool:
-    """Whether a way needs windows to choose on."""
-    return heal == AUTO or HEALS.named(heal, also=[AUTO]).refitted
+@dataclasses.dataclass(frozen=True)
+class Healing:
+    """What a run heals by.
+
+    Attributes:
+        way: of `HEALS`, or ``auto``; fit: of `FITS`, or ``auto``; ``"none"`` where no patch is to be made.
+    """
+
+    way: str
+    fit: str
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights may be fitted again, which takes windows to choose on."""
+        return self.way == AUTO or HEALS[self.way].refitted
 
 
-def fit_for(heal: str, fit: str) -> str:
-    """The fit to make a plan with: ways without a patch need none."""
-    return fit if heal == AUTO or HEALS[heal].patched else "none"
+def asked(settings: PruneSettings) -> Healing:
+    """What the settings come to where one of `heal` and `fit` is named, both, or none.
+
+    Raises:
+        InputError: names that are not known, or that contradict each other.
+    """
+    way, fit = settings.heal, settings.fit
+    if way is None:
+        # A plan holds no weights, and a fit that is named is a patch.
+        way = AUTO if fit is None and not settings.plan_only else "none" if fit == "none" else "patch"
+    elif way != AUTO:
+        HEALS.named(way, also=[AUTO])
+        if HEALS[way].patched and fit == "none":
+            raise InputError(f"`heal` {way} puts a patch at the joint and `fit` none is none: name another fit")
+        if not HEALS[way].patched and fit not in (None, "none"):
+            raise InputError(f"`heal` {way} puts no patch at the joint: leave `fit` out, or name another way")
+    fit = (fit or FIT_AUTO) if way == AUTO or HEALS[way].patched else "none"
+    fits_of(fit, structured=settings.structured)
+    healing = Healing(way, fit)
+    if settings.plan_only and healing.refits:
+        raise InputError(f"`plan_only` writes no weights and `heal` {way} may change some: leave one out")
+    return healing
 
 
 def heal(
     dense: PreTrainedModel,
     plan: PrunePlan,
     windows: Windows,
-    way: str,
+    healing: Healing,
     *,
     unfinished: Unfinished,
     processes: Processes,
     log: Log,
 ) -> Healed:
     """The plan carried out and healed by a way (or by the one that ``auto`` takes)."""
-    if not needs_heldout(way):
+    if not healing.refits:
         # A plan without patches is plain removal, whatever was asked for.
         patched = any(joint.patch is not None for joint in plan.joints)
         return Healed(apply_plan(dense, plan), plan, HEALS["patch" if patched else "none"])
@@ -63,7 +97,7 @@ def heal(
             plan,
             windows.fit,
             windows.heldout,
-            heal=way,
+            heal=healing.way,
             done=work.weights,
             keep=work.keep,
             noted=log.note,

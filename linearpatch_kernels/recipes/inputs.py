@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.recipes.log import Log
-from linearpatch_kernels.settings import MIX
+from linearpatch_kernels.settings import BOOLQ, MIX
 from linearpatch_kernels.text import (
     cache_dir,
     mixed_windows,
@@ -35,8 +36,17 @@ from linearpatch_kernels.text import (
 ModelName = str | os.PathLike[str]
 """A model directory, a ``.gguf`` file, a hub id, or ``demo``."""
 
-Content = str | list[str] | dict[str, list[str]]
-"""One text, documents, or documents by their kinds."""
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several texts, by name, and what their shares are in proportion to."""
+
+    texts: Mapping[str, str | list[str]]
+    weights: Mapping[str, float]
+
+
+Content = str | list[str] | Mixture
+"""One text, documents, or several of either in shares."""
 
 EVALUATION_WINDOWS = 16
 """How many windows the figures of a report are measured on."""
@@ -113,8 +123,7 @@ def in_words(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The text to calibrate on (several by their kinds are taken in equal shares), the report's own text (None: what is
-    left of the first), and a name for each."""
+    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""
 
     calibration: Content
     report: str | list[str] | None
@@ -122,19 +131,70 @@ class Texts:
     report_source: str
 
 
-def read_texts(text: Path | None = None, heldout_text: Path | None = None) -> Texts:
-    """The texts in these files; without ``text`` the demo's, for `MIX` of many kinds."""
-    if text is not None and str(text) == MIX:
+def read_texts(text: Sequence[Path] | None = None, heldout_text: Path | None = None) -> Texts:
+    """The texts in these files or presets, in equal shares, by default those of `MIX`.
+
+    Where files are among them, the report is about what the run leaves of all texts.
+    """
+    given = [str(one) for one in text] if text else [MIX]
+    repeated = [name for name, times in Counter(given).items() if times > 1]
+    if repeated:
+        raise InputError(f"`text` {repeated[0]} is given twice: name each text once")
+    for name in given:
+        if name.startswith("preset:") and name not in _PRESETS:
+            raise InputError(f"`text` {name} is no preset: give {' or '.join(_PRESETS)}, or a file")
+    report: str | list[str] | None = None
+    if heldout_text is not None:
+        report = read_text(heldout_text)
+    elif set(given) <= _PRESETS.keys():
         report = demo_text("heldout")
-        mix = {kind: without_shared_runs(documents, report) for kind, documents in demo_mix().items()}
-        texts = Texts(mix, report, f"{len(mix)} kinds of text", "LAMBADA passages")
-    elif text is not None:
-        texts = Texts(read_text(text), None, in_words(text.name), f"unused parts of {in_words(text.name)}")
-    else:
-        texts = Texts(demo_text("calibration"), demo_text("heldout"), "BoolQ passages", "LAMBADA passages")
-    if heldout_text is None:
-        return texts
-    return dataclasses.replace(texts, report=read_text(heldout_text), report_source=in_words(heldout_text.name))
+    parts = {_title(name, given): _content(name, report) for name in given}
+    source = ", ".join(parts)
+    report_source = f"unused parts of {source}" if report is None else "LAMBADA passages"
+    if heldout_text is not None:
+        report_source = in_words(heldout_text.name)
+    return Texts(_together(parts), report, source, report_source)
+
+
+def _mix(report: str | list[str] | None) -> Mixture:
+    # LAMBADA stays a text of another kind, whatever this run reports on.
+    kept_back = [*demo_text("heldout"), *([report] if isinstance(report, str) else report or [])]
+    kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
+    return Mixture(kinds, dict.fromkeys(kinds, 1.0))
+
+
+_PRESETS: Mapping[str, tuple[str, Callable[[str | list[str] | None], Content]]] = {
+    MIX: ("many kinds of text", _mix),
+    BOOLQ: ("BoolQ passages", lambda _: demo_text("calibration")),
+}
+
+
+def _title(name: str, given: Sequence[str]) -> str:
+    """What a report calls one of the texts given: the name of a file, its whole path where two have the same name."""
+    if name in _PRESETS:
+        return _PRESETS[name][0]
+    short = Path(name).name
+    return in_words(short if [Path(one).name for one in given].count(short) == 1 else name)
+
+
+def _content(name: str, report: str | list[str] | None) -> Content:
+    return _PRESETS[name][1](report) if name in _PRESETS else read_text(name)
+
+
+def _together(parts: Mapping[str, Content]) -> Content:
+    """All of them in equal shares; one alone as it is."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    texts: dict[str, str | list[str]] = {}
+    weights: dict[str, float] = {}
+    for name, content in parts.items():
+        if isinstance(content, Mixture):
+            total = sum(content.weights.values())
+            texts |= content.texts
+            weights |= {kind: weight / total for kind, weight in content.weights.items()}
+        else:
+            texts[name], weights[name] = content, 1.0
+    return Mixture(texts, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,13 +287,15 @@ def windows_up_to(tokenizer: Any, content: Content, length: int, count: int) -> 
 
 
 def _windows(tokenizer: Any, content: Content, length: int, count: int | None = None) -> Tensor:
-    if isinstance(content, dict):
-        return mixed_windows(tokenizer, content, length=length, count=count)
+    if isinstance(content, Mixture):
+        return mixed_windows(tokenizer, content.texts, length=length, count=count, weights=content.weights)
     return token_windows(tokenizer, content, length=length, count=count)
 
 
 def _documents(content: Content) -> str | list[str]:
-    return [document for kind in content.values() for document in kind] if isinstance(content, dict) else content
+    if not isinstance(content, Mixture):
+        return content
+    return [part for text in content.texts.values() for part in ([text] if isinstance(text, str) else text)]
 
 
 def names_in(given: str | Sequence[str]) -> list[str]:

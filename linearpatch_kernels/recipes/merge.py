@@ -206,7 +206,7 @@ class _Job:
 def _prepare(model: ModelName, settings: MergeRunSettings, log: Log) -> _Job:
     """All before the first merge: checks, text, model."""
     _check(settings)
-    check_output_place(settings.output, model, settings.text, settings.heldout_text)
+    check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
     unfinished = Unfinished(settings.output, "merges")
     texts = read_texts(settings.text, settings.heldout_text)
     if settings.samples < REFIT_WINDOWS and settings.heal in (None, REFIT):

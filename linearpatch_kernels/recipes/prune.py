@@ -24,13 +24,13 @@ from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning import reporting, selection
-from linearpatch_kernels.pruning.fits import AUTO, fits_of
+from linearpatch_kernels.pruning.fits import AUTO
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
 from linearpatch_kernels.pruning.reporting import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.pruning.scores import SCORES, check_drop
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
-from linearpatch_kernels.recipes.healing import fit_for, heal, needs_heldout, told
+from linearpatch_kernels.recipes.healing import Healing, asked, heal, told
 from linearpatch_kernels.recipes.inputs import (
     ModelName,
     Windows,
@@ -90,7 +90,7 @@ def prune(
         cut.dense,
         cut.pruning.plan,
         cut.windows,
-        settings.heal,
+        cut.healing,
         unfinished=cut.unfinished,
         processes=cut.processes,
         log=log,
@@ -101,7 +101,7 @@ def prune(
     found: dict[str, Quality] = {}
     with left_out("the comparison on held-out text", log.note):
         found = cut.compare(cut.candidates({} if healed.rows else {_row(healed): plan}, log), log)
-        found |= _refitted_quality(cut, healed, log)
+        found |= cut.compare_models({_row(healed): healed.model} if healed.rows else {}, log)
     verdict = _verdict(cut, healed, found, log)
     report = _report(cut, healed, found, verdict, log)
     summary = summarise(plan, found, log) | told(healed) | {"notes": [*log.notes, *verdict]}
@@ -130,7 +130,7 @@ class Cut:
     Attributes:
         model: as it was named; source, dense: where it is from, and the model itself.
         processes: this one among its siblings, which all have the same plan.
-        unfinished: where a refit keeps its work.
+        healing: what it is to be healed by; unfinished: where a refit keeps its work.
     """
 
     model: ModelName
@@ -138,6 +138,7 @@ class Cut:
     dense: PreTrainedModel
     windows: Windows
     pruning: Pruning
+    healing: Healing
     processes: Processes
     unfinished: Unfinished
 
@@ -159,6 +160,13 @@ class Cut:
                 noted=log.note,
                 run=Run(progress=log.progress),
             )
+
+    def compare_models(self, models: Mapping[str, PreTrainedModel], log: Log) -> dict[str, Quality]:
+        """Quality of models with weights of their own: no comparison from the dense model's states knows them."""
+        if self.windows.evaluation is None or not models:
+            return {}
+        with log.stage("evaluate"):
+            return compare_quality(models, self.windows.evaluation, self.dense, noted=log.note, progress=log.progress)
 
     def magnitudes(self, log: Log) -> tuple[Tensor, Tensor, Tensor] | None:
         """The channels' magnitudes at the first joint, for a picture; None, with a note, where that fails."""
@@ -192,8 +200,8 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
     Args:
         copies: how many models will be written.
     """
-    wanted = _check(settings)
-    check_output_place(settings.output, model, settings.text, settings.heldout_text)
+    wanted, healing = _check(settings), asked(settings)
+    check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
     unfinished = Unfinished(settings.output, "refit")
     texts = read_texts(settings.text, settings.heldout_text)
     siblings = processes.launched_processes()
@@ -208,9 +216,8 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
         check_drop(settings.drop, source.num_layers)
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)
-        check_rank(rank, source.hidden_size, [fit_for(settings.heal, settings.fit)], settings.score)
-        fit = fit_for(settings.heal, settings.fit)
-        chooses = fit == AUTO or SCORES.named(settings.score).runs_the_model or needs_heldout(settings.heal)
+        check_rank(rank, source.hidden_size, [healing.fit], settings.score)
+        chooses = healing.fit == AUTO or SCORES.named(settings.score).runs_the_model or healing.refits
         heldout = heldout_windows(settings.samples) if chooses else 0
         windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout)
     with log.stage("load the model"):
@@ -224,7 +231,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             drop=settings.drop,
             spans=wanted,
             score=settings.score,
-            fit=fit,
+            fit=healing.fit,
             rank=rank,
             structured=settings.structured,
             about=windows.about,
@@ -234,7 +241,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             noted=log.note,
             progress=log.progress,
         )
-    return Cut(model, source, dense, windows, pruning, siblings, unfinished)
+    return Cut(model, source, dense, windows, pruning, healing, siblings, unfinished)
 
 
 def _check(settings: PruneSettings) -> Sequence[Span]:
@@ -242,12 +249,6 @@ def _check(settings: PruneSettings) -> Sequence[Span]:
     if (settings.drop is None) == (settings.spans is None):
         raise InputError("say what to remove: either `drop` N or `spans` START:END")
     SCORES.named(settings.score)
-    fits_of(settings.fit, structured=settings.structured)
-    needs_heldout(settings.heal)
-    if settings.heal == "patch+refit" and settings.fit == "none":
-        raise InputError(f"`heal` {settings.heal} puts a patch at the joint and `fit` none is none: name another fit")
-    if settings.plan_only and needs_heldout(settings.heal):
-        raise InputError(f"`plan_only` writes no weights and `heal` {settings.heal} may change some: leave one out")
     if settings.spans is None:
         return []
     wanted = (
@@ -263,16 +264,6 @@ def _row(healed: Healed) -> str:
     if healed.rows:
         return f"healed ({healed.heal.name}{f', {fit}' if healed.heal.patched else ''})"
     return next((row for row, its in COMPARED.items() if its == fit), f"healed ({fit})")
-
-
-def _refitted_quality(cut: Cut, healed: Healed, log: Log) -> dict[str, Quality]:
-    """Of a model with new weights: no comparison from the dense model's states knows it."""
-    if not healed.rows or cut.windows.evaluation is None:
-        return {}
-    with log.stage("evaluate"):
-        return compare_quality(
-            {_row(healed): healed.model}, cut.windows.evaluation, cut.dense, noted=log.note, progress=log.progress
-        )
 
 
 def _verdict(cut: Cut, healed: Healed, found: Mapping[str, Quality], log: Log) -> list[str]:

@@ -163,7 +163,6 @@ class PrunedStudent:
         directory: where it lies, for messages.
     """
 
-    default_train = "patch"
     plan_files: Mapping[str, str] = {
         "plan.json": "spans, kind of patch, what chose them",
         "plan.safetensors": "the trained patches",
@@ -173,6 +172,8 @@ class PrunedStudent:
         self.plan, self._directory = plan, directory
         self.num_layers, self.model = plan.num_layers, plan.model
         self._settings = settings
+        patched = settings.patch != _KEEP or any(joint.patch is not None for joint in plan.joints)
+        self.default_train = "patch" if patched else "suffix"
 
     @property
     def layers(self) -> int:
@@ -200,7 +201,7 @@ class PrunedStudent:
         return student
 
     def begin(self, student: PreTrainedModel) -> int:
-        return self.plan.spans[0].start
+        return self.plan.first_change
 
     def depths(self, student: PreTrainedModel) -> list[int]:
         return []

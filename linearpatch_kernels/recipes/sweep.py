@@ -148,7 +148,7 @@ def _prepare(model: ModelName, settings: SweepSettings, log: Log) -> _Job:
         FITS.named(name)
     SCORES.named(settings.score, among=scores_of_statistics())
     drops = _depths(settings.drop)
-    check_output_place(settings.output, model, settings.text, settings.heldout_text)
+    check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
     unfinished = Unfinished(settings.output, "statistics")
     texts = read_texts(settings.text, settings.heldout_text)
     with log.stage("load the model"):

@@ -20,7 +20,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (root / "text.txt").write_text(text, encoding="utf-8")
     tiny_llama().save_pretrained(root / "model")
     trained_tokenizer(text, VOCABULARY).save_pretrained(root / "model")
-    status = call("prune", root / "model", "--drop", 2, "-o", root / "pruned", "--text", root / "text.txt", *SMALL)
+    cut = ["--drop", 2, "--fit", "auto", "-o", root / "pruned", "--text", root / "text.txt"]
+    status = call("prune", root / "model", *cut, *SMALL)
     assert status == 0
     return World(root, root / "text.txt", root / "model", root / "pruned")
 

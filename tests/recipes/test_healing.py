@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import linearpatch_kernels as lp
@@ -17,6 +18,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.healing.choice import Healed
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.recipes import healing
+from linearpatch_kernels.settings import PruneSettings
 from tests.support.field import linearpatch, logits, save_model, text_file, tiny
 
 SMALL: dict[str, Any] = {"samples": 12, "length": 16, "rank": 4, "device": "cpu", "spans": "2:4"}
@@ -83,6 +85,25 @@ def test_auto_says_what_it_compared(place: Path, tmp_path: Path) -> None:
     assert result.summary["heal_candidates"].keys() >= {"dense", "none", "refit"}
 
 
+@pytest.mark.parametrize(
+    ("named", "way", "fit"),
+    [
+        ({}, "auto", "auto"),
+        ({"fit": "low-rank"}, "patch", "low-rank"),
+        ({"fit": "auto"}, "patch", "auto"),
+        ({"fit": "none"}, "none", "none"),
+        ({"heal": "refit"}, "refit", "none"),
+        ({"heal": "patch"}, "patch", "auto"),
+        ({"heal": "auto", "fit": "low-rank"}, "auto", "low-rank"),
+        ({"plan_only": True}, "patch", "auto"),
+        ({"plan_only": True, "fit": "none"}, "none", "none"),
+    ],
+)
+def test_what_the_fit_and_the_way_come_to(named: dict[str, Any], way: str, fit: str) -> None:
+    found = healing.asked(PruneSettings(output=Path("out"), drop=1, **named))
+    assert (found.way, found.fit) == (way, fit)
+
+
 @pytest.mark.parametrize("heal", ["patch", "none"])
 def test_without_a_refit_nothing_else_than_before_is_written(heal: str, place: Path, tmp_path: Path) -> None:
     fit = "low-rank" if heal == "patch" else "none"
@@ -143,6 +164,8 @@ def test_the_work_of_another_run_is_not_gone_on_with(
         ({"heal": "refti"}, "no way to heal is called 'refti': choose one of none, patch, refit, patch.refit, auto"),
         ({"heal": "patch+refit", "fit": "none"}, "puts a patch at the joint and `fit` none is none"),
         ({"heal": "refit", "plan_only": True}, "`plan_only` writes no weights"),
+        ({"heal": "refit", "fit": "low-rank"}, "`heal` refit puts no patch at the joint: leave `fit` out"),
+        ({"fit": "low-rnk"}, "low-rank"),
     ],
 )
 def test_what_cannot_be_done_is_refused(settings: dict[str, Any], words: str, place: Path, tmp_path: Path) -> None:
@@ -192,3 +215,36 @@ def test_a_step_that_changes_nothing_is_told_once_after_a_kill(
         prune(tmp_path, tmp_path / "out", heal="refit")
     rows = prune(tmp_path, tmp_path / "out", heal="refit").summary["refit"]
     assert [row["layer"] for row in rows] == [1, *[2] * 4, *[3] * 4]
+
+
+def test_a_refitted_model_is_distilled_from_its_first_new_weight_on(place: Path, tmp_path: Path) -> None:
+    prune(place, tmp_path / "cut", heal="refit")
+    plan = lp.PrunePlan.load(tmp_path / "cut")
+    assert (plan.refitted, plan.first_change) == ((1, 2, 3), 1)
+    settings = {"text": place / "numbers.txt", "length": 16, "top_k": 10, "heldout": 2, "steps": 2, "device": "cpu"}
+    outcomes = []
+    for name, more in (("plain", {}), ("kept", {"store_states": True})):
+        with warnings.catch_warnings(action="ignore"):
+            outcomes.append(
+                lp.recipes.distill(
+                    tmp_path / "cut", teacher=str(place / "dense"), output=tmp_path / name, **settings, **more
+                )
+            )
+    # Nothing stands at the joint, so the layers are trained; the teacher's states are those of the depth that both share.
+    assert [one.about["train"] for one in outcomes] == ["suffix", "suffix"]
+    before = load_file(tmp_path / "cut" / "model.safetensors")
+    after = load_file(tmp_path / "plain" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[2] for name in changed if ".layers." in name} == {"1", "2", "3"}
+    kept = load_file(tmp_path / "kept" / "model.safetensors")
+    assert all(torch.allclose(after[name], kept[name], atol=1e-3) for name in after)
+    assert lp.PrunePlan.load(tmp_path / "plain").refitted == plan.refitted
+
+
+@pytest.mark.parametrize("refitted", [[4], [-1], ["1"], 3])
+def test_a_plan_that_names_other_layers_is_refused(refitted: Any, place: Path, tmp_path: Path) -> None:
+    prune(place, tmp_path / "out", heal="refit")
+    file = tmp_path / "out" / "linearpatch" / "plan.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "refitted": refitted}))
+    with pytest.raises(InputError, match=r"plan\.json"):
+        lp.PrunePlan.load(tmp_path / "out")

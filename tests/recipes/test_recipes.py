@@ -126,7 +126,7 @@ def test_a_name_that_is_wrong(named: dict[str, Any], words: str) -> None:
         ({"samples": 2.5}, "`samples` must be of the type int, not 2.5"),
         ({"plan_only": 1}, "`plan_only` must be of the type bool, not 1"),
         ({"output": " "}, "a path that was given is empty"),
-        ({"fit": None}, "`fit` must be of the type str, not None"),
+        ({"score": None}, "`score` must be of the type str, not None"),
     ],
 )
 def test_a_value_that_makes_no_sense(named: dict[str, Any], words: str) -> None:
