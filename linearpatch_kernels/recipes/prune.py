@@ -227,13 +227,11 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             fit=fit,
             rank=rank,
             structured=settings.structured,
-            about=windows.about,
-            fingerprint=fingerprint_model(dense),
-            batch_size=settings.batch_size,
-            ranks=siblings,
             noted=log.note,
-            progress=log.progress,
+            run=Run(settings.batch_size, siblings, log.progress),
         )
+        plan = dataclasses.replace(pruning.plan, model=fingerprint_model(dense), calibration=windows.about)
+        pruning = dataclasses.replace(pruning, plan=plan)
     return Cut(model, source, dense, windows, pruning, siblings, unfinished)
 
 
