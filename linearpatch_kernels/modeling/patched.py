@@ -30,15 +30,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
-from linearpatch_kernels.modeling.families import (
-    STOCK_FAMILIES,
-    Family,
-    decoder,
-    decoder_layers,
-    family_of,
-    num_layers,
-    rebuild,
-)
+from linearpatch_kernels.modeling.cut import rebuild
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, Family, decoder, decoder_layers, family_of, num_layers
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
 
@@ -295,7 +288,7 @@ def patched_model(
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The patched twin of a causal LM that has already been cut (`families.keep_layers`).
+    """The patched twin of a causal LM that has already been cut (`cut.keep_layers`).
 
     It shares the model's parameters and holds copies of the patches, in the model's dtype and on its device. A patch
     that the model already has at one of these joints stays, behind the new one: the stream entering a layer is measured

@@ -30,7 +30,8 @@ from linearpatch_kernels.files import read_json, reading, record
 from linearpatch_kernels.merging.consistency import check_merges
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
 from linearpatch_kernels.merging.sensitivity import score_layers
-from linearpatch_kernels.modeling.families import hidden_size, keep_layers, merge_tree, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import hidden_size, merge_tree, num_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, PatchChain
 from linearpatch_kernels.processes import Processes

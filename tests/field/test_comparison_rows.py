@@ -19,7 +19,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
 from linearpatch_kernels.merging import refit
 from linearpatch_kernels.merging.search import MergeSettings, influence_shares, plan_merging
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
