@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.report.tables import number
 from tests.support.command import CONTEXT, NO_MODEL, SMALL, WIDTH, Run, World, assert_is_picture, prose, refusal
 
 
