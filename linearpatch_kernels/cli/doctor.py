@@ -16,6 +16,20 @@ from linearpatch_kernels.pruning.scores import SCORES
 from linearpatch_kernels.report.tables import Table
 
 
+def records() -> str:
+    """What doctor's help says of the records that only the library names: families and implementations.
+
+    It is made when it is shown: their modules import torch and Transformers, and records may be added until then.
+    """
+    from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+    from linearpatch_kernels.ops.backends import BACKENDS
+
+    return (
+        f"Families of models that can be cut: {STOCK_FAMILIES.described()}.\n\n"
+        f"Implementations of the operators: {BACKENDS.described()}."
+    )
+
+
 def doctor(json_file: JsonFile = None) -> None:
     """Say what this machine and installation can do, and what is missing for the rest."""
     import importlib.metadata
