@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
     from linearpatch_kernels.distillation.trainer import distill
     from linearpatch_kernels.errors import InputError
+    from linearpatch_kernels.forward import Run
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
     from linearpatch_kernels.merging.plan import MergePlan, apply_merges
     from linearpatch_kernels.merging.search import MergeSettings, plan_merging
@@ -57,6 +58,7 @@ __all__ = [
     "Patch",
     "PatchChain",
     "PrunePlan",
+    "Run",
     "Span",
     "TeacherStore",
     "TopKKLLoss",
@@ -91,6 +93,7 @@ _HOME = {
     "distillation.settings": ("TrainingSettings",),
     "distillation.trainer": ("distill",),
     "errors": ("InputError",),
+    "forward": ("Run",),
     "hadamard": ("hadamard_matrix", "hadamard_order", "hadamard_transform", "paley_factor"),
     "nn": (
         "DensePatch",

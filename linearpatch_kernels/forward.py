@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder_layers, num_layers, partial_decoder, suffix_model
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_internals import accelerate_hook
 from linearpatch_kernels.torch_state import evaluation_mode

@@ -46,7 +46,8 @@ from linearpatch_kernels.merging.plan import MergePlan, apply_merges
 from linearpatch_kernels.merging.refit import CandidateRefits, heal_merges, refit_merges
 from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.merging.sensitivity import score_layers
-from linearpatch_kernels.modeling.families import keep_layers, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.pruning.apply import apply_plan

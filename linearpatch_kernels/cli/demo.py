@@ -16,10 +16,11 @@ from linearpatch_kernels.cli.console import (
 )
 from linearpatch_kernels.cli.options import JsonFile, command
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.report.tables import Table
 from linearpatch_kernels.settings import DemoSettings
 
 if TYPE_CHECKING:
-    from linearpatch_kernels.evaluation.report import QualityRow
+    from linearpatch_kernels.report.page import QualityRow
 
 
 @command
@@ -31,10 +32,10 @@ def demo(settings: DemoSettings, json_file: JsonFile = None) -> None:
     result = recipes.demo(settings, reporter=Terminal())
     write_json(json_file, result.summary)
     for table in candidates_table(result.plan):
-        print_table(*table)
+        print_table(table)
     print_quality(result.quality, result.quality_text)
     columns = ["model", "layers", "parameters", "prefill tok/s", "decode tok/s"]
-    print_table("Speed", columns, [cells for row in result.models if (cells := _speed(row))])
+    print_table(Table(columns, [cells for row in result.models if (cells := _speed(row))], "Speed"))
     console.print(f"Removed the layers {', '.join(map(str, result.plan.spans))} of {result.plan.num_layers}.")
     first = result.places["healed (stock)"]
     console.print(

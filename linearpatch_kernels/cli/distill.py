@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
-    TableContent,
     Terminal,
     check_json,
     print_result,
     write_json,
 )
 from linearpatch_kernels.cli.options import JsonFile, command
+from linearpatch_kernels.report.tables import Table
 from linearpatch_kernels.settings import DistillSettings, given_path
 
 
@@ -49,11 +49,11 @@ def distill(
     print_result(result, "Model, plan", tables=[distillation_table(result.about)], lines=_costs(result.about))
 
 
-def distillation_table(about: Mapping[str, Any]) -> TableContent:
-    """What `print_table` takes: a run in a few rows."""
+def distillation_table(about: Mapping[str, Any]) -> Table:
+    """A run in a few rows."""
     from linearpatch_kernels.recipes.distill import distillation_rows
 
-    return "Distillation", ["what", "value"], distillation_rows(about)
+    return Table(["what", "value"], distillation_rows(about), "Distillation")
 
 
 def _costs(about: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,21 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.scores import SCORES
+from linearpatch_kernels.report.tables import Table
+
+
+def records() -> str:
+    """What doctor's help says of the records that only the library names: families and implementations.
+
+    It is made when it is shown: their modules import torch and Transformers, and records may be added until then.
+    """
+    from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+    from linearpatch_kernels.ops.backends import BACKENDS
+
+    return (
+        f"Families of models that can be cut: {STOCK_FAMILIES.described()}.\n\n"
+        f"Implementations of the operators: {BACKENDS.described()}."
+    )
 
 
 def doctor(json_file: JsonFile = None) -> None:
@@ -82,9 +97,6 @@ def doctor(json_file: JsonFile = None) -> None:
     told = {"backends": {name: f"{name}: {one.about}" for name, one in BACKENDS.items()}}
     for section, entries in summary.items():
         names = told.get(section, {})
-        print_table(
-            section.capitalize(),
-            ["what", "state"],
-            [[names.get(name, name), str(state)] for name, state in entries.items()],
-        )
+        rows = [[names.get(name, name), str(state)] for name, state in entries.items()]
+        print_table(Table(["what", "state"], rows, section.capitalize()))
     write_json(json_file, summary)

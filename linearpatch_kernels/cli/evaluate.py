@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from linearpatch_kernels.cli.console import (
     Terminal,
     check_json,
-    figure,
     print_seconds,
     print_table,
-    share,
     write_json,
 )
 from linearpatch_kernels.cli.options import JsonFile, Model, command
+from linearpatch_kernels.report.tables import Table, number, percent
 from linearpatch_kernels.settings import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -43,24 +42,24 @@ def _print(result: Evaluation) -> None:
             row.name,
             str(row.layers),
             f"{row.size.parameters / 1e6:,.1f} M" if row.size is not None else "",
-            figure(row.quality.perplexity),
-            share(row.quality.top1_agreement),
+            number(row.quality.perplexity),
+            percent(row.quality.top1_agreement),
             "" if row.quality.kl is None else f"{row.quality.kl:.3f}",
         ]
         for row in result.models
     ]
-    print_table(result.text, ["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"], rows)
+    print_table(Table(["model", "layers", "parameters", "perplexity", "top-1 agreement", "KL"], rows, result.text))
     speeds = {row.name: row.speed for row in result.models if row.speed is not None}
     if speeds:
         speed_rows = [
-            [name, figure(one.prefill_tokens_per_second), figure(one.decode_tokens_per_second)]
+            [name, number(one.prefill_tokens_per_second), number(one.decode_tokens_per_second)]
             for name, one in speeds.items()
         ]
-        print_table("Speed", ["model", "prefill tok/s", "decode tok/s"], speed_rows)
+        print_table(Table(["model", "prefill tok/s", "decode tok/s"], speed_rows, "Speed"))
     if result.tasks:
         task_rows = [
-            [task, str(scores["n"]), *(share(scores.get(kind)) for kind in ("acc", "acc_norm"))]
+            [task, str(scores["n"]), *(percent(scores.get(kind)) for kind in ("acc", "acc_norm"))]
             for task, scores in result.tasks.items()
         ]
-        print_table("Zero-shot accuracy", ["task", "questions", "acc", "acc_norm"], task_rows)
+        print_table(Table(["task", "questions", "acc", "acc_norm"], task_rows, "Zero-shot accuracy"))
     print_seconds(result.seconds)

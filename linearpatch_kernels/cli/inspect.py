@@ -10,14 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from linearpatch_kernels.cli.console import (
-    TableContent,
     candidates_table,
     check_json,
     console,
-    figure,
     healing_tables,
     print_table,
-    share,
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
@@ -26,6 +23,7 @@ from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, record
+from linearpatch_kernels.report.tables import Table, number, percent
 from linearpatch_kernels.settings import given_path
 
 _CURE = "write the directory again"
@@ -49,13 +47,13 @@ def inspect(
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
     summary, tables, calibration = _contents(directory)
     for table in tables:
-        print_table(*table)
+        print_table(table)
     if calibration:
         console.print("Calibrated on " + ", ".join(f"{key} {value}" for key, value in calibration.items()))
     write_json(json_file, summary)
 
 
-def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapping[str, Any]]:
+def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str, Any]]:
     """What goes to JSON, what is shown as tables, and what the patches were calibrated on.
 
     A file that parses may still be another than its name says: then any of the tables cannot be made.
@@ -77,7 +75,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
             "linearpatch wrote, or a model directory"
         )
     summary: dict[str, Any] = {}
-    tables: list[TableContent] = []
+    tables: list[Table] = []
     if config is not None:
         with reading(directory / "config.json", _CURE):
             if merges is not None:
@@ -86,7 +84,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[TableContent], Mapp
                 check_plan(plan, config, directory)
             summary["model"] = _model(directory, config)
         rows = [[key.replace("_", " "), str(one)] for key, one in summary["model"].items()]
-        tables.append(("Model", ["what", "value"], rows))
+        tables.append(Table(["what", "value"], rows, "Model"))
     if merges is not None:
         summary["merges"] = merges.to_json()
         with reading(merge_file, _CURE):
@@ -133,17 +131,17 @@ def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return about if tree is None else about | {"merge_tree": " ".join(map(written, tree))}
 
 
-def _joints_table(plan: Any) -> TableContent:
-    from linearpatch_kernels.pruning.reporting import describe_patch
+def _joints_table(plan: Any) -> Table:
+    from linearpatch_kernels.report.pruning import describe_patch
 
     at = {joint.span: position for position, joint in plan.joint_positions().items()}
-    return (
-        f"Joints: layers removed of {plan.num_layers}, and the layer that the stream enters now",
+    return Table(
         ["removed", "enters", "chosen by", "patch"],
         [[str(joint.span), str(at[joint.span]), plan.score, describe_patch(joint)] for joint in plan.joints],
+        f"Joints: layers removed of {plan.num_layers}, and the layer that the stream enters now",
     )
 
 
-def _quality_table(quality: Mapping[str, Any]) -> list[TableContent]:
-    rows = [[name, figure(one["perplexity"]), share(one["top1_agreement"])] for name, one in quality.items()]
-    return [("Quality when it was made", ["model", "perplexity", "top-1 agreement"], rows)] if rows else []
+def _quality_table(quality: Mapping[str, Any]) -> list[Table]:
+    rows = [[name, number(one["perplexity"]), percent(one["top1_agreement"])] for name, one in quality.items()]
+    return [Table(["model", "perplexity", "top-1 agreement"], rows, "Quality when it was made")] if rows else []

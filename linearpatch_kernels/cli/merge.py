@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from linearpatch_kernels.cli.console import (
-    TableContent,
     Terminal,
     check_json,
     print_result,
@@ -13,6 +12,7 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.options import JsonFile, Model, command
+from linearpatch_kernels.report.tables import Table
 from linearpatch_kernels.settings import MergeRunSettings
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def merge(model: Model, settings: MergeRunSettings, json_file: JsonFile = None) 
     check_json(json_file, made_from=[model, *(settings.text or ()), settings.heldout_text], output=settings.output)
     result = recipes.merge(model, settings, reporter=Terminal())
     write_json(json_file, result.summary)
-    print_table(*merges_table(result.plan))
+    print_table(merges_table(result.plan))
     print_result(result, "Model, plan", lines=result.healing)
 
 
-def merges_table(plan: MergePlan) -> TableContent:
+def merges_table(plan: MergePlan) -> Table:
     """Every merge: which layers (of the dense model) became one, and how much each gave."""
     from linearpatch_kernels.recipes.merge import merge_rows
 
     title = f"Merges: {plan.num_layers} layers to {plan.layers}, in order"
-    return title, ["layers made one", "at", "shares", "chosen by", "held-out loss"], merge_rows(plan)
+    return Table(["layers made one", "at", "shares", "chosen by", "held-out loss"], merge_rows(plan), title)

@@ -26,5 +26,5 @@ def prune(model: Model, settings: PruneSettings, json_file: JsonFile = None) -> 
         return
     write_json(json_file, result.summary)
     for table in (*candidates_table(result.plan), *healing_tables(result.summary)):
-        print_table(*table)
+        print_table(table)
     print_result(result, "Plan" if settings.plan_only else "Model, plan")

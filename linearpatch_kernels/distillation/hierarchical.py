@@ -35,7 +35,8 @@ from linearpatch_kernels.files import Entries, left_by_us, read_seal, reading, w
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import PartialRun, leaving
 from linearpatch_kernels.merging.plan import leaves
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, keep_layers, merge_tree
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import decoder, decoder_layers, merge_tree
 from linearpatch_kernels.modeling.patched import patches, present_name
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span

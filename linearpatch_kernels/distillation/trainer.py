@@ -43,8 +43,9 @@ from linearpatch_kernels.files import (
 )
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import PartialRun
-from linearpatch_kernels.modeling.families import linear_head, num_layers
+from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.patched import joint_place, present_name
+from linearpatch_kernels.modeling.views import linear_head
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.processes import Processes, need_accelerate
 from linearpatch_kernels.torch_state import eval_mode, own_state

@@ -1,4 +1,4 @@
-"""Measuring models: perplexity, closeness to a teacher, accuracy, speed, and the report of it all."""
+"""Measuring models: perplexity, closeness to a teacher, accuracy, speed."""
 
 from linearpatch_kernels.evaluation.agreement import (
     Quality,

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.merging.sensitivity import LayerScores
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
     decoder_layers,
-    keep_layers,
     layer_kinds,
     merge_tree,
     num_layers,

@@ -15,13 +15,8 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PartialRun, Stream, entering, residual_stream
 from linearpatch_kernels.merging.plan import leaves
-from linearpatch_kernels.modeling.families import (
-    decoder_layers,
-    keep_layers,
-    merge_tree,
-    num_layers,
-    sublayers,
-)
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, num_layers, sublayers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
 from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch

@@ -31,7 +31,8 @@ from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.merging.refit import CandidateRefits, can_refit, check_refit
 from linearpatch_kernels.merging.scores import PLACE_SCORES, PlaceScore
 from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
-from linearpatch_kernels.modeling.families import keep_layers, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 

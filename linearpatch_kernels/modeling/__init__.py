@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     STOCK_FAMILIES,
     Family,
     LayerModules,
     decoder_layers,
     family_of,
-    keep_layers,
     model_types,
-    partial_decoder,
 )
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches, registered
 from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
+from linearpatch_kernels.modeling.views import partial_decoder
 
 __all__ = [
     "FAMILIES",

@@ -30,15 +30,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
-from linearpatch_kernels.modeling.families import (
-    STOCK_FAMILIES,
-    Family,
-    decoder,
-    decoder_layers,
-    family_of,
-    num_layers,
-    rebuild,
-)
+from linearpatch_kernels.modeling.cut import rebuild
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, Family, decoder, decoder_layers, family_of, num_layers
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
 
@@ -138,14 +131,8 @@ class PatchedPreTrained:
         Path(save_directory, "modeling_linearpatch.py").write_text(self.own_code(), encoding="utf-8")
 
 
-def patched_classes(
-    stock_config: Any, stock_layer: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
-) -> tuple[Any, Any, Any]:
-    """The config, decoder and causal LM of a patched family, named ``LinearPatch`` + the stock name.
-
-    Args:
-        own_code: returns the text of the modeling file that `save_pretrained` writes beside the weights.
-    """
+def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any) -> Any:
+    """The stock config with a record of the joints, and a file that no stock class takes for its own."""
     activation = "hidden_activation" if hasattr(stock_config(), "hidden_activation") else "hidden_act"
     # On disk the activation is masked: a stock class does not know one of this name and says so, instead of loading
     # the layers without their patches.
@@ -187,6 +174,12 @@ def patched_classes(
             entries = both_forms(json.loads(super().to_json_string(use_diff)))
             return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
+    return Config
+
+
+def _patched_layer(stock_layer: Any) -> Any:
+    """The stock layer with the chain of the joint in front of it; the last layer also has that of the joint behind."""
+
     class Layer(stock_layer):
         def __init__(self, config: Any, layer_idx: int) -> None:
             super().__init__(config, layer_idx)
@@ -206,6 +199,20 @@ def patched_classes(
                 return output
             # Before Transformers 5, Gemma's layers return a tuple.
             return (self.output_patch(output[0]), *output[1:]) if type(output) is tuple else self.output_patch(output)
+
+    return Layer
+
+
+def patched_classes(
+    stock_config: Any, stock_layer: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
+) -> tuple[Any, Any, Any]:
+    """The config, decoder and causal LM of a patched family, named ``LinearPatch`` + the stock name.
+
+    Args:
+        own_code: returns the text of the modeling file that `save_pretrained` writes beside the weights.
+    """
+    Config = _patched_config(stock_config, stock_decoder, stock_causal_lm)
+    Layer = _patched_layer(stock_layer)
 
     class Decoder(PatchedPreTrained, stock_decoder):
         config_class = Config
@@ -281,7 +288,7 @@ def patched_model(
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The patched twin of a causal LM that has already been cut (`families.keep_layers`).
+    """The patched twin of a causal LM that has already been cut (`cut.keep_layers`).
 
     It shares the model's parameters and holds copies of the patches, in the model's dtype and on its device. A patch
     that the model already has at one of these joints stays, behind the new one: the stream entering a layer is measured

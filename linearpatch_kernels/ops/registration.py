@@ -234,9 +234,14 @@ def define_operator(
             reference, if it is differentiable; None: such a derivative raises. Takes the same arguments.
     """
 
-    def in_its_own_precision(*arguments: Any) -> Any:
-        with without_autocast(arguments[0].device):
-            return reference(*operator.completed(arguments))
+    def in_its_own_precision(run: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*arguments: Any) -> Any:
+            with without_autocast(arguments[0].device):
+                return run(*operator.completed(arguments))
+
+        return kernel
+
+    by_reference = in_its_own_precision(reference)
 
     def without_formula(*arguments: Any) -> Any:
         assert otherwise is not None
@@ -251,7 +256,7 @@ def define_operator(
             with without_autocast(arguments[0].device):
                 return getattr(import_module(triton), name)(*operator.completed(arguments))
         check_reference_allowed(name, arguments[0].device)
-        return in_its_own_precision(*arguments)
+        return by_reference(*arguments)
 
     def on_one_device(*arguments: Any) -> Any:
         # One meta tensor is enough for torch to come here, and memory that nobody writes would be the result.
@@ -260,32 +265,28 @@ def define_operator(
             raise InputError(f"{name} needs its tensors on one device, not on {' and '.join(devices)}")
         return fake(*operator.completed(arguments))
 
-    def kernel(run: Callable[..., Any]) -> Callable[..., Any]:
-        def in_the_kernels_precision(*arguments: Any) -> Any:
-            with without_autocast(arguments[0].device):
-                return run(*operator.completed(arguments))
-
-        return in_the_kernels_precision
-
-    def refused(impl: str) -> Callable[..., Any]:
-        def refuse(*_: Any) -> Any:
-            raise InputError(f"impl={impl!r} has no kernel of {name}: name another implementation, or none")
-
-        return refuse
-
     def defined(variant: str, run: Callable[..., Any], variants: Mapping[str, Operator] | None = None) -> Operator:
         derived = otherwise and without_formula
         return Operator(variant, schema, run, on_one_device, mutates_args, name, derived, variants)
 
     added = added_kernels(name)
     kernels = {**(kernels or {}), **{impl: one for impl, one in added.items() if one is not None}}
-    variants = {impl: defined(f"{name}_{impl}", kernel(one.run)) for impl, one in kernels.items()}
+    variants = {impl: defined(f"{name}_{impl}", in_its_own_precision(one.run)) for impl, one in kernels.items()}
     # Where an implementation was added without a kernel of this operator, none takes its place.
-    variants |= {impl: defined(f"{name}_{impl}", refused(impl)) for impl in added if impl not in kernels}
-    variants["reference"] = defined(f"{name}_reference", in_its_own_precision)
+    variants |= {impl: defined(f"{name}_{impl}", _no_kernel(name, impl)) for impl in added if impl not in kernels}
+    variants["reference"] = defined(f"{name}_reference", by_reference)
     operator = defined(name, where_no_kernel_is, variants)
     add_operator(name, kernels)
     return operator
+
+
+def _no_kernel(name: str, impl: str) -> Callable[..., Any]:
+    """What stands for an operator that an added implementation lacks: it raises."""
+
+    def refuse(*_: Any) -> Any:
+        raise InputError(f"impl={impl!r} has no kernel of {name}: name another implementation, or none")
+
+    return refuse
 
 
 def batch_by_rows(operator: Operator, rows: Sequence[int]) -> None:

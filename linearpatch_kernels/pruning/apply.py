@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import hidden_size, keep_layers, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches
 from linearpatch_kernels.nn import PatchChain
 from linearpatch_kernels.pruning.plan import PrunePlan

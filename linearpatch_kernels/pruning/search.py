@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -51,6 +52,16 @@ class Pruning:
     choice: FitChoice | None = None
 
 
+class _Keywords010(TypedDict, total=False):
+    """What `plan_pruning` took in 0.1.0, and `run` and the plan's own fields hold now."""
+
+    batch_size: int
+    ranks: Processes | None
+    progress: Progress | None
+    about: Mapping[str, Any] | None
+    fingerprint: str
+
+
 @own_state()
 def plan_pruning(
     model: PreTrainedModel,
@@ -63,12 +74,9 @@ def plan_pruning(
     fit: str = AUTO,
     rank: int = DEFAULT_RANK,
     structured: bool = False,
-    about: Mapping[str, Any] | None = None,
-    fingerprint: str = "",
-    batch_size: int = 4,
-    ranks: Processes | None = None,
     noted: Noted = warn,
-    progress: Progress | None = None,
+    run: Run | None = None,
+    **keywords: Unpack[_Keywords010],
 ) -> Pruning:
     """Decide what to remove and what heals it.
 
@@ -83,49 +91,66 @@ def plan_pruning(
         drop: how many layers go; or ``spans``: which. Exactly one of the two.
         score, fit, rank, structured: see :mod:`~linearpatch_kernels.pruning.scores`,
             :mod:`~linearpatch_kernels.pruning.fits` and :func:`~linearpatch_kernels.pruning.selection.choose_fit`.
-        about: JSON values for ``plan.calibration``; ``fingerprint``: of the dense model, for ``plan.model``.
-        ranks: processes that share the passes over both kinds of windows, and the fits that ``auto`` compares; all of
-            them get the same result.
         noted: told before any pass of too little text for the fit, and later of candidates that are left out.
+        run: the windows per calibration pass (four by default), who is told of progress, and the processes that share
+            the passes over both kinds of windows and the fits that ``auto`` compares; all of them get the same result.
+        keywords: those of 0.1.0, deprecated: ``batch_size``, ``ranks`` and ``progress`` make a `run`; ``fingerprint``
+            and ``about`` become ``plan.model`` and ``plan.calibration``, which `dataclasses.replace` sets as well.
 
     Raises:
         InputError: arguments that do not fit the model or each other (before any pass), or what the passes raise.
         UnusableFit: the text does not allow the fit that was asked for.
     """
+    run, of_the_plan = _run_and_fields(run, keywords)
     _check_request(model, drop, spans, score, fit, rank, heldout=heldout_windows is not None)
-    _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
+    _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], run.batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
     layers, moments, judged = num_layers(model), needs_moments(fit), SCORES.named(score).runs_the_model
     # Comparing holds the logits of two models at once, so it takes one window at a time.
-    comparing = Run(processes=ranks or Processes(), progress=progress)
+    comparing = dataclasses.replace(run, batch_size=1)
+    text = fit_windows.split(run.batch_size)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
-        statistics = calibrate(
-            model, fit_windows.split(batch_size), moments=chosen if moments else (), ranks=ranks, progress=progress
-        )
+        collected = chosen if moments else ()
+        statistics = calibrate(model, text, moments=collected, ranks=run.processes, progress=run.progress)
     else:
-        statistics = calibrate(model, fit_windows.split(batch_size), ranks=ranks, progress=progress)
+        statistics = calibrate(model, text, ranks=run.processes, progress=run.progress)
         chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
         if moments or judged:
-            found = collect_moments(model, fit_windows.split(batch_size), chosen, ranks=ranks, progress=progress)
+            found = collect_moments(model, text, chosen, ranks=run.processes, progress=run.progress)
             statistics = statistics.with_moments(found)
         if judged and heldout_windows is not None:
             chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
-            model,
-            heldout_windows,
-            statistics,
-            chosen,
-            rank=rank,
-            structured=structured,
-            noted=noted,
-            run=comparing,
+            model, heldout_windows, statistics, chosen, rank=rank, structured=structured, noted=noted, run=comparing
         )
-        plan = PrunePlan(layers, choice.joints, fingerprint, score, dict(about or {}), choice.table)
+        plan = PrunePlan(layers, choice.joints, score=score, candidates=choice.table, **of_the_plan)
         return Pruning(plan, statistics, choice)
     joints = fitted_joints(statistics, chosen, fit, rank=rank)
-    return Pruning(PrunePlan(layers, joints, fingerprint, score, dict(about or {})), statistics)
+    return Pruning(PrunePlan(layers, joints, score=score, **of_the_plan), statistics)
+
+
+def _run_and_fields(run: Run | None, keywords: _Keywords010) -> tuple[Run, dict[str, Any]]:
+    """The run, and the fields of the plan, that a caller of `plan_pruning` asked for by the keywords of either version.
+
+    Raises:
+        InputError: the same thing by both.
+        TypeError: a keyword that no version knows.
+    """
+    given = cast(dict[str, Any], keywords)
+    if unknown := given.keys() - _Keywords010.__annotations__.keys():
+        raise TypeError(f"plan_pruning() got an unexpected keyword argument {min(unknown)!r}")
+    if given:
+        # The caller, behind `own_state` and the two functions here.
+        told = "plan_pruning: the keywords {} of 0.1.0 are deprecated: docs/reference/python.md says what replaces them"
+        warnings.warn(told.format(", ".join(sorted(given))), DeprecationWarning, stacklevel=4)
+    of_the_run = given.keys() & {"batch_size", "ranks", "progress"}
+    if run is not None and of_the_run:
+        raise InputError(f"`run` says {' and '.join(sorted(of_the_run))}, too: give one of them")
+    if run is None:
+        run = Run(given.get("batch_size", 4), given.get("ranks") or Processes(), given.get("progress"))
+    return run, {"model": given.get("fingerprint", ""), "calibration": dict(given.get("about") or {})}
 
 
 def _check_request(

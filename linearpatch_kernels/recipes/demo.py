@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed, Healer
@@ -25,6 +24,7 @@ from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, Result, usage
 from linearpatch_kernels.recipes.prune import Cut, plan_cut, report_data, summarise
+from linearpatch_kernels.report.page import QualityRow
 from linearpatch_kernels.settings import DemoSettings, PruneSettings
 
 _STOCK, _PATCHED, _STRUCTURED = "healed (stock)", "healed (patch)", "healed (structured patch)"

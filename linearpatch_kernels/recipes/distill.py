@@ -25,7 +25,6 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation import agreement
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow, ReportData, draw_report, plot_training
 from linearpatch_kernels.files import (
     RECORDS,
     check_work_directory,
@@ -53,6 +52,8 @@ from linearpatch_kernels.recipes.inputs import (
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
 from linearpatch_kernels.recipes.students import Student, Training, open_student
+from linearpatch_kernels.report.page import QualityRow, ReportData, draw_report
+from linearpatch_kernels.report.plots import plot_training
 from linearpatch_kernels.settings import DistillSettings, given_path
 from linearpatch_kernels.text import split_windows, token_windows
 

@@ -15,7 +15,6 @@ from linearpatch_kernels.evaluation import agreement
 from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
 from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow
 from linearpatch_kernels.fingerprints import tokenizer_difference
 from linearpatch_kernels.forward import check_windows
 from linearpatch_kernels.modeling.families import num_layers
@@ -23,6 +22,7 @@ from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.recipes.inputs import ModelName, find_model, in_words, names_in, title_of, windows_up_to
 from linearpatch_kernels.recipes.log import Log, Reporter
+from linearpatch_kernels.report.page import QualityRow
 from linearpatch_kernels.settings import EvaluateSettings
 from linearpatch_kernels.text import read_text
 

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.evaluation import agreement, report
+from linearpatch_kernels.evaluation import agreement
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.merging import refit
@@ -49,6 +48,8 @@ from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
 from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.recipes.students import plainly_removed
+from linearpatch_kernels.report import page
+from linearpatch_kernels.report.page import QualityRow, ReportData
 from linearpatch_kernels.settings import MergeRunSettings
 
 NO_HEALING = "none"
@@ -112,7 +113,7 @@ def merge(
         data = dataclasses.replace(
             data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", patched=bool(patches(result)))
         )
-        drawn = report.draw_report(data, {}, log.note)
+        drawn = page.draw_report(data, {}, log.note)
     summary = _summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
     summary |= {"heal": job.heal} if row != _MERGED else {}
     files = recorded(plan.files(), summary, drawn)

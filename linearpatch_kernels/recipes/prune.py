@@ -14,7 +14,6 @@ from linearpatch_kernels import processes
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
@@ -23,10 +22,9 @@ from linearpatch_kernels.healing.refit import RefitRow
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.pruning import reporting, selection
+from linearpatch_kernels.pruning import selection
 from linearpatch_kernels.pruning.fits import AUTO
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
-from linearpatch_kernels.pruning.reporting import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.pruning.scores import SCORES, check_drop
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
@@ -45,6 +43,9 @@ from linearpatch_kernels.recipes.inputs import (
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
 from linearpatch_kernels.recipes.resuming import Unfinished
+from linearpatch_kernels.report import pruning as pruning_report
+from linearpatch_kernels.report.page import QualityRow, ReportData
+from linearpatch_kernels.report.pruning import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.settings import PruneSettings
 from linearpatch_kernels.span import Span
 
@@ -173,7 +174,7 @@ class Cut:
         shown = self.windows.heldout if self.windows.heldout is not None else self.windows.fit[:4]
         found = None
         with left_out("the picture of the channels' magnitudes", log.note):
-            found = reporting.joint_magnitudes(self.dense, shown, self.pruning.plan.joints[0])
+            found = pruning_report.joint_magnitudes(self.dense, shown, self.pruning.plan.joints[0])
         return found
 
     def draw(self, data: ReportData, magnitudes: tuple[Tensor, Tensor, Tensor] | None, log: Log) -> dict[str, bytes]:
@@ -234,13 +235,11 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
             fit=healing.fit,
             rank=rank,
             structured=settings.structured,
-            about=windows.about,
-            fingerprint=fingerprint_model(dense),
-            batch_size=settings.batch_size,
-            ranks=siblings,
             noted=log.note,
-            progress=log.progress,
+            run=Run(settings.batch_size, siblings, log.progress),
         )
+        plan = dataclasses.replace(pruning.plan, model=fingerprint_model(dense), calibration=windows.about)
+        pruning = dataclasses.replace(pruning, plan=plan)
     return Cut(model, source, dense, windows, pruning, healing, siblings, unfinished)
 
 

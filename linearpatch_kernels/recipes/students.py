@@ -25,21 +25,22 @@ from linearpatch_kernels.distillation.trainer import Step, distill, heldout_loss
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted
-from linearpatch_kernels.evaluation.report import SpanRow
 from linearpatch_kernels.files import read_json, reading, record
 from linearpatch_kernels.merging.consistency import check_merges
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
 from linearpatch_kernels.merging.sensitivity import score_layers
-from linearpatch_kernels.modeling.families import hidden_size, keep_layers, merge_tree, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import hidden_size, merge_tree, num_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches, replace_patch
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, PatchChain
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.consistency import check_kept_layers, check_patches, check_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
-from linearpatch_kernels.pruning.reporting import describe_patch
 from linearpatch_kernels.pruning.search import rank_for
 from linearpatch_kernels.recipes.log import Log
 from linearpatch_kernels.recipes.prune import summarise
+from linearpatch_kernels.report.page import SpanRow
+from linearpatch_kernels.report.pruning import describe_patch
 from linearpatch_kernels.settings import DistillSettings
 
 # Windows on which the layers of a plain removal beside a merged model are chosen.

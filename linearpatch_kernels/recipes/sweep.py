@@ -14,7 +14,6 @@ from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import json_text
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.modeling.families import num_layers
@@ -22,7 +21,6 @@ from linearpatch_kernels.modeling.saving import save_files
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning import search
 from linearpatch_kernels.pruning.fits import FITS
-from linearpatch_kernels.pruning.reporting import sweep_report
 from linearpatch_kernels.pruning.scores import SCORES, check_drop, scores_of_statistics
 from linearpatch_kernels.pruning.search import SweepPoint, check_rank, rank_for
 from linearpatch_kernels.recipes.inputs import (
@@ -39,6 +37,8 @@ from linearpatch_kernels.recipes.inputs import (
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, Result, judged_on
 from linearpatch_kernels.recipes.resuming import Unfinished
+from linearpatch_kernels.report.page import QualityRow, ReportData
+from linearpatch_kernels.report.pruning import sweep_report
 from linearpatch_kernels.settings import SweepSettings
 
 # More layers than any model has: a slip of the finger must not fill the memory.

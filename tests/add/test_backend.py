@@ -79,6 +79,8 @@ def test_doctor_lists_it(tmp_path: Path) -> None:
     file.write_text(start + "\nfrom linearpatch_kernels.cli import main\n\nmain()\n")
     told = json.loads(run_program(file, "doctor", "--json", "-", LINEARPATCH_BACKEND=""))
     assert told["backends"]["float64"] == "yes"
+    helped = " ".join(run_program(file, "doctor", "--help", LINEARPATCH_BACKEND="").split())
+    assert "float64 (the reference in float64, rounded once)." in helped
 
 
 def test_too_late_is_said() -> None:

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM
 from linearpatch_kernels import modeling
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.merging.merge import check_mergeable
-from linearpatch_kernels.modeling.families import keep_layers, partial_decoder, sublayers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import sublayers
+from linearpatch_kernels.modeling.views import partial_decoder
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import HadamardPatch
 from linearpatch_kernels.span import Span
@@ -110,6 +112,7 @@ def test_its_patched_checkpoint_loads_where_it_was_not_added(folder: Path, tmp_p
 def test_the_command_lists_prunes_and_merges_it(folder: Path, tmp_path: Path) -> None:
     file, dense = folder / "my_family.py", folder / "dense"
     assert json.loads(run_program(file, "doctor", "--json", "-"))["families"]["smollm3"] == "SmolLM3"
+    assert "phi3 (Phi-3), smollm3 (SmolLM3)." in " ".join(run_program(file, "doctor", "--help").split())
     small = ("--text", text_file(tmp_path), "--samples", 4, "--length", 16, "--device", "cpu")
     run_program(file, "prune", dense, "--drop", 1, "--fit", "linearpatch", "-o", tmp_path / "pruned", *small)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())

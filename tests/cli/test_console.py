@@ -46,8 +46,9 @@ for command in sys.argv[1:] + [""]:
 heavy = {"torch", "transformers", "matplotlib", "numpy", "safetensors"} & set(sys.modules)
 assert not heavy, heavy
 """
+    # Doctor's names records that only modules with torch in them have (test_doctor.py).
     done = subprocess.run(
-        [sys.executable, "-c", program, *COMMANDS],
+        [sys.executable, "-c", program, *(command for command in COMMANDS if command != "doctor")],
         capture_output=True,
         text=True,
         timeout=60,

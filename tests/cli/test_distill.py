@@ -45,7 +45,8 @@ HELDOUT = range(24, 28)
 
 def arguments(world: World, output: Path, *more: object, source: Path | None = None) -> list[object]:
     place = world.pruned if source is None else source
-    return ["distill", place, "--teacher", world.model, "-o", output, "--text", world.text, *QUICK, *more]
+    text = [] if "--text" in more else ["--text", world.text]
+    return ["distill", place, "--teacher", world.model, "-o", output, *text, *QUICK, *more]
 
 
 @pytest.fixture(scope="session")
@@ -336,10 +337,9 @@ def test_what_others_keep_beside_the_output_stays(
 
 
 def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain: Path) -> None:
-    def says(source: Path, teacher: Path) -> str:
-        return refusal(
-            run("distill", source, "--teacher", teacher, "-o", tmp_path / "out", "--text", world.text, *QUICK)
-        )
+    def says(source: Path, teacher: Path, *more: object) -> str:
+        flags = ["--teacher", teacher, "-o", tmp_path / "out", "--text", world.text, *QUICK, *more]
+        return refusal(run("distill", source, *flags))
 
     assert "holds no plan" in says(world.model, world.model)
     assert "is not a directory" in says(tmp_path / "nothing", world.model)
@@ -351,7 +351,7 @@ def test_wrong_models_are_refused(world: World, run: Run, tmp_path: Path, plain:
         shutil.copytree(world.model, tmp_path / "tok")
     )
     assert "different tokenizers" in says(world.pruned, tmp_path / "tok")
-    assert "no patch to train: make one with --patch" in says(plain, world.model)
+    assert "no patch to train: make one with --patch" in says(plain, world.model, "--train", "patch")
     assert sorted(os.listdir(tmp_path)) == ["other", "tok"]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.report.tables import number
 from tests.support.command import LAYERS, SMALL, Run, World, call, changed_plan, refusal
 
 

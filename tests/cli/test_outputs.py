@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_keeps_the_old_output(
     world: World, run: Run, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = small_disk / "out"
-    prune = ["prune", world.model, "--drop", 2, "-o", out, "--text", world.text, *SMALL]
+    prune = ["prune", world.model, "--drop", 2, "--fit", "auto", "-o", out, "--text", world.text, *SMALL]
     assert run(*prune, "--plan-only").status == 0
     before = tree(out)
     # Somebody else fills the disk after it has been looked at.

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.report.tables import number
 from tests.support.command import (
     CONTEXT,
     LAYERS,

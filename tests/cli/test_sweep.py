@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from linearpatch_kernels.evaluation.report import number
 from linearpatch_kernels.files import RECORDS
+from linearpatch_kernels.report.tables import number
 from tests.support.command import CONTEXT, NO_MODEL, SMALL, WIDTH, Run, World, assert_is_picture, prose, refusal
 
 
@@ -117,7 +117,8 @@ def test_sweep_refuses_what_does_not_fit_the_model(
     ids = tokenizer(world.text.read_text(), verbose=False).input_ids
     (tmp_path / "exact.txt").write_text(tokenizer.decode(ids[: 6 * 24 + 3]))
     monkeypatch.chdir(tmp_path)
-    done = run("sweep", world.model, "-o", empty / "out", "--text", world.text, *SMALL, *flags)
+    text = [] if "--text" in flags else ["--text", world.text]
+    done = run("sweep", world.model, "-o", empty / "out", *text, *SMALL, *flags)
     assert says in refusal(done)
     assert done.progress in ([], ["note: the text leaves 0 windows of 8 for the report's figures"])
 

@@ -16,8 +16,9 @@ from linearpatch_kernels.distillation.recompute import recomputing
 from linearpatch_kernels.distillation.settings import RECOMPUTE
 from linearpatch_kernels.distillation.teacher_store import TeacherStore
 from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
-from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, partial_decoder
+from linearpatch_kernels.modeling.families import decoder_layers, hidden_size
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.views import partial_decoder
 from tests.support.students import HELDOUT, JOINT, TRAINING, student_of
 from tests.support.tiny import FAMILY_NAMES, tiny_model
 

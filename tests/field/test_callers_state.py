@@ -40,9 +40,9 @@ from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import FITS, fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
-from linearpatch_kernels.pruning.reporting import joint_magnitudes
 from linearpatch_kernels.pruning.scores import scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning
+from linearpatch_kernels.report.pruning import joint_magnitudes
 from linearpatch_kernels.text import token_windows
 from linearpatch_kernels.torch_state import own_state
 from tests.support.field import numbers, save_model, tiny

@@ -19,7 +19,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
 from linearpatch_kernels.merging import refit
 from linearpatch_kernels.merging.search import MergeSettings, influence_shares, plan_merging
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
@@ -112,7 +112,8 @@ def test_a_sweep_with_a_fit_that_is_there_at_some_depths_only() -> None:
         {"drop": 1, "fit": "none", "spans": ["2:3"], "perplexity": 2.0},
         {"drop": 2, "fit": "linearpatch", "spans": ["2:4"], "perplexity": None},
     ]
-    _, columns, rows = sweep_table({"text": "t", "dense": {"perplexity": 1.0}, "points": points})
+    table = sweep_table({"text": "t", "dense": {"perplexity": 1.0}, "points": points})
+    columns, rows = table.columns, table.rows
     assert columns == ["dropped", "span", "none", "linearpatch"]
     assert rows == [["1", "2:3", "2", ""], ["2", "2:4", "", ""]]
 

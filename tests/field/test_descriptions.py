@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import keep_layers, merge_tree
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import merge_tree
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, checked_record, patched_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch, build_patch, check_description

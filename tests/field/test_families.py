@@ -17,9 +17,10 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.merging.merge import RULES, choose_units, merge_layers
 from linearpatch_kernels.merging.sensitivity import score_layers
-from linearpatch_kernels.modeling.families import keep_layers, partial_decoder
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.modeling.views import partial_decoder
 from linearpatch_kernels.nn import HadamardPatch
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.search import plan_pruning

@@ -19,9 +19,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers, partial_decoder, suffix_model
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, patched_model
+from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.nn import HadamardPatch, LowRankPatch
 from tests.support.field import IDS, tiny
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import ModelSource, load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch

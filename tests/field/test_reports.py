@@ -19,22 +19,13 @@ from markdown_it.token import Token
 from matplotlib.figure import Figure
 
 from linearpatch_kernels.cli import console
-from linearpatch_kernels.evaluation import Quality, report
-from linearpatch_kernels.evaluation.report import (
-    CandidateRow,
-    QualityRow,
-    ReportData,
-    SpanRow,
-    draw_report,
-    plot_depth_cosine,
-    plot_joint_magnitudes,
-    plot_sweep,
-    plot_training,
-    write_report,
-)
+from linearpatch_kernels.evaluation import Quality
 from linearpatch_kernels.files import record
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.pruning import reporting
+from linearpatch_kernels.report import page, plots, pruning
+from linearpatch_kernels.report.page import CandidateRow, QualityRow, ReportData, SpanRow, draw_report, write_report
+from linearpatch_kernels.report.plots import plot_depth_cosine, plot_joint_magnitudes, plot_sweep, plot_training
+from linearpatch_kernels.report.tables import Table
 from tests.support.field import SMALL, linearpatch, save_model, text_file, tiny
 
 NAMES = [
@@ -195,7 +186,7 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     """A shared cluster: no directory for matplotlib's settings. Nothing is said, and nothing of the user's changed."""
     code = (
         "import sys, torch\n"
-        "from linearpatch_kernels.evaluation.report import plot_depth_cosine\n"
+        "from linearpatch_kernels.report.plots import plot_depth_cosine\n"
         "plot_depth_cosine(sys.argv[1], torch.eye(4), [(1, 2)], '模型')\n"
     )
     (tmp_path / "file").write_text("no directory")
@@ -210,7 +201,7 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_words_on_a_terminal_are_letters(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a directory that somebody else made, for example, which `inspect` shows."""
-    console.print_table("[bold]t[/] \x1b[2Jt", ["[red]c :x:"], [["[i]r\x1b]0;r\x07"]])
+    console.print_table(Table(["[red]c :x:"], [["[i]r\x1b]0;r\x07"]], "[bold]t[/] \x1b[2Jt"))
     console.print_error("[bold]e \x1b[31m")
     console.Terminal().note("n\x1b[1A")
     console.problems.print("p\x9b1m")
@@ -279,14 +270,14 @@ def test_dollar_signs_in_the_names_of_a_run(place: Path, tmp_path: Path, command
 @pytest.mark.parametrize(
     ("command", "module", "name"),
     [
-        ("prune", reporting, "plot_depth_cosine"),
-        ("prune", reporting, "joint_magnitudes"),
-        ("prune", reporting, "draw_report"),
-        ("prune", report, "_figure"),
-        ("sweep", reporting, "plot_sweep"),
-        ("sweep", reporting, "draw_report"),
-        ("merge", report, "draw_report"),
-        ("merge", report, "_table"),
+        ("prune", pruning, "plot_depth_cosine"),
+        ("prune", pruning, "joint_magnitudes"),
+        ("prune", pruning, "draw_report"),
+        ("prune", plots, "_figure"),
+        ("sweep", pruning, "plot_sweep"),
+        ("sweep", pruning, "draw_report"),
+        ("merge", page, "draw_report"),
+        ("merge", Table, "markdown"),
     ],
 )
 def test_a_report_that_cannot_be_drawn_costs_no_result(

@@ -14,6 +14,7 @@ from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
+from linearpatch_kernels.forward import Run
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
@@ -78,7 +79,7 @@ def test_a_batch_size_that_makes_no_sense(batch_size: int) -> None:
     """Told by an internal error once the model was loaded."""
     model, windows = tiny(), torch.arange(3, 51).view(3, 16)
     for work in (
-        lambda: plan_pruning(model, windows, drop=2, fit="none", batch_size=batch_size),
+        lambda: plan_pruning(model, windows, drop=2, fit="none", run=Run(batch_size)),
         lambda: sweep(model, windows, windows, [1], ["none"], batch_size=batch_size),
         lambda: perplexity(model, windows, batch_size=batch_size),
     ):

@@ -24,15 +24,11 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import (
-    STOCK_FAMILIES,
-    keep_layers,
-    norm_gains,
-    partial_decoder,
-    suffix_model,
-)
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, norm_gains
 from linearpatch_kernels.modeling.fused_loss import fuse_distillation_loss
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.nn import LowRankPatch
 from tests.support.field import IDS, same, tiny
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import model_logits, residual_stream
 from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, RefitSettings, Step, refit, steps_of_cut
-from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.patched import patched_model
 from tests.support.sink import token_windows
 from tests.support.tiny import FAMILY_NAMES, random_patch, tiny_model

@@ -25,7 +25,8 @@ from linearpatch_kernels.merging.merge import (
     unit_counts,
 )
 from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
-from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, layer_kinds, sublayers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import decoder_layers, layer_kinds, sublayers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.support.tiny import FAMILY_NAMES, LAYERS, VOCABULARY, random_patch, tiny_model

@@ -28,7 +28,8 @@ from linearpatch_kernels.merging.search import (
     search_share,
 )
 from linearpatch_kernels.merging.sensitivity import score_layers
-from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, num_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from tests.support.tiny import LAYERS, VOCABULARY, tiny_model
 
 

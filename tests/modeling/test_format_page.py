@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from linearpatch_kernels.hadamard import hadamard_matrix
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import HadamardPatch
 from tests.modeling import format_reader

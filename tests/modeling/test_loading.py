@@ -16,7 +16,7 @@ from linearpatch_kernels.distillation.teacher_store import write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.fingerprints import fingerprint_model
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.support.tiny import VOCABULARY, tiny_model, tiny_tokenizer

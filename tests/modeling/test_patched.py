@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, family_of, keep_layers, partial_decoder, suffix_model
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, family_of
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches
+from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.nn import HadamardPatch
 from tests.support.tiny import random_patch, tiny_model, tiny_patched_model
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
+from linearpatch_kernels.forward import Run
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.plan import PrunePlan
@@ -51,14 +53,34 @@ def test_the_plan_of_a_number_of_layers(dense: PreTrainedModel, windows: Tensor,
 
 def test_the_plan_of_given_spans(dense: PreTrainedModel, windows: Tensor) -> None:
     spans = [Span(4, 6), Span(1, 2)]
-    about = {"samples": 9, "source": "prose"}
-    made = plan_pruning(
-        dense, windows, spans=spans, fit="low-rank", rank=RANK, about=about, fingerprint="f", batch_size=2
-    )
+    made = plan_pruning(dense, windows, spans=spans, fit="low-rank", rank=RANK, run=Run(batch_size=2))
     statistics = calibrate(dense, [windows], moments=spans)
     assert_same_plan(made.plan, PrunePlan(6, fitted_joints(statistics, spans, "low-rank", rank=RANK)))
-    assert (made.plan.score, made.plan.calibration, made.plan.model) == ("given", about, "f")
+    assert (made.plan.score, made.plan.calibration, made.plan.model) == ("given", {}, "")
     assert set(made.statistics.moments) == set(spans)
+
+
+def test_the_keywords_of_an_earlier_version(dense: PreTrainedModel, windows: Tensor) -> None:
+    """What 0.1.0 took, and what says the same now."""
+    about: dict[str, Any] = {"samples": 9, "source": "prose"}
+    told: list[tuple[str, int, int]] = []
+    earlier: dict[str, Any] = {"about": about, "fingerprint": "f", "batch_size": 2, "ranks": Processes()}
+    names = "about, batch_size, fingerprint, progress, ranks of 0.1.0 are deprecated"
+    with pytest.warns(DeprecationWarning, match=names) as caught:
+        made = plan_pruning(dense, windows, drop=2, fit="none", progress=lambda *given: told.append(given), **earlier)
+    assert caught[0].filename == __file__
+    assert told == [("calibrating", done, 9) for done in (2, 4, 6, 8, 9)]
+    assert (made.plan.calibration, made.plan.model) == (about, "f")
+    again: list[tuple[str, int, int]] = []
+    plan_pruning(dense, windows, drop=2, fit="none", run=Run(2, progress=lambda *given: again.append(given)))
+    assert again == told
+    with (
+        pytest.warns(DeprecationWarning, match="batch_size of 0.1.0"),
+        pytest.raises(InputError, match="`run` says batch_size, too"),
+    ):
+        plan_pruning(dense, windows, drop=2, fit="none", run=Run(2), batch_size=2)
+    with pytest.raises(TypeError, match=r"plan_pruning\(\) got an unexpected keyword argument 'spanns'"):
+        plan_pruning(dense, windows, fit="none", spanns=[Span(2, 4)])
 
 
 @pytest.mark.parametrize("what", [{"drop": 2}, {"spans": [Span(2, 4)]}], ids=["drop", "spans"])

@@ -230,7 +230,7 @@ def test_a_refitted_model_is_distilled_from_its_first_new_weight_on(place: Path,
                     tmp_path / "cut", teacher=str(place / "dense"), output=tmp_path / name, **settings, **more
                 )
             )
-    # Nothing stands at the joint, so the layers are trained; the teacher's states are those of the depth that both share.
+    # Nothing stands at the joint, so the layers are trained, from the states that teacher and student share.
     assert [one.about["train"] for one in outcomes] == ["suffix", "suffix"]
     before = load_file(tmp_path / "cut" / "model.safetensors")
     after = load_file(tmp_path / "plain" / "model.safetensors")

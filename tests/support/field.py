@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.cli import app
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import Patch
 from tests.support.tiny import tiny_model, tiny_tokenizer

@@ -77,7 +77,7 @@ def fuse_norm(model: Any, scale: Tensor) -> None:
 
 
 def variants(dense: Any) -> dict[str, Callable[[], Any]]:
-    from linearpatch_kernels.modeling.families import keep_layers
+    from linearpatch_kernels.modeling.cut import keep_layers
     from linearpatch_kernels.modeling.patched import patched_model
     from linearpatch_kernels.nn import DensePatch, HadamardPatch
 

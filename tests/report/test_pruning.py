@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import CalibrationStatistics, Span
-from linearpatch_kernels.evaluation.report import CandidateRow, ReportData, SpanRow
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
-from linearpatch_kernels.pruning.reporting import (
+from linearpatch_kernels.pruning.search import plan_pruning, sweep
+from linearpatch_kernels.report.page import CandidateRow, ReportData, SpanRow
+from linearpatch_kernels.report.pruning import (
     candidate_rows,
     describe_patch,
     joint_magnitudes,
@@ -21,7 +22,6 @@ from linearpatch_kernels.pruning.reporting import (
     span_rows,
     sweep_report,
 )
-from linearpatch_kernels.pruning.search import plan_pruning, sweep
 from tests.support.tiny import random_patch
 
 PNG = b"\x89PNG\r\n\x1a\n"

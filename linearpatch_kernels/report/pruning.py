@@ -12,20 +12,12 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.evaluation.report import (
-    CandidateRow,
-    Drawing,
-    ReportData,
-    SpanRow,
-    draw_report,
-    plot_depth_cosine,
-    plot_joint_magnitudes,
-    plot_sweep,
-)
 from linearpatch_kernels.forward import residual_stream
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.scores import span_score
 from linearpatch_kernels.pruning.search import SweepPoint
+from linearpatch_kernels.report.page import CandidateRow, Drawing, ReportData, SpanRow, draw_report
+from linearpatch_kernels.report.plots import plot_depth_cosine, plot_joint_magnitudes, plot_sweep
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 HEATMAP = "depth-cosine.png"

@@ -1,0 +1,1 @@
+"""What a run leaves for people: a page in Markdown, its tables and pictures."""
