@@ -132,6 +132,13 @@ def without_patches(plan: PrunePlan) -> PrunePlan:
     return dataclasses.replace(plan, joints=joints)
 
 
+def ways_of(heal: str, plan: PrunePlan) -> list[Heal]:
+    """The ways that a name stands for: ``auto`` for all that the plan has what it takes for."""
+    if heal != AUTO:
+        return [HEALS.named(heal, also=[AUTO])]
+    return [way for way in HEALS.values() if has_patches(plan) or not way.patched]
+
+
 @own_state()
 def heal_cut(
     dense: PreTrainedModel,
@@ -160,8 +167,7 @@ def heal_cut(
     Raises:
         InputError: an unknown way, a patched one where the plan has no patch, or what `refit` raises.
     """
-    if heal != AUTO:
-        HEALS.named(heal, also=[AUTO])
+    ways = ways_of(heal, plan)
     healer = Healer(dense, plan.spans, fit_windows, heldout_windows, settings=settings, run=run)
 
     def healed(way: Heal) -> Healed:
@@ -169,8 +175,8 @@ def heal_cut(
         return healer.by(way, plan, done=(done or {}).get(way.name), keep=kept)
 
     if heal != AUTO:
-        return healed(HEALS[heal])
-    made = {way.name: healed(way) for way in HEALS.values() if has_patches(plan) or not way.patched}
+        return healed(ways[0])
+    made = {way.name: healed(way) for way in ways}
     models = {"dense": dense, **{name: one.model for name, one in made.items()}}
     found = compare_quality(models, heldout_windows, noted=noted, progress=run.progress)
     return dataclasses.replace(made[decide(found)], found=found)

@@ -14,7 +14,7 @@ from linearpatch_kernels.errors import InputError
 _EPSILON = 1e-12
 # Tokens whose products are added in float32; the sums over these blocks are float64. 4096 keep the relative error of a
 # sum below 1e-5, which no ridge that is tried can see, and the products take the time of float32.
-_BLOCK_TOKENS = 4096
+BLOCK_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RunningSums:
         self._error += float(r.double().square().sum())
         self._tokens += len(a)
         self._pending.append((a, r))
-        if sum(len(one) for one, _ in self._pending) >= _BLOCK_TOKENS:
+        if sum(len(one) for one, _ in self._pending) >= BLOCK_TOKENS:
             self._flush()
 
     def _flush(self) -> None:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.forward import Run
-from linearpatch_kernels.healing.choice import Healed, heal_cut
+from linearpatch_kernels.healing.choice import Healed, heal_cut, ways_of
+from linearpatch_kernels.healing.cost import cost_of_healing
 from linearpatch_kernels.healing.refit import RefitRow, Step
 from linearpatch_kernels.healing.ways import AUTO, HEALS
 from linearpatch_kernels.processes import Processes
@@ -91,7 +92,11 @@ def heal(
         return Healed(apply_plan(dense, plan), plan, HEALS["patch" if patched else "none"])
     assert windows.heldout is not None
     work = _Work(unfinished, _identity(plan, windows), log, writes=processes.first)
+    run = Run(processes=processes, progress=log.progress)
     with log.stage("heal"), unfinished.forgotten_if_refused():
+        ways = ways_of(healing.way, plan)
+        cost = cost_of_healing(dense, plan, ways, windows.fit, windows.heldout, run=run)
+        log.mention(f"healing by {', '.join(way.name for way in ways)}: {cost}")
         healed = heal_cut(
             dense,
             plan,
@@ -101,7 +106,7 @@ def heal(
             done=work.weights,
             keep=work.keep,
             noted=log.note,
-            run=Run(processes=processes, progress=log.progress),
+            run=run,
         )
     return dataclasses.replace(healed, rows=work.rows.get(healed.heal.name, ()))
 

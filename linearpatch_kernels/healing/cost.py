@@ -1,0 +1,109 @@
+"""What healing will take, for whoever wants to know before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.evaluation.agreement import compare_quality
+from linearpatch_kernels.forward import PLAIN, Run
+from linearpatch_kernels.healing.choice import Healer
+from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
+from linearpatch_kernels.healing.refit import RefitSettings
+from linearpatch_kernels.healing.ways import Heal
+from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, sublayers
+from linearpatch_kernels.pruning.plan import PrunePlan
+
+# Streams of all windows that are held at once: the dense model's, the student's, and what a fit aims at.
+_STREAMS = 3
+# Matrices [n, n] in float64 that a fit holds: the sums of both kinds of windows, one with its ridge, and its factor.
+_SQUARES = 4
+# Windows to fit on in the two trials that the time is told from; each has one more, held out.
+_TRIALS = (1, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What healing takes on this machine.
+
+    Attributes:
+        bytes: of memory beside the models, at the most.
+        seconds: from a few windows; it holds where as much else runs as during them.
+    """
+
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """For a person: ``0.4 GB of memory beside the models, and 2 minutes``."""
+        minutes = self.seconds / 60
+        told = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
+        return f"{self.bytes / 1e9:.1f} GB of memory beside the models, and {told}"
+
+
+def cost_of_healing(
+    dense: PreTrainedModel,
+    plan: PrunePlan,
+    ways: Sequence[Heal],
+    fit_windows: Tensor,
+    heldout_windows: Tensor,
+    *,
+    settings: RefitSettings | None = None,
+    run: Run = PLAIN,
+) -> Cost:
+    """What `heal_cut` will take for these ways; it is told from healing with one window and with three.
+
+    Args:
+        plan, fit_windows [S, T], heldout_windows [H, T], settings, run: as for `heal_cut`; the windows are those of all
+            processes together.
+    """
+    windows = (len(fit_windows) + len(heldout_windows)) / run.processes.count
+    few = heldout_windows[:1]
+    trials = [fit_windows[:count] for count in _TRIALS]
+    taken: list[float] = []
+    for some in trials:
+        healer = Healer(dense, plan.spans, some, few, settings=settings)
+        begin = _now()
+        healed = {way.name: healer.by(way, plan).model for way in ways}
+        taken.append(_now() - begin)
+    # What everything takes for a window more, be it one to fit on or one held out.
+    each = max(0.0, taken[1] - taken[0]) / max(1, len(trials[1]) - len(trials[0]))
+    seconds = max(0.0, taken[0] - each * (len(trials[0]) + 1)) + each * windows
+    if len(ways) > 1:
+        begin = _now()
+        compare_quality({"dense": dense, **healed}, few, noted=lambda _: None)
+        seconds += (_now() - begin) * len(heldout_windows)
+    refits = any(way.refitted for way in ways)
+    return Cost(memory_of_refit(dense, round(windows), fit_windows.shape[1]) if refits else 0, seconds)
+
+
+def memory_of_refit(dense: PreTrainedModel, windows: int, length: int) -> int:
+    """Bytes beside the models that `refit` takes for windows [W, T]: their streams, and the moments of a projection.
+
+    ``3 W T d`` values of the model's dtype; and, for the n inputs of the widest projection back to the stream,
+    ``32 n^2 + 24 n d`` bytes of moments and solutions in float64 and ``8 (n + d)`` bytes for every token of a block.
+    """
+    width = hidden_size(dense)
+    layer = decoder_layers(dense)[0]
+    inputs = max(width, *(_inputs(layer, half.output.projection) for half in sublayers(dense)))
+    streams = _STREAMS * windows * length * width * dense.dtype.itemsize
+    moments = 8 * (_SQUARES * inputs**2 + 3 * inputs * width)
+    block = 8 * min(windows * length, BLOCK_TOKENS + length) * (inputs + width)
+    return streams + moments + block
+
+
+def _inputs(layer: torch.nn.Module, path: str) -> int:
+    weight = layer.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
