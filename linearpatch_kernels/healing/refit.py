@@ -135,6 +135,7 @@ def refit(
     *,
     settings: RefitSettings | None = None,
     stream: Stream | None = None,
+    own: Stream | None = None,
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
     run: Run = PLAIN,
@@ -163,6 +164,7 @@ def refit(
         steps: `steps_of_cut`, or of a merge; in the order of the layers.
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
         stream: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
+        own: then also the student's, up to the first step's layer at the most, where the two part before ``stream``.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
 
@@ -181,12 +183,17 @@ def refit(
         return Refit(refitted, [])
     share = _Share(fit_windows, heldout_windows, run.processes)
     wanted = Stream(share.windows) if stream is None else stream.copy()
-    # Up to its first change the student is the dense model: the two streams are one.
-    shared = shared_depth(dense, refitted, steps)
-    if wanted.depth > shared:
-        raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
-    wanted.advance(dense, shared)
-    found = wanted.copy()
+    if own is None:
+        # Up to its first change the student is the dense model: the two streams are one.
+        shared = shared_depth(dense, refitted, steps)
+        if wanted.depth > shared:
+            raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
+        wanted.advance(dense, shared)
+        found = wanted.copy()
+    else:
+        if own.depth > steps[0].index:
+            raise InputError(f"the student's stream is at depth {own.depth}, behind the first step's layer: give none")
+        found = own.copy()
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):

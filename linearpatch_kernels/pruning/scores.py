@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # How many spans a score that runs the model runs it on.
 _SHORT_LIST = 5
+# And one that fits weights again: each of them takes as long as a refit.
+_REFITTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Score:
             between every two depths, of which one is removed; or [L], of every layer, of which the best are.
         runs_the_model: the function only makes a short list; of that, the span with the lowest held-out loss once it is
             healed is removed (:func:`~linearpatch_kernels.pruning.search.plan_pruning`).
+        refits: that takes new weights (:class:`linearpatch_kernels.healing.search.Search`), so `plan_pruning` cannot.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Score:
     source: str
     function: Callable[[CalibrationStatistics], Tensor]
     runs_the_model: bool = False
+    refits: bool = False
 
 
 SCORES: Registry[Score] = Registry(
@@ -77,6 +81,22 @@ SCORES: Registry[Score] = Registry(
             "ours",
             lambda statistics: statistics.mean_token_cosine(),
             runs_the_model=True,
+        ),
+        Score(
+            "healability",
+            f"minus the held-out loss once refitted, of the {_REFITTED} best by cosine",
+            "ours",
+            lambda statistics: statistics.mean_token_cosine(),
+            runs_the_model=True,
+            refits=True,
+        ),
+        Score(
+            "healability-layers",
+            "the same for one layer at a time, each removed from the model that was refitted without those before it",
+            "the loop is that of Prune&Comp, arXiv 2507.18212; what heals is ours",
+            lambda statistics: -statistics.block_influence(),
+            runs_the_model=True,
+            refits=True,
         ),
     ),
 )
@@ -129,7 +149,7 @@ def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cos
 
 def short_list(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
     """The best spans of a score, for the model itself to judge: running all of them would cost a pass each."""
-    return list(score_spans(statistics, drop, score))[:_SHORT_LIST]
+    return list(score_spans(statistics, drop, score))[: _REFITTED if SCORES[score].refits else _SHORT_LIST]
 
 
 def spans_of_layers(layers: list[int]) -> list[Span]:
