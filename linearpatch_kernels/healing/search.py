@@ -35,6 +35,9 @@ class Search:
             over all of them are used.
         known: losses of an earlier run of this search by cut, which are not measured again.
         keep: called with every cut and its loss, for whoever wants to go on after a kill.
+
+    Attributes:
+        windows: those that a trial is fitted on, [<= S, T].
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Search:
     ) -> None:
         self._dense, self._held = dense, heldout_windows
         count = min(len(fit_windows), max(TRIAL_WINDOWS, run.processes.count))
-        self._fit = fit_windows[[len(fit_windows) * i // count for i in range(count)]]
+        self.windows = fit_windows[[len(fit_windows) * i // count for i in range(count)]]
         self._settings, self._run, self._keep = settings or RefitSettings(), run, keep
         self._known = dict(known or {})
 
@@ -97,7 +100,7 @@ class Search:
             name = _name(num_layers(self._dense), kept, span)
             if name not in self._known:
                 if wanted is None or own is None:
-                    wanted, own = (dense_stream(self._dense, self._fit, self._held, 0, self._run) for _ in range(2))
+                    wanted, own = (dense_stream(self._dense, self.windows, self._held, 0, self._run) for _ in range(2))
                 depth = max(0, span.start - 1)
                 own.advance(student, depth)
                 wanted.advance(self._dense, kept[depth])
@@ -130,7 +133,7 @@ class Search:
             self._dense,
             shallower,
             near,
-            self._fit,
+            self.windows,
             self._held,
             settings=self._settings,
             stream=wanted,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.records import Registry
@@ -37,7 +37,8 @@ class Score:
             between every two depths, of which one is removed; or [L], of every layer, of which the best are.
         runs_the_model: the function only makes a short list; of that, the span with the lowest held-out loss once it is
             healed is removed (:func:`~linearpatch_kernels.pruning.search.plan_pruning`).
-        refits: that takes new weights (:class:`linearpatch_kernels.healing.search.Search`), so `plan_pruning` cannot.
+        refits: where that fits weights again (:class:`linearpatch_kernels.healing.search.Search`, so `plan_pruning`
+            cannot), whether of ``"spans"``, or of ``"layers"``, one after the other.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Score:
     source: str
     function: Callable[[CalibrationStatistics], Tensor]
     runs_the_model: bool = False
-    refits: bool = False
+    refits: Literal["", "spans", "layers"] = ""
 
 
 SCORES: Registry[Score] = Registry(
@@ -88,7 +89,7 @@ SCORES: Registry[Score] = Registry(
             "ours",
             lambda statistics: statistics.mean_token_cosine(),
             runs_the_model=True,
-            refits=True,
+            refits="spans",
         ),
         Score(
             "healability-layers",
@@ -96,7 +97,7 @@ SCORES: Registry[Score] = Registry(
             "the loop is that of Prune&Comp, arXiv 2507.18212; what heals is ours",
             lambda statistics: -statistics.block_influence(),
             runs_the_model=True,
-            refits=True,
+            refits="layers",
         ),
     ),
 )

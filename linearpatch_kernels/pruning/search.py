@@ -158,6 +158,10 @@ def _check_request(
 ) -> None:
     """InputError where what is asked of `plan_pruning` does not fit the model or each other."""
     judged = SCORES.named(score).runs_the_model
+    if SCORES[score].refits:
+        raise InputError(
+            f"the score {score} fits weights again, which a plan has none of: `prune` chooses by it, or give `spans`"
+        )
     needs_moments(fit)
     if (drop is None) == (not spans):
         raise InputError("give either the number of layers to drop or the spans to remove")
@@ -199,8 +203,8 @@ def check_rank(rank: int, width: int, fits: Sequence[str], score: str = "") -> N
 
 
 def _running() -> list[str]:
-    """The scores that run the model."""
-    return [name for name, score in SCORES.items() if score.runs_the_model]
+    """The scores by which `plan_pruning` runs the model."""
+    return [name for name, score in SCORES.items() if score.runs_the_model and not score.refits]
 
 
 def _best_healed(

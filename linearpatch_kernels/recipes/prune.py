@@ -43,6 +43,7 @@ from linearpatch_kernels.recipes.inputs import (
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
 from linearpatch_kernels.recipes.resuming import Unfinished
+from linearpatch_kernels.recipes.searching import search
 from linearpatch_kernels.report import pruning as pruning_report
 from linearpatch_kernels.report.page import QualityRow, ReportData
 from linearpatch_kernels.report.pruning import candidate_rows, prune_report, span_rows
@@ -112,7 +113,7 @@ def prune(
             save_files(settings.output, files, overwrite=True)
         else:
             cut.save(healed.model, settings.output, files)
-    cut.unfinished.forget()
+    cut.forget()
     return PruneResult(
         output=settings.output,
         summary=summary,
@@ -131,7 +132,8 @@ class Cut:
     Attributes:
         model: as it was named; source, dense: where it is from, and the model itself.
         processes: this one among its siblings, which all have the same plan.
-        healing: what it is to be healed by; unfinished: where a refit keeps its work.
+        healing: what it is to be healed by.
+        unfinished: where a refit keeps its work; searched: where a search does.
     """
 
     model: ModelName
@@ -142,6 +144,12 @@ class Cut:
     healing: Healing
     processes: Processes
     unfinished: Unfinished
+    searched: Unfinished
+
+    def forget(self) -> None:
+        """Remove what a killed run would have gone on from."""
+        self.unfinished.forget()
+        self.searched.forget()
 
     def candidates(self, plans: Mapping[str, PrunePlan], log: Log) -> dict[str, tuple[Joint, ...]]:
         """The rows of a comparison: plain removal, the paper's patch, and these plans."""
@@ -203,7 +211,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
     """
     wanted, healing = _check(settings), asked(settings)
     check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
-    unfinished = Unfinished(settings.output, "refit")
+    unfinished, searched = (Unfinished(settings.output, what) for what in ("refit", "search"))
     texts = read_texts(settings.text, settings.heldout_text)
     siblings = processes.launched_processes()
     if not siblings.first:
@@ -224,23 +232,31 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
     with log.stage("load the model"):
         dense = source.load()
     check_output(settings.output, 0 if settings.plan_only else copies * parameter_bytes(dense), overwrite=True)
+    searches = not wanted and bool(SCORES[settings.score].refits)
+    if searches:
+        wanted = search(dense, windows, settings, unfinished=searched, processes=siblings, log=log)
     with log.stage("calibrate and fit"):
         pruning = plan_pruning(
             dense,
             windows.fit,
             windows.heldout,
-            drop=settings.drop,
+            drop=None if wanted else settings.drop,
             spans=wanted,
-            score=settings.score,
+            score="cosine" if searches else settings.score,
             fit=healing.fit,
             rank=rank,
             structured=settings.structured,
             noted=log.note,
             run=Run(settings.batch_size, siblings, log.progress),
         )
-        plan = dataclasses.replace(pruning.plan, model=fingerprint_model(dense), calibration=windows.about)
+        plan = dataclasses.replace(
+            pruning.plan,
+            model=fingerprint_model(dense),
+            calibration=windows.about,
+            score=settings.score if searches else pruning.plan.score,
+        )
         pruning = dataclasses.replace(pruning, plan=plan)
-    return Cut(model, source, dense, windows, pruning, healing, siblings, unfinished)
+    return Cut(model, source, dense, windows, pruning, healing, siblings, unfinished, searched)
 
 
 def _check(settings: PruneSettings) -> Sequence[Span]:

@@ -88,8 +88,8 @@ def test_what_is_known_is_not_tried_again(how: str, dense: PreTrainedModel, monk
 def test_few_windows_are_enough_to_compare(dense: PreTrainedModel) -> None:
     many = token_windows(100, 30, 0)
     made = Search(dense, many, HELD)
-    assert len(made._fit) == search.TRIAL_WINDOWS
-    assert all(any(torch.equal(one, other) for other in many) for one in made._fit)
+    assert len(made.windows) == search.TRIAL_WINDOWS
+    assert all(any(torch.equal(one, other) for other in many) for one in made.windows)
 
 
 def test_what_cannot_be_searched(dense: PreTrainedModel) -> None:

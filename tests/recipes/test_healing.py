@@ -17,7 +17,7 @@ import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.healing.choice import Healed
 from linearpatch_kernels.healing.ways import HEALS
-from linearpatch_kernels.recipes import healing
+from linearpatch_kernels.recipes import healing, searching
 from linearpatch_kernels.settings import PruneSettings
 from tests.support.field import linearpatch, logits, save_model, text_file, tiny
 
@@ -248,3 +248,38 @@ def test_a_plan_that_names_other_layers_is_refused(refitted: Any, place: Path, t
     file.write_text(json.dumps({**json.loads(file.read_text()), "refitted": refitted}))
     with pytest.raises(InputError, match=r"plan\.json"):
         lp.PrunePlan.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("score", ["healability", "healability-layers"])
+def test_layers_are_chosen_by_what_heals_and_a_killed_search_goes_on(
+    score: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"spans": None, "drop": 2, "score": score, "heal": "refit"}
+    whole = prune(place, tmp_path / "whole", **settings)
+    assert whole.plan.score == score
+    assert sum(span.length for span in whole.plan.spans) == 2
+    real, cuts = searching._Trials.keep, []
+
+    def keep(self: Any, cut: str, loss: float) -> None:
+        real(self, cut, loss)
+        cuts.append(cut)
+        if len(cuts) == 2:
+            raise Killed
+
+    monkeypatch.setattr(searching._Trials, "keep", keep)
+    with pytest.raises(Killed):
+        prune(place, tmp_path / "killed", **settings)
+    assert (tmp_path / ".killed.search").exists()
+    first = list(cuts)
+    prune(place, tmp_path / "killed", **settings)
+    assert not {*first} & {*cuts[2:]}
+    for name in ("model.safetensors", "linearpatch/plan.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert [*tmp_path.glob(".*")] == []
+
+
+def test_a_plan_alone_cannot_be_made_by_fitting_weights() -> None:
+    model = tiny()
+    windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="`prune` chooses by it"):
+        lp.plan_pruning(model, windows, windows, drop=1, score="healability", fit="none")
