@@ -1,17 +1,19 @@
-"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --text mix --windows 128``.
+"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --text mix --windows 126``.
 
-SmolLM2-135M without the span: as it is, with a patch at the joint, refitted (stock), and both. Every row says how much
-of the loss that plain removal costs is won back on three texts: BoolQ passages (12 windows, those of
-`benchmarks.studies.distillation`), LAMBADA (12 windows) and the manual of Python (12 windows), of which the last two
-are never calibrated on. ``--json FILE`` keeps the table as a result.
+SmolLM2-135M without the span: with a patch at the joint, refitted (stock), and both; ``structured``: with the best
+patch that is no dense map. Every row says how much of the loss that plain removal costs is won back on three texts:
+BoolQ passages (12 windows, those of `benchmarks.studies.distillation`), LAMBADA (12 windows) and the manual of Python
+(12 windows), of which the last two are never calibrated on. ``--score healability`` (or ``healability-layers``) searches
+for the layers itself; the shares are still of what plain removal of ``--spans`` costs. Before each refit it says what
+`healing.cost` expects, behind it what it was. ``--json FILE`` keeps the table as a result.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +26,31 @@ from benchmarks.studies.distillation import FIT, HELDOUT, LENGTH, REPORT
 from linearpatch_kernels.calibration import calibrate
 from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
 from linearpatch_kernels.evaluation.agreement import compare_quality, healed_share
-from linearpatch_kernels.healing.refit import RefitSettings, refit, steps_of_cut
+from linearpatch_kernels.healing.choice import Healer
+from linearpatch_kernels.healing.cost import cost_of_healing
+from linearpatch_kernels.healing.refit import RefitSettings
+from linearpatch_kernels.healing.search import Search
+from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.scores import SCORES, short_list
 from linearpatch_kernels.pruning.selection import fitted_joints
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.text import split_windows, token_windows, without_shared_runs
 
 # As `benchmarks.studies.distillation` shares the first text out: its tables and these have the same report windows.
 _SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
-METHODS = ("patch", "stock", "patch+stock")
+# The map at the joint, and whether the weights around it are fitted again.
+METHODS = {
+    "patch": ("shrunk-least-squares", False),
+    "stock": (None, True),
+    "patch+stock": ("shrunk-least-squares", True),
+    "structured": ("shrunk-low-rank", False),
+    "structured+stock": ("shrunk-low-rank", True),
+    "hadamard+stock": ("hadamard-low-rank", True),
+}
 
 
 def third_text() -> list[str]:
@@ -72,29 +87,56 @@ def calibration(tokenizer: Any, text: str, count: int, kept_back: Sequence[str])
     return torch.cat(fit), torch.cat(held)
 
 
-def healed(
-    dense: PreTrainedModel, spans: Sequence[Span], method: str, fit: Tensor, held: Tensor, settings: RefitSettings
-) -> PreTrainedModel:
+def plan_of(dense: PreTrainedModel, spans: Sequence[Span], fit: str | None, windows: Tensor) -> PrunePlan:
     joints = tuple(Joint(span, None) for span in spans)
-    if "patch" in method:
-        joints = fitted_joints(calibrate(dense, fit.split(4), moments=spans), spans, "shrunk-least-squares")
-    plan = PrunePlan(num_layers(dense), joints)
-    student = apply_plan(dense, plan)
-    if "stock" not in method:
-        return student
-    steps = steps_of_cut(plan.kept_layers, num_layers(dense), settings.behind, in_front="patch" not in method)
-    result = refit(dense, student, steps, fit, held, settings=settings)
+    if fit is not None:
+        joints = fitted_joints(calibrate(dense, windows.split(4), moments=spans), spans, fit)
+    return PrunePlan(num_layers(dense), joints)
+
+
+def healed(
+    dense: PreTrainedModel, plan: PrunePlan, fit: Tensor, held: Tensor, settings: RefitSettings
+) -> PreTrainedModel:
+    """Refitted, with what was expected of it and what it took on a line."""
+    way = HEALS["refit" if plan.joints[0].patch is None else "patch+refit"]
+    told = cost_of_healing(dense, plan, [way], fit, held, settings=settings)
+    before, begin = reset_peak_memory(), time.perf_counter()
+    result = Healer(dense, plan.spans, fit, held, settings=settings).by(way, plan)
+    taken, peak = time.perf_counter() - begin, peak_memory() - before
     for row in result.rows:
-        print(f"    {row.layer:3} {row.part:17} ridge {row.ridge}: {row.before:.4f} -> {row.after:.4f}", flush=True)
+        if row.before is not None and row.after is not None:
+            print(f"    {row.layer:3} {row.part:17} ridge {row.ridge}: {row.before:.4f} -> {row.after:.4f}", flush=True)
+    print(f"    expected: {told.bytes / 1e9:.2f} GB, {told.seconds:.0f} s; was: {peak / 1e9:.2f} GB, {taken:.0f} s")
     return result.model
+
+
+def reset_peak_memory() -> int:
+    """The process's resident bytes, from which on the peak is measured."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """The most resident bytes of this process since `reset_peak_memory`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def searched(dense: PreTrainedModel, score: str, count: int, fit: Tensor, held: Tensor) -> list[Span]:
+    """The layers to remove by a score that refits the model, and what every trial came to."""
+    search = Search(dense, fit, held, keep=lambda cut, loss: print(f"    without {cut}: {loss:.4f}", flush=True))
+    if SCORES[score].refits == "layers":
+        return search.layers(count)
+    return search.spans(short_list(calibrate(dense, search.windows.split(4)), count, score))
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--spans", default="13:19")
     arguments.add_argument("--text", choices=("boolq", "mix"), default="mix")
-    arguments.add_argument("--windows", type=int, default=128)
-    arguments.add_argument("--methods", default=",".join(METHODS))
+    arguments.add_argument("--windows", type=int, default=126)
+    arguments.add_argument("--methods", default="patch,stock,patch+stock")
+    arguments.add_argument("--score", choices=[name for name, score in SCORES.items() if score.refits])
     arguments.add_argument("--behind", type=int, default=3)
     arguments.add_argument("--shrinkage", type=float, default=0.75)
     add_option(arguments)
@@ -112,9 +154,15 @@ def main() -> None:
     base = {name: compare_quality(plain, windows) for name, windows in texts.items()}
     settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
     rows: list[list[str]] = []
+    if options.score:
+        begin = time.perf_counter()
+        spans = searched(dense, options.score, sum(span.length for span in spans), fit, held)
+        print(f"without {','.join(map(str, spans))}: found in {time.perf_counter() - begin:.0f} s", flush=True)
     for method in options.methods.split(","):
+        kind, refits = METHODS[method]
         begin, cpu = time.perf_counter(), time.process_time()
-        model = healed(dense, spans, method, fit, held, settings)
+        plan = plan_of(dense, spans, kind, fit)
+        model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
         row = [method]
         took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
         for name, windows in texts.items():
@@ -127,9 +175,9 @@ def main() -> None:
     columns += ["time", "CPU time"]
     print(f"\n{markdown(columns, rows)}")
     if options.json:
-        about = {"spans": options.spans, "text": options.text, "windows": len(fit), "heldout": len(held)}
+        removed = ",".join(map(str, spans))
+        about = {"removed": removed, "text": options.text, "windows": len(fit), "heldout": len(held)}
         record(options.json, {"healing": (columns, rows)}, about=about)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
 
 
 if __name__ == "__main__":
