@@ -3,7 +3,7 @@
 SmolLM2-135M without the span: with a patch at the joint, refitted (stock), and both; ``structured``: with the best
 patch that is no dense map. Every row says how much of the loss that plain removal costs is won back on three texts:
 BoolQ passages (12 windows, those of `benchmarks.studies.distillation`), LAMBADA (12 windows) and the manual of Python
-(12 windows), of which the last two are never calibrated on. ``--score healability`` (or ``healability-layers``) searches
+(12 windows), of which the last two are never calibrated on. ``--score healability`` (or ``healability-layers``) looks
 for the layers itself; the shares are still of what plain removal of ``--spans`` costs. Before each refit it says what
 `healing.cost` expects, behind it what it was. ``--json FILE`` keeps the table as a result.
 """
