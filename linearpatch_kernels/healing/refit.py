@@ -284,34 +284,37 @@ class _Enough(Exception):
     """Ends a run of a layer once what was wanted of it is there."""
 
 
-def _entering_alone(model: PreTrainedModel, index: int, path: str, states: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What enters a module of a layer, [T, d] per window; nothing behind that module runs."""
-    run = PartialRun(model, index, index + 1)
-    seen: list[Tensor] = []
-
-    def stop(entered: Tensor) -> None:
-        seen.append(entered[0])
-        raise _Enough
-
-    with entering([(decoder_layers(model)[index].get_submodule(path), stop)]):
-        for state in states:
-            with contextlib.suppress(_Enough):
-                run(state.unsqueeze(0))
-            yield seen.pop()
-
-
-def _entering_and_leaving(
+def _entering(
     model: PreTrainedModel, index: int, paths: Sequence[str], states: Iterable[Tensor]
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """What enters modules of a layer, in the order in which they run, and what leaves the layer, per window."""
+) -> Iterator[list[Tensor]]:
+    """What enters modules of a layer, in the order in which they run, [T, n] each, per window; no more of it is run."""
     run = PartialRun(model, index, index + 1)
     layer = decoder_layers(model)[index]
     seen: list[Tensor] = []
-    with entering((layer.get_submodule(path), lambda entered: seen.append(entered[0])) for path in paths):
+
+    def look(entered: Tensor) -> None:
+        seen.append(entered[0])
+        if len(seen) == len(paths):
+            raise _Enough
+
+    with entering([(layer.get_submodule(path), look) for path in paths]):
         for state in states:
             seen.clear()
+            with contextlib.suppress(_Enough):
+                run(state.unsqueeze(0))
+            yield list(seen)
+
+
+def _entering_and_leaving(
+    model: PreTrainedModel, index: int, path: str, states: Iterable[Tensor]
+) -> Iterator[list[Tensor]]:
+    """What enters a module of a layer, and what leaves the layer, per window."""
+    run = PartialRun(model, index, index + 1)
+    seen: list[Tensor] = []
+    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(entered[0]))]):
+        for state in states:
             leaving = run(state.unsqueeze(0))[0]
-            yield list(seen), leaving
+            yield [seen.pop(), leaving]
 
 
 def _behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> list[Tensor]:
@@ -342,7 +345,7 @@ class _Layer:
             return [self._output("feed-forward-out", feed_forward, found.states, wanted.states)]
         wanted.advance(dense, stands_for)
         # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
-        normed = _entering_alone(dense, stands_for, attention.inputs[0].projection, wanted.states)
+        normed = (seen for (seen,) in _entering(dense, stands_for, [attention.inputs[0].projection], wanted.states))
         rows = [self._input("attention-in", attention, found.states, normed)]
         middle = _behind_attention(dense, stands_for, wanted)
         rows.append(self._output("attention-out", attention, found.states, middle))
@@ -356,9 +359,9 @@ class _Layer:
     def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
         projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = _entering_alone(self._student, self._step.index, projections[0], states)
+        normed = _entering(self._student, self._step.index, projections[:1], states)
         choice = self._choice(
-            (n, target.to(n.device).float() - n.float(), None) for n, target in zip(normed, targets, strict=True)
+            (n, target.to(n.device).float() - n.float(), None) for (n,), target in zip(normed, targets, strict=True)
         )
         return self._taken(part, projections, choice, of_input=True)
 
@@ -368,12 +371,15 @@ class _Layer:
         if half.output_norm is not None:
             why = f"{half.output_norm} norms what comes out of {path}"
             return RefitRow(self._step.index, part, (), None, None, None, why)
-        behind = [sublayers(self._student)[1].norm] if part == "attention-out" else []
-        passes = _entering_and_leaving(self._student, self._step.index, [path, *behind], states)
+        index = self._step.index
+        if part == "attention-out":
+            # What enters the norm behind is the stream there; the feed-forward need not run.
+            pairs = _entering(self._student, index, [path, sublayers(self._student)[1].norm], states)
+        else:
+            pairs = _entering_and_leaving(self._student, index, path, states)
 
         def tokens() -> Iterator[_Tokens]:
-            for ((a, *middle), leaving), target in zip(passes, targets, strict=True):
-                has = middle[0] if middle else leaving
+            for (a, has), target in zip(pairs, targets, strict=True):
                 y = target.to(has.device).float()
                 yield a, y - has.float(), 1 / y.square().sum(-1).clamp_min(_EPSILON)
 
