@@ -71,15 +71,21 @@ def evaluation_mode(*models: object) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: object) -> Iterator[None]:
-    """Eval mode for the modules among ``models``; afterwards they are in the mode they were in."""
-    training = [m for m in models if isinstance(m, nn.Module) and m.training]
-    for module in training:
+    """Eval mode for the modules among ``models``; afterwards each of their parts is in the mode it was in."""
+    modes = {
+        module: {part: part.training for part in module.modules()} for module in models if isinstance(module, nn.Module)
+    }
+    in_training = [module for module, parts in modes.items() if any(parts.values())]
+    for module in in_training:
         module.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.train()
+        for module in in_training:
+            # By their own method, which may do more than set a flag.
+            module.train(modes[module][module])
+            for part, mode in modes[module].items():
+                part.training = mode
 
 
 _LOCK = Lock()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linearpatch_kernels import torch_state
-from linearpatch_kernels.torch_state import evaluation_mode, faster_float32_products
+from linearpatch_kernels.torch_state import eval_mode, evaluation_mode, faster_float32_products
 
 
 def settings() -> tuple[str, ...]:
@@ -40,6 +40,16 @@ def amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_state, "_cpu_information", lambda: "vendor_id : AuthenticAMD")
     monkeypatch.setattr(torch_state, "_LARGEST_RATIO", float("inf"))
     monkeypatch.setattr(torch_state, "_accelerator", lambda: "cpu")
+
+
+@pytest.mark.parametrize("modes", [(True, True, False), (False, True, False), (True, False, True)])
+def test_every_part_gets_its_mode_back(modes: tuple[bool, ...]) -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    for part, mode in zip(model.modules(), modes, strict=True):
+        part.training = mode
+    with eval_mode(model, "a name"):
+        assert not any(part.training for part in model.modules())
+    assert tuple(part.training for part in model.modules()) == modes
 
 
 @pytest.mark.usefixtures("amd")

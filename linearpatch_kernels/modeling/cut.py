@@ -62,7 +62,7 @@ def rebuild(
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"a {type(model).__name__} cannot be cut: merge or unload the wrapper first")
-    _check_weights(model)
+    check_weights(model)
     twin = _built(model_class, config)
     pairs = _paired(model, twin, kept)
     if not all(pair.same_class for pair in pairs):
@@ -87,8 +87,8 @@ def rebuild(
     return twin
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    """InputError unless all weights are plain floating tensors in one place."""
+def check_weights(model: PreTrainedModel) -> None:
+    """InputError unless all weights are plain floating tensors in one place: no other model can be cut."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError("a quantised model cannot be cut: cut the full-precision model, then quantise the result")
     if is_dispatched(model):

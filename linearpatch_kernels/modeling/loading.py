@@ -11,16 +11,24 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import find_adapter_config_file
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import reading, said
-from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.families import family_of, hidden_size, num_layers
 from linearpatch_kernels.modeling.gguf import GGUFFile
 from linearpatch_kernels.modeling.saving import no_progress_bar
 from linearpatch_kernels.modeling.weights import (
@@ -61,6 +69,33 @@ _COMPANIONS = (
 )
 _COMPANION_BYTES = 64 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+class Source(Protocol):
+    """A model and what comes with it, still to be loaded (`ModelSource`) or given loaded (`LoadedModel`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def is_quantised(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def companions(self) -> dict[str, bytes]: ...
+
+    def load(self) -> PreTrainedModel: ...
 
 
 class ModelSource:
@@ -147,13 +182,7 @@ class ModelSource:
         rows = self.config.vocab_size
         with _told_of(self._title, "has no tokenizer that can be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(self._place, trust_remote_code=self._trust)
-            # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
-            tokens = int(tokenizer.vocab_size)
-        if tokens > rows:
-            raise InputError(
-                f"the tokenizer of {self.name} has {tokens} tokens and the model {rows} embeddings: it belongs to "
-                "another model"
-            )
+            _check_tokenizer(tokenizer, self.name, rows)
         return tokenizer
 
     @own_state()
@@ -185,15 +214,7 @@ class ModelSource:
         """
         if self._gguf is not None:
             return {}
-        folder = self._directory or _snapshot(self.name)
-        if folder is None:
-            return {}
-        found: dict[str, bytes] = {}
-        for file in _companions_in(folder, code=self._trust):
-            with contextlib.suppress(OSError):
-                if file.is_file() and file.stat().st_size <= _COMPANION_BYTES:
-                    found[file.relative_to(folder).as_posix()] = file.read_bytes()
-        return found
+        return _companions_in(self._directory or _snapshot(self.name), code=self._trust)
 
     @property
     def _place(self) -> str:
@@ -203,6 +224,66 @@ class ModelSource:
     def _title(self) -> str:
         """What a message is about: of a GGUF file its conversion, which may be what is wrong."""
         return self.name if self._gguf is None else f"{self._gguf.converted} (converted from {self.name})"
+
+
+class LoadedModel:
+    """A model that is given loaded, with its tokenizer. It is used as it is, where it is, and nothing in it changes.
+
+    What was loaded from a directory or a hub says so (``name_or_path``): its companions are looked for there.
+
+    Args:
+        model: a causal LM of a supported family.
+        tokenizer: the model's.
+        trust_remote_code: of the companions, take the code along.
+
+    Raises:
+        InputError: not such a model, no tokenizer, or one of another model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, trust_remote_code: bool = False) -> None:
+        kind = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"a {kind} is no model of Transformers: merge or unload the wrapper first")
+        head = family_of(model).causal_lm_class
+        if not isinstance(model, head):
+            raise InputError(f"a {kind} gives no logits over tokens: give the {head.__name__}")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            missing = "is missing" if tokenizer is None else f"is a {type(tokenizer).__name__}"
+            raise InputError(f"`tokenizer` {missing}: give the model's tokenizer with the {kind}")
+        self.name = model.name_or_path or kind
+        self.config: PretrainedConfig = model.config
+        self.tokenizer = tokenizer
+        self._model, self._trust = model, trust_remote_code
+        _check_tokenizer(tokenizer, self.name, self.config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers the model has."""
+        return num_layers(self._model)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the residual stream."""
+        return hidden_size(self._model)
+
+    @property
+    def is_quantised(self) -> bool:
+        """As of `ModelSource`."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def load(self) -> PreTrainedModel:
+        """The model itself."""
+        return self._model
+
+    @functools.cached_property
+    def companions(self) -> dict[str, bytes]:
+        """As of `ModelSource`."""
+        origin = self._model.name_or_path
+        if origin and Path(origin).is_dir():
+            return _companions_in(Path(origin), code=self._trust)
+        # A hub's model knows its commit: no other path that is gone is taken for the name of one.
+        known = origin and getattr(self.config, "_commit_hash", None) is not None
+        return _companions_in(_snapshot(origin) if known else None, code=self._trust)
 
 
 def load_model(
@@ -279,7 +360,29 @@ def _snapshot(name: str) -> Path | None:
     return None
 
 
-def _companions_in(folder: Path, *, code: bool) -> list[Path]:
+def _check_tokenizer(tokenizer: Any, name: str, rows: int) -> None:
+    """InputError where a tokenizer has more tokens than its model has embeddings."""
+    # Added tokens are not counted: Gemma 3 has one more of them than rows, for images.
+    tokens = int(tokenizer.vocab_size)
+    if tokens > rows:
+        raise InputError(
+            f"the tokenizer of {name} has {tokens} tokens and the model {rows} embeddings: it belongs to another model"
+        )
+
+
+def _companions_in(folder: Path | None, *, code: bool) -> dict[str, bytes]:
+    """Relative path -> content; nothing where there is no folder."""
+    found: dict[str, bytes] = {}
+    if folder is None:
+        return found
+    for file in _companion_files(folder, code=code):
+        with contextlib.suppress(OSError):
+            if file.is_file() and file.stat().st_size <= _COMPANION_BYTES:
+                found[file.relative_to(folder).as_posix()] = file.read_bytes()
+    return found
+
+
+def _companion_files(folder: Path, *, code: bool) -> list[Path]:
     files: list[Path] = []
     with contextlib.suppress(OSError):
         files += [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]

@@ -35,7 +35,7 @@ from linearpatch_kernels.files import (
 from linearpatch_kernels.fingerprints import fingerprint_tokenizer, model_difference, tokenizer_difference
 from linearpatch_kernels.forward import check_windows
 from linearpatch_kernels.modeling.families import is_dispatched
-from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
 from linearpatch_kernels.processes import Processes
@@ -151,7 +151,7 @@ class _Job:
     settings: DistillSettings
     training: TrainingSettings
     plan: Student
-    source: ModelSource
+    source: Source
     student: PreTrainedModel
     dense: PreTrainedModel
     windows: _Windows
@@ -333,7 +333,7 @@ class _Windows:
     source: str
 
 
-def _make_windows(model: ModelSource, texts: Texts, settings: DistillSettings, log: Log) -> _Windows:
+def _make_windows(model: Source, texts: Texts, settings: DistillSettings, log: Log) -> _Windows:
     """The windows of a run: as many as its steps take, or all there are, and those held out."""
     tokenizer, heldout, length = model.tokenizer, settings.heldout, settings.length
     wanted = settings.steps * settings.windows_per_step
@@ -362,7 +362,7 @@ def _make_windows(model: ModelSource, texts: Texts, settings: DistillSettings, l
     return _Windows(everything, range(training), range(training, training + heldout), evaluation, source, texts.source)
 
 
-def _check_teacher(directory: Path, plan: Student, student: ModelSource, teacher: ModelSource) -> None:
+def _check_teacher(directory: Path, plan: Student, student: Source, teacher: Source) -> None:
     """InputError where what is known before the weights are loaded does not fit together."""
     if teacher.num_layers != plan.num_layers or teacher.hidden_size != student.hidden_size:
         raise InputError(

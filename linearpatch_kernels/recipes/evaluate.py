@@ -16,11 +16,19 @@ from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_s
 from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate_tasks
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.fingerprints import tokenizer_difference
-from linearpatch_kernels.forward import check_windows
+from linearpatch_kernels.forward import check_windows, model_device
 from linearpatch_kernels.modeling.families import num_layers
-from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.processes import check_alone
-from linearpatch_kernels.recipes.inputs import ModelName, find_model, in_words, names_in, title_of, windows_up_to
+from linearpatch_kernels.recipes.inputs import (
+    GivenModel,
+    ModelName,
+    find_model,
+    in_words,
+    names_in,
+    title_of,
+    windows_up_to,
+)
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.report.page import QualityRow
 from linearpatch_kernels.settings import EvaluateSettings
@@ -57,14 +65,19 @@ class TasksFailed(Exception):
 
 
 def evaluate(
-    model: ModelName, settings: EvaluateSettings | None = None, *, reporter: Reporter | None = None, **named: Any
+    model: GivenModel,
+    settings: EvaluateSettings | None = None,
+    *,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    **named: Any,
 ) -> Evaluation:
     """Perplexity of a model; with a ``teacher`` its top-1 agreement and KL; with ``tasks`` zero-shot accuracy::
 
         lp.evaluate("DIR", teacher="demo", speed=True).summary["perplexity"]
 
     Args:
-        model, settings, reporter, named: as of `prune`.
+        model, settings, tokenizer, reporter, named: as of `prune`; a teacher goes to where a loaded model is.
 
     Raises:
         InputError: a model, a text or a value that cannot be worked with.
@@ -76,10 +89,13 @@ def evaluate(
     tasks = _checked_tasks(settings)
     text = demo_text("heldout") if settings.text is None else read_text(settings.text)
     with log.stage("load"):
-        source = find_model(model, settings)
+        source = find_model(model, settings, tokenizer=tokenizer)
+        if isinstance(model, PreTrainedModel):
+            settings = dataclasses.replace(settings, device=str(model_device(model)))
         teacher = None if settings.teacher is None else find_model(settings.teacher, settings)
     with log.stage("tokenise"):
-        _check_pair(model, source, settings.teacher, teacher)
+        named_model = source.name if isinstance(model, PreTrainedModel) else model
+        _check_pair(named_model, source, settings.teacher, teacher)
         windows = windows_up_to(source.tokenizer, text, settings.length, settings.windows)
         for known in filter(None, (source, teacher)):
             check_windows(known, windows)
@@ -128,7 +144,7 @@ def _checked_tasks(settings: EvaluateSettings) -> list[str]:
     return names
 
 
-def _check_pair(model: ModelName, source: ModelSource, teacher_name: str | None, teacher: ModelSource | None) -> None:
+def _check_pair(model: ModelName, source: Source, teacher_name: str | None, teacher: Source | None) -> None:
     """InputError where the logits of the two cannot be compared."""
     if teacher is None:
         return

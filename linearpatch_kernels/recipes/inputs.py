@@ -8,10 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
@@ -19,7 +19,8 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import lies_in
 from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
 from linearpatch_kernels.forward import check_windows
-from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.cut import check_weights
+from linearpatch_kernels.modeling.loading import LoadedModel, ModelSource, Source
 from linearpatch_kernels.modeling.saving import check_output
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.recipes.log import Log
@@ -35,6 +36,9 @@ from linearpatch_kernels.text import (
 
 ModelName = str | os.PathLike[str]
 """A model directory, a ``.gguf`` file, a hub id, or ``demo``."""
+
+GivenModel: TypeAlias = ModelName | PreTrainedModel
+"""A model by its name, or loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +72,26 @@ class Loading(Protocol):
 
 
 def find_model(
-    model: ModelName, settings: Loading, *, processes: Processes | None = None, device_map: str | None = None
-) -> ModelSource:
+    model: GivenModel,
+    settings: Loading,
+    *,
+    tokenizer: Any = None,
+    processes: Processes | None = None,
+    device_map: str | None = None,
+) -> Source:
     """MODEL with its config and tokenizer at hand, for all that can be refused before its weights are loaded.
 
     Args:
+        tokenizer: of a model that is given loaded.
         processes: what a launcher started: it decides the device, unless the settings do.
     """
+    if isinstance(model, nn.Module):
+        for name in ("dtype", "device"):
+            if getattr(settings, name) not in (None, "auto"):
+                raise InputError(f"`{name}` says how a model is to be loaded, and this one is loaded: leave it out")
+        return LoadedModel(model, tokenizer, trust_remote_code=settings.trust_remote_code)
+    if tokenizer is not None:
+        raise InputError(f"`tokenizer` goes with a loaded model, and {os.fspath(model)} has its own: leave it out")
     if settings.dtype not in _DTYPES:
         raise InputError(f"`dtype` {settings.dtype} is not known: choose one of {', '.join(_DTYPES)}")
     launched = None if processes is None else processes.device
@@ -87,15 +104,17 @@ def find_model(
     )
 
 
-def check_can_be_cut(model: ModelSource) -> None:
+def check_can_be_cut(model: Source) -> None:
     """InputError for a model that can only be measured; ask it before the calibration."""
+    if isinstance(model, LoadedModel):
+        check_weights(model.load())
     if model.is_quantised:
         raise InputError(
             f"{model.name} is quantised and cannot be cut: give the full-precision model, and quantise the result"
         )
 
 
-def check_output_place(output: Path, model: ModelName, *reads: ModelName | None) -> None:
+def check_output_place(output: Path, model: GivenModel, *reads: ModelName | None) -> None:
     """Whether an output can take its place; call it first.
 
     Args:
@@ -106,13 +125,18 @@ def check_output_place(output: Path, model: ModelName, *reads: ModelName | None)
     check_output(output, overwrite=True, made_from=[on_disk(model), *reads])
 
 
-def on_disk(model: ModelName | None) -> ModelName | None:
-    """MODEL as a path that may be there; ``demo`` is none, whatever lies under that name."""
+def on_disk(model: GivenModel | None) -> ModelName | None:
+    """MODEL, or what it was loaded from, as a path that may be there; ``demo`` is none, whatever lies under that
+    name."""
+    if isinstance(model, nn.Module):
+        return getattr(model, "name_or_path", None)
     return None if model == "demo" else model
 
 
-def title_of(model: ModelName) -> str:
+def title_of(model: GivenModel) -> str:
     """What a report calls the model."""
+    if isinstance(model, PreTrainedModel):
+        return in_words(Path(model.name_or_path).name or type(model).__name__)
     return "SmolLM2-135M-Instruct" if model == "demo" else in_words(Path(model).name or os.fspath(model))
 
 
@@ -225,7 +249,7 @@ class Sampling(Protocol):
 
 
 def make_windows(
-    model: ModelSource | PreTrainedModel,
+    model: Source | PreTrainedModel,
     tokenizer: Any,
     texts: Texts,
     settings: Sampling,

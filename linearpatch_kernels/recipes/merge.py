@@ -27,14 +27,14 @@ from linearpatch_kernels.merging.refit import (
 )
 from linearpatch_kernels.merging.search import VARIANTS, MergeSettings, check_settings, default_variant, plan_merging
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
-from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.fits import FITS, UnusableFit, too_little_text
 from linearpatch_kernels.pruning.search import check_rank, rank_for
 from linearpatch_kernels.recipes.inputs import (
-    ModelName,
+    GivenModel,
     Windows,
     check_can_be_cut,
     check_output_place,
@@ -73,7 +73,12 @@ class MergeResult(Result):
 
 
 def merge(
-    model: ModelName, settings: MergeRunSettings | None = None, *, reporter: Reporter | None = None, **named: Any
+    model: GivenModel,
+    settings: MergeRunSettings | None = None,
+    *,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    **named: Any,
 ) -> MergeResult:
     """Merge layers of a model until so many remain (CoMe), and write it with its plan and a report::
 
@@ -83,7 +88,7 @@ def merge(
     that was killed goes on where it was when it is called again.
 
     Args:
-        model, settings, reporter, named: as of `prune`.
+        model, settings, tokenizer, reporter, named: as of `prune`.
 
     Raises:
         InputError: a model, a text, a value or a place for the output that cannot be worked with; before long work
@@ -92,7 +97,7 @@ def merge(
     settings = MergeRunSettings.of(settings, named)
     check_alone("merge")
     log = Log(reporter)
-    job = _prepare(model, settings, log)
+    job = _prepare(model, settings, tokenizer, log)
     merged, plan = job.merged(log)
     models = {_MERGED: merged}
     if job.heal != NO_HEALING:
@@ -144,9 +149,9 @@ class _Job:
         heal: `REFIT`, a fit, or `NO_HEALING`; rank: of the fit.
     """
 
-    model: ModelName
+    model: GivenModel
     settings: MergeRunSettings
-    source: ModelSource
+    source: Source
     dense: PreTrainedModel
     windows: Windows
     variant: str
@@ -204,7 +209,7 @@ class _Job:
         return _MERGED
 
 
-def _prepare(model: ModelName, settings: MergeRunSettings, log: Log) -> _Job:
+def _prepare(model: GivenModel, settings: MergeRunSettings, tokenizer: Any, log: Log) -> _Job:
     """All before the first merge: checks, text, model."""
     _check(settings)
     check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
@@ -215,7 +220,7 @@ def _prepare(model: ModelName, settings: MergeRunSettings, log: Log) -> _Job:
             f"`samples` {settings.samples} is too few for a refit, which fits on some and chooses on others: give at "
             f"least {REFIT_WINDOWS}, or another `heal`"
         )
-    source = find_model(model, settings)
+    source = find_model(model, settings, tokenizer=tokenizer)
     check_can_be_cut(source)
     check_settings(_merging(settings), source.num_layers)
     rank = rank_for(settings.rank, source.hidden_size)

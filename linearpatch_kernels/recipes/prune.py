@@ -19,7 +19,7 @@ from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed
 from linearpatch_kernels.healing.refit import RefitRow
-from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning import selection
@@ -30,7 +30,7 @@ from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning
 from linearpatch_kernels.pruning.selection import usable_candidates
 from linearpatch_kernels.recipes.healing import Healing, asked, heal, told
 from linearpatch_kernels.recipes.inputs import (
-    ModelName,
+    GivenModel,
     Windows,
     check_can_be_cut,
     check_output_place,
@@ -67,7 +67,12 @@ class PruneResult(Result):
 
 
 def prune(
-    model: ModelName, settings: PruneSettings | None = None, *, reporter: Reporter | None = None, **named: Any
+    model: GivenModel,
+    settings: PruneSettings | None = None,
+    *,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    **named: Any,
 ) -> PruneResult:
     """Remove layers from a model, heal the joint, and write the shallower model with its plan and a report::
 
@@ -77,7 +82,9 @@ def prune(
     ``spans``.
 
     Args:
-        model: a directory, a hub id, a ``.gguf`` file, or ``"demo"``.
+        model: a directory, a hub id, a ``.gguf`` file, or ``"demo"``; or a loaded causal LM of Transformers, which does
+            not change: ``dtype`` and ``device`` are then its own.
+        tokenizer: of a loaded model, and needed with one.
         settings: or their fields by ``named``.
         reporter: is told progress and notes; by default notes are Python warnings, and progress is not shown.
 
@@ -87,7 +94,7 @@ def prune(
     """
     settings = PruneSettings.of(settings, named)
     log = Log(reporter)
-    cut = plan_cut(model, settings, log)
+    cut = plan_cut(model, settings, log, tokenizer=tokenizer)
     healed = heal(
         cut.dense,
         cut.pruning.plan,
@@ -136,8 +143,8 @@ class Cut:
         unfinished: where a refit keeps its work; searched: where a search does.
     """
 
-    model: ModelName
-    source: ModelSource
+    model: GivenModel
+    source: Source
     dense: PreTrainedModel
     windows: Windows
     pruning: Pruning
@@ -203,10 +210,11 @@ class Cut:
         )
 
 
-def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int = 1) -> Cut:
+def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer: Any = None, copies: int = 1) -> Cut:
     """All of `prune` before the comparison: checks, text, model, plan.
 
     Args:
+        tokenizer: of a loaded model.
         copies: how many models will be written.
     """
     wanted, healing = _check(settings), asked(settings)
@@ -217,7 +225,7 @@ def plan_cut(model: ModelName, settings: PruneSettings, log: Log, *, copies: int
     if not siblings.first:
         log.silence()
     with log.stage("load the model"):
-        source = find_model(model, settings, processes=siblings)
+        source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
     if wanted:
         checked_spans(wanted, source.num_layers)

@@ -24,7 +24,7 @@ from linearpatch_kernels.pruning.fits import FITS
 from linearpatch_kernels.pruning.scores import SCORES, check_drop, scores_of_statistics
 from linearpatch_kernels.pruning.search import SweepPoint, check_rank, rank_for
 from linearpatch_kernels.recipes.inputs import (
-    ModelName,
+    GivenModel,
     Windows,
     check_can_be_cut,
     check_output_place,
@@ -57,7 +57,12 @@ class SweepResult(Result):
 
 
 def sweep(
-    model: ModelName, settings: SweepSettings | None = None, *, reporter: Reporter | None = None, **named: Any
+    model: GivenModel,
+    settings: SweepSettings | None = None,
+    *,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    **named: Any,
 ) -> SweepResult:
     """Quality against depth: every number of dropped layers with every fit, from one calibration; table and plot::
 
@@ -67,7 +72,7 @@ def sweep(
     that was killed goes on from its calibration when it is called again.
 
     Args:
-        model, settings, reporter, named: as of `prune`.
+        model, settings, tokenizer, reporter, named: as of `prune`.
 
     Raises:
         InputError: a model, a text, a value or a place for the output that cannot be worked with; before long work
@@ -76,7 +81,7 @@ def sweep(
     settings = SweepSettings.of(settings, named)
     check_alone("sweep")
     log = Log(reporter)
-    job = _prepare(model, settings, log)
+    job = _prepare(model, settings, tokenizer, log)
     dense, points = job.measured(log)
     summary = _summarise(job, dense, points, log)
     files: dict[str, bytes] = {}
@@ -100,7 +105,7 @@ def sweep(
 class _Job:
     """A model, and what of it is measured."""
 
-    model: ModelName
+    model: GivenModel
     settings: SweepSettings
     dense: PreTrainedModel
     windows: Windows
@@ -141,7 +146,7 @@ class _Job:
         return quality, points
 
 
-def _prepare(model: ModelName, settings: SweepSettings, log: Log) -> _Job:
+def _prepare(model: GivenModel, settings: SweepSettings, tokenizer: Any, log: Log) -> _Job:
     """All before the calibration: checks, text, model."""
     fits = names_in(settings.fits)
     for name in fits:
@@ -152,7 +157,7 @@ def _prepare(model: ModelName, settings: SweepSettings, log: Log) -> _Job:
     unfinished = Unfinished(settings.output, "statistics")
     texts = read_texts(settings.text, settings.heldout_text)
     with log.stage("load the model"):
-        source = find_model(model, settings)
+        source = find_model(model, settings, tokenizer=tokenizer)
         check_can_be_cut(source)
     for count in drops:
         check_drop(count, source.num_layers)

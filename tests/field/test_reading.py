@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.loading import ModelSource, load_model
+from linearpatch_kernels.modeling.loading import LoadedModel, ModelSource, load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import DensePatch
 from tests.support.field import IDS, SMALL, linearpatch, same, save_model, text_file, tiny
@@ -372,6 +372,12 @@ def test_a_model_of_the_hub_brings_what_is_in_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert ModelSource("owner/name", device="cpu").companions["LICENSE"] == b"terms"
     assert ModelSource("owner/other", device="cpu").companions == {}
+    loaded, tokenizer = load_model(model, device="cpu")
+    loaded.name_or_path = "owner/name"
+    # It may be a directory that is gone.
+    assert LoadedModel(loaded, tokenizer).companions == {}
+    loaded.config._commit_hash = "0" * 40
+    assert LoadedModel(loaded, tokenizer).companions["LICENSE"] == b"terms"
 
 
 @pytest.mark.parametrize("command", [["prune", "--drop", 1], ["sweep", "--drop", "1"], ["merge", "--layers", 2]])

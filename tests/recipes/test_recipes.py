@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
 from linearpatch_kernels import InputError
 from linearpatch_kernels.cli.flags import SETTINGS, in_flags
 from linearpatch_kernels.files import MARKER
+from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.recipes import PruneSettings, Quiet, TasksFailed
 from linearpatch_kernels.settings import fields_of
 from tests.support.field import linearpatch, save_model, text_file, tiny
+from tests.support.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"samples": 6, "length": 16, "rank": 4, "device": "cpu"}
@@ -94,6 +98,127 @@ def untimed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: untimed(one) for key, one in value.items() if not re.search("second", key)}
     return value
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """What a caller would see of a change: weights, modes, hooks, what is trained, what stands on the modules."""
+    parts = {
+        name: (part.training, len(part._forward_pre_hooks), len(part._forward_hooks), sorted(vars(part)), id(part))
+        for name, part in model.named_modules()
+    }
+    weights = {
+        name: (id(one), one.requires_grad, one.grad, one.detach().numpy().tobytes())
+        for name, one in model.named_parameters()
+    }
+    described = [json.dumps(one.to_dict(), default=str) for one in (model.config, model.generation_config)]
+    return {"parts": parts, "weights": weights, "described": described}
+
+
+@pytest.fixture(scope="module")
+def dropping(place: Path) -> Path:
+    """A model that computes otherwise in training, with terms in its directory."""
+    folder = save_model(tiny(attention_dropout=0.5), place / "dropping")
+    (folder / "LICENSE").write_text("terms")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("prune", {"drop": 2, "fit": "auto"}),
+        ("prune", {"spans": "2:4", "heal": "refit"}),
+        ("merge", {"layers": 4}),
+        ("sweep", {"drop": "1-2", "fits": "none,low-rank", "windows": 2}),
+    ],
+    ids=["prune", "refit", "merge", "sweep"],
+)
+def test_a_loaded_model_gives_what_its_directory_gives(
+    name: str, settings: dict[str, Any], dropping: Path, place: Path, tmp_path: Path
+) -> None:
+    settings = {**SMALL, **settings, "text": numbers(place)}
+    del settings["device"]
+    recipe = getattr(lp, name)
+    model, tokenizer = load_model(dropping, device="cpu")
+    # In every mode that somebody may have left it in.
+    model.train()
+    model.model.layers[1].eval()
+    before = state(model)
+    with warnings.catch_warnings(action="ignore"):
+        recipe(dropping, output=tmp_path / "named", device="cpu", **settings)
+        recipe(model, tokenizer=tokenizer, output=tmp_path / "loaded", **settings)
+    found = content(tmp_path / "loaded")
+    assert found == content(tmp_path / "named")
+    assert name == "sweep" or found["LICENSE"] == b"terms"
+    assert state(model) == before
+
+
+def test_a_loaded_model_is_measured(dropping: Path, place: Path) -> None:
+    settings: dict[str, Any] = {"text": numbers(place), "length": 16, "windows": 4, "teacher": place / "dense"}
+    model, tokenizer = load_model(dropping, device="cpu")
+    before = state(model.train())
+    measured = lp.evaluate(model, tokenizer=tokenizer, **settings)
+    assert measured.summary == lp.evaluate(dropping, device="cpu", **settings).summary
+    assert [row.name for row in measured.models] == ["dropping", "teacher"]
+    assert state(model) == before
+
+
+def test_a_model_made_in_memory_is_pruned(place: Path, tmp_path: Path) -> None:
+    """It has no directory: neither a name nor companions."""
+    model, tokenizer = tiny(), load_model(place / "dense", device="cpu")[1]
+    with warnings.catch_warnings(action="ignore"):
+        lp.prune(
+            model,
+            tokenizer=tokenizer,
+            output=tmp_path / "out",
+            spans="2:4",
+            fit="low-rank",
+            text=numbers(place),
+            **{name: value for name, value in SMALL.items() if name != "device"},
+        )
+    report = (tmp_path / "out" / "linearpatch" / "report" / "report.md").read_text()
+    assert report.startswith("# LlamaForCausalLM: 6 layers to 4\n")
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (place / "pruned" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tokenizer": None}, "`tokenizer` is missing: give the model's tokenizer with the LlamaForCausalLM"),
+        ({"tokenizer": "dense"}, "`tokenizer` is a str: give the model's tokenizer with the LlamaForCausalLM"),
+        ({"tokenizer": tiny_tokenizer(99)}, "has 99 tokens and the model 97 embeddings: it belongs to another model"),
+        ({"dtype": "bfloat16"}, "`dtype` says how a model is to be loaded, and this one is loaded: leave it out"),
+        ({"device": "cpu"}, "`device` says how a model is to be loaded, and this one is loaded: leave it out"),
+        ({"model": tiny().model}, "a LlamaModel gives no logits over tokens: give the LlamaForCausalLM"),
+        ({"model": torch.nn.Linear(2, 2)}, "a Linear is no model of Transformers: merge or unload the wrapper first"),
+        ({"model": "dense"}, "`tokenizer` goes with a loaded model, and dense has its own: leave it out"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_a_loaded_model_needs(given: dict[str, Any], words: str, place: Path, tmp_path: Path) -> None:
+    what = {"model": tiny(), "tokenizer": tiny_tokenizer(97), **given}
+    model, output = what.pop("model"), tmp_path / "out"
+    for recipe, settings in ((lp.prune, {"drop": 2}), (lp.merge, {"layers": 4}), (lp.sweep, {"drop": 1})):
+        with pytest.raises(InputError, match=re.escape(words)):
+            recipe(model, text=numbers(place), output=output, **settings, **what)
+    with pytest.raises(InputError, match=re.escape(words)):
+        lp.evaluate(model, text=numbers(place), **what)
+    assert not output.exists()
+
+
+def test_a_loaded_model_that_cannot_be_cut_is_refused_before_any_pass(place: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(place / "dense", device="cpu")
+    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    model.hf_quantizer = object()
+    common: dict[str, Any] = {"tokenizer": tokenizer, "text": numbers(place)}
+    with pytest.raises(InputError, match="quantised model cannot be cut"):
+        lp.prune(model, output=tmp_path / "out", drop=2, **common)
+
+
+def test_a_loaded_model_is_not_replaced_on_the_disk(place: Path) -> None:
+    model, tokenizer = load_model(place / "pruned", device="cpu")
+    with pytest.raises(InputError, match="pruned, which is still needed"):
+        lp.prune(model, tokenizer=tokenizer, output=place / "pruned", drop=1, text=numbers(place))
 
 
 def test_settings_as_an_object_and_by_name(place: Path, tmp_path: Path) -> None:
