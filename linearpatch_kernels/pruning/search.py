@@ -22,6 +22,7 @@ from linearpatch_kernels.pruning.fits import (
     UnusableFit,
     checked_rank,
     needs_moments,
+    needs_normed_moments,
     takes_rank,
     too_little_text,
 )
@@ -96,18 +97,19 @@ def plan_pruning(
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
     layers, moments, judged = num_layers(model), needs_moments(fit), SCORES.named(score).runs_the_model
+    normed, batches = needs_normed_moments(fit), fit_windows.split(batch_size)
     # Comparing holds the logits of two models at once, so it takes one window at a time.
     comparing = Run(processes=ranks or Processes(), progress=progress)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         statistics = calibrate(
-            model, fit_windows.split(batch_size), moments=chosen if moments else (), ranks=ranks, progress=progress
+            model, batches, moments=chosen if moments else (), normed=normed, ranks=ranks, progress=progress
         )
     else:
-        statistics = calibrate(model, fit_windows.split(batch_size), ranks=ranks, progress=progress)
+        statistics = calibrate(model, batches, ranks=ranks, progress=progress)
         chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
         if moments or judged:
-            found = collect_moments(model, fit_windows.split(batch_size), chosen, ranks=ranks, progress=progress)
+            found = collect_moments(model, batches, chosen, normed=normed, ranks=ranks, progress=progress)
             statistics = statistics.with_moments(found)
         if judged and heldout_windows is not None:
             chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
@@ -237,7 +239,8 @@ def sweep(
     """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
 
     The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2``
-    bytes each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+    bytes each, all n together; ``32 d^2`` where a fit needs those of the normed stream). Every (n, fit) is then
+    evaluated once per window from the dense model's states.
 
     Args:
         statistics: of an earlier run over the same windows; what it holds is not collected again.
@@ -258,7 +261,7 @@ def sweep(
         check_drop(drop, layers)
     SCORES.named(score, among=scores_of_statistics())
     # A list, so that every name is checked.
-    wanted = True in [needs_moments(fit) for fit in fits]
+    wanted, normed = (True in [asks(fit) for fit in fits] for asks in (needs_moments, needs_normed_moments))
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     check_rank(rank, hidden_size(model), fits)
@@ -268,9 +271,10 @@ def sweep(
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)
     spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
-    missing = sorted({span for chosen in spans.values() for span in chosen} - set(statistics.moments))
+    there = {span for span, found in statistics.moments.items() if found.normed is not None or not normed}
+    missing = sorted({span for chosen in spans.values() for span in chosen} - there)
     if wanted and missing:
-        found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
+        found = collect_moments(model, fit_windows.split(batch_size), missing, normed=normed, progress=progress)
         statistics = statistics.with_moments(found)
         _kept(statistics, keep)
     names = {(drop, fit): f"{drop} layers dropped, {fit}" for drop in drops for fit in fits}
