@@ -35,8 +35,9 @@ def reformed(chain: Patch | PatchChain, form: str, rank: int) -> Patch:
         InputError: an unknown form, a rank outside [1, d] for ``low-rank``, or a patch that is no linear map.
     """
     check_form(form)
-    if not chain.linear:
-        raise InputError(f"`patch` {form} is for linear maps, and a norm-linear patch is none: give `patch` keep")
+    curved = [patch.kind for patch in PatchChain.of(chain) if not patch.linear]
+    if curved:
+        raise InputError(f"`patch` {form} is for linear maps, and a {curved[0]} patch is none: give `patch` keep")
     matrix = chain.to_dense()
     if form == "dense":
         return DensePatch.from_dense(matrix)

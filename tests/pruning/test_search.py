@@ -14,7 +14,7 @@ from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.fits import AUTO, fits_of
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.scores import choose_spans, score_spans, scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
@@ -72,7 +72,7 @@ def test_auto_keeps_what_the_heldout_windows_say(
     assert (made.choice.fit, [joint.fit for joint in made.plan.joints]) == (expected.fit, [expected.fit] * len(spans))
     assert made.plan.candidates == made.choice.table
     assert [row["fit"] for row in made.plan.candidates if row["kept"]] == [expected.fit]
-    assert {row["fit"] for row in made.plan.candidates} == set(FITS)
+    assert {row["fit"] for row in made.plan.candidates} == {fit.name for fit in fits_of(AUTO)}
     for row, other in zip(made.choice.table, expected.table, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
     structured = plan_pruning(dense, windows, heldout, rank=RANK, structured=True, **what)
@@ -128,7 +128,7 @@ def test_passes_of_auto(
 ) -> None:
     calls = count_calls(dense.model.layers)
     plan_pruning(dense, windows, heldout, spans=[Span(2, 4)], rank=RANK)
-    shared, behind = 9 + 5, 9 + 5 + 5 * len(FITS)
+    shared, behind = 9 + 5, 9 + 5 + 5 * len(fits_of(AUTO))
     assert calls == [shared, shared, shared, shared, behind, behind]
 
 
