@@ -270,8 +270,10 @@ def test_asking_for_the_normed_stream_changes_no_other_bit(model: PreTrainedMode
         assert torch.equal(without.moments[span].xy, beside.moments[span].xy)
 
 
-def test_a_model_without_the_eps_of_a_norm() -> None:
+def test_a_model_without_the_eps_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with_a_sink()
+    # The default lies in the class.
+    monkeypatch.delattr(type(model.config), "rms_norm_eps")
     del model.config.rms_norm_eps
     with pytest.raises(InputError, match=r"config has no rms_norm_eps.*give another fit"):
         calibrate(model, [token_windows(1, 5)], moments=SPANS, normed=True)
