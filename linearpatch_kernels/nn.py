@@ -387,9 +387,8 @@ class NormLinearPatch(Patch):
         if hadamard:
             found = HadamardPatch.from_dense(matrix, rank, second_moments=second_moments).state_dict()
         elif rank:
-            found = dict(
-                zip(("down", "up"), nearest_low_rank(matrix.detach().double(), rank, second_moments), strict=True)
-            )
+            down, up = nearest_low_rank(matrix.detach().double(), rank, second_moments)
+            found = {"down": down, "up": up}
         else:
             found = {"weight": matrix}
         with torch.no_grad():
@@ -398,18 +397,21 @@ class NormLinearPatch(Patch):
         return patch
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, scale, down, up = self.weight, self.scale, self.down, self.up
-        own = next(one.dtype for one in (weight, scale, down) if one is not None)
+        own = next(one.dtype for one in (self.weight, self.scale, self.down) if one is not None)
         wide = x.to(torch.promote_types(x.dtype, own))
         normed = nn.functional.rms_norm(wide, (self.dim,), eps=self.eps)
-        # The sum is none of `addmm`'s business: under autocast that would round the stream itself to 16 bits.
+        # Not `addmm`, which under autocast would round the stream itself to 16 bits.
+        return (wide + self._times_matrix(normed)).to(x.dtype)
+
+    def _times_matrix(self, rows: Tensor) -> Tensor:
+        weight, scale, down, up = self.weight, self.scale, self.down, self.up
         if scale is not None:
-            return (wide + hadamard_patch(normed, scale, down=down, up=up)).to(x.dtype)
-        if weight is None:
-            assert down is not None
-            assert up is not None
-            return (wide + normed @ down.to(wide.dtype) @ up.to(wide.dtype)).to(x.dtype)
-        return (wide + normed @ weight.to(wide.dtype)).to(x.dtype)
+            return hadamard_patch(rows, scale, down=down, up=up)
+        if weight is not None:
+            return rows @ weight.to(rows.dtype)
+        assert down is not None
+        assert up is not None
+        return rows @ down.to(rows.dtype) @ up.to(rows.dtype)
 
     def to_dense(self) -> Tensor:
         """There is no such matrix: raises InputError."""
@@ -421,15 +423,8 @@ class NormLinearPatch(Patch):
     @torch.no_grad()
     def normed_matrix(self) -> Tensor:
         """M [dim, dim] in float64, on the parameters' device."""
-        if self.weight is not None:
-            return self.weight.double()
-        low_rank = self.down.double() @ self.up.double() if self.down is not None and self.up is not None else None
-        if self.scale is None:
-            assert low_rank is not None
-            return low_rank
-        turned = hadamard_transform(torch.diag(self.scale.double()), inverse=True)
-        structured = hadamard_transform(turned.mT, inverse=True).mT
-        return structured if low_rank is None else structured + low_rank
+        device = next(self.parameters()).device
+        return self._times_matrix(torch.eye(self.dim, dtype=torch.float64, device=device))
 
     def description(self) -> dict[str, Any]:
         order = bounded_order(self.dim) if self.hadamard else None
