@@ -29,7 +29,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import KEY, Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.forward import Progress, Run, check_windows, residual_stream
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.modeling.families import hidden_size, norm_eps, num_layers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span as Span  # also where 0.1.0 had it
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -39,20 +39,49 @@ _CHUNK_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
+class NormedMoments:
+    """Second moments between a normed depth a and what the stream gains up to b, tokens weighted as in `Moments`.
+
+    With rows ``n = x_a / sqrt(mean(x_a^2) + eps)`` and ``r = x_b - x_a`` of the same token t: ``nn = sum_t w_t n^T n``
+    and ``nr = sum_t w_t n^T r`` (both [d, d], float64). A token's norm does not factor out of its sums, so those of the
+    stream itself do not give these.
+
+    Attributes:
+        eps: of the norm.
+    """
+
+    nn: Tensor
+    nr: Tensor
+    eps: float
+
+    def __add__(self, other: NormedMoments) -> NormedMoments:
+        if self.eps != other.eps:
+            raise InputError(f"moments of norms with an eps of {self.eps} and of {other.eps} cannot be added")
+        return NormedMoments(self.nn + other.nn, self.nr + other.nr, self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
 class Moments:
     """Second moments between two depths a and b, every token weighted by 1 / |x_b|^2 (float64).
 
     With rows x_a, x_b of the same token t: ``xx = sum_t w_t x_a^T x_a``, ``xy = sum_t w_t x_a^T x_b`` (both [d, d]) and
     ``yy = sum_t w_t |x_b|^2``, which is the number of tokens. The weight makes every token count the same, also
     an attention sink whose norm would drown the others, and is what the next RMSNorm does to an error anyway.
+
+    Attributes:
+        normed: those of the normed stream, where they were asked for.
     """
 
     xx: Tensor
     xy: Tensor
     yy: float
+    normed: NormedMoments | None = None
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
+        if (self.normed is None) != (other.normed is None):
+            raise InputError("only one of the statistics has moments of the normed stream: ask both for the same")
+        normed = None if self.normed is None or other.normed is None else self.normed + other.normed
+        return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, normed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +114,15 @@ class JointStatistics:
             )
         return self.moments
 
+    def collected_normed_moments(self) -> NormedMoments:
+        """Those of the normed stream; InputError where they were not collected."""
+        normed = self.collected_moments().normed
+        if normed is None:
+            raise InputError(
+                f"the second moments of the normed stream of {self.name} were not collected: calibrate with normed=True"
+            )
+        return normed
+
 
 def block_influence(cosine: Tensor, *, clamped: bool = False) -> Tensor:
     """How much layers change the stream, 1 - cos(input, output), of cosines of any shape.
@@ -100,7 +138,7 @@ class CalibrationStatistics:
     """What :func:`calibrate` keeps: sums and per-sample means, on the CPU. ``a + b`` is the statistics of both texts.
 
     S windows, L layers, width d. Memory: ``8 S (L+1) d + 24 (L+1)^2`` bytes (the two per-sample means are float32),
-    plus ``16 d^2`` per span of ``moments``.
+    plus ``16 d^2`` per span of ``moments``, ``32 d^2`` with those of the normed stream.
 
     Attributes:
         samples: S, the number of windows; tokens: of all windows together.
@@ -187,14 +225,19 @@ class CalibrationStatistics:
             InputError: it cannot be written.
         """
         tensors = {name: getattr(self, name) for name in (*_SUMS, *_PER_SAMPLE)}
+        eps: dict[str, float] = {}
         for span, moments in self.moments.items():
             tensors |= {f"moments.{span}.xx": moments.xx, f"moments.{span}.xy": moments.xy}
+            if moments.normed is not None:
+                tensors |= {f"moments.{span}.nn": moments.normed.nn, f"moments.{span}.nr": moments.normed.nr}
+                eps[str(span)] = moments.normed.eps
         about = {
             "format": _FILE_FORMAT,
             "fingerprint": fingerprint,
             "samples": self.samples,
             "tokens": self.tokens,
             "moments": {str(span): moments.yy for span, moments in self.moments.items()},
+            **({"normed": eps} if eps else {}),
         }
         write_sealed(Path(path), tensors, about)
 
@@ -216,12 +259,9 @@ class CalibrationStatistics:
             tensors = load_file(file)
             tokens = int(tensors.pop("tokens")[0]) if halved else about.whole("tokens", 1)
             sums = about.entries("moments")
-            moments = {
-                Span.parse(span): Moments(
-                    tensors.pop(f"moments.{span}.xx"), tensors.pop(f"moments.{span}.xy"), sums.real(span)
-                )
-                for span in sums.names
-            }
+            # Files of earlier versions have none of the normed stream.
+            eps = about.entries("normed") if "normed" in about.names else Entries({})
+            moments = {Span.parse(span): _moments_of(span, tensors, sums, eps) for span in sums.names}
             if halved:
                 tensors = _whole(tensors)
             found = cls(samples=about.whole("samples", 1), tokens=tokens, moments=moments, **tensors)
@@ -251,6 +291,16 @@ def _told_of_statistics(file: Path, cure: str) -> tuple[Entries, bool]:
     return Entries(about), about["format"] == _HALVED_FORMAT
 
 
+def _moments_of(span: str, tensors: dict[str, Tensor], sums: Entries, eps: Entries) -> Moments:
+    """What a file holds of a span; its tensors are taken out of ``tensors``."""
+
+    def taken(name: str) -> Tensor:
+        return tensors.pop(f"moments.{span}.{name}")
+
+    normed = NormedMoments(taken("nn"), taken("nr"), eps.real(span)) if span in eps.names else None
+    return Moments(taken("xx"), taken("xy"), sums.real(span), normed)
+
+
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of the tensors of an earlier format those over all tokens of a window."""
     kept = {name: one[0] for name, one in tensors.items() if name not in ("token_angle", "last_token_angle")}
@@ -266,6 +316,9 @@ def _check_shapes(found: CalibrationStatistics) -> None:
     for span, moments in found.moments.items():
         wanted |= {f"{span}.xx": (width, width), f"{span}.xy": (width, width)}
         shapes |= {f"{span}.xx": tuple(moments.xx.shape), f"{span}.xy": tuple(moments.xy.shape)}
+        if moments.normed is not None:
+            wanted |= {f"{span}.nn": (width, width), f"{span}.nr": (width, width)}
+            shapes |= {f"{span}.nn": tuple(moments.normed.nn.shape), f"{span}.nr": tuple(moments.normed.nr.shape)}
     wrong = [name for name, shape in wanted.items() if shapes[name] != shape]
     if wrong:
         raise ValueError(f"{wrong[0]} has the shape {list(shapes[wrong[0]])}")
@@ -279,6 +332,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     *,
     moments: Sequence[Span] = (),
+    normed: bool = False,
     ranks: Processes | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStatistics:
@@ -297,6 +351,7 @@ def calibrate(
             vary.
         moments: spans whose second moments are kept in the same pass (``16 d^2`` bytes each). Where the spans are only
             known from this pass's scores, use :func:`collect_moments` for a second one.
+        normed: with the moments of the normed stream (`NormedMoments`; ``16 d^2`` bytes more each).
         ranks: processes; every one of them calls this with the same batches (a sequence), runs its own stretch of
             them, and gets the statistics of all. None: this one alone.
         progress: called after each batch.
@@ -310,7 +365,7 @@ def calibrate(
     """
     run = Run(processes=ranks or Processes(), progress=progress)
     spans = _checked_spans(moments, num_layers(model))
-    sums = _Sums(num_layers(model), hidden_size(model), spans)
+    sums = _Sums(num_layers(model), hidden_size(model), spans, norm_eps(model) if normed else None)
     windows = 0
     with evaluation_mode(model):
         for ids, total in _batches(model, _stretch(batches, run.processes)):
@@ -330,19 +385,21 @@ def collect_moments(
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     spans: Sequence[Span],
     *,
+    normed: bool = False,
     ranks: Processes | None = None,
     progress: Progress | None = None,
 ) -> dict[Span, Moments]:
     """The second moments of ``spans``, in a pass that runs no layer behind the last of them.
 
     Memory beyond the forward pass: the residual stream of the batch at the depths the spans name, and ``16 d^2`` bytes
-    a span. Arguments and errors as for :func:`calibrate`.
+    a span (``32 d^2`` where ``normed``). Arguments and errors as for :func:`calibrate`.
     """
     run = Run(processes=ranks or Processes(), progress=progress)
     wanted = _checked_spans(spans, num_layers(model))
     if not wanted:
         return {}
-    sums = {span: _MomentSums(hidden_size(model)) for span in wanted}
+    eps = norm_eps(model) if normed else None
+    sums = {span: _MomentSums(hidden_size(model), eps) for span in wanted}
     depths = sorted({depth for span in wanted for depth in span})
     windows = 0
     with evaluation_mode(model):
@@ -359,7 +416,7 @@ def collect_moments(
 
 @own_state()
 @torch.no_grad()
-def joint_statistics(pairs: Iterable[tuple[Tensor, Tensor]], name: str) -> JointStatistics:
+def joint_statistics(pairs: Iterable[tuple[Tensor, Tensor]], name: str, *, eps: float | None = None) -> JointStatistics:
     """The statistics of a joint between two streams, of two models perhaps: a fit gives a P with before P ~ after.
 
     Second moments are kept.
@@ -367,13 +424,14 @@ def joint_statistics(pairs: Iterable[tuple[Tensor, Tensor]], name: str) -> Joint
     Args:
         pairs: per window the tokens [T, d] before and after.
         name: what errors call the joint.
+        eps: of the norm (`norm_eps` of the model), where the moments of the normed stream are to be kept, too.
 
     Raises:
         InputError: no window, or a NaN or infinity among the values.
     """
     sums, moments = _MagnitudeSums(), None
     for before, after in pairs:
-        moments = moments or _MomentSums(before.shape[-1])
+        moments = moments or _MomentSums(before.shape[-1], eps)
         sums.add([before, after])
         moments.add(before, after)
     if moments is None:
@@ -436,24 +494,35 @@ def _check_finite(value: Tensor, depth: int) -> None:
 
 
 class _MomentSums:
-    """Running second moments of one span: float32 products per window, float64 sums."""
+    """Running second moments of one span: float32 products per window, float64 sums. With an eps, of the normed stream,
+    too."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float | None = None) -> None:
         self.xx = torch.zeros(width, width, dtype=torch.float64)
         self.xy = torch.zeros(width, width, dtype=torch.float64)
         self.tokens = 0
+        self.eps = eps
+        self.normed = None if eps is None else (torch.zeros_like(self.xx), torch.zeros_like(self.xy))
 
     def add(self, before: Tensor, after: Tensor) -> None:
         before, after = before.float(), after.to(before.device).float()
         # Dividing both sides by |x_b| before the products keeps the sink token from drowning the rest in float32.
         scale = after.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-        left, right = before * scale, after * scale
-        self.xx += (left.mT @ left).to("cpu", torch.float64)
-        self.xy += (left.mT @ right).to("cpu", torch.float64)
+        _add_products((self.xx, self.xy), before * scale, after * scale)
+        if self.normed is not None:
+            rows = nn.functional.rms_norm(before, before.shape[-1:], eps=self.eps)
+            _add_products(self.normed, rows * scale, (after - before) * scale)
         self.tokens += len(before)
 
     def total(self) -> Moments:
-        return Moments(self.xx, self.xy, float(self.tokens))
+        normed = None if self.normed is None or self.eps is None else NormedMoments(*self.normed, self.eps)
+        return Moments(self.xx, self.xy, float(self.tokens), normed)
+
+
+def _add_products(sums: tuple[Tensor, Tensor], left: Tensor, right: Tensor) -> None:
+    """``left.T @ left`` and ``left.T @ right`` to their sums."""
+    for total, other in zip(sums, (left, right), strict=True):
+        total += (left.mT @ other).to("cpu", torch.float64)
 
 
 def _add_moments(sums: Mapping[Span, _MomentSums], hidden: Mapping[int, Tensor]) -> None:
@@ -499,14 +568,14 @@ class _MagnitudeSums:
 class _Sums:
     """The running sums behind :class:`CalibrationStatistics`, fed window by window."""
 
-    def __init__(self, layers: int, width: int, spans: Sequence[Span]) -> None:
+    def __init__(self, layers: int, width: int, spans: Sequence[Span], eps: float | None = None) -> None:
         pairs = (layers + 1, layers + 1)
         self._samples = self._tokens = 0
         self._token_cosine = torch.zeros(pairs, dtype=torch.float64)
         self._last_token_angle = torch.zeros(pairs, dtype=torch.float64)
         self._channel_cosine = torch.zeros(pairs, dtype=torch.float64)
         self._magnitudes = _MagnitudeSums()
-        self._moments = {span: _MomentSums(width) for span in spans}
+        self._moments = {span: _MomentSums(width, eps) for span in spans}
 
     # A frame of its own, as `_add_moments` is: nothing of a batch is alive while the next one runs through the model.
     def add_batch(self, hidden: Mapping[int, Tensor]) -> None:

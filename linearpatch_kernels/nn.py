@@ -1,12 +1,14 @@
 """The patches that can stand at a joint, and the distillation losses, as modules.
 
-Every patch is linear, ``y = x @ P`` with row vectors, and is rebuilt from its `Patch.description` by `build_patch`. A
-new kind of patch is one class here, named in `PATCH_KINDS`. What stands at a joint is a `PatchChain` of one or more.
+A patch maps the residual stream x, rows of d numbers, to one of the same shape. All but `NormLinearPatch` are linear,
+``y = x @ P`` with row vectors. Each is rebuilt from its `Patch.description` by `build_patch`. A new kind of patch is
+one class here, named in `PATCH_KINDS`. What stands at a joint is a `PatchChain` of one or more.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
@@ -22,13 +24,15 @@ from linearpatch_kernels.ops.topk_kl.reference import check_options
 
 
 class Patch(nn.Module):
-    """A linear map on the residual stream: x [..., dim] to x @ P [..., dim], in x's dtype.
+    """A map on the residual stream: x [..., dim] to y [..., dim], in x's dtype; ``y = x @ P`` where ``linear``.
 
     Parameters are float32 unless asked or cast otherwise; a new patch is the identity.
     """
 
     kind: str
     dim: int
+    linear: bool = True
+    """Whether it is a matrix P, so that `to_dense` has one."""
 
     def description(self) -> dict[str, Any]:
         """What `build_patch` needs to make an empty patch of the same kind and shape; JSON-able."""
@@ -46,7 +50,7 @@ class Patch(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """P [dim, dim] in float64, on the parameters' device."""
+        """P [dim, dim] in float64, on the parameters' device; an InputError of a patch that is not ``linear``."""
         device = next(self.parameters()).device
         dense: Tensor = self(torch.eye(self.dim, dtype=torch.float64, device=device))
         return dense
@@ -301,8 +305,146 @@ class DensePatch(Patch):
         return 2 * self.dim**2
 
 
+class NormLinearPatch(Patch):
+    """``y = x + RMSNorm(x) @ M``, with ``RMSNorm(x) = x / sqrt(mean(x^2) + eps)``: a linear map of the normed stream.
+
+    The layer that may replace an attention or a feed-forward block in Nemotron-NAS models (Puzzle, arXiv 2411.19146),
+    so that some engines run it already. The norm has no gain g, which M takes in as ``diag(g) @ M``; an engine that
+    wants one takes ones. M is
+
+    - ``weight`` [d, d];
+    - ``down @ up``, with ``down`` [d, r] and ``up`` [r, d], for a rank;
+    - ``H diag(scale) H.T`` for ``hadamard``, plus ``down @ up`` for a rank: the operator `hadamard_patch`.
+
+    It is not linear in x: what it adds does not grow with the row. So `to_dense` raises, and `normed_matrix` gives M.
+
+    Equivalent in PyTorch: ``x + torch.nn.functional.rms_norm(x, (d,), eps=eps) @ M``.
+
+    Args:
+        dim: width d of the residual stream.
+        rank: r of ``down @ up``; 0 for none.
+        hadamard: M in the Hadamard domain.
+        order: of H, as of `HadamardPatch`; 0 without ``hadamard``.
+        eps: of the norm. The fits take the model's ``rms_norm_eps``, because an engine has one for all its norms.
+        device, dtype: of the parameters; those that are not there are None.
+
+    Raises:
+        InputError: a width below 1, a rank below 0, another order, an eps that is negative or not finite.
+    """
+
+    kind = "norm-linear"
+    linear = False
+    weight: nn.Parameter | None
+    scale: nn.Parameter | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int = 0,
+        *,
+        hadamard: bool = False,
+        order: int = 0,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_size(dim, rank)
+        _check_order(dim, order, hadamard_order(dim) if order and hadamard else 0)
+        _check_eps(eps)
+        self.dim, self.rank, self.hadamard, self.eps = dim, rank, hadamard, eps
+        sizes = {"weight": None if rank or hadamard else (dim, dim), "scale": (dim,) if hadamard else None}
+        for name, size in sizes.items():
+            zeros = None if size is None else nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+            self.register_parameter(name, zeros)
+        down, up = _empty_low_rank(dim, rank, device, dtype) if rank else (None, None)
+        self.register_parameter("down", down)
+        self.register_parameter("up", up)
+
+    @classmethod
+    def from_dense(
+        cls,
+        matrix: Tensor,
+        rank: int = 0,
+        *,
+        hadamard: bool = False,
+        eps: float = 1e-6,
+        second_moments: Tensor | None = None,
+    ) -> Self:
+        """The patch whose M is nearest to a matrix [d, d]: that matrix for rank 0 without ``hadamard``.
+
+        Without ``second_moments`` in Frobenius norm; with those of the normed rows, ``N.T @ N``, in what it makes of
+        them: ``||N @ (matrix - M)||_F``. Low rank as `nearest_low_rank`, the Hadamard domain as
+        `HadamardPatch.from_dense`; computed in float64.
+
+        Raises:
+            InputError: not a square floating matrix, moments of another shape or not positive definite, a rank that is
+                not in [0, d], or as the constructor.
+        """
+        patch = cls(_check_square(matrix, rank), rank, hadamard=hadamard, eps=eps, device=matrix.device)
+        if hadamard:
+            found = HadamardPatch.from_dense(matrix, rank, second_moments=second_moments).state_dict()
+        elif rank:
+            down, up = nearest_low_rank(matrix.detach().double(), rank, second_moments)
+            found = {"down": down, "up": up}
+        else:
+            found = {"weight": matrix}
+        with torch.no_grad():
+            for name, value in found.items():
+                patch.get_parameter(name).copy_(value)
+        return patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = next(one.dtype for one in (self.weight, self.scale, self.down) if one is not None)
+        wide = x.to(torch.promote_types(x.dtype, own))
+        normed = nn.functional.rms_norm(wide, (self.dim,), eps=self.eps)
+        # Not `addmm`, which under autocast would round the stream itself to 16 bits.
+        return (wide + self._times_matrix(normed)).to(x.dtype)
+
+    def _times_matrix(self, rows: Tensor) -> Tensor:
+        weight, scale, down, up = self.weight, self.scale, self.down, self.up
+        if scale is not None:
+            return hadamard_patch(rows, scale, down=down, up=up)
+        if weight is not None:
+            return rows @ weight.to(rows.dtype)
+        assert down is not None
+        assert up is not None
+        return rows @ down.to(rows.dtype) @ up.to(rows.dtype)
+
+    def to_dense(self) -> Tensor:
+        """There is no such matrix: raises InputError."""
+        raise InputError(
+            "a norm-linear patch adds a linear map of the normed stream, so that no matrix P is the whole patch: "
+            "`normed_matrix()` is the M in x + RMSNorm(x) M"
+        )
+
+    @torch.no_grad()
+    def normed_matrix(self) -> Tensor:
+        """M [dim, dim] in float64, on the parameters' device."""
+        device = next(self.parameters()).device
+        return self._times_matrix(torch.eye(self.dim, dtype=torch.float64, device=device))
+
+    def description(self) -> dict[str, Any]:
+        order = bounded_order(self.dim) if self.hadamard else None
+        told = {"rank": self.rank, "hadamard": self.hadamard, "eps": float(self.eps)}
+        return {**super().description(), **told, **({"order": order} if order else {})}
+
+    @property
+    def flops_per_token(self) -> int:
+        """The norm (squares, their sum, the quotient), the product by M, and the sum."""
+        product = 4 * self.dim * self.rank
+        if self.hadamard:
+            m, k = factor_order(self.dim)
+            product += self.dim * (2 * (m - 1 + k) + 1 + (self.rank > 0))
+        elif not self.rank:
+            product = 2 * self.dim**2
+        return product + 4 * self.dim
+
+
 class PatchChain(nn.Sequential):
-    """The patches of one joint, applied in their order: ``y = x @ (P_0 @ P_1 @ ...)``, of one patch as of several.
+    """The patches of one joint, applied in their order: ``y = x @ (P_0 @ P_1 @ ...)`` where all are linear.
 
     ``chain[i]`` is patch i, and its tensors are called ``i.scale``, ``i.weight``, ... in the state dict.
 
@@ -345,6 +487,11 @@ class PatchChain(nn.Sequential):
         """The width d of the residual stream."""
         return self.patches[0].dim
 
+    @property
+    def linear(self) -> bool:
+        """Whether all patches are, so that `to_dense` has their product."""
+        return all(getattr(patch, "linear", True) for patch in self)
+
     def description(self) -> list[dict[str, Any]]:
         """What `Patch.description` tells of every patch: the joint's list in a config and in a plan; JSON-able."""
         return [patch.description() for patch in self]
@@ -361,19 +508,23 @@ class PatchChain(nn.Sequential):
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """P [dim, dim] in float64, on the parameters' device: the product of the patches' matrices."""
+        """P [dim, dim] in float64, on the parameters' device: the product of the patches' matrices.
+
+        Raises:
+            InputError: not ``linear``.
+        """
         matrices = [patch.to_dense() for patch in self]
         return torch.linalg.multi_dot(matrices) if len(matrices) > 1 else matrices[0]
 
 
-_FIELD_TYPES: dict[str, type] = {"int": int, "bool": bool}
+_FIELD_TYPES: dict[str, type] = {"int": int, "bool": bool, "float": float}
 # Four times the widest model there is.
 _WIDEST = 1 << 16
 # A joint has a patch for every time that it was cut.
 _MOST_PATCHES = 256
 
 PATCH_KINDS: dict[str, type[Patch]] = {
-    one.kind: one for one in (HadamardPatch, LowRankPatch, DiagonalPatch, DensePatch)
+    one.kind: one for one in (HadamardPatch, LowRankPatch, DiagonalPatch, DensePatch, NormLinearPatch)
 }
 
 
@@ -421,7 +572,8 @@ def check_description(description: object, dim: int | None = None) -> None:
 
     Raises:
         InputError: not a mapping, an unknown kind, fields that this kind does not have or of another type, another
-            width than the model's, a rank above the width, another Hadamard matrix than this version's.
+            width than the model's, a rank above the width, another Hadamard matrix than this version's, an eps that is
+            negative or not finite.
     """
     if not isinstance(description, Mapping):
         raise InputError(f"a patch is described by its kind and its sizes, not by {reprlib.repr(description)}")
@@ -451,8 +603,12 @@ def check_description(description: object, dim: int | None = None) -> None:
         raise InputError(f"a {kind} patch of width {reprlib.repr(width)}: no model is wider than {_WIDEST}")
     _check_size(width, rank, least_rank=int("rank" in known and known["rank"][1]))
     _check_rank(rank, width)
+    if "eps" in description:
+        _check_eps(description["eps"])
     if "order" in known:
-        _check_order(width, description.get("order", 0), bounded_order(width) or 0)
+        # Where a switch says whether there is an H at all, it is off unless the description has it on.
+        turned = description.get("hadamard", "hadamard" not in known)
+        _check_order(width, description.get("order", 0), bounded_order(width) or 0 if turned else 0)
 
 
 def nearest_low_rank(matrix: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -568,6 +724,11 @@ def _check_order(dim: int, order: int, expected: int) -> None:
             f"a patch of width {dim} that was made with a Hadamard matrix of order {order or 'unknown'} is another map"
             f" with this version's, of order {hadamard_order(dim)}: make it again, or use the version that made it"
         )
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise InputError(f"the eps of a norm is a finite number from 0 on, not {eps}")
 
 
 def _check_square(matrix: Tensor, rank: int = 0, *, least_rank: int = 0) -> int:

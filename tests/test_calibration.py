@@ -64,7 +64,7 @@ def windows(request: pytest.FixtureRequest) -> Tensor:
 
 @pytest.fixture(scope="module")
 def statistics(model: PreTrainedModel, windows: Tensor) -> CalibrationStatistics:
-    return calibrate(model, windows.split(2), moments=SPANS)
+    return calibrate(model, windows.split(2), moments=SPANS, normed=True)
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +185,29 @@ def test_a_joint_without_moments_and_one_outside_the_model(statistics: Calibrati
         statistics.at(Span(3, 7))
 
 
+def test_a_joint_without_moments_of_the_normed_stream(model: PreTrainedModel) -> None:
+    joint = calibrate(model, [token_windows(1, 5)], moments=[Span(2, 4)]).at(Span(2, 4))
+    assert joint.collected_moments().normed is None
+    with pytest.raises(InputError, match="of the normed stream of 2:4 were not collected: calibrate with normed=True"):
+        joint.collected_normed_moments()
+
+
 @pytest.mark.parametrize("tokens", [37, 300])
 def test_a_joint_between_two_streams_is_what_calibration_sees(model: PreTrainedModel, tokens: int) -> None:
     windows, span = token_windows(3, tokens), Span(2, 4)
-    expected = calibrate(model, windows.split(1), moments=[span]).at(span)
+    expected = calibrate(model, windows.split(1), moments=[span], normed=True).at(span)
     with torch.no_grad(), faster_float32_products():
         streams = [residual_stream(model, window, list(span)) for window in windows.split(1)]
-    found = joint_statistics(((states[2][0], states[4][0]) for states in streams), "here")
+    eps = model.config.rms_norm_eps
+    found = joint_statistics(((states[2][0], states[4][0]) for states in streams), "here", eps=eps)
     assert found.name == "here"
     for name in ("mean_abs_before", "mean_abs_after", "hadamard_mean_abs_before", "hadamard_mean_abs_after"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
     ours, its = found.collected_moments(), expected.collected_moments()
-    for one, other in ((ours.xx, its.xx), (ours.xy, its.xy)):
+    normed, its_normed = found.collected_normed_moments(), expected.collected_normed_moments()
+    assert normed.eps == its_normed.eps == eps
+    pairs = [(ours.xx, its.xx), (ours.xy, its.xy), (normed.nn, its_normed.nn), (normed.nr, its_normed.nr)]
+    for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
     assert ours.yy == its.yy
 
@@ -233,6 +244,41 @@ def test_moments_weigh_every_token_the_same(statistics: CalibrationStatistics, s
     assert moments.yy == pytest.approx(states.shape[0] * states.shape[1])
 
 
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_moments_of_the_normed_stream(statistics: CalibrationStatistics, states: Tensor, span: Span) -> None:
+    normed = statistics.at(span).collected_normed_moments()
+    assert normed.eps == 1e-6, "what a Llama config has by default"
+
+    def products(states: Tensor, gained: bool) -> Tensor:
+        before, after = states[:, :, span.start].flatten(0, 1), states[:, :, span.end].flatten(0, 1)
+        weight = after.square().sum(dim=-1, keepdim=True).reciprocal()
+        rows = before / (before.square().mean(dim=-1, keepdim=True) + normed.eps).sqrt()
+        return (weight * rows).mT @ (after - before if gained else rows)
+
+    for actual, gained in ((normed.nn, False), (normed.nr, True)):
+        assert actual.dtype == torch.float64
+        assert_as_defined(actual, partial(products, gained=gained), states, atol=1e-6 * actual.abs().max().item())
+
+
+def test_asking_for_the_normed_stream_changes_no_other_bit(model: PreTrainedModel) -> None:
+    windows = token_windows(3, 21)
+    without, beside = (calibrate(model, [windows], moments=SPANS, normed=normed) for normed in (False, True))
+    for span in SPANS:
+        assert without.moments[span].normed is None
+        assert beside.moments[span].normed is not None
+        assert torch.equal(without.moments[span].xx, beside.moments[span].xx)
+        assert torch.equal(without.moments[span].xy, beside.moments[span].xy)
+
+
+def test_a_model_without_the_eps_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with_a_sink()
+    # The default lies in the class.
+    monkeypatch.delattr(type(model.config), "rms_norm_eps")
+    del model.config.rms_norm_eps
+    with pytest.raises(InputError, match=r"config has no rms_norm_eps.*give another fit"):
+        calibrate(model, [token_windows(1, 5)], moments=SPANS, normed=True)
+
+
 def test_counts(statistics: CalibrationStatistics, windows: Tensor) -> None:
     count, length = windows.shape
     assert statistics.samples == count
@@ -255,19 +301,26 @@ def assert_same(actual: CalibrationStatistics, expected: CalibrationStatistics, 
             ours = getattr(actual.moments[span], name)
             torch.testing.assert_close(ours, getattr(moments, name), rtol=rtol, atol=rtol * size)
         assert actual.moments[span].yy == moments.yy
+        assert (actual.moments[span].normed is None) == (moments.normed is None)
+        if moments.normed is not None:
+            found, wanted = actual.at(span).collected_normed_moments(), moments.normed
+            assert found.eps == wanted.eps
+            size = wanted.nn.abs().max().item() + wanted.nr.abs().max().item()
+            torch.testing.assert_close(found.nn, wanted.nn, rtol=rtol, atol=rtol * size)
+            torch.testing.assert_close(found.nr, wanted.nr, rtol=rtol, atol=rtol * size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_the_batch_size_changes_nothing(model: PreTrainedModel, batch_size: int) -> None:
     windows = token_windows(7, 21)
-    expected = calibrate(model, windows.split(3), moments=SPANS)
-    assert_same(calibrate(model, windows.split(batch_size), moments=SPANS), expected, rtol=2e-5)
+    expected = calibrate(model, windows.split(3), moments=SPANS, normed=True)
+    assert_same(calibrate(model, windows.split(batch_size), moments=SPANS, normed=True), expected, rtol=2e-5)
 
 
 def test_statistics_add_up(model: PreTrainedModel) -> None:
     windows = token_windows(5, 30)
-    whole = calibrate(model, windows.split(1), moments=SPANS)
-    parts = [calibrate(model, part.split(1), moments=SPANS) for part in (windows[:2], windows[2:])]
+    whole = calibrate(model, windows.split(1), moments=SPANS, normed=True)
+    parts = [calibrate(model, part.split(1), moments=SPANS, normed=True) for part in (windows[:2], windows[2:])]
     assert_same(parts[0] + parts[1], whole, rtol=1e-12)
     assert torch.equal((parts[0] + parts[1]).mean_abs, whole.mean_abs), "the windows stay in order"
 
@@ -293,13 +346,20 @@ def test_statistics_that_do_not_belong_together_do_not_add(model: PreTrainedMode
         plain + calibrate(model, [windows], moments=SPANS)
     with pytest.raises(InputError, match="different models"):
         plain + calibrate(model_with_a_sink(layers=4), [windows])
+    beside = calibrate(model, [windows], moments=SPANS, normed=True)
+    with pytest.raises(InputError, match="only one of the statistics has moments of the normed stream"):
+        beside + calibrate(model, [windows], moments=SPANS)
+    other = model_with_a_sink(rms_norm_eps=1e-3)
+    with pytest.raises(InputError, match=r"an eps of 1e-06 and of 0\.001 cannot be added"):
+        beside + calibrate(other, [windows], moments=SPANS, normed=True)
 
 
 def test_moments_of_a_second_pass_are_those_of_the_first(model: PreTrainedModel) -> None:
     windows = token_windows(4, 300)
-    first = calibrate(model, windows.split(2), moments=SPANS)
-    second = calibrate(model, windows.split(2)).with_moments(collect_moments(model, windows.split(2), SPANS))
-    assert_same(second, first, rtol=1e-6)
+    for normed in (False, True):
+        first = calibrate(model, windows.split(2), moments=SPANS, normed=normed)
+        found = collect_moments(model, windows.split(2), SPANS, normed=normed)
+        assert_same(calibrate(model, windows.split(2)).with_moments(found), first, rtol=1e-6)
     assert collect_moments(model, windows.split(2), []) == {}
 
 
@@ -418,7 +478,7 @@ def forward_bytes(model: PreTrainedModel, windows: Tensor) -> int:
         return peak_bytes(lambda: model.model(input_ids=windows, use_cache=False))
 
 
-def documented_bytes(model: PreTrainedModel, batch: Tensor, samples: int, moments: int) -> int:
+def documented_bytes(model: PreTrainedModel, batch: Tensor, samples: int, moments: int, normed: bool) -> int:
     """The formula in the docstrings of `calibrate` and of `CalibrationStatistics`."""
     (windows, tokens), depths, width = batch.shape, model.config.num_hidden_layers + 1, model.config.hidden_size
     chunk = min(tokens, 256)
@@ -427,22 +487,31 @@ def documented_bytes(model: PreTrainedModel, batch: Tensor, samples: int, moment
     if moments:
         working += 4 * (4 * tokens * width + 3 * width**2)
     means = 8 * samples * depths * width
-    statistics = 2 * means + 24 * depths**2 + 16 * moments * width**2
+    statistics = 2 * means + 24 * depths**2 + (32 if normed else 16) * moments * width**2
     return residual_stream + max(working, forward_bytes(model, batch)) + statistics
 
 
 @pytest.mark.parametrize(
-    ("windows", "tokens", "layers", "moments"),
-    [(1, 900, 6, 0), (4, 300, 6, 0), (1, 20, 14, 0), (8, 2, 6, 0), (2, 400, 4, 3)],
-    ids=["long", "batched", "deep", "short", "with-moments"],
+    ("windows", "tokens", "layers", "moments", "normed"),
+    [
+        (1, 900, 6, 0, False),
+        (4, 300, 6, 0, False),
+        (1, 20, 14, 0, False),
+        (8, 2, 6, 0, False),
+        (2, 400, 4, 3, False),
+        (2, 400, 4, 3, True),
+    ],
+    ids=["long", "batched", "deep", "short", "with-moments", "with-normed-moments"],
 )
-def test_memory_stays_within_the_documented_formula(windows: int, tokens: int, layers: int, moments: int) -> None:
+def test_memory_stays_within_the_documented_formula(
+    windows: int, tokens: int, layers: int, moments: int, normed: bool
+) -> None:
     model = model_with_a_sink(layers=layers, intermediate_size=16)
     batches = [token_windows(windows, tokens, seed) for seed in range(2)]
     spans = [Span(1, 2 + i) for i in range(moments)]
-    calibrate(model, batches, moments=spans)
-    documented = documented_bytes(model, batches[0], 2 * windows, moments)
-    peak = peak_bytes(lambda: calibrate(model, batches, moments=spans))
+    calibrate(model, batches, moments=spans, normed=normed)
+    documented = documented_bytes(model, batches[0], 2 * windows, moments, normed)
+    peak = peak_bytes(lambda: calibrate(model, batches, moments=spans, normed=normed))
     assert documented / 3 < peak <= documented
 
 
@@ -558,6 +627,8 @@ def test_spans_are_read_as_they_are_written() -> None:
 @pytest.fixture
 def saved(model: PreTrainedModel, tmp_path: Path) -> Iterator[tuple[Path, CalibrationStatistics]]:
     statistics = calibrate(model, token_windows(3, 12).split(2), moments=SPANS)
+    # Of one span those of the normed stream as well, as a sweep that went on with another fit has it.
+    statistics = statistics.with_moments(collect_moments(model, [token_windows(3, 12)], SPANS[:1], normed=True))
     path = tmp_path / "statistics.safetensors"
     statistics.save(path, fingerprint="model and text")
     return path, statistics
@@ -578,6 +649,11 @@ def test_what_was_saved_is_loaded_bit_for_bit(saved: tuple[Path, CalibrationStat
         assert torch.equal(loaded.moments[span].xx, moments.xx)
         assert torch.equal(loaded.moments[span].xy, moments.xy)
         assert loaded.moments[span].yy == moments.yy
+        assert (loaded.moments[span].normed is None) == (moments.normed is None) == (span != SPANS[0])
+    found, normed = (one.at(SPANS[0]).collected_normed_moments() for one in (loaded, statistics))
+    assert torch.equal(found.nn, normed.nn)
+    assert torch.equal(found.nr, normed.nr)
+    assert found.eps == normed.eps
     assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing half-written stays"
 
 
@@ -610,7 +686,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     refuse(path, "calibrate again")
 
 
-@pytest.mark.parametrize("tensor", ["mean_abs", "moments.2:4.xx"])
+@pytest.mark.parametrize("tensor", ["mean_abs", "moments.2:4.xx", "moments.2:4.nr"])
 def test_a_file_with_a_tensor_missing_is_refused(saved: tuple[Path, CalibrationStatistics], tensor: str) -> None:
     path, _ = saved
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The patches: linear maps with a description, whatever is done to them as modules."""
+"""The patches: maps with a description, whatever is done to them as modules."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from linearpatch_kernels.nn import (
     HadamardPatch,
     LinearTopKKLLoss,
     LowRankPatch,
+    NormLinearPatch,
     Patch,
     TopKKLLoss,
     build_patch,
@@ -34,6 +35,7 @@ from linearpatch_kernels.nn import (
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss, topk_kl_loss
 
 D = 20
+ROWS = torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 MAKERS: dict[str, Callable[[], Patch]] = {
     "hadamard": lambda: HadamardPatch(D),
     "hadamard pre": lambda: HadamardPatch(D, pre_scale=True),
@@ -43,6 +45,10 @@ MAKERS: dict[str, Callable[[], Patch]] = {
     "low-rank": lambda: LowRankPatch(D, 3),
     "diagonal": lambda: DiagonalPatch(D),
     "dense": lambda: DensePatch(D),
+    "norm-linear": lambda: NormLinearPatch(D, eps=1e-3),
+    "norm-linear rank": lambda: NormLinearPatch(D, 3),
+    "norm-linear hadamard": lambda: NormLinearPatch(D, hadamard=True),
+    "norm-linear hadamard rank": lambda: NormLinearPatch(D, 3, hadamard=True),
 }
 
 
@@ -61,15 +67,17 @@ def patch(request: pytest.FixtureRequest) -> Patch:
 
 
 def matrix_of(patch: Patch) -> Tensor:
-    """P from the parameters, by the formula of each kind."""
+    """P, or the M of a normed stream, from the parameters, by the formula of each kind."""
     parameters = {name: value.detach().double() for name, value in patch.named_parameters()}
     low_rank = parameters["down"] @ parameters["up"] if "down" in parameters else torch.zeros((), dtype=torch.float64)
-    if isinstance(patch, DensePatch):
+    if "weight" in parameters:
         return parameters["weight"]
     if isinstance(patch, DiagonalPatch):
         return torch.diag(parameters["scale"])
     if isinstance(patch, LowRankPatch):
         return torch.eye(patch.dim, dtype=torch.float64) + low_rank
+    if "scale" not in parameters:
+        return low_rank
     ones, h = torch.ones(patch.dim, dtype=torch.float64), hadamard_matrix(patch.dim)
     middle = h @ torch.diag(parameters["scale"]) @ h.T
     return (
@@ -78,20 +86,32 @@ def matrix_of(patch: Patch) -> Tensor:
     )
 
 
-def test_forward_is_the_product_by_the_dense_matrix(patch: Patch) -> None:
+def exact(patch: Patch, x: Tensor) -> Tensor:
+    """What the patch is to give, in float64."""
+    x = x.double()
+    if not isinstance(patch, NormLinearPatch):
+        return x @ matrix_of(patch)
+    return x + x / (x.square().mean(-1, keepdim=True) + patch.eps).sqrt() @ matrix_of(patch)
+
+
+def test_forward_is_the_formula(patch: Patch) -> None:
     x = torch.randn(2, 3, D)
-    dense = patch.to_dense()
+    torch.testing.assert_close(patch(x).double(), exact(patch, x), rtol=0, atol=2e-4)
+    torch.testing.assert_close(patch(x.double()), exact(patch, x), rtol=0, atol=1e-12)
+
+
+def test_the_matrix_of_a_patch(patch: Patch) -> None:
+    dense = patch.normed_matrix() if isinstance(patch, NormLinearPatch) else patch.to_dense()
     assert dense.dtype == torch.float64
     assert not dense.requires_grad
     torch.testing.assert_close(dense, matrix_of(patch), rtol=0, atol=1e-12)
-    torch.testing.assert_close(patch(x).double(), x.double() @ dense, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_new_patch_is_the_identity_and_trainable(make: Callable[[], Patch]) -> None:
     patch = make()
-    torch.testing.assert_close(patch.to_dense(), torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-12)
     x = torch.randn(8, D)
+    torch.testing.assert_close(patch(x.double()), x.double(), rtol=0, atol=1e-12)
     before = (patch(x) - x.flip(0)).square().sum()
     optimizer = torch.optim.SGD(patch.parameters(), lr=1e-3)
     for _ in range(3):
@@ -107,7 +127,7 @@ def test_description_rebuilds_the_empty_patch(patch: Patch) -> None:
     assert type(rebuilt) is type(patch)
     assert rebuilt.description() == patch.description()
     rebuilt.load_state_dict(patch.state_dict())
-    assert rebuilt.to_dense().equal(patch.to_dense())
+    assert rebuilt(ROWS).equal(patch(ROWS))
 
 
 def test_every_kind_is_registered_under_its_name() -> None:
@@ -125,6 +145,13 @@ def test_every_kind_is_registered_under_its_name() -> None:
         ({"kind": "low-rank", "dim": 4, "rank": 0}, "rank of at least 1"),
         ({"kind": "hadamard", "dim": 0}, "width of at least 1"),
         ({"kind": "hadamard", "dim": 4, "rank": -1}, "rank of at least 0"),
+        ({"kind": "norm-linear", "dim": 4, "eps": -1e-6}, "eps of a norm is a finite number from 0 on, not -1e-06"),
+        ({"kind": "norm-linear", "dim": 4, "eps": float("nan")}, "not nan"),
+        ({"kind": "norm-linear", "dim": 4, "eps": float("inf")}, "not inf"),
+        ({"kind": "norm-linear", "dim": 4, "eps": 1}, "eps is 1, no float"),
+        ({"kind": "norm-linear", "dim": 4, "rank": 5}, "a rank must be in"),
+        ({"kind": "norm-linear", "dim": 4, "order": 4}, "of order 4 is another map"),
+        ({"kind": "norm-linear", "dim": 4, "hadamard": True, "order": 2}, "of order 2 is another map"),
     ],
 )
 def test_bad_description(description: dict[str, object], message: str) -> None:
@@ -143,6 +170,10 @@ def test_costs() -> None:
         (120, 4 * 20 * 3 + 20),
         (20, 20),
         (400, 2 * 20 * 20),
+        (400, 2 * 20 * 20 + 4 * 20),
+        (120, 4 * 20 * 3 + 4 * 20),
+        (20, 20 * (2 * 19 + 1) + 4 * 20),
+        (140, 20 * (2 * 19 + 1) + 4 * 20 * 3 + 20 + 4 * 20),
     ]
     assert HadamardPatch(96).flops_per_token == 96 * (2 * (11 + 3) + 1)
     assert HadamardPatch(64).flops_per_token == 64 * (2 * 6 + 1)
@@ -155,9 +186,9 @@ def test_costs() -> None:
 def test_output_keeps_the_dtype_of_x(patch: Patch, dtype: torch.dtype) -> None:
     x = torch.randn(4, D).to(dtype)
     assert patch(x).dtype == dtype
-    exact = x.double() @ patch.to_dense()
+    wanted = exact(patch, x)
     eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
-    assert (patch(x).double() - exact).abs().max() <= 8 * eps * exact.abs().max()
+    assert (patch(x).double() - wanted).abs().max() <= 8 * eps * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -168,25 +199,25 @@ def test_cast_module(patch: Patch, dtype: torch.dtype, x_dtype: torch.dtype) -> 
     x = torch.randn(4, D).to(x_dtype)
     y = patch(x)
     assert y.dtype == x_dtype
-    exact = x.double() @ patch.to_dense()
+    wanted = exact(patch, x)
     worst = max(torch.finfo(x_dtype).eps, torch.finfo(dtype).eps)
-    assert (y.double() - exact).abs().max() <= 8 * worst * exact.abs().max() + 1e-5
+    assert (y.double() - wanted).abs().max() <= 8 * worst * wanted.abs().max() + 1e-5
 
 
 def test_deepcopy_is_another_patch(patch: Patch) -> None:
     twin = copy.deepcopy(patch)
-    before = patch.to_dense()
+    before = patch(ROWS)
     with torch.no_grad():
         next(twin.parameters()).mul_(3)
-    assert patch.to_dense().equal(before)
-    assert not twin.to_dense().equal(before)
+    assert patch(ROWS).equal(before)
+    assert not twin(ROWS).equal(before)
 
 
 def test_state_dict_through_safetensors(patch: Patch, tmp_path: Path) -> None:
     save_file(patch.state_dict(), tmp_path / "patch.safetensors")
     rebuilt = build_patch(patch.description())
     rebuilt.load_state_dict(load_file(tmp_path / "patch.safetensors"))
-    assert rebuilt.to_dense().equal(patch.to_dense())
+    assert rebuilt(ROWS).equal(patch(ROWS))
 
 
 def test_meta_device(patch: Patch) -> None:
@@ -195,7 +226,7 @@ def test_meta_device(patch: Patch) -> None:
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     assert empty(torch.empty(2, D, device="meta")).shape == (2, D)
     empty.to_empty(device="cpu").load_state_dict(patch.state_dict())
-    assert empty.to_dense().equal(patch.to_dense())
+    assert empty(ROWS).equal(patch(ROWS))
 
 
 def test_inference_mode_and_training_after_it(patch: Patch) -> None:
@@ -338,14 +369,28 @@ def test_dense_patch_of_a_matrix() -> None:
     assert DensePatch.from_dense(matrix).to_dense().equal(matrix.double())
 
 
-@pytest.mark.parametrize("cls", [HadamardPatch, LowRankPatch, DensePatch])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_a_norm_linear_patch_is_the_nearest_of_its_form(hadamard: bool, rank: int) -> None:
+    matrix, moments = torch.eye(D) + 0.3 * torch.randn(D, D, dtype=torch.float64), anisotropic(D)
+    patch = NormLinearPatch.from_dense(matrix, rank, hadamard=hadamard, eps=0.5, second_moments=moments)
+    assert (patch.rank, patch.hadamard, patch.eps) == (rank, hadamard, 0.5)
+    if hadamard:
+        expected = HadamardPatch.from_dense(matrix, rank, second_moments=moments).to_dense()
+    else:
+        down, up = nearest_low_rank(matrix, rank, moments)
+        expected = down @ up if rank else matrix
+    torch.testing.assert_close(patch.normed_matrix(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [HadamardPatch, LowRankPatch, DensePatch, NormLinearPatch])
 def test_bad_matrix(cls: type[Patch]) -> None:
     options = {} if cls is DensePatch else {"rank": 2}
     for wrong in (torch.randn(3, 4), torch.randn(4), torch.ones(4, 4, dtype=torch.int64)):
         with pytest.raises(InputError, match="floating matrix"):
             cls.from_dense(wrong, **options)
     if cls is not DensePatch:
-        for rank in (-1, 5) if cls is HadamardPatch else (-1, 0, 5):
+        for rank in (-1, 0, 5) if cls is LowRankPatch else (-1, 5):
             with pytest.raises(InputError, match=rf"a rank must be in \[[01], 4\], the width, not {rank}"):
                 cls.from_dense(torch.randn(4, 4), rank=rank)
 

@@ -31,7 +31,8 @@ def page() -> str:
         "always stay. [Add one](../add/score.md).",
         _table(("score", "what it is", "source"), scores),
         "## Fits\n\n`--fit` finds the map at the joint. H is the Hadamard matrix, s [d] a scale, down [d, r] and up "
-        "[r, d] a low-rank term, P a dense matrix. [Add one](../add/fit.md).",
+        "[r, d] a low-rank term, P and M dense matrices. `auto` tries those that do not say otherwise. "
+        "[Add one](../add/fit.md).",
         _table(("fit", "how it is found", "the map", "source"), fits),
         "## Ways to heal\n\n`--heal` says what a cut is healed with ([how](../guide/heal.md)).",
         _table(("way", "what it is"), ((one.name, one.about) for one in HEALS.values())),

@@ -32,10 +32,14 @@ def reformed(chain: Patch | PatchChain, form: str, rank: int) -> Patch:
         rank: of the low-rank term.
 
     Raises:
-        InputError: an unknown form, or a rank outside [1, d] for ``low-rank``.
+        InputError: an unknown form, a rank outside [1, d] for ``low-rank``, or a patch that is no linear map.
     """
+    check_form(form)
+    curved = [patch.kind for patch in PatchChain.of(chain) if not patch.linear]
+    if curved:
+        raise InputError(f"`patch` {form} is for linear maps, and a {curved[0]} patch is none: give `patch` keep")
     matrix = chain.to_dense()
-    if check_form(form) == "dense":
+    if form == "dense":
         return DensePatch.from_dense(matrix)
     if form == "low-rank" and not 1 <= rank <= len(matrix):
         raise InputError(f"`rank` {rank} is not between 1 and the model's width {len(matrix)}")

@@ -182,18 +182,7 @@ def refit(
     if not steps:
         return Refit(refitted, [])
     share = _Share(fit_windows, heldout_windows, run.processes)
-    wanted = Stream(share.windows) if stream is None else stream.copy()
-    if own is None:
-        # Up to its first change the student is the dense model: the two streams are one.
-        shared = shared_depth(dense, refitted, steps)
-        if wanted.depth > shared:
-            raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
-        wanted.advance(dense, shared)
-        found = wanted.copy()
-    else:
-        if own.depth > steps[0].index:
-            raise InputError(f"the student's stream is at depth {own.depth}, behind the first step's layer: give none")
-        found = own.copy()
+    wanted, found = _streams(dense, refitted, steps, Stream(share.windows) if stream is None else stream, own)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
@@ -211,6 +200,23 @@ def refit(
                     keep(step, {name: one for name, one in after.items() if one is not before[name]}, fresh)
             run.report("refitting layers", count, len(steps))
     return Refit(refitted, rows)
+
+
+def _streams(
+    dense: PreTrainedModel, student: PreTrainedModel, steps: Sequence[Step], given: Stream, own: Stream | None
+) -> tuple[Stream, Stream]:
+    """The dense model's and the student's stream, to start from; what was given stays where it is."""
+    wanted = given.copy()
+    if own is not None:
+        if own.depth > steps[0].index:
+            raise InputError(f"the student's stream is at depth {own.depth}, behind the first step's layer: give none")
+        return wanted, own.copy()
+    # Up to its first change the student is the dense model: the two streams are one.
+    shared = shared_depth(dense, student, steps)
+    if wanted.depth > shared:
+        raise InputError(f"the stream given is at depth {wanted.depth} and the models part at {shared}: give none")
+    wanted.advance(dense, shared)
+    return wanted, wanted.copy()
 
 
 def _check_steps(steps: Sequence[Step], dense: nn.Module, student: nn.Module) -> None:

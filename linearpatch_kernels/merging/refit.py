@@ -16,10 +16,10 @@ from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PartialRun, Stream, entering, residual_stream
 from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, num_layers, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, norm_eps, num_layers, sublayers
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
-from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch
+from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch, needs_normed_moments
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
@@ -57,12 +57,14 @@ def heal_merges(
         InputError: a model without merged layers or of another depth than ``dense``, or what the fit raises.
     """
     places = _merged_places(dense, merged)
+    eps = norm_eps(dense) if needs_normed_moments(fit) else None
     found, wanted = Stream(windows), Stream(windows)
     for index, end in places:
         found.advance(merged, index + 1)
         wanted.advance(dense, end)
         pairs = zip(found.states, wanted.states, strict=True)
-        patch = fit_patch(joint_statistics(pairs, f"the joint behind merged layer {index}"), fit, rank=rank)
+        joint = joint_statistics(pairs, f"the joint behind merged layer {index}", eps=eps)
+        patch = fit_patch(joint, fit, rank=rank)
         if patch is not None:
             merged = patched_model(merged, {index + 1: patch})
     return merged

@@ -321,6 +321,16 @@ def hidden_size(model: nn.Module) -> int:
     return int(decoder(model).config.hidden_size)
 
 
+def norm_eps(model: nn.Module) -> float:
+    """The eps of the model's RMSNorms; InputError where its config names none."""
+    eps = getattr(decoder(model).config, "rms_norm_eps", None)
+    if eps is None:
+        raise InputError(
+            "the model's config has no rms_norm_eps, which a fit of the normed stream needs: give another fit"
+        )
+    return float(eps)
+
+
 def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:
     """The RMSNorms in the layers from ``start`` on, and the final norm."""
     places = [*decoder_layers(model)[start:], decoder(model).norm]

@@ -2,7 +2,7 @@
 
 ``scalar``, ``diagonal`` and ``linearpatch`` match mean magnitudes (the paper's way), ``least_squares`` and ``low_rank``
 minimise sum_t |x_before P - x_after|^2 / |x_after|^2 over the calibration tokens, and ``shrunk_...`` go part of that
-way.
+way. ``norm_...`` minimise the same for x_before + RMSNorm(x_before) M, and go part of the way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from linearpatch_kernels.calibration import JointStatistics, Moments
 from linearpatch_kernels.hadamard import hadamard_transform
-from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch, nearest_low_rank
+from linearpatch_kernels.nn import (
+    DensePatch,
+    DiagonalPatch,
+    HadamardPatch,
+    LowRankPatch,
+    NormLinearPatch,
+    Patch,
+    nearest_low_rank,
+)
 
 PatchT = TypeVar("PatchT", bound=Patch)
 
@@ -96,6 +104,34 @@ def shrunk(patch: DensePatch | LowRankPatch, kept: float = SHRINKAGE) -> DensePa
         return _filled(copy.deepcopy(patch), up=kept * patch.up)
     identity = torch.eye(patch.dim, dtype=patch.weight.dtype, device=patch.weight.device)
     return _filled(copy.deepcopy(patch), weight=torch.lerp(identity, patch.weight, kept))
+
+
+def norm_least_squares(joint: JointStatistics, _rank: int, kept: float = SHRINKAGE) -> NormLinearPatch:
+    """x + kept RMSNorm(x) M, with the dense M that minimises the weighted squares, lightly held to zero.
+
+    With n_t the normed row: ``M = argmin sum_t |x_after - x_before - n_t M|^2 / |x_after|^2``.
+    """
+    return _nearest_normed(joint, kept)
+
+
+def norm_low_rank(joint: JointStatistics, rank: int, kept: float = SHRINKAGE) -> NormLinearPatch:
+    """The same with an M of rank r, by reduced-rank regression (Izenman 1975)."""
+    return _nearest_normed(joint, kept, rank=rank)
+
+
+def norm_hadamard(joint: JointStatistics, rank: int, kept: float = SHRINKAGE) -> NormLinearPatch:
+    """The same with M = H diag(s) H^T + down up, the nearest to the dense M as the n_t see it."""
+    return _nearest_normed(joint, kept, rank=rank, hadamard=True)
+
+
+def _nearest_normed(joint: JointStatistics, kept: float, rank: int = 0, *, hadamard: bool = False) -> NormLinearPatch:
+    moments = joint.collected_normed_moments()
+    ridged = moments.nn + _ridge(moments.nn) * torch.eye(joint.width, dtype=torch.float64)
+    matrix = torch.cholesky_solve(moments.nr, torch.linalg.cholesky(ridged))
+    # What is nearest to a part of M is that part of what is nearest to M.
+    return NormLinearPatch.from_dense(
+        kept * matrix, rank, hadamard=hadamard, eps=moments.eps, second_moments=ridged if rank else None
+    )
 
 
 def _filled(patch: PatchT, **values: Tensor) -> PatchT:

@@ -1,6 +1,7 @@
 """The fits: ways to find the map that heals a joint, in closed form from the statistics of one calibration pass.
 
-All look for a P with x_before P ~ x_after. They differ in the form of P (what it costs to run) and in what "~" means;
+All look for a map of x_before that is about x_after, most of them for a matrix P. They differ in the form of the map
+(what it costs to run) and in what "about" means;
 :mod:`~linearpatch_kernels.pruning.closed_forms` has the formulas. A new fit is one record: ``FITS.add(Fit(...))``.
 """
 
@@ -40,6 +41,7 @@ class Fit:
         form: the map that it gives, as a formula; s [d] is a scale, down [d, r] and up [r, d] a low-rank term.
         function: of a joint's statistics and the rank, the patch in float32, or None for plain removal.
         needs_moments: whether it asks for the joint's second moments, which take a pass of their own.
+        needs_normed_moments: whether it asks for those of the normed stream, which come with them.
         takes_rank: whether the rank means anything to it.
         structured: not a dense d x d map; ``--structured`` leaves the others out.
         automatic: whether ``auto`` tries it.
@@ -51,6 +53,7 @@ class Fit:
     form: str
     function: Callable[[JointStatistics, int], Patch | None]
     needs_moments: bool = False
+    needs_normed_moments: bool = False
     takes_rank: bool = False
     structured: bool = True
     automatic: bool = True
@@ -124,6 +127,40 @@ FITS: Registry[Fit] = Registry(
             needs_moments=True,
             structured=False,
         ),
+        # `auto` leaves these out: what it chose before they were there, it chooses now.
+        Fit(
+            "norm-least-squares",
+            "a dense d x d map of the normed stream, three quarters of the way; not in auto",
+            "least squares, every token normalised; as a layer Puzzle, arXiv 2411.19146",
+            "x + ¾ RMSNorm(x) M",
+            _closed_form("norm_least_squares"),
+            needs_moments=True,
+            needs_normed_moments=True,
+            structured=False,
+            automatic=False,
+        ),
+        Fit(
+            "norm-low-rank",
+            "the same by reduced-rank regression; not in auto",
+            "Izenman 1975, every token normalised",
+            "x + ¾ RMSNorm(x) down up",
+            _closed_form("norm_low_rank"),
+            needs_moments=True,
+            needs_normed_moments=True,
+            takes_rank=True,
+            automatic=False,
+        ),
+        Fit(
+            "norm-hadamard",
+            "the same beside a diagonal of the Hadamard domain; not in auto",
+            "ours",
+            "x + ¾ RMSNorm(x) (H diag(s) Hᵀ + down up)",
+            _closed_form("norm_hadamard"),
+            needs_moments=True,
+            needs_normed_moments=True,
+            takes_rank=True,
+            automatic=False,
+        ),
     ),
 )
 
@@ -149,6 +186,11 @@ def fits_of(name: str, *, structured: bool = False) -> list[Fit]:
 def needs_moments(name: str) -> bool:
     """Whether a fit, or what ``auto`` tries, needs a pass for second moments. InputError for an unknown name."""
     return any(fit.needs_moments for fit in fits_of(name))
+
+
+def needs_normed_moments(name: str) -> bool:
+    """Whether one of these needs the moments of the normed stream, too. InputError for an unknown name."""
+    return any(fit.needs_normed_moments for fit in fits_of(name))
 
 
 def takes_rank(name: str) -> bool:

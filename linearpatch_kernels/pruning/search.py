@@ -23,6 +23,7 @@ from linearpatch_kernels.pruning.fits import (
     UnusableFit,
     checked_rank,
     needs_moments,
+    needs_normed_moments,
     takes_rank,
     too_little_text,
 )
@@ -106,18 +107,21 @@ def plan_pruning(
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], run.batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
     layers, moments, judged = num_layers(model), needs_moments(fit), SCORES.named(score).runs_the_model
+    normed = needs_normed_moments(fit)
     # Comparing holds the logits of two models at once, so it takes one window at a time.
     comparing = dataclasses.replace(run, batch_size=1)
     text = fit_windows.split(run.batch_size)
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
         collected = chosen if moments else ()
-        statistics = calibrate(model, text, moments=collected, ranks=run.processes, progress=run.progress)
+        statistics = calibrate(
+            model, text, moments=collected, normed=normed, ranks=run.processes, progress=run.progress
+        )
     else:
         statistics = calibrate(model, text, ranks=run.processes, progress=run.progress)
         chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
         if moments or judged:
-            found = collect_moments(model, text, chosen, ranks=run.processes, progress=run.progress)
+            found = collect_moments(model, text, chosen, normed=normed, ranks=run.processes, progress=run.progress)
             statistics = statistics.with_moments(found)
         if judged and heldout_windows is not None:
             chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
@@ -266,7 +270,8 @@ def sweep(
     """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
 
     The first pass serves all scores; the second collects the second moments of the spans that were chosen (``16 d^2``
-    bytes each, all n together). Every (n, fit) is then evaluated once per window from the dense model's states.
+    bytes each, all n together; ``32 d^2`` where a fit needs those of the normed stream). Every (n, fit) is then
+    evaluated once per window from the dense model's states.
 
     Args:
         statistics: of an earlier run over the same windows; what it holds is not collected again.
@@ -287,7 +292,7 @@ def sweep(
         check_drop(drop, layers)
     SCORES.named(score, among=scores_of_statistics())
     # A list, so that every name is checked.
-    wanted = True in [needs_moments(fit) for fit in fits]
+    wanted, normed = (True in [asks(fit) for fit in fits] for asks in (needs_moments, needs_normed_moments))
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     check_rank(rank, hidden_size(model), fits)
@@ -297,9 +302,10 @@ def sweep(
         statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
         _kept(statistics, keep)
     spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
-    missing = sorted({span for chosen in spans.values() for span in chosen} - set(statistics.moments))
+    there = {span for span, found in statistics.moments.items() if found.normed is not None or not normed}
+    missing = sorted({span for chosen in spans.values() for span in chosen} - there)
     if wanted and missing:
-        found = collect_moments(model, fit_windows.split(batch_size), missing, progress=progress)
+        found = collect_moments(model, fit_windows.split(batch_size), missing, normed=normed, progress=progress)
         statistics = statistics.with_moments(found)
         _kept(statistics, keep)
     names = {(drop, fit): f"{drop} layers dropped, {fit}" for drop in drops for fit in fits}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.fits import AUTO, FITS, fits_of
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.report.tables import number
 from tests.support.command import (
@@ -65,7 +65,7 @@ def test_prune_writes_the_model_its_plan_and_a_report(world: World) -> None:
 
 def test_auto_keeps_a_row_of_its_table(world: World) -> None:
     plan = PrunePlan.load(world.pruned)
-    assert {row["fit"] for row in plan.candidates} == set(FITS)
+    assert {row["fit"] for row in plan.candidates} == {fit.name for fit in fits_of(AUTO)}
     assert [row["fit"] for row in plan.candidates if row["kept"]] == [plan.joints[0].fit]
     losses = [row["loss"] for row in plan.candidates]
     assert losses == sorted(losses)
@@ -141,7 +141,7 @@ def test_structured_leaves_the_dense_maps_out(world: World, run: Run, tmp_path: 
     arguments = ["--drop", 2, "--structured", "-o", tmp_path / "out", "--text", world.text, *SMALL]
     assert run("prune", world.model, *arguments).status == 0
     fits = {row["fit"] for row in PrunePlan.load(tmp_path / "out").candidates}
-    assert fits == set(FITS) - {"least-squares", "shrunk-least-squares"}
+    assert fits == {fit.name for fit in fits_of(AUTO)} - {"least-squares", "shrunk-least-squares"}
 
 
 def test_plan_only_writes_no_model_and_its_plan_is_the_one(world: World, run: Run, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
         span = Span(2, 4)
         torch.testing.assert_close(shared.moments[span].xx, whole.moments[span].xx, rtol=1e-12, atol=1e-12)
         assert shared.moments[span].yy == whole.moments[span].yy
+        normed, wanted = (one.at(span).collected_normed_moments() for one in (shared, whole))
+        torch.testing.assert_close(normed.nr, wanted.nr, rtol=1e-12, atol=1e-12)
 
 
 def test_too_little_for_so_many() -> None:

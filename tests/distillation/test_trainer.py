@@ -97,7 +97,7 @@ def full_training(student: PreTrainedModel, store: TeacherStore, names: set[str]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", ["dense", "hadamard", "low-rank"])
+@pytest.mark.parametrize("kind", ["dense", "hadamard", "low-rank", "norm-linear"])
 def test_it_is_full_training_bit_for_bit(dense: PreTrainedModel, store: TeacherStore, kind: str, loss: str) -> None:
     patch = random_patch(kind)
     ours, theirs = student_of(dense, patch), student_of(copy.deepcopy(dense), patch)

@@ -108,7 +108,7 @@ def own_copy() -> PreTrainedModel:
 
 def planning(_: Path) -> Any:
     fit, held = windows()[:5], windows()[5:]
-    found: dict[str, Any] = {"statistics": calibrate(dense(), fit.split(2), moments=[SPAN])}
+    found: dict[str, Any] = {"statistics": calibrate(dense(), fit.split(2), moments=[SPAN], normed=True)}
     for score in scores_of_statistics():
         found[score] = plan_pruning(dense(), fit, drop=2, score=score, fit="diagonal").plan
     for name in FITS:

@@ -24,7 +24,7 @@ from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.pruning import selection
-from linearpatch_kernels.pruning.fits import FITS, UnusableFit, fit_patch, too_little_text
+from linearpatch_kernels.pruning.fits import AUTO, FITS, UnusableFit, fit_patch, fits_of, too_little_text
 from linearpatch_kernels.pruning.plan import Joint
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
 from linearpatch_kernels.pruning.selection import choose_fit, compare_candidates, usable_candidates
@@ -154,15 +154,16 @@ def test_a_model_that_is_not_finite_leaves_the_comparison_and_a_teacher_does_not
 def test_auto_chooses_among_what_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny(), token_windows(4, 16)
     statistics = calibrate(model, [windows], moments=[Span(1, 3)])
-    for name in FITS:
-        monkeypatch.setitem(FITS, name, dataclasses.replace(FITS[name], function=lambda *_: broken()))
+    tried = fits_of(AUTO)
+    for fit in tried:
+        monkeypatch.setitem(FITS, fit.name, dataclasses.replace(fit, function=lambda *_: broken()))
     told: list[str] = []
     monkeypatch.setitem(FITS, "none", dataclasses.replace(FITS["none"], function=lambda *_: None))
     with pytest.raises(UnusableFit):
         fit_patch(statistics.at(Span(1, 3)), "scalar")
     choice = choose_fit(model, windows, statistics, [Span(1, 3)], rank=4, noted=told.append)
     assert choice.fit == "none"
-    assert len(told) == len(FITS) - 1
+    assert len(told) == len(tried) - 1
 
 
 def test_plain_removal_that_is_not_finite_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:

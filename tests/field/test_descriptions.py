@@ -21,7 +21,7 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import merge_tree
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, checked_record, patched_model
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, Patch, build_patch, check_description
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, NormLinearPatch, Patch, build_patch, check_description
 from tests.support.field import IDS, save_model, tiny
 
 HUGE = 10**9
@@ -56,6 +56,15 @@ DESCRIPTIONS: dict[str, Any] = {
     "a field of another kind": {"kind": "dense", "dim": 48, "rank": 4},
     "a field of the constructor": {"kind": "dense", "dim": 48, "device": "cuda"},
     "another field of the constructor": {"kind": "dense", "dim": 48, "dtype": "int8"},
+    "a whole number as eps": {"kind": "norm-linear", "dim": 48, "eps": 1},
+    "a word as eps": {"kind": "norm-linear", "dim": 48, "eps": "1e-6"},
+    "a negative eps": {"kind": "norm-linear", "dim": 48, "eps": -1e-6},
+    "an eps that is no number": {"kind": "norm-linear", "dim": 48, "eps": float("nan")},
+    "an endless eps": {"kind": "norm-linear", "dim": 48, "eps": float("inf")},
+    "a number as switch of H": {"kind": "norm-linear", "dim": 48, "hadamard": 1},
+    "the order of no matrix": {"kind": "norm-linear", "dim": 48, "order": 48},
+    "another order": {"kind": "norm-linear", "dim": 48, "hadamard": True, "order": 24},
+    "a rank above the width of the stream": {"kind": "norm-linear", "dim": 48, "rank": 49},
 }
 RECORDS: dict[str, Any] = {
     "a word": "x",
@@ -198,7 +207,8 @@ def test_a_list_of_another_length_than_the_depth_is_refused(entries: Any) -> Non
 
 @pytest.mark.parametrize("rank", [0, 1, 48])
 def test_every_description_of_a_patch_is_accepted(rank: int) -> None:
-    for patch in (HadamardPatch(48, rank, post_scale=True), DensePatch(48)):
+    normed = (NormLinearPatch(48, rank, hadamard=turned, eps=1e-5) for turned in (False, True))
+    for patch in (HadamardPatch(48, rank, post_scale=True), DensePatch(48), *normed):
         assert build_patch(patch.description(), dim=48).description() == patch.description()
 
 

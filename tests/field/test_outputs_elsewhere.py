@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model
-from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
+from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, NormLinearPatch
 from tests.support.field import IDS, SMALL, cut, isolated, linearpatch, logits, same, save_model, text_file, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
@@ -246,7 +246,7 @@ def test_a_patched_model_is_exported_as_a_stock_one(how: str) -> None:
             EXPORTS[how](Logits(tiny(layers=4)), ids)
         except torch._dynamo.exc.UserError as error:
             pytest.skip(f"torch {torch.__version__} does not export the stock model: {str(error).splitlines()[0]}")
-    patches = {1: HadamardPatch(48, 2), 2: LowRankPatch(48, 2), 3: near_identity()}
+    patches = {0: NormLinearPatch(48), 1: HadamardPatch(48, 2), 2: LowRankPatch(48, 2), 3: near_identity()}
     module = Logits(patched_model(keep_layers(tiny(layers=4), [0, 1, 3]), patches))
     with torch.no_grad():
         exported = EXPORTS[how](module, ids)

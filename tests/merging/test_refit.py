@@ -23,9 +23,12 @@ def distance(merged: PreTrainedModel, dense: PreTrainedModel, windows: Tensor) -
     return float(((ends[0] - ends[1]).norm(dim=-1) / ends[1].norm(dim=-1)).mean())
 
 
-def test_a_dense_patch_brings_the_stream_nearer_to_the_dense_models(dense: PreTrainedModel, windows: Tensor) -> None:
+@pytest.mark.parametrize("fit", ["least-squares", "norm-least-squares"])
+def test_a_dense_patch_brings_the_stream_nearer_to_the_dense_models(
+    dense: PreTrainedModel, windows: Tensor, fit: str
+) -> None:
     merged, plan = plan_merging(dense, windows, None, MergeSettings(layers=4, repeat=False))
-    healed = heal_merges(dense, merged, windows, "least-squares")
+    healed = heal_merges(dense, merged, windows, fit)
     places = [index + 1 for index, node in enumerate(plan.tree) if isinstance(node, list)]
     assert sorted(patches(healed)) == places
     assert not patches(merged)

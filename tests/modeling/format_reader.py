@@ -1,7 +1,6 @@
 """A reader of patched checkpoints, written from docs/reference/checkpoint-format.md alone."""
 
 import json
-import math
 from functools import reduce
 from itertools import product
 
@@ -19,7 +18,7 @@ def is_paley(m):
 
 
 def split(m):
-    splits = ([a, *split(m // a)] for a in range(4, math.isqrt(m) + 1) if m % a == 0 and is_paley(a) and split(m // a))
+    splits = ([a, *split(m // a)] for a in range(4, int(m**0.5) + 1) if m % a == 0 and is_paley(a) and split(m // a))
     return [m] if is_paley(m) else next(splits, [])
 
 
@@ -48,17 +47,22 @@ def hadamard(d):
     orders = ((p << s, t - s) for p in range(d >> t, 1, -1) if (d >> t) % p == 0 for s in range(2, t + 1))
     m, k = next(((m, k) for m, k in orders if m <= 16384 and split(m)), (1, t))
     block = reduce(np.kron, [*map(paley, split(m)), *[[[1, 1], [1, -1]]] * k], np.eye(1))
-    return np.kron(np.eye(d // len(block)), block) / math.sqrt(len(block)), len(block)
+    return np.kron(np.eye(d // len(block)), block) / len(block) ** 0.5, len(block)
 
 
 def matrix(patch, w):
     d, rest = patch["dim"], w["down"] @ w["up"] if patch.get("rank", 0) else 0
-    if patch["kind"] == "hadamard":
+    if patch["kind"] == "hadamard" or patch.get("hadamard", False):
         h, order = hadamard(d)
         assert patch.get("order", order) == order
         return w.get("pre_scale", np.ones(d))[:, None] * (h * w["scale"] @ h.T) * w.get("post_scale", 1) + rest
-    kinds = {"dense": w.get("weight"), "diagonal": np.diag(w.get("scale", [])), "low-rank": np.eye(d) + rest}
-    return kinds[patch["kind"]]
+    kinds = {"dense": 0, "diagonal": np.diag(w.get("scale", [])), "low-rank": np.eye(d) + rest, "norm-linear": rest}
+    return w.get("weight", kinds[patch["kind"]])
+
+
+def after(x, patch):
+    root = np.sqrt((x**2).mean(-1, keepdims=True) + patch[0].get("eps", 1e-6))
+    return x + x / root @ matrix(*patch) if patch[0]["kind"] == "norm-linear" else x @ matrix(*patch)
 
 
 def array(one):
@@ -68,12 +72,10 @@ def array(one):
 
 def read(directory):
     config, files = json.loads((directory / "config.json").read_text()), directory.glob("*.safetensors")
-    weights = {name: array(one) for file in files for name, one in safetensors.deserialize(file.read_bytes())}
-    record, depth, found = config["linearpatch"], config["num_hidden_layers"], {}
+    state = {name: array(one) for file in files for name, one in safetensors.deserialize(file.read_bytes())}
+    record, depth = config["linearpatch"], config["num_hidden_layers"]
     assert record["format"] == 2
     for joint, patches in record["joints"].items():
-        at = f"{joint}.patch" if int(joint) < depth else f"{depth - 1}.output_patch"
-        starts = [f"model.layers.{at}.{i}." for i in range(len(patches))]
-        tensors = [{name[len(a) :]: weights[name] for name in weights if name.startswith(a)} for a in starts]
-        found[int(joint)] = reduce(np.matmul, map(matrix, patches, tensors))
-    return found
+        at = f"model.layers.{joint}.patch." if int(joint) < depth else f"model.layers.{depth - 1}.output_patch."
+        own = [{n.split(".")[-1]: state[n] for n in state if n.startswith(f"{at}{i}.")} for i in range(len(patches))]
+        yield int(joint), list(zip(patches, own, strict=True))

@@ -18,14 +18,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.modeling_file import modeling_source
+from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
-from tests.support.tiny import FAMILY_NAMES, VOCABULARY, tiny_patched_model, tiny_tokenizer
+from tests.support.tiny import (
+    FAMILY_NAMES,
+    VOCABULARY,
+    normed_patches,
+    tiny_model,
+    tiny_patched_model,
+    tiny_tokenizer,
+)
 
-CASES = [*FAMILY_NAMES, "llama-tied", "gemma3_text-untied"]
+# Those with "normed" have a `NormLinearPatch` of every form.
+CASES = [*FAMILY_NAMES, "llama-tied", "gemma3_text-untied", "llama-normed", "gemma3_text-normed"]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +43,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
     for case in CASES:
-        family, _, tie = case.partition("-")
-        model = tiny_patched_model(family, **({"tie_word_embeddings": tie == "tied"} if tie else {}))
+        family, _, what = case.partition("-")
+        if what == "normed":
+            model = patched_model(keep_layers(tiny_model(family), [0, 1, 4, 5]), normed_patches())
+        else:
+            model = tiny_patched_model(family, **({"tie_word_embeddings": what == "tied"} if what else {}))
         with torch.no_grad():
             logits = model(ids).logits
         save_checkpoint(model, tiny_tokenizer(), root / case)

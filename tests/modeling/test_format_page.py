@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from linearpatch_kernels.hadamard import hadamard_matrix
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches
-from linearpatch_kernels.nn import HadamardPatch
+from linearpatch_kernels.nn import HadamardPatch, NormLinearPatch
 from tests.modeling import format_reader
 from tests.support.tiny import FAMILY_NAMES, random_patch, tiny_model
 
@@ -28,19 +29,23 @@ def test_the_reader_is_short_and_knows_nothing_of_this_package() -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reader_finds_the_same_matrices(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_the_reader_s_patches_do_the_same(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     joints = {
         0: random_patch("hadamard"),
         1: [random_patch("low-rank"), random_patch("hadamard", seed=2), random_patch("diagonal")],
-        2: HadamardPatch(48),
-        4: [random_patch("dense"), random_patch("low-rank", seed=3)],
+        2: [HadamardPatch(48), random_patch("norm-linear"), random_patch("norm-linear low-rank")],
+        3: NormLinearPatch(48, hadamard=True),
+        4: [random_patch("dense"), random_patch("norm-linear hadamard"), random_patch("low-rank", seed=3)],
     }
     model = patched_model(keep_layers(tiny_model(family), [0, 1, 4, 5]).to(dtype), joints)
     model.save_pretrained(tmp_path)
-    found = format_reader.read(tmp_path)
+    found = dict(format_reader.read(tmp_path))
     assert found.keys() == joints.keys()
+    x = torch.randn(7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for joint, chain in patches(model).items():
-        np.testing.assert_allclose(found[joint], chain.to_dense().numpy(), rtol=0, atol=1e-12)
+        y = reduce(format_reader.after, found[joint], x.numpy())
+        np.testing.assert_allclose(y, chain.double()(x).numpy(), rtol=0, atol=1e-11)
 
 
 # Powers of two; both constructions; fields of 5^2 and 3^3 elements; blocks; a product of orders, 28 * 68.

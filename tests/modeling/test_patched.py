@@ -17,9 +17,9 @@ from linearpatch_kernels.modeling.families import STOCK_FAMILIES, family_of
 from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches
 from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.nn import HadamardPatch
-from tests.support.tiny import random_patch, tiny_model, tiny_patched_model
+from tests.support.tiny import normed_patches, random_patch, tiny_model, tiny_patched_model
 
-KINDS = ("hadamard", "low-rank", "dense")
+KINDS = ("hadamard", "low-rank", "dense", "norm-linear", "norm-linear low-rank", "norm-linear hadamard")
 
 
 def composed(model: PreTrainedModel, joints: dict[int, nn.Module], kept: list[int], ids: torch.Tensor) -> torch.Tensor:
@@ -38,14 +38,19 @@ def test_a_patched_model_is_its_layers_and_patches(
     model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype
 ) -> None:
     model = model.to(dtype)
-    joints = {0: random_patch("low-rank"), 2: random_patch("hadamard"), 4: random_patch("dense")}
+    joints = {
+        0: random_patch("low-rank"),
+        1: random_patch("norm-linear"),
+        2: random_patch("hadamard"),
+        4: random_patch("dense"),
+    }
     kept = [0, 1, 4, 5]
     twin = patched_model(keep_layers(model, kept), joints)
     expected = composed(model, {joint: copy.deepcopy(patch).to(dtype) for joint, patch in joints.items()}, kept, ids)
     assert twin.dtype == dtype
     assert {parameter.dtype for parameter in twin.parameters()} == {dtype}
     assert torch.equal(twin(ids).logits, expected)
-    assert list(patches(twin)) == [0, 2, 4]
+    assert list(patches(twin)) == [0, 1, 2, 4]
 
 
 def test_where_the_patch_lives(patched: PreTrainedModel) -> None:
@@ -70,6 +75,12 @@ def test_a_patched_model_caches_right(
     patched: PreTrainedModel, assert_cache_changes_nothing: Callable[..., None]
 ) -> None:
     assert_cache_changes_nothing(patched)
+
+
+def test_a_model_with_norm_linear_patches_caches_right(
+    model: PreTrainedModel, assert_cache_changes_nothing: Callable[..., None]
+) -> None:
+    assert_cache_changes_nothing(patched_model(keep_layers(model, [0, 1, 4, 5]), normed_patches()))
 
 
 def test_names_and_registration(family: str, patched: PreTrainedModel) -> None:

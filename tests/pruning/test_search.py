@@ -16,7 +16,7 @@ from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.fits import AUTO, fits_of
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.scores import choose_spans, score_spans, scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
@@ -41,12 +41,12 @@ def assert_same_plan(actual: PrunePlan, expected: PrunePlan) -> None:
         torch.testing.assert_close(actual.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fit", ["none", "linearpatch", "low-rank", "least-squares"])
+@pytest.mark.parametrize("fit", ["none", "linearpatch", "low-rank", "least-squares", "norm-hadamard"])
 @pytest.mark.parametrize("score", scores_of_statistics())
 def test_the_plan_of_a_number_of_layers(dense: PreTrainedModel, windows: Tensor, score: str, fit: str) -> None:
     made = plan_pruning(dense, windows, drop=2, score=score, fit=fit, rank=RANK)
     spans = choose_spans(calibrate(dense, [windows]), 2, score)
-    statistics = calibrate(dense, [windows], moments=spans)
+    statistics = calibrate(dense, [windows], moments=spans, normed=True)
     assert_same_plan(made.plan, PrunePlan(6, fitted_joints(statistics, spans, fit, rank=RANK)))
     assert (made.plan.score, made.choice, made.plan.num_layers) == (score, None, 6)
 
@@ -94,7 +94,7 @@ def test_auto_keeps_what_the_heldout_windows_say(
     assert (made.choice.fit, [joint.fit for joint in made.plan.joints]) == (expected.fit, [expected.fit] * len(spans))
     assert made.plan.candidates == made.choice.table
     assert [row["fit"] for row in made.plan.candidates if row["kept"]] == [expected.fit]
-    assert {row["fit"] for row in made.plan.candidates} == set(FITS)
+    assert {row["fit"] for row in made.plan.candidates} == {fit.name for fit in fits_of(AUTO)}
     for row, other in zip(made.choice.table, expected.table, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
     structured = plan_pruning(dense, windows, heldout, rank=RANK, structured=True, **what)
@@ -150,7 +150,7 @@ def test_passes_of_auto(
 ) -> None:
     calls = count_calls(dense.model.layers)
     plan_pruning(dense, windows, heldout, spans=[Span(2, 4)], rank=RANK)
-    shared, behind = 9 + 5, 9 + 5 + 5 * len(FITS)
+    shared, behind = 9 + 5, 9 + 5 + 5 * len(fits_of(AUTO))
     assert calls == [shared, shared, shared, shared, behind, behind]
 
 
@@ -246,6 +246,25 @@ def test_a_sweep_costs_two_passes_and_one_evaluation_a_depth_and_fit(
     assert [(point.drop, point.fit) for point in points] == [(drop, fit) for drop in drops for fit in FOUR_FITS]
     assert quality.top1_agreement == 1.0
     assert set(statistics.moments) == {span for chosen in spans.values() for span in chosen}
+
+
+def test_a_sweep_goes_on_with_a_fit_that_asks_for_more(
+    deep: PreTrainedModel, windows: Tensor, heldout: Tensor, count_calls: Callable[..., list[int]]
+) -> None:
+    """Of the moments that are there those of the normed stream are missing: one more pass, and then none."""
+    kept = sweep(deep, windows, heldout, [2], ["low-rank"], rank=RANK)[2]
+    (span,) = kept.moments
+    fits = ["low-rank", "norm-low-rank"]
+    calls = count_calls(deep.model.layers)
+    _, points, statistics = sweep(deep, windows, heldout, [2], fits, rank=RANK, statistics=kept)
+    evaluated = evaluations([2], [span.end], windows=5, fits=2)
+    assert calls == [9 * (layer < span.end) + count for layer, count in enumerate(evaluated)]
+    again = count_calls(deep.model.layers)
+    same = sweep(deep, windows, heldout, [2], fits, rank=RANK, statistics=statistics)[1]
+    assert again == evaluated
+    assert [point.quality for point in same] == [point.quality for point in points]
+    joints = fitted_joints(calibrate(deep, [windows], moments=[span], normed=True), [span], "norm-low-rank", rank=RANK)
+    assert_same_plan(points[1].plan, PrunePlan(14, joints))
 
 
 def test_a_sweep_of_fits_without_moments_costs_one_pass(

@@ -22,7 +22,7 @@ from linearpatch_kernels.forward import Run
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch, Patch
 from linearpatch_kernels.pruning import selection
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.fits import FITS
+from linearpatch_kernels.pruning.fits import AUTO, FITS, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.selection import (
     choose_fit,
@@ -212,15 +212,15 @@ def test_the_table() -> None:
 def test_choose_fit(dense: PreTrainedModel, heldout: Tensor, statistics: CalibrationStatistics) -> None:
     spans = [Span(3, 5), Span(1, 2)]
     made = choose_fit(dense, heldout, statistics, spans, rank=RANK, run=Run(2))
-    assert set(made.candidates) == set(FITS)
-    expected = {name: fitted_joints(statistics, spans, name, rank=RANK) for name in FITS}
+    assert set(made.candidates) == {fit.name for fit in fits_of(AUTO)}
+    expected = {name: fitted_joints(statistics, spans, name, rank=RANK) for name in made.candidates}
     assert made.found == compare_candidates(dense, heldout, expected, run=Run(2))
     assert [joint.span for joint in made.joints] == sorted(spans)
     best = made.table[0]
     assert best["loss"] == min(quality.loss for name, quality in made.found.items() if name != "dense")
 
     structured = choose_fit(dense, heldout, statistics, spans, rank=RANK, structured=True)
-    assert set(structured.candidates) == {name for name, fit in FITS.items() if fit.structured}
+    assert set(structured.candidates) == {fit.name for fit in fits_of(AUTO) if fit.structured}
     assert structured.fit == made.structured().fit
     assert not any(isinstance(joint.patch, DensePatch) for joint in structured.joints)
 
@@ -271,7 +271,7 @@ def test_ranks_share_the_work_and_the_result(
                 range(count),
             )
         )
-    assert sorted(fitted) == sorted(FITS)
+    assert sorted(fitted) == sorted(fit.name for fit in fits_of(AUTO))
     for one in made:
         assert one.fit == alone.fit
         assert [row["fit"] for row in one.table] == [row["fit"] for row in alone.table]
@@ -287,6 +287,6 @@ def test_a_fit_that_the_text_does_not_allow_is_no_candidate(
     silent[..., 11] = 0
     with pytest.warns(UserWarning, match="not a candidate: the fit diagonal of 1:2 gave a value that is not finite"):
         made = choose_fit(dense, heldout, dataclasses.replace(statistics, mean_abs=silent), [Span(1, 2)], rank=RANK)
-    assert set(made.candidates) == set(FITS) - {"diagonal"}
+    assert set(made.candidates) == {fit.name for fit in fits_of(AUTO)} - {"diagonal"}
     with pytest.raises(InputError, match="were not collected"):
         choose_fit(dense, heldout, statistics, [Span(2, 3)], rank=RANK)

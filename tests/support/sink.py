@@ -45,5 +45,5 @@ def heldout() -> Tensor:
 
 @pytest.fixture(scope="session")
 def statistics(dense: PreTrainedModel, windows: Tensor) -> CalibrationStatistics:
-    """With the moments of `SPANS`."""
-    return calibrate(dense, windows.split(3), moments=SPANS)
+    """With the moments of `SPANS`, of the stream and of the normed one."""
+    return calibrate(dense, windows.split(3), moments=SPANS, normed=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.patched import patched_model
-from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, Patch
+from linearpatch_kernels.nn import DensePatch, DiagonalPatch, HadamardPatch, LowRankPatch, NormLinearPatch, Patch
 
 FAMILY_NAMES = list(STOCK_FAMILIES)
 VOCABULARY = 97
@@ -59,12 +59,21 @@ def random_patch(kind: str, *, dim: int = 48, seed: int = 1) -> Patch:
         "low-rank": lambda: LowRankPatch(dim, 4),
         "diagonal": lambda: DiagonalPatch(dim),
         "dense": lambda: DensePatch(dim),
+        "norm-linear": lambda: NormLinearPatch(dim),
+        "norm-linear low-rank": lambda: NormLinearPatch(dim, 4, eps=1e-3),
+        "norm-linear hadamard": lambda: NormLinearPatch(dim, 4, hadamard=True, eps=1e-5),
     }[kind]()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in patch.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return patch
+
+
+def normed_patches() -> dict[int, list[Patch]]:
+    """A norm-linear patch of every form, and one behind a linear patch, for the joints of a model of four layers."""
+    first, second, third = (random_patch(f"norm-linear{form}") for form in ("", " low-rank", " hadamard"))
+    return {1: [first], 2: [random_patch("low-rank"), second], 4: [third]}
 
 
 def tiny_patched_model(family: str, **changes: Any) -> PreTrainedModel:
