@@ -25,6 +25,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.merging.scores import PLACE_SCORES
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.pruning.fits import AUTO, FITS
 from linearpatch_kernels.pruning.scores import SCORES, scores_of_statistics
 from linearpatch_kernels.span import Span
@@ -205,15 +206,17 @@ class MergeRunSettings(Settings):
         Option(f"What chooses where to merge: {PLACE_SCORES.described()}. Default: the variant's.", "NAME"),
     ] = None
     repeat: Annotated[bool, Option("Whether a merged layer may be merged again.", flags=("--repeat/--no-repeat",))] = (
-        True
+        MergeSettings.repeat
     )
     width: Annotated[
         int | None,
         Option("Layers that become one at a time (default: 2; all at once for come-block).", "M", least=2),
     ] = None
-    power: Annotated[float, Option("A layer's share goes with its influence to this power.", "P")] = 1.0
-    floor: Annotated[float, Option("The largest share is at least this.", "F")] = 0.0
-    least_share: Annotated[float, Option("A searched share is at least this (0: may be a removal).", "S")] = 0.0
+    power: Annotated[float, Option("A layer's share goes with its influence to this power.", "P")] = MergeSettings.power
+    floor: Annotated[float, Option("The largest share is at least this.", "F")] = MergeSettings.floor
+    least_share: Annotated[float, Option("A searched share is at least this (0: may be a removal).", "S")] = (
+        MergeSettings.least_share
+    )
     heal: Annotated[
         str | None,
         Option(

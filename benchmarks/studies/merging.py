@@ -1,7 +1,7 @@
 """CoMe on the demo model, beside plain removal and patches: ``python -m benchmarks.studies.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
-(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `merging.refit.refit_merges`,
+(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `healing.merges.refit_merges`,
 ``+ patches`` a low-rank patch behind every merged layer, ``+ distilled`` hierarchical distillation of the refitted
 model, with the same windows for every row. Whatever is finished (a merge, a row) is kept in ``--work``: a run that was
 stopped goes on when the command is given again, and what is there is only printed. ``--groups`` tells instead what
@@ -41,11 +41,12 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
+from linearpatch_kernels.healing.merge_search import plan_merging
+from linearpatch_kernels.healing.merges import CandidateRefits, heal_merges, refit_merges
 from linearpatch_kernels.merging.merge import choose_units, merge_layers
 from linearpatch_kernels.merging.plan import MergePlan, apply_merges
-from linearpatch_kernels.merging.refit import CandidateRefits, heal_merges, refit_merges
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.families import keep_layers, num_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches

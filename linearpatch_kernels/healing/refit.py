@@ -25,6 +25,7 @@ from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_wi
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
@@ -40,13 +41,13 @@ class RefitSettings:
 
     Attributes:
         behind: layers behind a joint.
-        shrinkage: the part of a change that is kept, as of the maps at a joint (`fits.SHRINKAGE`): the rest is what the
+        shrinkage: the part of a change that is kept, as of the maps at a joint (`closed_forms.SHRINKAGE`): the rest is what the
             change would do wrong on other text.
         ridges: those tried, each relative to an input's own second moment.
     """
 
     behind: int = 3
-    shrinkage: float = 0.75
+    shrinkage: float = SHRINKAGE
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ def refit(
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
             finite.
 
-    Source: ours; a generalisation of `merging.refit.refit_merges`.
+    Source: ours; a generalisation of `healing.merges.refit_merges`.
     """
     settings = settings or RefitSettings()
     check_windows(dense, fit_windows)

@@ -15,9 +15,9 @@ from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.evaluation.report import QualityRow, ReportData
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
-from linearpatch_kernels.merging import refit
-from linearpatch_kernels.merging.plan import MergePlan
-from linearpatch_kernels.merging.refit import (
+from linearpatch_kernels.healing import merges
+from linearpatch_kernels.healing.merge_search import default_variant, plan_merging
+from linearpatch_kernels.healing.merges import (
     REFIT,
     REFIT_WINDOWS,
     can_refit,
@@ -26,7 +26,8 @@ from linearpatch_kernels.merging.refit import (
     lowers_the_loss,
     too_little_to_refit,
 )
-from linearpatch_kernels.merging.search import VARIANTS, MergeSettings, check_settings, default_variant, plan_merging
+from linearpatch_kernels.merging.plan import MergePlan
+from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings, check_settings
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.patched import patches
@@ -180,7 +181,7 @@ class _Job:
 
     def healed(self, merged: PreTrainedModel) -> PreTrainedModel:
         if self.heal == REFIT:
-            return refit.refit_merges(self.dense, merged, self.windows.fit)
+            return merges.refit_merges(self.dense, merged, self.windows.fit)
         try:
             return heal_merges(self.dense, merged, self.windows.fit, self.heal, rank=self.rank)
         except UnusableFit as error:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
-from linearpatch_kernels.merging.refit import heal_merges, refit_merges
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.healing.merge_search import plan_merging
+from linearpatch_kernels.healing.merges import heal_merges, refit_merges
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.pruning.closed_forms import SHRINKAGE

@@ -15,19 +15,18 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
-from linearpatch_kernels.merging.merge import choose_units, merge_layers, unit_counts
-from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
-from linearpatch_kernels.merging.refit import CandidateRefits, refit_merges
-from linearpatch_kernels.merging.search import (
-    VARIANTS,
-    MergeSettings,
+from linearpatch_kernels.healing.merge_search import (
     PrefixLosses,
     default_variant,
     influence_shares,
     plan_merging,
     search_share,
 )
+from linearpatch_kernels.healing.merges import CandidateRefits, refit_merges
+from linearpatch_kernels.merging.merge import choose_units, merge_layers, unit_counts
+from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings
 from linearpatch_kernels.modeling.families import decoder_layers, keep_layers, num_layers
 from tests.support.tiny import LAYERS, VOCABULARY, tiny_model
 
