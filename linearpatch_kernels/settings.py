@@ -220,10 +220,27 @@ class MergeRunSettings(Settings):
     heal: Annotated[
         str | None,
         Option(
-            "Heal every merged layer in closed form, toward the dense model's stream there: refit (new down "
-            "projections, still a plain model), or a patch behind it, by a fit of linearpatch prune: "
-            f"{', '.join(FITS)}. Default: refit, where the model allows it.",
-            "FIT",
+            "Heal every merged layer in closed form, toward the dense model's stream there: none, patch (a map behind "
+            "it), refit (a new down projection; still a plain model), patch+refit (the map, and new weights behind "
+            f"it), or {AUTO} (a plain model unless a patch heals 2 % more on held-out windows). The name of a fit "
+            "stands for patch with it. Default: refit, where the model allows it and the loss is less with it.",
+            "NAME",
+        ),
+    ] = None
+    fit: Annotated[
+        str | None,
+        Option(
+            f"The map of a patch: {', '.join(FITS)}. Alone it stands for `heal` patch. Default: shrunk-least-squares.",
+            "NAME",
+        ),
+    ] = None
+    behind: Annotated[
+        int | None,
+        Option(
+            "Layers behind every merged one that a refit fits again, too. Default: 0 with refit, 3 with patch+refit "
+            f"and {AUTO}.",
+            "N",
+            least=0,
         ),
     ] = None
     rank: Rank = None

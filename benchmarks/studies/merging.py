@@ -42,7 +42,7 @@ from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
 from linearpatch_kernels.healing.merge_search import plan_merging
-from linearpatch_kernels.healing.merges import CandidateRefits, heal_merges, refit_merges
+from linearpatch_kernels.healing.merges import CandidateRefits, patch_merges, refit_merges
 from linearpatch_kernels.merging.merge import choose_units, merge_layers
 from linearpatch_kernels.merging.plan import MergePlan, apply_merges
 from linearpatch_kernels.merging.sensitivity import score_layers
@@ -199,7 +199,7 @@ class Study:
                 merge_layers(self.model, choose_units(scores, span, [share, *between, 1 - share])) for share in (1, 0.8)
             )
             models = [first, refitted(first, span), mixed, refitted(mixed, span)]
-            models.append(heal_merges(self.model, first, fit, "least-squares"))
+            models.append(patch_merges(self.model, first, fit, "least-squares"))
             errors = [self._stream_error(model, span, heldout) for model in models]
             table.append((str(span), *(f"{error:.3f}" for error in errors)))
         print(markdown(header, table))
@@ -270,9 +270,9 @@ class Study:
         about: dict[str, Any] = {}
         afterwards = name.removeprefix(variant)
         if afterwards == " + patches":
-            merged = heal_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
+            merged = patch_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
         elif afterwards in (" + refit", DISTILLED):
-            merged = refit_merges(self.model, merged, self.windows["fit"])
+            merged = refit_merges(self.model, merged, self.windows["fit"]).model
         if afterwards == DISTILLED:
             about["groups"] = self._distil(merged, layers, variant)
         about["seconds"] = merging + time.perf_counter() - begin

@@ -19,6 +19,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
 from linearpatch_kernels.healing import merges
 from linearpatch_kernels.healing.merge_search import influence_shares, plan_merging
+from linearpatch_kernels.healing.refit import Refit
 from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.families import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
@@ -290,10 +291,10 @@ def test_auto_is_never_worse_where_it_chooses(tmp_path: Path, seed: int) -> None
 def test_a_merge_is_refitted_unasked_only_where_that_helps(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def harmful(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+    def harmful(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor, **_: Any) -> Refit:
         healed = keep_layers(merged, range(len(merged.get_decoder().layers)))
         healed.lm_head.weight = torch.nn.Parameter(20 * healed.lm_head.weight)  # sure of what is wrong
-        return healed
+        return Refit(healed, [])
 
     monkeypatch.setattr(merges, "refit_merges", harmful)
     text = place / "numbers.txt"

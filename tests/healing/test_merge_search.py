@@ -159,7 +159,7 @@ def test_the_place_with_the_highest_score_is_merged(
         if score in ("loss", "refit"):
             shares = influence_shares(scores.influence[span.start : span.end].tolist())
             merged = merge_layers(dense, choose_units(scores, span, shares))
-            return -loss_of(refit_merges(dense, merged, windows) if score == "refit" else merged, heldout)
+            return -loss_of(refit_merges(dense, merged, windows).model if score == "refit" else merged, heldout)
         return -{"angular": scores.last_token_angle, "bi": scores.span_influence}[score][span]
 
     _, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=5, skip_score=score))
@@ -196,7 +196,7 @@ def test_a_block_is_one_merge_of_its_first_and_last_layer(
     assert all(given[1] == given[2] == () for given in merge.units.values())
     found = record["losses"]
     assert found[f"{merge.shares[0]:g}"] == min(found.values())
-    refitted = refit_merges(dense, merged, windows)
+    refitted = refit_merges(dense, merged, windows).model
     assert min(found.values()) == pytest.approx(loss_of(refitted, heldout), abs=1e-5)
 
 
