@@ -23,7 +23,7 @@ from typing import Annotated, Any, Self
 from linearpatch_kernels.distillation.settings import HierarchySettings, TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded
-from linearpatch_kernels.healing.ways import HEALS
+from linearpatch_kernels.healing.ways import BEHIND, HEALS, MERGE_FIT
 from linearpatch_kernels.merging.scores import PLACE_SCORES
 from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.pruning.fits import AUTO, FITS
@@ -230,15 +230,15 @@ class MergeRunSettings(Settings):
     fit: Annotated[
         str | None,
         Option(
-            f"The map of a patch: {', '.join(FITS)}. Alone it stands for `heal` patch. Default: shrunk-least-squares.",
+            f"The map of a patch: {', '.join(FITS)}. Alone it stands for `heal` patch. Default: {MERGE_FIT}.",
             "NAME",
         ),
     ] = None
     behind: Annotated[
         int | None,
         Option(
-            "Layers behind every merged one that a refit fits again, too. Default: 0 with refit, 3 with patch+refit "
-            f"and {AUTO}.",
+            "Layers behind every merged one that a refit fits again, too. Default: 0 with refit, "
+            f"{BEHIND} with patch+refit and {AUTO}.",
             "N",
             least=0,
         ),

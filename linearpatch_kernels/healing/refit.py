@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
+from linearpatch_kernels.healing.ways import BEHIND
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, keep_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
@@ -50,7 +51,7 @@ class RefitSettings:
             where nothing else is judged on them.
     """
 
-    behind: int = 3
+    behind: int = BEHIND
     shrinkage: float = SHRINKAGE
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     precision: torch.dtype = torch.float32

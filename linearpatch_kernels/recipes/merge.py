@@ -23,8 +23,8 @@ from linearpatch_kernels.healing import merges
 from linearpatch_kernels.healing.choice import decide
 from linearpatch_kernels.healing.merge_search import default_variant, plan_merging
 from linearpatch_kernels.healing.merges import REFIT_WINDOWS, can_refit, check_refit, too_little_to_refit
-from linearpatch_kernels.healing.refit import Refit, RefitRow, RefitSettings
-from linearpatch_kernels.healing.ways import AUTO, HEALS, Heal
+from linearpatch_kernels.healing.refit import Refit, RefitRow
+from linearpatch_kernels.healing.ways import AUTO, BEHIND, HEALS, MERGE_FIT, Heal
 from linearpatch_kernels.merging.plan import MergePlan
 from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings, check_settings
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
@@ -55,7 +55,6 @@ from linearpatch_kernels.settings import MergeRunSettings
 _AS_MERGED, _REFIT = HEALS["none"], HEALS["refit"]
 # A row of the comparison.
 _MERGED = "merged"
-_FIT = "shrunk-least-squares"
 # Every merge asks anew: what to score on, and what to choose on, however many windows there are to heal on.
 _SCORING_WINDOWS = 16
 _CHOICE_WINDOWS = 4
@@ -339,10 +338,10 @@ def _healing(settings: MergeRunSettings) -> _Healing:
     if fit == "none" and any(way.patched for way in ways):
         raise InputError(f"`heal` {heal} puts a patch behind merged layers and `fit` none is none: name another fit")
     if behind is None:
-        behind = 0 if heal == _REFIT.name else RefitSettings.behind
+        behind = 0 if heal == _REFIT.name else BEHIND
     # Where nothing was named, a refit has to show that it helps.
     asked = heal != AUTO and (settings.heal, settings.fit) != (None, None)
-    return _Healing(ways, asked, fit or _FIT, behind)
+    return _Healing(ways, asked, fit or MERGE_FIT, behind)
 
 
 def _merging(settings: MergeRunSettings, variant: str | None = None) -> MergeSettings:
