@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from linearpatch_kernels.errors import InputError
     from linearpatch_kernels.forward import Run
     from linearpatch_kernels.hadamard import hadamard_matrix, hadamard_order, hadamard_transform, paley_factor
+    from linearpatch_kernels.healing.merge_search import plan_merging
     from linearpatch_kernels.merging.plan import MergePlan, apply_merges
-    from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+    from linearpatch_kernels.merging.settings import MergeSettings
     from linearpatch_kernels.nn import (
         DensePatch,
         DiagonalPatch,
@@ -115,7 +116,8 @@ _HOME = {
     "span": ("Span",),
     "pruning.apply": ("apply_plan",),
     "merging.plan": ("MergePlan", "apply_merges"),
-    "merging.search": ("MergeSettings", "plan_merging"),
+    "merging.settings": ("MergeSettings",),
+    "healing.merge_search": ("plan_merging",),
     "pruning.plan": ("Joint", "PrunePlan"),
     "pruning.search": ("plan_pruning",),
     "recipes": ("evaluate", "merge", "prune", "sweep"),

@@ -23,8 +23,9 @@ from typing import Annotated, Any, Self
 from linearpatch_kernels.distillation.settings import HierarchySettings, TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import expanded
-from linearpatch_kernels.healing.ways import HEALS
+from linearpatch_kernels.healing.ways import BEHIND, HEALS, MERGE_FIT
 from linearpatch_kernels.merging.scores import PLACE_SCORES
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.pruning.fits import AUTO, FITS
 from linearpatch_kernels.pruning.scores import SCORES, scores_of_statistics
 from linearpatch_kernels.span import Span
@@ -229,22 +230,41 @@ class MergeRunSettings(Settings):
         Option(f"What chooses where to merge: {PLACE_SCORES.described()}. Default: the variant's.", "NAME"),
     ] = None
     repeat: Annotated[bool, Option("Whether a merged layer may be merged again.", flags=("--repeat/--no-repeat",))] = (
-        True
+        MergeSettings.repeat
     )
     width: Annotated[
         int | None,
         Option("Layers that become one at a time (default: 2; all at once for come-block).", "M", least=2),
     ] = None
-    power: Annotated[float, Option("A layer's share goes with its influence to this power.", "P")] = 1.0
-    floor: Annotated[float, Option("The largest share is at least this.", "F")] = 0.0
-    least_share: Annotated[float, Option("A searched share is at least this (0: may be a removal).", "S")] = 0.0
+    power: Annotated[float, Option("A layer's share goes with its influence to this power.", "P")] = MergeSettings.power
+    floor: Annotated[float, Option("The largest share is at least this.", "F")] = MergeSettings.floor
+    least_share: Annotated[float, Option("A searched share is at least this (0: may be a removal).", "S")] = (
+        MergeSettings.least_share
+    )
     heal: Annotated[
         str | None,
         Option(
-            "Heal every merged layer in closed form, toward the dense model's stream there: refit (new down "
-            "projections, still a plain model), or a patch behind it, by a fit of linearpatch prune: "
-            f"{', '.join(FITS)}. Default: refit, where the model allows it.",
-            "FIT",
+            "Heal every merged layer in closed form, toward the dense model's stream there: none, patch (a map behind "
+            "it), refit (a new down projection; still a plain model), patch+refit (the map, and new weights behind "
+            f"it), or {AUTO} (a plain model unless a patch heals 2 % more on held-out windows). The name of a fit "
+            "stands for patch with it. Default: refit, where the model allows it and the loss is less with it.",
+            "NAME",
+        ),
+    ] = None
+    fit: Annotated[
+        str | None,
+        Option(
+            f"The map of a patch: {', '.join(FITS)}. Alone it stands for `heal` patch. Default: {MERGE_FIT}.",
+            "NAME",
+        ),
+    ] = None
+    behind: Annotated[
+        int | None,
+        Option(
+            "Layers behind every merged one that a refit fits again, too. Default: 0 with refit, "
+            f"{BEHIND} with patch+refit and {AUTO}.",
+            "N",
+            least=0,
         ),
     ] = None
     rank: Rank = None

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from linearpatch_kernels.errors import InputError
 
+MOST_LAYERS = 10_000
+"""More than any model has: a number that a file or a slip of the finger says must not fill the memory."""
+
 
 class Span(NamedTuple):
     """The layers [start, end) of the dense model: half-open, counted from 0, written ``13:19``."""

@@ -1,11 +1,11 @@
 """CoMe on the demo model, beside plain removal and patches: ``python -m benchmarks.studies.merging``.
 
 Every variant is one progressive run down to the least of ``--layers``; its first merges are the run to more layers
-(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `merging.refit.refit_merges`,
+(but for ``CoMe, one block``, one merge for every depth). ``+ refit`` is `healing.merges.refit_merges`,
 ``+ patches`` a low-rank patch behind every merged layer, ``+ distilled`` hierarchical distillation of the refitted
 model, with the same windows for every row. Whatever is finished (a merge, a row) is kept in ``--work``: a run that was
 stopped goes on when the command is given again, and what is there is only printed. ``--groups`` tells instead what
-layers made one lack.
+layers made one lack, ``--behind 0 1 3`` what it adds to refit so many layers behind a merged block, too.
 Perplexity and top-1 agreement with the dense model are on text that nothing was chosen on: other passages of the
 calibration's source / another source.
 """
@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
+from linearpatch_kernels.healing.merge_search import plan_merging
+from linearpatch_kernels.healing.merges import CandidateRefits, heal_merges, patch_merges, refit_merges
 from linearpatch_kernels.merging.merge import choose_units, merge_layers
 from linearpatch_kernels.merging.plan import MergePlan, apply_merges
-from linearpatch_kernels.merging.refit import CandidateRefits, heal_merges, refit_merges
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
@@ -90,6 +91,7 @@ def main() -> None:
     arguments.add_argument("--time", action="store_true", help="make rows that are there again, for their cost alone")
     arguments.add_argument("--costs", action="store_true", help="memory of scoring and time of a merge instead")
     arguments.add_argument("--groups", action="store_true", help="what layers made one lack to the stream instead")
+    arguments.add_argument("--behind", type=int, nargs="+", metavar="N", help="refits of one block instead")
     add_option(arguments)
     options = arguments.parse_args()
     study = Study(options)
@@ -97,6 +99,8 @@ def main() -> None:
         tables = study.print_groups()
     elif options.costs:
         tables = study.print_costs()
+    elif options.behind is not None:
+        tables = study.print_behind(options.layers[0], options.behind)
     else:
         # The quick ones of every depth first.
         order = [(layers, name) for layers in options.layers for name in study.names]
@@ -134,8 +138,7 @@ class Study:
             about = there | {"seconds": time.perf_counter() - begin, "peak": _peak(), **about}
             if not there:
                 about["commit"] = commit()
-                found = {text: self._quality(model, text) for text in ("same", "other")}
-                about |= {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
+                about |= self._row_of(model)
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(about))
             os.replace(temporary, file)
@@ -199,11 +202,36 @@ class Study:
                 merge_layers(self.model, choose_units(scores, span, [share, *between, 1 - share])) for share in (1, 0.8)
             )
             models = [first, refitted(first, span), mixed, refitted(mixed, span)]
-            models.append(heal_merges(self.model, first, fit, "least-squares"))
+            models.append(patch_merges(self.model, first, fit, "least-squares"))
             errors = [self._stream_error(model, span, heldout) for model in models]
             table.append((str(span), *(f"{error:.3f}" for error in errors)))
         print(markdown(header, table))
         return {"groups": (header, table)}
+
+    def print_behind(self, layers: int, counts: Sequence[int]) -> dict[str, Rows]:
+        """One block, healed on the windows that it was chosen on and on those to distil on: by a refit of the merged
+        layer and of so many behind it, and by a patch with and without these.
+        """
+        windows = torch.cat([self.windows["fit"], self.windows["distil"][: self.options.steps]])
+        merged = apply_merges(self.model, self._plan("CoMe, one block", layers))
+        heals = [("none", 0), *(("refit", count) for count in counts), ("patch", 0)]
+        heals += [("patch+refit", count) for count in counts if count]
+        header = ("heal", "behind", "perplexity", "agreement", "seconds")
+        table = [("(dense)", "", *_figures(self._row_of(self.model)), "")]
+        for heal, behind in heals:
+            begin = time.perf_counter()
+            model = heal_merges(self.model, merged, windows, heal, fit="shrunk-least-squares", behind=behind).model
+            seconds = time.perf_counter() - begin
+            table.append((heal, str(behind), *_figures(self._row_of(model)), f"{seconds:.0f}"))
+            print(" | ".join(table[-1]), flush=True)
+        told = f"{layers} layers, {len(windows)} windows of {windows.shape[1]} tokens to heal on"
+        print(f"\nSmolLM2-135M, {told}, {self.options.report} windows of each text in every figure\n")
+        print(markdown(header, table))
+        return {"behind": (header, table)}
+
+    def _row_of(self, model: PreTrainedModel) -> dict[str, Any]:
+        found = {text: self._quality(model, text) for text in ("same", "other")}
+        return {text: [one.perplexity, one.top1_agreement] for text, one in found.items()}
 
     @torch.no_grad()
     def _stream_error(self, model: PreTrainedModel, span: Span, windows: Tensor) -> float:
@@ -270,9 +298,9 @@ class Study:
         about: dict[str, Any] = {}
         afterwards = name.removeprefix(variant)
         if afterwards == " + patches":
-            merged = heal_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
+            merged = patch_merges(self.model, merged, self.windows["fit"], "shrunk-low-rank")
         elif afterwards in (" + refit", DISTILLED):
-            merged = refit_merges(self.model, merged, self.windows["fit"])
+            merged = refit_merges(self.model, merged, self.windows["fit"]).model
         if afterwards == DISTILLED:
             about["groups"] = self._distil(merged, layers, variant)
         about["seconds"] = merging + time.perf_counter() - begin

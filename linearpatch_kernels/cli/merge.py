@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from linearpatch_kernels.cli.console import (
     Terminal,
     check_json,
+    healing_tables,
     print_result,
     print_table,
     write_json,
@@ -27,7 +28,8 @@ def merge(model: Model, settings: MergeRunSettings, json_file: JsonFile = None) 
     check_json(json_file, made_from=[model, *(settings.text or ()), settings.heldout_text], output=settings.output)
     result = recipes.merge(model, settings, reporter=Terminal())
     write_json(json_file, result.summary)
-    print_table(merges_table(result.plan))
+    for table in (merges_table(result.plan), *healing_tables(result.summary)):
+        print_table(table)
     print_result(result, "Model, plan", lines=result.healing)
 
 

@@ -22,7 +22,7 @@ from linearpatch_kernels.files.owned import (
     record,
     remove_work_directory,
 )
-from linearpatch_kernels.files.reading import finite, json_text, read_json, reading, said
+from linearpatch_kernels.files.reading import finite, json_text, read_json, reading, refuse_mixture, said
 from linearpatch_kernels.files.sealed import KEY, is_sealed, read_seal, write_sealed
 from linearpatch_kernels.files.whole import append_line, final_name, working_alone, write_whole
 
@@ -49,6 +49,7 @@ __all__ = [
     "read_seal",
     "reading",
     "record",
+    "refuse_mixture",
     "remove_work_directory",
     "said",
     "save_files",

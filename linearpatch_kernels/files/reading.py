@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from linearpatch_kernels.errors import InputError
 
@@ -62,6 +62,11 @@ def read_json(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object: {cure}")
     return content
+
+
+def refuse_mixture(directory: Path, what: str) -> NoReturn:
+    """Raise the InputError of a directory whose files come from different outputs."""
+    raise InputError(f"the files in {directory} do not belong together ({what}): make the directory again")
 
 
 def finite(content: Any) -> Any:

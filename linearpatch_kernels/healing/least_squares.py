@@ -12,8 +12,8 @@ from linearpatch_kernels.errors import InputError
 
 # Of the largest second moment: what an input that never fires counts as having, so that its equation has a solution.
 _EPSILON = 1e-12
-# Tokens whose products are added in float32; the sums over these blocks are float64. 4096 keep the relative error of a
-# sum below 1e-5, which no ridge that is tried can see, and the products take the time of float32.
+# Tokens whose products are added up before the sums, which are float64, get them. In float32 4096 keep the relative
+# error of a sum below 1e-5, which no ridge that is tried can see.
 BLOCK_TOKENS = 4096
 
 
@@ -56,9 +56,14 @@ class NormalEquations:
 
 
 class RunningSums:
-    """`NormalEquations` summed up token by token, on the device that the tokens are on."""
+    """`NormalEquations` summed up token by token, on the device that the tokens are on.
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+    Args:
+        precision: of the products of a block of tokens.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device, precision: torch.dtype = torch.float32) -> None:
+        self._precision = precision
         self._gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self._cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
         self._error, self._tokens = 0.0, 0
@@ -66,9 +71,9 @@ class RunningSums:
 
     def add(self, a: Tensor, r: Tensor, weight: Tensor | None = None) -> None:
         """Tokens a [T, n] and r [T, d], any floating dtype; weights [T], 1 where there are none."""
-        a, r = a.float(), r.float()
+        a, r = a.to(self._precision), r.to(self._precision)
         if weight is not None:
-            root = weight.float().sqrt().unsqueeze(-1)
+            root = weight.to(self._precision).sqrt().unsqueeze(-1)
             a, r = a * root, r * root
         self._error += float(r.double().square().sum())
         self._tokens += len(a)
@@ -104,12 +109,13 @@ class RidgeChoice:
 
 
 def choose_ridge(
-    fit: NormalEquations, held: NormalEquations, ridges: Sequence[float], kept: float = 1.0
+    fit: NormalEquations, held: NormalEquations, ridges: Sequence[float], kept: float = 1.0, *, on_all: bool = False
 ) -> RidgeChoice:
     """``kept`` times the solution of ``fit`` whose ridge has the least error on the held-out tokens.
 
     From the weakest ridge on, until the error rises: it has one minimum. The solution stays that of ``fit``, so that
-    what is held out can still judge it.
+    what is held out can still judge it; with ``on_all`` it is that of both texts at the ridge chosen. The error told is
+    that of the solution of ``fit`` either way.
     """
     best: tuple[float, float, Tensor] | None = None
     for ridge in sorted(ridges):
@@ -121,5 +127,6 @@ def choose_ridge(
     before = held.error / max(1, held.tokens)
     if best is None or not best[0] < held.error:
         return RidgeChoice(None, None, before, before)
-    change = kept * best[2]
-    return RidgeChoice(change, best[1], before, held.error_with(change) / max(1, held.tokens))
+    _, ridge, change = best
+    after = held.error_with(kept * change) / max(1, held.tokens)
+    return RidgeChoice(kept * ((fit + held).solution(ridge) if on_all else change), ridge, before, after)

@@ -23,9 +23,12 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
+from linearpatch_kernels.healing.ways import BEHIND
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
+from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
@@ -41,14 +44,19 @@ class RefitSettings:
 
     Attributes:
         behind: layers behind a joint.
-        shrinkage: the part of a change that is kept, as of the maps at a joint (`fits.SHRINKAGE`): the rest is what the
-            change would do wrong on other text.
+        shrinkage: the part of a change that is kept, as of the maps at a joint: the rest is what the change would do
+            wrong on other text.
         ridges: those tried, each relative to an input's own second moment.
+        precision: of the products that the moments are sums of. float64 takes twice the time of float32.
+        on_all: whether a change is fitted on the held-out windows, too, once they have chosen its ridge: more text,
+            where nothing else is judged on them.
     """
 
-    behind: int = 3
-    shrinkage: float = 0.75
+    behind: int = BEHIND
+    shrinkage: float = SHRINKAGE
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    precision: torch.dtype = torch.float32
+    on_all: bool = False
 
     def __post_init__(self) -> None:
         if self.behind < 0 or not 0 <= self.shrinkage <= 1:
@@ -105,22 +113,36 @@ class Refit:
 
 
 def steps_of_cut(kept: Sequence[int], layers: int, behind: int, *, in_front: bool) -> list[Step]:
-    """The layers of a cut model to fit again: ``behind`` of them behind each joint, and the one in front of it.
+    """The layers of a cut model to fit again: `steps_of` where each of its layers stands for itself.
 
     Args:
         kept: layers of the dense model that the student has, in order; layers: how many the dense model has.
-        in_front: whether the layer in front of a joint is to write what the removed layers would have written (where
-            no map at the joint does that).
+    """
+    return steps_of([Span(layer, layer + 1) for layer in kept], layers, behind, in_front=in_front)
+
+
+def steps_of(stands_for: Sequence[Span], layers: int, behind: int, *, in_front: bool) -> list[Step]:
+    """The layers to fit again around joints and merged layers: ``behind`` of them behind each, and the one in front.
+
+    The layer in front of a joint is to write what the removed layers would have written, a merged layer what all that
+    it stands for would have: of a merged layer nothing else has a counterpart in the dense model.
+
+    Args:
+        stands_for: per layer of the student, in order, the layers of the dense model that it stands for: itself, or
+            several; layers: how many the dense model has.
+        in_front: whether these layers are fitted (where no map at the joint, or behind the merged layer, does it).
     """
     steps: dict[int, Step] = {}
-    for index, (layer, following) in enumerate(itertools.pairwise([-1, *kept, layers]), -1):
-        if following == layer + 1:
+    neighbours = itertools.pairwise([Span(-1, 0), *stands_for, Span(layers, layers + 1)])
+    for index, (own, following) in enumerate(neighbours, -1):
+        if own.length == 1 and following.start == own.end:
             continue
         if in_front and index >= 0:
             whole = steps[index].stands_for if index in steps else None
-            steps[index] = Step(index, whole, following)
-        for later in range(index + 1, min(index + 1 + behind, len(kept))):
-            steps[later] = Step(later, kept[later], kept[later] + 1)
+            steps[index] = Step(index, whole, following.start)
+        for later in range(index + 1, min(index + 1 + behind, len(stands_for))):
+            if stands_for[later].length == 1:
+                steps[later] = Step(later, *stands_for[later])
     return [steps[index] for index in sorted(steps)]
 
 
@@ -161,7 +183,7 @@ def refit(
 
     Args:
         dense: the model before the cut; student: after it, with patches perhaps; neither is changed.
-        steps: `steps_of_cut`, or of a merge; in the order of the layers.
+        steps: `steps_of` a cut or a merge; in the order of the layers.
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
         stream: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
         own: then also the student's, up to the first step's layer at the most, where the two part before ``stream``.
@@ -172,7 +194,7 @@ def refit(
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
             finite.
 
-    Source: ours; a generalisation of `merging.refit.refit_merges`.
+    Source: ours.
     """
     settings = settings or RefitSettings()
     check_windows(dense, fit_windows)
@@ -181,8 +203,8 @@ def refit(
     refitted = keep_layers(student, range(num_layers(student)))
     if not steps:
         return Refit(refitted, [])
-    share = _Share(fit_windows, heldout_windows, run.processes)
-    wanted, found = _streams(dense, refitted, steps, Stream(share.windows) if stream is None else stream, own)
+    windows, sums = _share(fit_windows, heldout_windows, run.processes)
+    wanted, found = _streams(dense, refitted, steps, Stream(windows) if stream is None else stream, own)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
@@ -193,7 +215,7 @@ def refit(
                     _assign(refitted, name, weight)
             else:
                 found.advance(refitted, step.index)
-                fresh = _Layer(dense, refitted, step, share, settings).fit(found, wanted)
+                fresh = _Layer(refitted, step.index, sums, settings).fit(dense, step, found, wanted)
                 rows += fresh
                 if keep is not None:
                     after = _weights_of(refitted, step)
@@ -247,37 +269,63 @@ def dense_stream(
     dense: PreTrainedModel, fit_windows: Tensor, heldout_windows: Tensor, depth: int, run: Run = PLAIN
 ) -> Stream:
     """The dense model's stream at a depth, over this process's share of both kinds of windows, for `refit`."""
-    stream = Stream(_Share(fit_windows, heldout_windows, run.processes).windows)
+    stream = Stream(_share(fit_windows, heldout_windows, run.processes)[0])
     stream.advance(dense, depth)
     return stream
 
 
-class _Share:
-    """This process's windows, those to fit on first, and what the sums of all processes come to."""
+@torch.no_grad()
+def refit_output(
+    model: PreTrainedModel,
+    index: int,
+    entering: Sequence[Tensor],
+    leaving: Sequence[Tensor],
+    held: int,
+    settings: RefitSettings,
+) -> RefitRow:
+    """The last fit of a step alone, for streams that are there: a new down projection in one layer of ``model``.
 
-    def __init__(self, fit: Tensor, held: Tensor, processes: Processes) -> None:
-        if min(len(fit), len(held)) < processes.count:
-            raise InputError(
-                f"{len(fit)} windows to fit on and {len(held)} held out are too few for {processes.count} processes: "
-                "give each at least one of both"
-            )
-        if fit.shape[1] != held.shape[1]:
-            raise InputError("windows to fit on and windows held out must have the same length")
-        mine = [
-            windows[slice(*(len(windows) * rank // processes.count for rank in (processes.rank, processes.rank + 1)))]
-            for windows in (fit, held)
-        ]
-        self.windows = torch.cat(mine)
-        self._fit, self._processes = len(mine[0]), processes
+    Args:
+        model: changed in place.
+        entering, leaving: per window [T, d] what enters the layer, and what should leave it; the last ``held`` choose
+            the ridge.
+    """
+    layer = _Layer(model, index, _Sums(len(entering) - held, Processes()), settings)
+    with evaluation_mode(model):
+        return layer.output("feed-forward-out", entering, leaving)
 
-    def sums(self, tokens: Iterable[_Tokens]) -> tuple[NormalEquations, NormalEquations]:
+
+def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, _Sums]:
+    """This process's windows, those to fit on first, and how what is computed of them is added up."""
+    if min(len(fit), len(held)) < processes.count:
+        raise InputError(
+            f"{len(fit)} windows to fit on and {len(held)} held out are too few for {processes.count} processes: "
+            "give each at least one of both"
+        )
+    if fit.shape[1] != held.shape[1]:
+        raise InputError("windows to fit on and windows held out must have the same length")
+    mine = [
+        windows[slice(*(len(windows) * rank // processes.count for rank in (processes.rank, processes.rank + 1)))]
+        for windows in (fit, held)
+    ]
+    return torch.cat(mine), _Sums(len(mine[0]), processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """What the sums of all processes come to; the first ``fit`` windows of this one are to fit on."""
+
+    fit: int
+    processes: Processes
+
+    def of(self, tokens: Iterable[_Tokens], precision: torch.dtype) -> tuple[NormalEquations, NormalEquations]:
         """Of the windows to fit on and of those held out, from what is to be fitted on each window."""
         running: list[RunningSums] = []
         for index, (a, r, weight) in enumerate(tokens):
-            if index in (0, self._fit):
-                running.append(RunningSums(a.shape[-1], r.shape[-1], a.device))
+            if index in (0, self.fit):
+                running.append(RunningSums(a.shape[-1], r.shape[-1], a.device, precision))
             running[-1].add(a, r, weight)
-        gathered: list[list[NormalEquations]] = self._processes.gather([one.total() for one in running])
+        gathered: list[list[NormalEquations]] = self.processes.gather([one.total() for one in running])
         fit, held = (functools.reduce(operator.add, parts) for parts in zip(*gathered, strict=True))
         return fit, held
 
@@ -333,66 +381,72 @@ def _behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> lis
 
 
 class _Layer:
-    """One step: the fits of a layer, in their order."""
+    """The fits of one layer of the student."""
 
-    def __init__(
-        self, dense: PreTrainedModel, student: PreTrainedModel, step: Step, share: _Share, settings: RefitSettings
-    ) -> None:
-        self._dense, self._student, self._step = dense, student, step
-        self._share, self._settings = share, settings
-        self._module = decoder_layers(student)[step.index]
+    def __init__(self, student: PreTrainedModel, index: int, sums: _Sums, settings: RefitSettings) -> None:
+        self._student, self._index = student, index
+        self._sums, self._settings = sums, settings
+        self._module = decoder_layers(student)[index]
 
-    def fit(self, found: Stream, wanted: Stream) -> list[RefitRow]:
-        """From the student's stream entering the layer, and the dense model's at the depth it was left at."""
+    def fit(self, dense: PreTrainedModel, step: Step, found: Stream, wanted: Stream) -> list[RefitRow]:
+        """All of a step, in their order, from the student's stream entering the layer, and the dense model's at the
+        depth it was left at."""
         attention, feed_forward = sublayers(self._student)
-        dense, stands_for, leaves_at = self._dense, self._step.stands_for, self._step.leaves_at
+        stands_for, leaves_at = step.stands_for, step.leaves_at
         if stands_for is None:
             wanted.advance(dense, leaves_at)
-            return [self._output("feed-forward-out", feed_forward, found.states, wanted.states)]
+            return [self.output("feed-forward-out", found.states, wanted.states)]
         wanted.advance(dense, stands_for)
         # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
         normed = (seen for (seen,) in _entering(dense, stands_for, [attention.inputs[0].projection], wanted.states))
         rows = [self._input("attention-in", attention, found.states, normed)]
         middle = _behind_attention(dense, stands_for, wanted)
-        rows.append(self._output("attention-out", attention, found.states, middle))
+        rows.append(self.output("attention-out", found.states, middle))
         norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
         rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
         del middle
         wanted.advance(dense, leaves_at)
-        rows.append(self._output("feed-forward-out", feed_forward, found.states, wanted.states))
+        rows.append(self.output("feed-forward-out", found.states, wanted.states))
         return rows
 
     def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
         projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = _entering(self._student, self._step.index, projections[:1], states)
+        normed = _entering(self._student, self._index, projections[:1], states)
         choice = self._choice(
-            (n, target.to(n.device).float() - n.float(), None) for (n,), target in zip(normed, targets, strict=True)
+            (n, self._precise(target.to(n.device)) - self._precise(n), None)
+            for (n,), target in zip(normed, targets, strict=True)
         )
         return self._taken(part, projections, choice, of_input=True)
 
-    def _output(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
+    def output(self, part: Part, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
         """What writes to the stream: a change of the projection back."""
+        attention, feed_forward = sublayers(self._student)
+        half = attention if part == "attention-out" else feed_forward
         path = half.output.projection
         if half.output_norm is not None:
             why = f"{half.output_norm} norms what comes out of {path}"
-            return RefitRow(self._step.index, part, (), None, None, None, why)
-        index = self._step.index
+            return RefitRow(self._index, part, (), None, None, None, why)
         if part == "attention-out":
             # What enters the norm behind is the stream there; the feed-forward need not run.
-            pairs = _entering(self._student, index, [path, sublayers(self._student)[1].norm], states)
+            pairs = _entering(self._student, self._index, [path, feed_forward.norm], states)
         else:
-            pairs = _entering_and_leaving(self._student, index, path, states)
+            pairs = _entering_and_leaving(self._student, self._index, path, states)
 
         def tokens() -> Iterator[_Tokens]:
             for (a, has), target in zip(pairs, targets, strict=True):
-                y = target.to(has.device).float()
-                yield a, y - has.float(), 1 / y.square().sum(-1).clamp_min(_EPSILON)
+                y = self._precise(target.to(has.device))
+                yield a, y - self._precise(has), 1 / y.square().sum(-1).clamp_min(_EPSILON)
 
         return self._taken(part, (path,), self._choice(tokens()), of_input=False)
 
     def _choice(self, tokens: Iterable[_Tokens]) -> RidgeChoice:
-        return choose_ridge(*self._share.sums(tokens), self._settings.ridges, self._settings.shrinkage)
+        settings = self._settings
+        fit, held = self._sums.of(tokens, settings.precision)
+        return choose_ridge(fit, held, settings.ridges, settings.shrinkage, on_all=settings.on_all)
+
+    def _precise(self, states: Tensor) -> Tensor:
+        return states.to(self._settings.precision)
 
     def _taken(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice, *, of_input: bool) -> RefitRow:
         """The change put into the projections: behind them, or (``of_input``) in front."""
@@ -404,7 +458,7 @@ class _Layer:
                 change = choice.change.to(old.device)
                 new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
                 module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
-        return RefitRow(self._step.index, part, changed, choice.ridge, choice.before, choice.after)
+        return RefitRow(self._index, part, changed, choice.ridge, choice.before, choice.after)
 
 
 def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:

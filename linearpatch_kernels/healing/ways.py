@@ -7,6 +7,11 @@ import dataclasses
 from linearpatch_kernels.records import Registry
 
 AUTO = "auto"
+BEHIND = 3
+"""Layers behind a joint, or behind a patched merged layer, that a refit fits again where no other number is named."""
+
+MERGE_FIT = "shrunk-least-squares"
+"""The fit of a patch behind a merged layer where none is named."""
 
 
 @dataclasses.dataclass(frozen=True)

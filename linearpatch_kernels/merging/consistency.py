@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from linearpatch_kernels.files import refuse_mixture
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
-from linearpatch_kernels.pruning.consistency import refuse_mixture
 
 
 def check_merges(plan: MergePlan, config: Mapping[str, Any], directory: Path) -> None:

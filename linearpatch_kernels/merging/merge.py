@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.merging.sensitivity import LayerScores
+from linearpatch_kernels.merging.settings import AUTHORS, EXACT, RULES
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     Heads,
@@ -29,14 +30,6 @@ from linearpatch_kernels.modeling.families import (
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
-
-EXACT = "exact"
-"""Every KV group brings its own query heads and every unit its layer's norm gain, folded into its projections."""
-
-AUTHORS = "authors"
-"""As the public code of CoMe: the mask of the KV groups is tiled over the query heads, norm gains are averaged."""
-
-RULES = (EXACT, AUTHORS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,7 @@ from linearpatch_kernels.files import (
 )
 from linearpatch_kernels.merging.merge import Merge, merge_layers
 from linearpatch_kernels.modeling.families import num_layers
-from linearpatch_kernels.pruning.plan import MOST_LAYERS
-from linearpatch_kernels.span import Span
+from linearpatch_kernels.span import MOST_LAYERS, Span
 from linearpatch_kernels.torch_state import own_state
 
 MERGE_FILE = "merge.json"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import refuse_mixture
 from linearpatch_kernels.modeling.families import decoder_layers
 from linearpatch_kernels.modeling.patched import listed, patches
 from linearpatch_kernels.pruning.plan import PrunePlan
@@ -100,8 +100,3 @@ def _sampled(layer: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Te
 def _agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     names = one.keys() & other.keys()
     return bool(names) and all(torch.equal(one[name], other[name]) for name in names)
-
-
-def refuse_mixture(directory: Path, what: str) -> NoReturn:
-    """Raise the InputError of a directory whose files come from different outputs."""
-    raise InputError(f"the files in {directory} do not belong together ({what}): make the directory again")

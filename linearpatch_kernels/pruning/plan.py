@@ -24,13 +24,11 @@ from torch import Tensor
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, check_file, finite, read_json, reading, record, said, write_whole
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain
-from linearpatch_kernels.span import Span
+from linearpatch_kernels.span import MOST_LAYERS, Span
 from linearpatch_kernels.torch_state import own_state
 
 PLAN_FORMAT = "linearpatch-plan"
 PLAN_VERSION = 2
-MOST_LAYERS = 10_000
-"""More than any model has: a number that a file or a slip of the finger says must not fill the memory."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -91,7 +91,7 @@ def heal(
         patched = any(joint.patch is not None for joint in plan.joints)
         return Healed(apply_plan(dense, plan), plan, HEALS["patch" if patched else "none"])
     assert windows.heldout is not None
-    work = _Work(unfinished, _identity(plan, windows), log, writes=processes.first)
+    work = RefitWork(unfinished, _identity(plan, windows), log, writes=processes.first)
     run = Run(processes=processes, progress=log.progress)
     with log.stage("heal"), unfinished.forgotten_if_refused():
         ways = ways_of(healing.way, plan)
@@ -121,6 +121,15 @@ def told(healed: Healed) -> dict[str, Any]:
     return found
 
 
+def refit_in_words(rows: Sequence[RefitRow]) -> list[str]:
+    """What the fits of a refit changed, and what they left alone and why, for a report."""
+    changed = [row for row in rows if row.projections]
+    left = dict.fromkeys(row.why for row in rows if row.why)
+    layers = ", ".join(map(str, dict.fromkeys(row.layer for row in changed)))
+    told = f"Fitted {sum(len(row.projections) for row in changed)} projections of the layers {layers} again."
+    return [*[told] * bool(changed), *(f"Left alone: {why}." for why in left)]
+
+
 def _identity(plan: PrunePlan, windows: Windows) -> str:
     """Of model, cut, patches and text, in hex digits."""
     state = hashlib.sha256(json.dumps([plan.to_json(), windows.about], sort_keys=True).encode())
@@ -129,7 +138,7 @@ def _identity(plan: PrunePlan, windows: Windows) -> str:
     return state.hexdigest()
 
 
-class _Work:
+class RefitWork:
     """Weights and rows of the steps that are done, by way; in a file beside the output after every step."""
 
     def __init__(self, unfinished: Unfinished, identity: str, log: Log, *, writes: bool) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,18 +17,15 @@ from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
-from linearpatch_kernels.merging import refit
+from linearpatch_kernels.forward import Run
+from linearpatch_kernels.healing import merges
+from linearpatch_kernels.healing.choice import decide
+from linearpatch_kernels.healing.merge_search import default_variant, plan_merging
+from linearpatch_kernels.healing.merges import REFIT_WINDOWS, can_refit, check_refit, too_little_to_refit
+from linearpatch_kernels.healing.refit import Refit, RefitRow
+from linearpatch_kernels.healing.ways import AUTO, BEHIND, HEALS, MERGE_FIT, Heal
 from linearpatch_kernels.merging.plan import MergePlan
-from linearpatch_kernels.merging.refit import (
-    REFIT,
-    REFIT_WINDOWS,
-    can_refit,
-    check_refit,
-    heal_merges,
-    lowers_the_loss,
-    too_little_to_refit,
-)
-from linearpatch_kernels.merging.search import VARIANTS, MergeSettings, check_settings, default_variant, plan_merging
+from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings, check_settings
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.patched import patches
@@ -33,6 +33,7 @@ from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, s
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.fits import FITS, UnusableFit, too_little_text
 from linearpatch_kernels.pruning.search import check_rank, rank_for
+from linearpatch_kernels.recipes.healing import RefitWork, refit_in_words
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -52,7 +53,8 @@ from linearpatch_kernels.report import page
 from linearpatch_kernels.report.page import QualityRow, ReportData
 from linearpatch_kernels.settings import MergeRunSettings
 
-NO_HEALING = "none"
+_AS_MERGED, _REFIT = HEALS["none"], HEALS["refit"]
+# A row of the comparison.
 _MERGED = "merged"
 # Every merge asks anew: what to score on, and what to choose on, however many windows there are to heal on.
 _SCORING_WINDOWS = 16
@@ -65,7 +67,7 @@ class MergeResult(Result):
 
     Attributes:
         plan: every merge.
-        healing: whether healing the merged layers helps, in a sentence, if it was tried.
+        healing: a sentence about each way to heal that was tried: whether it helps.
     """
 
     plan: MergePlan
@@ -99,35 +101,37 @@ def merge(
     log = Log(reporter)
     job = _prepare(model, settings, tokenizer, log)
     merged, plan = job.merged(log)
-    models = {_MERGED: merged}
-    if job.heal != NO_HEALING:
-        with log.stage("heal"):
-            models[_healed(job.heal)] = job.healed(merged)
-    row = job.chosen(models, log)
-    result = models[row]
+    tried = job.healed(merged, plan, log)
+    way, compared = job.chosen({name: one.model for name, one in tried.items()}, log)
+    result, row = tried[way.name], job.healing.row(way)
     found: dict[str, Quality] = {}
     with left_out("the comparison on held-out text", log.note):
-        found = _compare(job, models, log)
-    healing = _whether_healing_helps(found, job.heal)
+        found = _compare(job, {job.healing.row(HEALS[name]): one.model for name, one in tried.items()}, log)
+    healing = _whether_healing_helps(job, found, tried)
     against = {DROPPED: "plain removal", _MERGED: "without healing"}
     verdict = verdict_on(found, row, against, job.windows, log)
     drawn: dict[str, bytes] = {}
     with left_out("the report", log.note):
         data = _report_data(job, plan, found, log)
-        steps = [*data.steps, *healing]
-        data = dataclasses.replace(
-            data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", patched=bool(patches(result)))
-        )
+        steps = [*data.steps, *refit_in_words(result.rows), *healing]
+        patched = bool(patches(result.model))
+        data = dataclasses.replace(data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", patched=patched))
         drawn = page.draw_report(data, {}, log.note)
     summary = _summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
-    summary |= {"heal": job.heal} if row != _MERGED else {}
+    summary |= _healing_told(job, way, result.rows, compared)
     files = recorded(plan.files(), summary, drawn)
     source = job.source
     with log.stage("save"):
         save_checkpoint(
-            result, source.tokenizer, settings.output, overwrite=True, extra_files=files, companions=source.companions
+            result.model,
+            source.tokenizer,
+            settings.output,
+            overwrite=True,
+            extra_files=files,
+            companions=source.companions,
         )
-    job.unfinished.forget()
+    for unfinished in (job.unfinished, job.unfinished_refit):
+        unfinished.forget()
     return MergeResult(
         output=settings.output,
         summary=summary,
@@ -141,12 +145,48 @@ def merge(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Healing:
+    """How the merged layers are healed.
+
+    Attributes:
+        ways: those to try, beside leaving the layers as they are.
+        asked: whether the only one of them is the result, whatever it does to the loss.
+        fit: of a patch; behind: layers behind every merged one that a refit fits again, too.
+    """
+
+    ways: Sequence[Heal]
+    asked: bool
+    fit: str
+    behind: int
+
+    @property
+    def refits(self) -> bool:
+        return any(way.refitted for way in self.ways)
+
+    @property
+    def patches(self) -> bool:
+        return any(way.patched for way in self.ways)
+
+    def row(self, way: Heal) -> str:
+        """The row of the comparison that was healed so."""
+        return ", ".join([_MERGED, *[f"{self.fit} patches"] * way.patched, *["refitted"] * way.refitted])
+
+    def told(self, way: Heal) -> str:
+        """A way in a sentence."""
+        if not way.refitted:
+            return self.fit
+        fit, behind = [self.fit] * way.patched, [f"{self.behind} behind"] * (self.behind > 0)
+        return ", ".join([way.name, *fit, *behind])
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """A model, and how it is merged.
 
     Attributes:
         settings: as they were given; merging: what they come to for this model, by ``variant``.
-        heal: `REFIT`, a fit, or `NO_HEALING`; rank: of the fit.
+        rank: of a patch.
+        unfinished, unfinished_refit: where merges and refits keep their work.
     """
 
     model: GivenModel
@@ -156,9 +196,10 @@ class _Job:
     windows: Windows
     variant: str
     merging: MergeSettings
-    heal: str
+    healing: _Healing
     rank: int
     unfinished: Unfinished
+    unfinished_refit: Unfinished
 
     def merged(self, log: Log) -> tuple[PreTrainedModel, MergePlan]:
         """The merged model and its plan, from where an earlier run stopped."""
@@ -184,38 +225,68 @@ class _Job:
                 progress=log.progress,
             )
 
-    def healed(self, merged: PreTrainedModel) -> PreTrainedModel:
-        if self.heal == REFIT:
-            return refit.refit_merges(self.dense, merged, self.windows.fit)
-        try:
-            return heal_merges(self.dense, merged, self.windows.fit, self.heal, rank=self.rank)
-        except UnusableFit as error:
-            raise InputError(f"{error} (the merges are kept: the same command with another `heal` goes on)") from error
+    def healed(self, merged: PreTrainedModel, plan: MergePlan, log: Log) -> dict[str, Refit]:
+        """Name of a way to heal -> the model; as it was merged in front, and every way that was to be tried."""
+        found = {_AS_MERGED.name: Refit(merged, [])}
+        if not self.healing.ways:
+            return found
+        work = RefitWork(self.unfinished_refit, self._identity(plan), log, writes=True)
+        with log.stage("heal"), self.unfinished_refit.forgotten_if_refused():
+            for way in self.healing.ways:
+                try:
+                    healed = merges.heal_merges(
+                        self.dense,
+                        merged,
+                        self.windows.fit,
+                        way.name,
+                        fit=self.healing.fit,
+                        rank=self.rank,
+                        behind=self.healing.behind,
+                        done=work.weights.get(way.name),
+                        keep=functools.partial(work.keep, way.name),
+                        run=Run(progress=log.progress),
+                    )
+                except UnusableFit as error:
+                    if self.healing.asked:
+                        raise InputError(
+                            f"{error} (the merges are kept: the same command with another `heal` goes on)"
+                        ) from error
+                    log.note(f"not a candidate: {error}")
+                    continue
+                found[way.name] = Refit(healed.model, work.rows.get(way.name, []))
+        return found
 
-    def chosen(self, models: Mapping[str, PreTrainedModel], log: Log) -> str:
-        """Which of the models is the result: the healed one, if it was asked for, or if it has the lower loss on the
-        windows that merges are chosen on where there are some, else on the report's."""
-        if self.heal == NO_HEALING:
-            return _MERGED
-        row = _healed(self.heal)
+    def _identity(self, plan: MergePlan) -> str:
+        """Of all that the refits depend on, in hex digits."""
+        about = [plan.to_json(), self.windows.about, self.healing.fit, self.rank, self.healing.behind]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def chosen(self, models: Mapping[str, PreTrainedModel], log: Log) -> tuple[Heal, Mapping[str, Quality]]:
+        """Which of the models (by way) is the result: the one that was asked for, or the best on the windows that
+        merges are chosen on where there are some, else on the report's. And what they came to on the former."""
+        if not self.healing.ways:
+            return _AS_MERGED, {}
         chosen_on = self.windows.heldout if self.windows.heldout is not None else self.windows.evaluation
-        if self.settings.heal is not None or chosen_on is None:
-            return row
-        if lowers_the_loss(models[_MERGED], models[row], chosen_on):
-            return row
-        log.note(
-            f"healing does not lower the loss on {len(chosen_on)} held-out windows: the merged layers stay as they are"
-        )
-        return _MERGED
+        if self.healing.asked or chosen_on is None:
+            return self.healing.ways[0], {}
+        found = agreement.compare_quality({"dense": self.dense, **models}, chosen_on, noted=log.note)
+        way = HEALS[decide(found)]
+        if way == _AS_MERGED:
+            log.note(
+                f"healing does not lower the loss on {len(chosen_on)} held-out windows: the merged layers stay as they "
+                "are"
+            )
+        return way, found if self.windows.heldout is not None else {}
 
 
 def _prepare(model: GivenModel, settings: MergeRunSettings, tokenizer: Any, log: Log) -> _Job:
     """All before the first merge: checks, text, model."""
     _check(settings)
     check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
-    unfinished = Unfinished(settings.output, "merges")
+    unfinished, unfinished_refit = (Unfinished(settings.output, what) for what in ("merges", "refit"))
     texts = read_texts(settings.text, settings.heldout_text)
-    if settings.samples < REFIT_WINDOWS and settings.heal in (None, REFIT):
+    healing = _healing(settings)
+    if settings.samples < REFIT_WINDOWS and healing.refits:
         raise InputError(
             f"`samples` {settings.samples} is too few for a refit, which fits on some and chooses on others: give at "
             f"least {REFIT_WINDOWS}, or another `heal`"
@@ -224,30 +295,59 @@ def _prepare(model: GivenModel, settings: MergeRunSettings, tokenizer: Any, log:
     check_can_be_cut(source)
     check_settings(_merging(settings), source.num_layers)
     rank = rank_for(settings.rank, source.hidden_size)
-    check_rank(rank, source.hidden_size, [settings.heal] if settings.heal not in (None, REFIT) else [])
+    check_rank(rank, source.hidden_size, [healing.fit] if healing.patches else [])
     with log.stage("load the model"):
         tokenizer = source.tokenizer
         dense = source.load()
     variant = settings.variant or default_variant(dense, settings.layers)
     merging = _merging(settings, variant)
-    heal = settings.heal or (REFIT if can_refit(dense) else NO_HEALING)
+    if not healing.asked and not can_refit(dense):
+        healing = dataclasses.replace(healing, ways=[way for way in healing.ways if way != _REFIT])
     check_output(settings.output, parameter_bytes(dense), overwrite=True)
     with log.stage("tokenise"):
-        held = min(heldout_windows(settings.samples), _CHOICE_WINDOWS) if merging.runs_the_model else 0
+        chooses = merging.runs_the_model or settings.heal == AUTO
+        held = min(heldout_windows(settings.samples), _CHOICE_WINDOWS) if chooses else 0
         windows = make_windows(dense, tokenizer, texts, settings, log, heldout=held)
-    if heal == REFIT:
-        check_refit(dense, windows.fit)
-    _note_little_text(heal, dense, windows, log)
-    return _Job(model, settings, source, dense, windows, variant, merging, heal, rank, unfinished)
+    for way in healing.ways:
+        if way.refitted:
+            check_refit(dense, windows.fit, in_front=not way.patched)
+    job = _Job(model, settings, source, dense, windows, variant, merging, healing, rank, unfinished, unfinished_refit)
+    _note_little_text(job, log)
+    return job
 
 
 def _check(settings: MergeRunSettings) -> None:
     """InputError for settings that make no sense for any model."""
     if settings.variant is not None and settings.variant not in VARIANTS:
         raise InputError(f"no variant is called {settings.variant!r}: choose one of {', '.join(VARIANTS)}")
-    if settings.heal is not None and settings.heal not in (REFIT, *FITS):
-        raise InputError(f"`heal` {settings.heal} is no way to heal: choose one of {', '.join((REFIT, *FITS))}")
+    healing = _healing(settings)
+    if settings.behind is not None and not healing.refits:
+        raise InputError("`behind` is of a refit, and this way to heal has none: leave it out, or give another `heal`")
     check_settings(_merging(settings), settings.layers + 1)
+
+
+def _healing(settings: MergeRunSettings) -> _Healing:
+    """What `heal`, `fit` and `behind` come to; InputError where they do not go together."""
+    heal, fit, behind = settings.heal, settings.fit, settings.behind
+    if fit is not None:
+        FITS.named(fit)
+    if heal is None:
+        heal = _REFIT.name if fit is None else fit
+    if heal in FITS and heal not in HEALS:
+        if fit not in (None, heal):
+            raise InputError(f"`heal` {heal} is a fit and `fit` {fit} another one: give one of the two")
+        heal, fit = "patch", heal
+    if heal != AUTO and heal not in HEALS:
+        known = ", ".join(dict.fromkeys([*HEALS, AUTO, *FITS]))
+        raise InputError(f"`heal` {heal} is no way to heal: choose one of {known}")
+    ways = [way for way in HEALS.values() if way != _AS_MERGED and heal in (way.name, AUTO)]
+    if fit == "none" and any(way.patched for way in ways):
+        raise InputError(f"`heal` {heal} puts a patch behind merged layers and `fit` none is none: name another fit")
+    if behind is None:
+        behind = 0 if heal == _REFIT.name else BEHIND
+    # Where nothing was named, a refit has to show that it helps.
+    asked = heal != AUTO and (settings.heal, settings.fit) != (None, None)
+    return _Healing(ways, asked, fit or MERGE_FIT, behind)
 
 
 def _merging(settings: MergeRunSettings, variant: str | None = None) -> MergeSettings:
@@ -286,28 +386,43 @@ def written(node: Any) -> str:
     return f"({' '.join(map(written, node))})" if isinstance(node, list) else str(node)
 
 
-def _healed(heal: str) -> str:
-    """The row of the comparison that was healed so."""
-    return "merged, refitted" if heal == REFIT else f"merged, {heal} patches"
+def _note_little_text(job: _Job, log: Log) -> None:
+    dense, fit_windows = job.dense, job.windows.fit
+    told: list[str | None] = []
+    if job.healing.refits:
+        told.append(too_little_to_refit(dense, fit_windows))
+    if job.healing.patches:
+        instead = "no `heal`, which chooses on other text" if job.healing.asked else ""
+        told.append(too_little_text([job.healing.fit], hidden_size(dense), fit_windows, instead=instead))
+    for line in told:
+        if line is not None:
+            log.note(line)
 
 
-def _note_little_text(heal: str, dense: PreTrainedModel, windows: Windows, log: Log) -> None:
-    if heal == REFIT:
-        told = too_little_to_refit(dense, windows.fit)
-    else:
-        instead = "no `heal`, which chooses on other text"
-        told = too_little_text([heal], hidden_size(dense), windows.fit, instead=instead)
-    if told is not None:
-        log.note(told)
+def _whether_healing_helps(job: _Job, found: Mapping[str, Quality], tried: Mapping[str, Refit]) -> list[str]:
+    """Whether healing the merged layers helps, on the report's windows, of each way that was tried."""
+    lines = []
+    for way in (HEALS[name] for name in tried if name != _AS_MERGED.name):
+        if job.healing.row(way) in found and _MERGED in found:
+            before, after = found[_MERGED].perplexity, found[job.healing.row(way)].perplexity
+            verdict = "helps" if after < before else "does not help"
+            told = f"Healing the merged layers ({job.healing.told(way)}) {verdict}"
+            lines.append(f"{told}: perplexity {before:.2f} without, {after:.2f} with it.")
+    return lines
 
 
-def _whether_healing_helps(found: Mapping[str, Quality], heal: str) -> list[str]:
-    """Whether healing the merged layers helps, on the report's windows."""
-    if _healed(heal) not in found:
-        return []
-    before, after = found[_MERGED].perplexity, found[_healed(heal)].perplexity
-    verdict = "helps" if after < before else "does not help"
-    return [f"Healing the merged layers ({heal}) {verdict}: perplexity {before:.2f} without, {after:.2f} with it."]
+def _healing_told(job: _Job, way: Heal, rows: Sequence[RefitRow], compared: Mapping[str, Quality]) -> dict[str, Any]:
+    """For ``summary.json``: the way that was taken, if one was, what its fits came to, and what was compared."""
+    found: dict[str, Any] = {}
+    if way != _AS_MERGED:
+        found["heal"] = way.name
+    if way.patched:
+        found["fit"] = job.healing.fit
+    if rows:
+        found["refit"] = [dataclasses.asdict(row) for row in rows]
+    if compared:
+        found["heal_candidates"] = {name: quality.to_dict() for name, quality in compared.items()}
+    return found
 
 
 def _compare(job: _Job, results: Mapping[str, PreTrainedModel], log: Log) -> dict[str, Quality]:

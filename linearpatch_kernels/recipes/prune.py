@@ -18,7 +18,6 @@ from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed
-from linearpatch_kernels.healing.refit import RefitRow
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
@@ -28,7 +27,7 @@ from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, pa
 from linearpatch_kernels.pruning.scores import SCORES, check_drop
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
-from linearpatch_kernels.recipes.healing import Healing, asked, heal, told
+from linearpatch_kernels.recipes.healing import Healing, asked, heal, refit_in_words, told
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -322,7 +321,7 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed
             f"Calibrated on {about['samples']} windows of {about['length']} tokens from {about['source']}.",
             f"Removed the layers {', '.join(map(str, plan.spans))} (half-open; chosen by: {plan.score}).",
             f"Healed the joint{'s' if len(plan.joints) > 1 else ''} with the fit {plan.joints[0].fit}.",
-            *(_refit_in_words(healed.rows) if healed is not None else []),
+            *(refit_in_words(healed.rows) if healed is not None else []),
         ],
         quality=[QualityRow(name, layers if name == DENSE else kept, quality) for name, quality in found.items()],
         quality_text=judged_on(cut.windows),
@@ -339,16 +338,6 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed
             f"{RECORDS}/report/report.md": "this report",
         },
     )
-
-
-def _refit_in_words(rows: Sequence[RefitRow]) -> list[str]:
-    changed = [row for row in rows if row.projections]
-    left = dict.fromkeys(row.why for row in rows if row.why)
-    if not rows:
-        return []
-    layers = dict.fromkeys(row.layer for row in changed)
-    told = f"Fitted {sum(len(row.projections) for row in changed)} projections of the layers "
-    return [f"{told}{', '.join(map(str, layers))} again.", *(f"Left alone: {why}." for why in left)]
 
 
 def summarise(plan: PrunePlan, found: Mapping[str, Quality], log: Log) -> dict[str, Any]:

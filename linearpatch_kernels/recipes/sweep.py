@@ -40,9 +40,7 @@ from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.report.page import QualityRow, ReportData
 from linearpatch_kernels.report.pruning import sweep_report
 from linearpatch_kernels.settings import SweepSettings
-
-# More layers than any model has: a slip of the finger must not fill the memory.
-_MOST_LAYERS = 10_000
+from linearpatch_kernels.span import MOST_LAYERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +183,7 @@ def _depths(given: str | int | Sequence[int]) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise InputError(f"`drop` {part.strip()} is an empty range: write the smaller number first")
-        if first < 1 or last > _MOST_LAYERS:
+        if first < 1 or last > MOST_LAYERS:
             raise InputError(f"`drop` {part.strip()} fits no model: give numbers from 1 on, below the model's depth")
         found |= set(range(first, last + 1))
     return sorted(found)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import linearpatch_kernels
-from linearpatch_kernels.modeling.families import keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import PATCH_KINDS, Patch, PatchChain, build_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan

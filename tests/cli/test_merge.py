@@ -108,7 +108,7 @@ def test_what_the_model_or_the_text_refuses(
 
 KILLED = """
 import os, signal
-from linearpatch_kernels.merging import search as merge_search
+from linearpatch_kernels.healing import merge_search
 decided, merge_layers = [], merge_search.merge_layers
 def killed(model, merge):
     decided.append(merge)

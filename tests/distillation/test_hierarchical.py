@@ -30,9 +30,10 @@ from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import residual_stream
+from linearpatch_kernels.healing.merge_search import plan_merging
 from linearpatch_kernels.merging.merge import choose_units, merge_layers
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.ops.topk_kl import topk_kl_loss

@@ -30,9 +30,10 @@ from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.hadamard import hadamard_transform
+from linearpatch_kernels.healing.merge_search import plan_merging
+from linearpatch_kernels.healing.merges import patch_merges, refit_merges
 from linearpatch_kernels.merging.plan import apply_merges
-from linearpatch_kernels.merging.refit import heal_merges, refit_merges
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.nn import DensePatch, HadamardPatch, LowRankPatch
 from linearpatch_kernels.ops.hadamard_patch import add_patch_rms_norm, hadamard_patch
@@ -133,8 +134,8 @@ def merging(_: Path) -> Any:
         found += [merged, plan.tree, apply_merges(dense(), plan)]
     return [
         *found,
-        heal_merges(dense(), merged, windows(), "low-rank", rank=4),
-        refit_merges(dense(), merged, windows()),
+        patch_merges(dense(), merged, windows(), "low-rank", rank=4),
+        refit_merges(dense(), merged, windows()).model,
     ]
 
 

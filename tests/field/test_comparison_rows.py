@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import JointStatistics, Moments, Span, calibrate
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, told_if_worse
-from linearpatch_kernels.merging import refit
-from linearpatch_kernels.merging.search import MergeSettings, influence_shares, plan_merging
+from linearpatch_kernels.healing import merges
+from linearpatch_kernels.healing.merge_search import influence_shares, plan_merging
+from linearpatch_kernels.healing.refit import Refit
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patches
@@ -209,7 +211,7 @@ def test_merges_whose_logits_are_not_finite_are_not_chosen(monkeypatch: pytest.M
     settings = MergeSettings(layers=5, skip_score="loss", posterior=True)
     _, free = plan_merging(model, windows, windows[:2], settings)
     chosen = free.merges[0].span
-    from linearpatch_kernels.merging import search as merge_search
+    from linearpatch_kernels.healing import merge_search
 
     real = merge_search.merge_layers
 
@@ -291,12 +293,12 @@ def test_auto_is_never_worse_where_it_chooses(tmp_path: Path, seed: int) -> None
 def test_a_merge_is_refitted_unasked_only_where_that_helps(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def harmful(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+    def harmful(dense: PreTrainedModel, merged: PreTrainedModel, windows: Tensor, **_: Any) -> Refit:
         healed = keep_layers(merged, range(len(merged.get_decoder().layers)))
         healed.lm_head.weight = torch.nn.Parameter(20 * healed.lm_head.weight)  # sure of what is wrong
-        return healed
+        return Refit(healed, [])
 
-    monkeypatch.setattr(refit, "refit_merges", harmful)
+    monkeypatch.setattr(merges, "refit_merges", harmful)
     text = place / "numbers.txt"
     small = ["--layers", 4, "--text", text, "--samples", 4, "--length", 16, "--device", "cpu"]
     assert linearpatch("merge", place / "dense", "-o", tmp_path / "auto", *small) is None

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
-from linearpatch_kernels.merging.merge import RULES, choose_units, merge_layers
+from linearpatch_kernels.merging.merge import choose_units, merge_layers
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import RULES
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model

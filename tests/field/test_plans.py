@@ -19,9 +19,10 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.distillation.teacher_store import StoreRequest, TeacherStore, write_teacher_store
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import Entries, finite
+from linearpatch_kernels.healing.merge_search import plan_merging
 from linearpatch_kernels.merging.consistency import check_merges
 from linearpatch_kernels.merging.plan import MergePlan
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.consistency import check_kept_layers, check_patches, check_plan

@@ -20,8 +20,9 @@ from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_t
 from linearpatch_kernels.distillation.trainer import Distillation, TrainingSettings, distill
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import is_sealed, left_by_us, write_sealed
+from linearpatch_kernels.healing.merge_search import plan_merging
 from linearpatch_kernels.merging.plan import MergePlan
-from linearpatch_kernels.merging.search import MergeSettings, plan_merging
+from linearpatch_kernels.merging.settings import MergeSettings
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan

@@ -16,8 +16,10 @@ def tokens(count: int, inputs: int = 7, outputs: int = 5, seed: int = 0) -> tupl
     return a, torch.randn(count, outputs, generator=generator), torch.rand(count, generator=generator) + 0.1
 
 
-def summed(a: Tensor, r: Tensor, weight: Tensor | None, pieces: int = 3) -> NormalEquations:
-    sums = RunningSums(a.shape[1], r.shape[1], a.device)
+def summed(
+    a: Tensor, r: Tensor, weight: Tensor | None, pieces: int = 3, precision: torch.dtype = torch.float32
+) -> NormalEquations:
+    sums = RunningSums(a.shape[1], r.shape[1], a.device, precision)
     weights = [None] * pieces if weight is None else weight.chunk(pieces)
     for one, other, w in zip(a.chunk(pieces), r.chunk(pieces), weights, strict=True):
         sums.add(one, other, w)
@@ -92,3 +94,24 @@ def test_activations_that_are_not_finite_are_said() -> None:
     a[3, 1] = float("inf")
     with pytest.raises(InputError, match="not finite or too large"):
         summed(a, r, None).solution(0.1)
+
+
+def test_what_is_fitted_on_all_text_has_the_ridge_that_the_held_out_one_chose() -> None:
+    a, noise, _ = tokens(30, seed=3)
+    b, other, _ = tokens(300, seed=4)
+    true = torch.randn(5, 7, generator=torch.Generator().manual_seed(5))
+    fit, held = summed(a, a @ true.T + noise, None), summed(b, b @ true.T + other, None)
+    one, all_ = (choose_ridge(fit, held, (1e-2, 0.1, 1.0), kept=0.75, on_all=on_all) for on_all in (False, True))
+    assert all_.ridge == one.ridge
+    assert one.ridge is not None
+    assert all_.change is not None
+    torch.testing.assert_close(all_.change, 0.75 * (fit + held).solution(one.ridge))
+    # What was fitted on the held-out tokens says nothing on them.
+    assert (all_.before, all_.after) == (one.before, one.after)
+
+
+def test_products_in_float64_are_exact() -> None:
+    a, r, weight = tokens(300)
+    wanted = (a.double() * weight.double()[:, None]).T @ a.double()
+    found = summed(a, r, weight, precision=torch.float64)
+    torch.testing.assert_close(found.gram, wanted, rtol=1e-13, atol=0)

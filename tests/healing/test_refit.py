@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import model_logits, residual_stream
-from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, RefitSettings, Step, refit, steps_of_cut
+from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, RefitSettings, Step, refit, steps_of, steps_of_cut
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.span import Span
 from tests.support.sink import token_windows
 from tests.support.tiny import FAMILY_NAMES, random_patch, tiny_model
 
@@ -59,6 +60,20 @@ def test_the_steps_of_a_cut() -> None:
     assert steps_of_cut(range(6), 6, 3, in_front=True) == []
     # Nothing lies in front of a joint in front of all layers.
     assert steps_of_cut((2, 3, 4), 5, 2, in_front=True) == [Step(0, 2, 3), Step(1, 3, 4)]
+
+
+def test_the_steps_of_a_merge() -> None:
+    # Layers 2 to 4 made one: it has a target where it ends, the layers behind have theirs all the way.
+    one = [Span(0, 1), Span(1, 2), Span(2, 5), Span(5, 6), Span(6, 7)]
+    assert steps_of(one, 7, 0, in_front=True) == [Step(2, None, 5)]
+    assert steps_of(one, 7, 1, in_front=True) == [Step(2, None, 5), Step(3, 5, 6)]
+    assert steps_of(one, 7, 3, in_front=False) == [Step(3, 5, 6), Step(4, 6, 7)]
+    # A merged layer behind another is one of those behind it, and has no counterpart either.
+    two = [Span(0, 2), Span(2, 4), Span(4, 5), Span(5, 6)]
+    assert steps_of(two, 6, 1, in_front=True) == [Step(0, None, 2), Step(1, None, 4), Step(2, 4, 5)]
+    assert steps_of(two, 6, 1, in_front=False) == [Step(2, 4, 5)]
+    # Merged and cut: the layer in front of the joint is the merged one.
+    assert steps_of([Span(0, 2), Span(4, 5)], 6, 1, in_front=True) == [Step(0, None, 4), Step(1, 4, 6)]
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

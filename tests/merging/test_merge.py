@@ -15,8 +15,6 @@ from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.merging.merge import (
-    AUTHORS,
-    EXACT,
     Merge,
     check_mergeable,
     choose_units,
@@ -25,6 +23,7 @@ from linearpatch_kernels.merging.merge import (
     unit_counts,
 )
 from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
+from linearpatch_kernels.merging.settings import AUTHORS, EXACT
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, layer_kinds, sublayers
 from linearpatch_kernels.modeling.patched import patched_model

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, keep_layers
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.modeling.patched import patched_model

@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     heal: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prune(place, tmp_path / "whole", heal=heal)
-    real, steps = healing._Work.keep, []
+    real, steps = healing.RefitWork.keep, []
 
     def keep(self: Any, way: str, step: Any, weights: Mapping[str, Any], rows: Sequence[Any]) -> None:
         real(self, way, step, weights, rows)
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         if len(steps) == 2:
             raise Killed
 
-    monkeypatch.setattr(healing._Work, "keep", keep)
+    monkeypatch.setattr(healing.RefitWork, "keep", keep)
     with pytest.raises(Killed):
         prune(place, tmp_path / "killed", heal=heal)
     assert (tmp_path / ".killed.refit").exists()
@@ -202,7 +202,7 @@ def test_a_step_that_changes_nothing_is_told_once_after_a_kill(
     """In Gemma the layer in front of a joint is left alone: no weight says that its step was taken."""
     save_model(tiny("gemma3_text"), tmp_path / "dense")
     (tmp_path / "numbers.txt").write_text((place / "numbers.txt").read_text())
-    real, ways = healing._Work.keep, []
+    real, ways = healing.RefitWork.keep, []
 
     def keep(self: Any, way: str, *told: Any) -> None:
         real(self, way, *told)
@@ -210,7 +210,7 @@ def test_a_step_that_changes_nothing_is_told_once_after_a_kill(
         if len(ways) == 1:
             raise Killed
 
-    monkeypatch.setattr(healing._Work, "keep", keep)
+    monkeypatch.setattr(healing.RefitWork, "keep", keep)
     with pytest.raises(Killed):
         prune(tmp_path, tmp_path / "out", heal="refit")
     rows = prune(tmp_path, tmp_path / "out", heal="refit").summary["refit"]

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import Distillation, Step, TrainingSettings, distill
-from linearpatch_kernels.merging.search import VARIANTS
+from linearpatch_kernels.merging.settings import VARIANTS
 from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.ops.hadamard_patch import hadamard_patch
 from linearpatch_kernels.ops.topk_kl import linear_topk_kl_loss

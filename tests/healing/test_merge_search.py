@@ -15,19 +15,18 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
-from linearpatch_kernels.merging.merge import choose_units, merge_layers, unit_counts
-from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
-from linearpatch_kernels.merging.refit import CandidateRefits, refit_merges
-from linearpatch_kernels.merging.search import (
-    VARIANTS,
-    MergeSettings,
+from linearpatch_kernels.healing.merge_search import (
     PrefixLosses,
     default_variant,
     influence_shares,
     plan_merging,
     search_share,
 )
+from linearpatch_kernels.healing.merges import CandidateRefits, refit_merges
+from linearpatch_kernels.merging.merge import choose_units, merge_layers, unit_counts
+from linearpatch_kernels.merging.plan import MergePlan, apply_merges, leaves
 from linearpatch_kernels.merging.sensitivity import score_layers
+from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from tests.support.tiny import LAYERS, VOCABULARY, tiny_model
@@ -161,7 +160,7 @@ def test_the_place_with_the_highest_score_is_merged(
         if score in ("loss", "refit"):
             shares = influence_shares(scores.influence[span.start : span.end].tolist())
             merged = merge_layers(dense, choose_units(scores, span, shares))
-            return -loss_of(refit_merges(dense, merged, windows) if score == "refit" else merged, heldout)
+            return -loss_of(refit_merges(dense, merged, windows).model if score == "refit" else merged, heldout)
         return -{"angular": scores.last_token_angle, "bi": scores.span_influence}[score][span]
 
     _, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=5, skip_score=score))
@@ -198,7 +197,7 @@ def test_a_block_is_one_merge_of_its_first_and_last_layer(
     assert all(given[1] == given[2] == () for given in merge.units.values())
     found = record["losses"]
     assert found[f"{merge.shares[0]:g}"] == min(found.values())
-    refitted = refit_merges(dense, merged, windows)
+    refitted = refit_merges(dense, merged, windows).model
     assert min(found.values()) == pytest.approx(loss_of(refitted, heldout), abs=1e-5)
 
 
