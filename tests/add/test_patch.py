@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from linearpatch_kernels.pruning.reporting import describe_patch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.patched import patched_model, patches
 from linearpatch_kernels.nn import PATCH_KINDS, Patch, PatchChain, build_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.report.pruning import describe_patch
 from linearpatch_kernels.span import Span
 from tests.support.tiny import tiny_model
 
