@@ -70,6 +70,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 GROUPS = {4: (2,), 12: (2, 3, 5, 7, 10), 23: (2,)}
 """First layer -> how many are made one, of ``--groups``."""
 
+BLOCK, SHARE = Span(12, 19), 0.75
+"""The one block of ``--behind`` and the share of its first layer: what ``CoMe, one block`` takes at 24 layers."""
+
 FIRST = ("dense", "plain removal", "LinearPatch", "our best patch")
 DISTILLED = " + distilled"
 AFTERWARDS = ("", " + refit", " + patches", DISTILLED)
@@ -100,7 +103,7 @@ def main() -> None:
     elif options.costs:
         tables = study.print_costs()
     elif options.behind is not None:
-        tables = study.print_behind(options.layers[0], options.behind)
+        tables = study.print_behind(options.behind)
     else:
         # The quick ones of every depth first.
         order = [(layers, name) for layers in options.layers for name in study.names]
@@ -208,23 +211,27 @@ class Study:
         print(markdown(header, table))
         return {"groups": (header, table)}
 
-    def print_behind(self, layers: int, counts: Sequence[int]) -> dict[str, Rows]:
-        """One block, healed on the windows that it was chosen on and on those to distil on: by a refit of the merged
-        layer and of so many behind it, and by a patch with and without these.
+    def print_behind(self, counts: Sequence[int]) -> dict[str, Rows]:
+        """`BLOCK` made one and healed: by a refit of it and of layers behind it, and by a patch with and without these.
+
+        It heals on the windows to score on and those to distil on.
         """
         windows = torch.cat([self.windows["fit"], self.windows["distil"][: self.options.steps]])
-        merged = apply_merges(self.model, self._plan("CoMe, one block", layers))
+        shares = [SHARE, *[0.0] * (BLOCK.length - 2), 1 - SHARE]
+        scores = score_layers(self.model, self.windows["fit"])
+        merged = merge_layers(self.model, choose_units(scores, BLOCK, shares))
         heals = [("none", 0), *(("refit", count) for count in counts), ("patch", 0)]
         heals += [("patch+refit", count) for count in counts if count]
         header = ("heal", "behind", "perplexity", "agreement", "seconds")
-        table = [("(dense)", "", *_figures(self._row_of(self.model)), "")]
+        table = [("dense", "", *_figures(self._row_of(self.model)), "")]
+        print(" | ".join(table[0]), flush=True)
         for heal, behind in heals:
             begin = time.perf_counter()
             model = heal_merges(self.model, merged, windows, heal, fit="shrunk-least-squares", behind=behind).model
             seconds = time.perf_counter() - begin
             table.append((heal, str(behind), *_figures(self._row_of(model)), f"{seconds:.0f}"))
             print(" | ".join(table[-1]), flush=True)
-        told = f"{layers} layers, {len(windows)} windows of {windows.shape[1]} tokens to heal on"
+        told = f"layers {BLOCK} made one, {len(windows)} windows of {windows.shape[1]} tokens to heal on"
         print(f"\nSmolLM2-135M, {told}, {self.options.report} windows of each text in every figure\n")
         print(markdown(header, table))
         return {"behind": (header, table)}

@@ -47,7 +47,7 @@ class RefitSettings:
         shrinkage: the part of a change that is kept, as of the maps at a joint: the rest is what the change would do
             wrong on other text.
         ridges: those tried, each relative to an input's own second moment.
-        precision: of the products that the moments are sums of. float64 takes twice the time of float32.
+        precision: of the products that the moments are sums of: float32, or the slower float64.
         on_all: whether a change is fitted on the held-out windows, too, once they have chosen its ridge: more text,
             where nothing else is judged on them.
     """
