@@ -96,6 +96,21 @@ def demo_mix() -> dict[str, list[str]]:
     return {kind: list(dict.fromkeys(documents)) for kind, documents in found.items()}
 
 
+MIX_SHARES: Mapping[str, float] = {
+    "encyclopaedia": 6,
+    "stories": 4,
+    "everyday life": 3,
+    "papers": 1,
+    "medicine": 1,
+    "exams": 1,
+    "mathematics": 1,
+    "code": 1,
+    "trivia": 1,
+}
+"""What the kinds of `demo_mix` are calibrated on in proportion to: mostly prose, because what a model of language reads
+and writes is mostly prose, and enough of everything else to be no text of another kind."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """Where documents of a kind are, and how one request's ``doc`` reads as running text."""

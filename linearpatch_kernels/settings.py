@@ -148,11 +148,11 @@ def given_path(text: str | os.PathLike[str]) -> Path:
 Output = Annotated[Path, Option("Where the result goes.", "DIR", flags=("--output", "-o"))]
 Drop = Annotated[int | None, Option("How many layers to remove.", "N", least=1)]
 MIX, BOOLQ = "preset:mix", "preset:boolq"
-"""In the place of a file with text: text of many kinds in equal shares (`demo_data.demo_mix`), or BoolQ's passages."""
+"""In the place of a file with text: text of many kinds (`demo_data.demo_mix`), or BoolQ's passages."""
 Text = Annotated[
     Sequence[Path] | None,
     Option(
-        f"UTF-8 text to calibrate on; several are taken in equal shares. Or {MIX}, many kinds of text in equal shares "
+        f"UTF-8 text to calibrate on; several are taken in equal shares. Or {MIX}, many kinds of text, mostly prose "
         f"(the default), or {BOOLQ}, encyclopaedia alone; both are of the demo's package.",
         "FILE",
         many=True,

@@ -24,7 +24,7 @@ from benchmarks.record import add_option, record
 from benchmarks.speed.table import markdown
 from benchmarks.studies.distillation import FIT, HELDOUT, LENGTH, REPORT
 from linearpatch_kernels.calibration import calibrate
-from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
+from linearpatch_kernels.demo_data import MIX_SHARES, demo_mix, demo_model_path, demo_text
 from linearpatch_kernels.evaluation.agreement import compare_quality, healed_share
 from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.cost import cost_of_healing
@@ -37,8 +37,9 @@ from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.scores import SCORES, short_list
 from linearpatch_kernels.pruning.selection import fitted_joints
+from linearpatch_kernels.recipes.inputs import heldout_windows
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.text import split_windows, token_windows, without_shared_runs
+from linearpatch_kernels.text import mixed_windows, split_windows, token_windows, without_shared_runs
 
 # As `benchmarks.studies.distillation` shares the first text out: its tables and these have the same report windows.
 _SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
@@ -70,21 +71,16 @@ def reports(tokenizer: Any) -> dict[str, Tensor]:
 
 
 def calibration(tokenizer: Any, text: str, count: int, kept_back: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Windows to fit on and windows held out: of BoolQ alone, or in equal shares of every kind of the mix."""
+    """Windows to fit on and windows held out: of BoolQ alone, or of the mix, as `prune` takes them."""
     if text == "boolq":
         windows = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
         found = split_windows(windows, _SHARES)
         return torch.cat([found["fit"], found["training"]])[:count], found["heldout"]
-    fit, held = [], []
     kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
-    for index, documents in enumerate(kinds.values()):
-        mine = count * (index + 1) // len(kinds) - count * index // len(kinds)
-        sets = split_windows(
-            token_windows(tokenizer, documents, length=LENGTH, count=mine + 1), {"fit": mine, "held": 1}
-        )
-        fit.append(sets["fit"])
-        held.append(sets["held"])
-    return torch.cat(fit), torch.cat(held)
+    sizes = {"fit": count, "held": heldout_windows(count)}
+    windows = mixed_windows(tokenizer, kinds, length=LENGTH, count=sum(sizes.values()), weights=MIX_SHARES)
+    found = split_windows(windows, sizes)
+    return found["fit"], found["held"]
 
 
 def plan_of(dense: PreTrainedModel, spans: Sequence[Span], fit: str | None, windows: Tensor) -> PrunePlan:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.demo_data import demo_mix, demo_model_path, demo_text
+from linearpatch_kernels.demo_data import MIX_SHARES, demo_mix, demo_model_path, demo_text
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import lies_in
 from linearpatch_kernels.fingerprints import fingerprint_text, fingerprint_tokenizer, fingerprint_windows
@@ -184,7 +184,7 @@ def _mix(report: str | list[str] | None) -> Mixture:
     # LAMBADA stays a text of another kind, whatever this run reports on.
     kept_back = [*demo_text("heldout"), *([report] if isinstance(report, str) else report or [])]
     kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
-    return Mixture(kinds, dict.fromkeys(kinds, 1.0))
+    return Mixture(kinds, {kind: MIX_SHARES[kind] for kind in kinds})
 
 
 _PRESETS: Mapping[str, tuple[str, Callable[[str | list[str] | None], Content]]] = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from linearpatch_kernels import demo_data
-from linearpatch_kernels.demo_data import demo_mix, demo_text
+from linearpatch_kernels.demo_data import MIX_SHARES, demo_mix, demo_text
 from linearpatch_kernels.errors import InputError
 
 
 @pytest.mark.demo
 def test_it_has_many_kinds_of_documents_and_none_of_the_text_that_is_held_out() -> None:
     mix = demo_mix()
+    assert mix.keys() == MIX_SHARES.keys()
     assert len(mix) == 9
     # 20 windows of 512 tokens a kind, at about three characters a token of code and formulas.
     assert min(sum(map(len, documents)) for documents in mix.values()) > 20 * 512 * 4

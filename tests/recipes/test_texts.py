@@ -23,6 +23,7 @@ KINDS = {"prose": ["a b c d e f g h"] * 40, "code": ["x y x y x y x y"] * 40}
 def demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds in place of the demo's mix, and a document of which one run of eight words is in the report's text."""
     monkeypatch.setattr(inputs, "demo_mix", lambda: {**KINDS, "shared": ["s " * 7 + "s t", "u v"]})
+    monkeypatch.setattr(inputs, "MIX_SHARES", {"prose": 3, "code": 1, "shared": 2})
     monkeypatch.setattr(inputs, "demo_text", lambda name: ["s " * 9] if name == "heldout" else [f"{name} text"])
 
 
@@ -48,7 +49,7 @@ def test_several_texts_have_equal_shares_and_the_report_what_is_left(tmp_path: P
     (tmp_path / "one.txt").write_text("one " * 400)
     texts = read_texts([tmp_path / "one.txt", Path(MIX)])
     assert isinstance(texts.calibration, Mixture)
-    assert texts.calibration.weights == {"one.txt": 1.0, "prose": 1 / 3, "code": 1 / 3, "shared": 1 / 3}
+    assert texts.calibration.weights == {"one.txt": 1.0, "prose": 1 / 2, "code": 1 / 6, "shared": 1 / 3}
     assert texts.report is None
     assert (texts.source, texts.report_source) == (
         "one.txt, many kinds of text",
