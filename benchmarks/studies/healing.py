@@ -172,8 +172,8 @@ def main() -> None:
     print(f"\n{markdown(columns, rows)}")
     if options.json:
         removed = ",".join(map(str, spans))
-        about = {"removed": removed, "text": options.text, "windows": len(fit), "heldout": len(held)}
-        record(options.json, {"healing": (columns, rows)}, about=about)
+        note = f"without the layers {removed}; fitted on {len(fit)} windows of {LENGTH} tokens, {len(held)} held out"
+        record(options.json, {"healing": (columns, rows)}, note=note)
 
 
 if __name__ == "__main__":
