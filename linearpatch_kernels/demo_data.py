@@ -97,7 +97,7 @@ def demo_mix() -> dict[str, list[str]]:
 
 
 MIX_SHARES: Mapping[str, float] = {
-    "encyclopaedia": 6,
+    "encyclopaedia": 12,
     "stories": 4,
     "everyday life": 3,
     "papers": 1,

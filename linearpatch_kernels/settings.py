@@ -201,7 +201,7 @@ class PruneSettings(Settings):
     structured: Annotated[bool, Option("auto: leave the dense d x d map out.")] = False
     text: Text = None
     heldout_text: HeldoutText = None
-    samples: Samples = 64
+    samples: Samples = 128
     length: Length = 512
     plan_only: Annotated[bool, Option("Write the plan and the report, not the model.")] = False
     dtype: Dtype = "auto"
@@ -441,5 +441,5 @@ class DemoSettings(Settings):
         Path("demo-output")
     )
     drop: Annotated[int, Option("How many of the 30 layers to remove.", "N", least=1)] = 6
-    samples: Samples = 64
+    samples: Samples = 128
     length: Length = 512
