@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.notes import Noted
 from linearpatch_kernels.evaluation.perplexity import exp_loss, over_predictions, require_finite, token_losses
 from linearpatch_kernels.forward import Model, Progress, batches, check_windows, model_logits
+from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import evaluation_mode
 
 
@@ -213,6 +216,7 @@ def compare_quality(
     batch_size: int = 1,
     noted: Noted | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Quality]:
     """:func:`evaluate_quality` of several models on the same windows; the teacher runs once per batch for all of them.
 
@@ -222,9 +226,15 @@ def compare_quality(
     Args:
         noted: where given, a model with logits that are not finite is left out instead of raising, unless it is the
             teacher, and a note says so.
+        processes: every one of them calls this with the same models and windows, runs its own stretch of the windows
+            (all of them, where there are fewer windows than processes), and gets the qualities over all.
     """
+    processes = processes or Processes()
     for model in (*models.values(), *((teacher,) if teacher is not None else ())):
         check_windows(model, windows)
+    shared = 1 < processes.count <= len(windows)
+    if shared:
+        windows = windows.tensor_split(processes.count)[processes.rank]
     meters = QualityMeters(models, lenient=noted is not None)
     with evaluation_mode(*models.values(), *((teacher,) if teacher is not None else ())):
         for _, batch in batches(windows, batch_size, "evaluating", progress):
@@ -233,6 +243,8 @@ def compare_quality(
                 known = teacher_logits if models[name] is teacher else None
                 logits = model_logits(models[name], batch) if known is None else known
                 meters.update(name, logits, batch, teacher_logits)
+    if shared:
+        meters = functools.reduce(operator.add, processes.gather(meters))
     return meters.results(noted)
 
 

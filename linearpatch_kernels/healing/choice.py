@@ -178,7 +178,7 @@ def heal_cut(
         return healed(ways[0])
     made = {way.name: healed(way) for way in ways}
     models = {"dense": dense, **{name: one.model for name, one in made.items()}}
-    found = compare_quality(models, heldout_windows, noted=noted, progress=run.progress)
+    found = compare_quality(models, heldout_windows, noted=noted, progress=run.progress, processes=run.processes)
     return dataclasses.replace(made[decide(found)], found=found)
 
 

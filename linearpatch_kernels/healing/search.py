@@ -105,7 +105,7 @@ class Search:
                 own.advance(student, depth)
                 wanted.advance(self._dense, kept[depth])
                 healed = self._without(student, kept, span, wanted, own)
-                found = compare_quality({name: healed}, self._held, noted=lambda _: None)
+                found = compare_quality({name: healed}, self._held, noted=lambda _: None, processes=self._run.processes)
                 self._known[name] = found[name].loss if name in found else float("inf")
                 if self._keep is not None:
                     self._keep(name, self._known[name])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,7 @@ from linearpatch_kernels.evaluation import (
     perplexity,
 )
 from linearpatch_kernels.evaluation.agreement import QualityMeters, token_agreement, token_kl
+from linearpatch_kernels.processes import Processes
 
 
 @torch.no_grad()
@@ -187,3 +189,36 @@ def test_healed_share() -> None:
     assert healed_share(dense, dropped, dropped) == 0
     assert math.isnan(healed_share(dense, dense, patched))
     assert math.isnan(healed_share(dropped, dense, patched)), "plain removal that is better costs nothing"
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_processes_share_the_windows_and_get_the_whole(windows: Tensor, count: int) -> None:
+    """Two processes run a part each; nine, of which some would have none of seven windows, run all."""
+    table = torch.randn(90, 89, generator=torch.Generator().manual_seed(0))
+    seen: list[list[int]] = [[] for _ in range(count)]
+    given: list[object] = [None] * count
+    together = threading.Barrier(count)
+    found: dict[int, Quality] = {}
+
+    def process(rank: int) -> None:
+        def exchange(one: object) -> list[object]:
+            given[rank] = one
+            together.wait(60)
+            return list(given)
+
+        def model(batch: Tensor) -> Tensor:
+            seen[rank].append(len(batch))
+            return table[batch]
+
+        processes = Processes(rank=rank, count=count, exchange=exchange)
+        found[rank] = compare_quality({"it": model}, windows, processes=processes)["it"]
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    whole = compare_quality({"it": lambda batch: table[batch]}, windows)["it"]
+    for rank in range(count):
+        assert dataclasses.asdict(found[rank]) == pytest.approx(dataclasses.asdict(whole), rel=1e-12)
+    assert sorted(map(sum, seen)) == ([3, 4] if count == 2 else [7] * 9)
