@@ -56,9 +56,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """
     try:
         there = Path(path).expanduser()
-        there.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             there.lstat()
+            # From Python 3.13 on, only a strict look finds a link to itself.
+            there.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{str(path)[:300]} is no path that can be looked at ({said(error)}): give another") from error
     return there
