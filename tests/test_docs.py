@@ -93,7 +93,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     model = tiny_model("llama", layers=9, hidden_size=64, head_dim=16, max_position_embeddings=512)
     save_checkpoint(model, tiny_tokenizer(), "MODEL")
     words = random.Random(0)
-    Path("my.txt").write_text(" ".join(str(words.randrange(VOCABULARY - 4)) for _ in range(73 * 512)))
+    Path("my.txt").write_text(" ".join(str(words.randrange(VOCABULARY - 4)) for _ in range(161 * 512)))
     blocks = [token.content for token in parsed(ROOT / "README.md") if token.type == "fence" and token.info == "python"]
     loading, making = blocks
     exec(making, {})

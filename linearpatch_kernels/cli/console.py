@@ -73,7 +73,7 @@ class Terminal:
         problems.print(f"note: {in_flags(note)}", soft_wrap=True)
 
     def mention(self, line: str) -> None:
-        problems.print(line)
+        problems.print(line, soft_wrap=True)
 
     def progress(self, description: str, done: int, total: int, detail: str = "") -> None:
         if problems.is_terminal:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import linearpatch_kernels
-from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.calibration import Moments, NormedMoments, Span, calibrate
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
 from linearpatch_kernels.distillation.trainer import TrainingSettings, distill
@@ -225,7 +225,9 @@ def leaves(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(found, nn.Module):
         found = {name: (p.detach(), p.requires_grad, p.is_inference()) for name, p in found.named_parameters()}
     if hasattr(found, "mean_abs"):
-        found = vars(found) | {"moments": {str(span): vars(one) for span, one in found.moments.items()}}
+        found = vars(found) | {"moments": {str(span): one for span, one in found.moments.items()}}
+    if isinstance(found, Moments | NormedMoments):
+        found = vars(found)
     if isinstance(found, dict):
         for key, value in found.items():
             yield from leaves(value, f"{path}.{key}")
