@@ -19,17 +19,9 @@ from linearpatch_kernels.healing.choice import Healed
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.recipes import healing, searching
 from linearpatch_kernels.settings import PruneSettings
-from tests.support.field import linearpatch, logits, save_model, text_file, tiny
+from tests.support.field import linearpatch, logits, save_model, tiny
 
 SMALL: dict[str, Any] = {"samples": 12, "length": 16, "rank": 4, "device": "cpu", "spans": "2:4"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("healing")
-    save_model(tiny(), folder / "dense")
-    text_file(folder, 6000)
-    return folder
 
 
 def prune(place: Path, output: Path, **settings: Any) -> Any:

@@ -20,17 +20,9 @@ from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.nn import Patch
 from linearpatch_kernels.pruning.fits import UnusableFit
 from linearpatch_kernels.recipes import healing
-from tests.support.field import linearpatch, save_model, text_file, tiny
+from tests.support.field import linearpatch
 
 SMALL: dict[str, Any] = {"samples": 12, "length": 16, "rank": 4, "device": "cpu", "layers": 4, "variant": "come-block"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("healing")
-    save_model(tiny(), folder / "dense")
-    text_file(folder, 6000)
-    return folder
 
 
 def merge(place: Path, output: Path, **settings: Any) -> Any:
