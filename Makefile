@@ -43,7 +43,7 @@ $(VENV)/triton-%/.ready: $(READY)
 
 slow: $(READY) $(OLDER)/.ready $(TRITONS:%=%/.ready)
 	TRANSFORMERS_4=$(CURDIR)/$(OLDER) TRITON_VENVS="$(TRITONS:%=$(CURDIR)/%)" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -m slow -n logical --dist loadfile
+		$(BIN)/python -m pytest -q -m slow -n logical --dist loadfile $(SLOW)
 
 # The oldest Transformers that pyproject claims, in front of the installed one: what reads, cuts and writes models.
 $(OLDEST)/.ready: $(READY)
