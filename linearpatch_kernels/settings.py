@@ -441,5 +441,5 @@ class DemoSettings(Settings):
         Path("demo-output")
     )
     drop: Annotated[int, Option("How many of the 30 layers to remove.", "N", least=1)] = 6
-    samples: Samples = 128
+    samples: Samples = 64
     length: Length = 512
