@@ -56,7 +56,8 @@ def fields(thing: Any) -> list[str]:
         return []
     entries = []
     for field in fields_of(thing):
-        kind = f"{field.kind.__name__}{' | None' if field.optional else ''}"
+        one = f"Sequence[{field.kind.__name__}]" if field.option.many else field.kind.__name__
+        kind = f"{one}{' | None' if field.optional else ''}"
         default = "" if field.default is dataclasses.MISSING else f" = {value_of(field)}"
         entries.append(f"- `{field.name}: {kind}{default}` {inline(field.option.help)}".rstrip())
     return ["\n".join(entries)]
