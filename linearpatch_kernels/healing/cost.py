@@ -77,7 +77,7 @@ def cost_of_healing(
     if len(ways) > 1:
         begin = _now()
         compare_quality({"dense": dense, **healed}, few, noted=lambda _: None)
-        seconds += (_now() - begin) * len(heldout_windows)
+        seconds += (_now() - begin) * len(heldout_windows) / run.processes.count
     refits = any(way.refitted for way in ways)
     return Cost(memory_of_refit(dense, round(windows), fit_windows.shape[1]) if refits else 0, seconds)
 

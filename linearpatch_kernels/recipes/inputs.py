@@ -182,7 +182,7 @@ def read_texts(text: Sequence[Path] | None = None, heldout_text: Path | None = N
 
 def _mix(report: str | list[str] | None) -> Mixture:
     # LAMBADA stays a text of another kind, whatever this run reports on.
-    kept_back = [*demo_text("heldout"), *([report] if isinstance(report, str) else report or [])]
+    kept_back = report if isinstance(report, list) else [*demo_text("heldout"), *([report] if report else [])]
     kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
     return Mixture(kinds, {kind: MIX_SHARES[kind] for kind in kinds})
 
