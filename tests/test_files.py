@@ -438,3 +438,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_no_list_of_exceptions_is_complete(error: Exception) -> None:
     with pytest.raises(InputError, match="the file cannot be read"), reading("the file", "copy it again"):
         raise error
+
+
+def test_a_file_that_is_a_link_to_itself_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop"):
+        owned.check_file(tmp_path / "loop", "the figures")

@@ -220,6 +220,7 @@ def check_file(file: Path, what: str, ours: Callable[[Path], bool] = says_ours, 
         InputError: something stands there that this package did not write (an empty file may be replaced), or no file
             can be made there.
     """
+    file = expanded(file)
     try:
         if file.is_dir():
             raise InputError(f"{what} is a directory: give a file")
