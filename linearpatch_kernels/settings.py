@@ -180,6 +180,14 @@ class PruneSettings(Settings):
     output: Output
     drop: Drop = None
     spans: Annotated[str | Sequence[Span] | None, Option("Remove these layers instead, half-open.", "A:B,...")] = None
+    target: Annotated[
+        str | None,
+        Option(
+            "Instead, as few layers as make the weights so small (90%-size) or a decode step that reads them so fast "
+            "(1.25x-decode); or as many as keep the held-out perplexity, once refitted, so low (1.2x-ppl).",
+            "RATIO",
+        ),
+    ] = None
     score: Annotated[str, Option(f"{SCORES.described()}.", "NAME")] = "cosine"
     fit: Annotated[
         str | None,

@@ -148,6 +148,13 @@ def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cos
     return spans_of_layers((best + 1).sort().values.tolist())
 
 
+def likely_spans(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
+    """As `choose_spans`, and of a score that runs the model the first of its short list."""
+    if SCORES.named(score).runs_the_model:
+        return short_list(statistics, drop, score)[:1]
+    return choose_spans(statistics, drop, score)
+
+
 def short_list(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
     """The best spans of a score, for the model itself to judge: running all of them would cost a pass each."""
     return list(score_spans(statistics, drop, score))[: _REFITTED if SCORES[score].refits else _SHORT_LIST]

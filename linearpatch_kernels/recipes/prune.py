@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels import processes
-from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.files import RECORDS
@@ -23,8 +22,7 @@ from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, s
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning import selection
 from linearpatch_kernels.pruning.fits import AUTO
-from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans, parse_spans
-from linearpatch_kernels.pruning.scores import SCORES, check_drop
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
 from linearpatch_kernels.recipes.healing import Healing, asked, heal, refit_in_words, told
@@ -42,12 +40,11 @@ from linearpatch_kernels.recipes.inputs import (
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
 from linearpatch_kernels.recipes.resuming import Unfinished
-from linearpatch_kernels.recipes.searching import search
+from linearpatch_kernels.recipes.searching import Removal, found_by_search
 from linearpatch_kernels.report import pruning as pruning_report
 from linearpatch_kernels.report.page import QualityRow, ReportData
 from linearpatch_kernels.report.pruning import candidate_rows, prune_report, span_rows
 from linearpatch_kernels.settings import PruneSettings
-from linearpatch_kernels.span import Span
 
 PAPERS = "LinearPatch (the paper's)"
 COMPARED = {DROPPED: "none", PAPERS: "linearpatch"}
@@ -216,7 +213,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
         tokenizer: of a loaded model.
         copies: how many models will be written.
     """
-    wanted, healing = _check(settings), asked(settings)
+    removal, healing = Removal.of(settings), asked(settings)
     check_output_place(settings.output, model, *(settings.text or ()), settings.heldout_text)
     unfinished, searched = (Unfinished(settings.output, what) for what in ("refit", "search"))
     texts = read_texts(settings.text, settings.heldout_text)
@@ -226,30 +223,29 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     with log.stage("load the model"):
         source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
-    if wanted:
-        checked_spans(wanted, source.num_layers)
-    else:
-        check_drop(settings.drop, source.num_layers)
+    removal.check(source.num_layers)
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)
         check_rank(rank, source.hidden_size, [healing.fit], settings.score)
-        chooses = healing.fit == AUTO or SCORES.named(settings.score).runs_the_model or healing.refits
+        chooses = healing.fit == AUTO or removal.runs_the_model or healing.refits
         heldout = heldout_windows(settings.samples) if chooses else 0
         windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout)
     with log.stage("load the model"):
         dense = source.load()
     check_output(settings.output, 0 if settings.plan_only else copies * parameter_bytes(dense), overwrite=True)
-    searches = not wanted and bool(SCORES[settings.score].refits)
-    if searches:
-        wanted = search(dense, windows, settings, unfinished=searched, processes=siblings, log=log)
+    removal = removal.counted(dense)
+    if removal.searches:
+        removal = found_by_search(
+            dense, windows, removal, settings.batch_size, unfinished=searched, processes=siblings, log=log
+        )
     with log.stage("calibrate and fit"):
         pruning = plan_pruning(
             dense,
             windows.fit,
             windows.heldout,
-            drop=None if wanted else settings.drop,
-            spans=wanted,
-            score="cosine" if searches else settings.score,
+            drop=None if removal.spans else removal.drop,
+            spans=removal.spans,
+            score="cosine" if removal.spans else removal.score,
             fit=healing.fit,
             rank=rank,
             structured=settings.structured,
@@ -260,24 +256,10 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
             pruning.plan,
             model=fingerprint_model(dense),
             calibration=windows.about,
-            score=settings.score if searches else pruning.plan.score,
+            score=removal.score,
         )
         pruning = dataclasses.replace(pruning, plan=plan)
     return Cut(model, source, dense, windows, pruning, healing, siblings, unfinished, searched)
-
-
-def _check(settings: PruneSettings) -> Sequence[Span]:
-    """The spans that were named; InputError for settings that make no sense for any model."""
-    if (settings.drop is None) == (settings.spans is None):
-        raise InputError("say what to remove: either `drop` N or `spans` START:END")
-    SCORES.named(settings.score)
-    if settings.spans is None:
-        return []
-    wanted = (
-        parse_spans(settings.spans) if isinstance(settings.spans, str) else [Span(*span) for span in settings.spans]
-    )
-    # Whatever the model's depth, these must not touch.
-    return checked_spans(wanted, max((span.end for span in wanted), default=0) + 1)
 
 
 def _row(healed: Healed) -> str:

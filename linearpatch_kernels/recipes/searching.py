@@ -1,10 +1,12 @@
-"""The search of `prune` for the layers to remove, gone on with after a kill."""
+"""What `prune` removes: what was named, or what a search finds, which goes on after a kill."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,7 +18,9 @@ from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.search import Search
 from linearpatch_kernels.processes import Processes
-from linearpatch_kernels.pruning.scores import SCORES, short_list
+from linearpatch_kernels.pruning.plan import checked_spans, parse_spans
+from linearpatch_kernels.pruning.scores import SCORES, check_drop, likely_spans, short_list
+from linearpatch_kernels.pruning.target import Target, layers_to_reach
 from linearpatch_kernels.recipes.inputs import Windows
 from linearpatch_kernels.recipes.log import Log
 from linearpatch_kernels.recipes.resuming import Unfinished
@@ -27,31 +31,89 @@ _CURE = "the search is made again"
 _FORMAT = "linearpatch-search-1"
 
 
-def search(
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """What is to be removed: these spans; or layers of the score's choice, ``drop`` of them or what a target asks."""
+
+    score: str
+    spans: Sequence[Span] = ()
+    drop: int | None = None
+    target: Target | None = None
+
+    @classmethod
+    def of(cls, settings: PruneSettings) -> Removal:
+        """What the settings ask for; InputError for what makes no sense for any model."""
+        SCORES.named(settings.score)
+        if sum(one is not None for one in (settings.drop, settings.spans, settings.target)) != 1:
+            raise InputError("say what to remove: one of `drop` N, `spans` START:END and `target` RATIO")
+        if settings.target is not None:
+            return cls(settings.score, target=Target.parse(settings.target))
+        if settings.spans is None:
+            return cls(settings.score, drop=settings.drop)
+        given = settings.spans
+        wanted = parse_spans(given) if isinstance(given, str) else [Span(*span) for span in given]
+        # Whatever the model's depth, these must not touch.
+        return cls("given", checked_spans(wanted, max((span.end for span in wanted), default=0) + 1))
+
+    @property
+    def searches(self) -> bool:
+        """Whether cuts are refitted to find it."""
+        within = self.target is not None and self.target.of == "ppl"
+        return not self.spans and (within or bool(SCORES[self.score].refits))
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether it takes windows to choose on."""
+        return self.searches or (not self.spans and SCORES[self.score].runs_the_model)
+
+    def check(self, layers: int) -> None:
+        """InputError for what a model of so many layers has not."""
+        if self.spans:
+            checked_spans(self.spans, layers)
+        elif self.drop is not None:
+            check_drop(self.drop, layers)
+
+    def counted(self, model: PreTrainedModel) -> Removal:
+        """With the number of layers that a target of weights comes to."""
+        if self.target is None or self.target.of == "ppl":
+            return self
+        return dataclasses.replace(self, drop=layers_to_reach(self.target, model), target=None)
+
+
+def found_by_search(
     dense: PreTrainedModel,
     windows: Windows,
-    settings: PruneSettings,
+    removal: Removal,
+    batch_size: int,
     *,
     unfinished: Unfinished,
     processes: Processes,
     log: Log,
-) -> list[Span]:
-    """The spans to remove by a score that refits the model."""
+) -> Removal:
+    """Spans of a score that refits the model, or how many layers any other may remove within a target."""
     assert windows.heldout is not None
-    assert settings.drop is not None
-    run = Run(settings.batch_size, processes, log.progress)
+    run = Run(batch_size, processes, log.progress)
     with log.stage("search"), unfinished.forgotten_if_refused():
-        trials = _Trials(unfinished, _identity(dense, windows, settings), log, writes=processes.first)
+        trials = _Trials(unfinished, _identity(dense, windows, removal), log, writes=processes.first)
         made = Search(dense, windows.fit, windows.heldout, known=trials.losses, keep=trials.keep, run=run)
-        if SCORES[settings.score].refits == "layers":
-            return made.layers(settings.drop)
+        refits, drop, most = SCORES[removal.score].refits, removal.drop, None
+        if removal.target is not None:
+            most = made.dense_loss() + math.log(removal.target.ratio)
+        if refits == "layers":
+            return dataclasses.replace(removal, spans=made.layers(drop, most=most))
         statistics = calibrate(dense, made.windows.split(run.batch_size), ranks=processes, progress=run.progress)
-        return made.spans(short_list(statistics, settings.drop, settings.score))
+        if drop is None:
+            assert most is not None
+            drop = made.depth(most, lambda count: likely_spans(statistics, count, removal.score))
+        if refits == "spans":
+            return dataclasses.replace(removal, spans=made.spans(short_list(statistics, drop, removal.score)))
+        return dataclasses.replace(removal, drop=drop, target=None)
 
 
-def _identity(dense: PreTrainedModel, windows: Windows, settings: PruneSettings) -> str:
+def _identity(dense: PreTrainedModel, windows: Windows, removal: Removal) -> str:
     """Of model, text and search, in hex digits."""
-    told = [fingerprint_model(dense), windows.about, settings.score, settings.drop]
+    target = None if removal.target is None else dataclasses.asdict(removal.target)
+    told = [fingerprint_model(dense), windows.about, removal.score, removal.drop, target]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -238,8 +238,10 @@ def test_a_process_of_its_own_finds_the_same(world: World, tmp_path: Path) -> No
 
 
 PRUNE_FLAGS = {
-    "neither": ([], "--drop N or --spans"),
-    "both": (["--drop", 2, "--spans", "2:4"], "--drop N or --spans"),
+    "neither": ([], "--drop N, --spans"),
+    "both": (["--drop", 2, "--spans", "2:4"], "--drop N, --spans"),
+    "a target and a number": (["--drop", 2, "--target", "90%-size"], "--drop N, --spans"),
+    "no target": (["--target", "small"], "--target small is not understood"),
     "drop 0": (["--drop", 0], "--drop"),
     "drop -1": (["--drop", -1], "--drop"),
     "drop two": (["--drop", "two"], "--drop"),

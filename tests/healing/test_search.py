@@ -85,6 +85,38 @@ def test_what_is_known_is_not_tried_again(how: str, dense: PreTrainedModel, monk
     assert run(told)[0] == whole
 
 
+def test_layers_go_until_the_loss_is_above_the_limit(dense: PreTrainedModel) -> None:
+    told: dict[str, float] = {}
+    Search(dense, FIT, HELD, keep=told.__setitem__).layers(3)
+    by_layers = {name: sum(Span.parse(part).length for part in name.split(",")) for name in told}
+    least = [min(told[name] for name in told if by_layers[name] == count) for count in (1, 2, 3)]
+    beyond = next(count for count, loss in enumerate(least) if loss > least[0])
+    within = Search(dense, FIT, HELD).layers(most=(least[0] + least[beyond]) / 2)
+    assert sum(span.length for span in within) == beyond
+    with pytest.raises(InputError, match="above the limit already"):
+        Search(dense, FIT, HELD).layers(most=least[0] - 1e-3)
+
+
+def test_the_depth_within_a_limit_is_found_by_bisection(dense: PreTrainedModel) -> None:
+    told: dict[str, float] = {}
+    cuts = {count: [Span(1, 2), Span(3, 2 + count)] if count > 1 else [Span(1, 2)] for count in range(1, LAYERS - 2)}
+    losses = {}
+    for count, spans in cuts.items():
+        plan = PrunePlan(LAYERS, tuple(Joint(span, None) for span in spans))
+        losses[count] = evaluate_quality(heal_cut(dense, plan, FIT, HELD, heal="refit").model, HELD).loss
+    made = Search(dense, FIT, HELD, keep=told.__setitem__)
+    found = made.depth((losses[2] + losses[3]) / 2, lambda count: cuts.get(count, [Span(1, 1 + count)]))
+    assert losses[2] < losses[3]
+    assert found == 2
+    for name, loss in told.items():
+        spans = [Span.parse(part) for part in name.split(",")]
+        assert loss == pytest.approx(losses[sum(span.length for span in spans)], rel=1e-5)
+    assert made.dense_loss() == pytest.approx(evaluate_quality(dense, HELD).loss)
+    assert told[""] == made.dense_loss()
+    with pytest.raises(InputError, match="above the limit already"):
+        made.depth(losses[1] - 1e-3, cuts.__getitem__)
+
+
 def test_few_windows_are_enough_to_compare(dense: PreTrainedModel) -> None:
     many = token_windows(100, 30, 0)
     made = Search(dense, many, HELD)

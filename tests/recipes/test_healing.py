@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.healing.choice import Healed
 from linearpatch_kernels.healing.ways import HEALS
+from linearpatch_kernels.pruning.plan import parse_spans
+from linearpatch_kernels.pruning.target import Target, layers_to_reach
 from linearpatch_kernels.recipes import healing, searching
 from linearpatch_kernels.settings import PruneSettings
 from tests.support.field import linearpatch, logits, save_model, tiny
@@ -268,6 +271,40 @@ def test_layers_are_chosen_by_what_heals_and_a_killed_search_goes_on(
     for name in ("model.safetensors", "linearpatch/plan.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert [*tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize("score", ["cosine", "loss", "healability", "healability-layers", "bi"])
+def test_a_target_of_quality_is_kept_as_the_search_measures_it(
+    score: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, float] = {}
+    real = searching._Trials.keep
+
+    def keep(self: Any, cut: str, loss: float) -> None:
+        told[cut] = loss
+        real(self, cut, loss)
+
+    monkeypatch.setattr(searching._Trials, "keep", keep)
+    result = prune(place, tmp_path / "out", spans=None, target="1.02x-ppl", score=score, heal="refit")
+    assert result.plan.score == score
+    by_layers: dict[int, list[float]] = {}
+    for cut, loss in told.items():
+        by_layers.setdefault(sum(span.length for span in parse_spans(cut)) if cut else 0, []).append(loss)
+    limit = told[""] + math.log(1.02)
+    removed = sum(span.length for span in result.plan.spans)
+    assert min(by_layers[removed]) <= limit
+    assert removed + 1 not in by_layers or min(by_layers[removed + 1]) > limit
+    assert [*tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize("target", ["70%-size", "1.3x-decode"])
+def test_a_target_of_weights_is_so_many_layers(target: str, place: Path, tmp_path: Path) -> None:
+    result = prune(place, tmp_path / "out", spans=None, target=target, fit="none")
+    removed = sum(span.length for span in result.plan.spans)
+    dense = AutoModelForCausalLM.from_pretrained(place / "dense")
+    assert removed == layers_to_reach(Target.parse(target), dense)
+    whole = prune(place, tmp_path / "whole", spans=None, drop=removed, fit="none")
+    assert whole.plan.spans == result.plan.spans
 
 
 def test_a_plan_alone_cannot_be_made_by_fitting_weights() -> None:

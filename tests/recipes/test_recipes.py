@@ -262,7 +262,7 @@ def test_a_value_that_makes_no_sense(named: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("prune", {}, "either `drop` N or `spans` START:END"),
+        ("prune", {}, "one of `drop` N, `spans` START:END and `target` RATIO"),
         ("prune", {"drop": 2, "fit": "least-squares", "structured": True}, "`structured` leaves dense maps out"),
         ("prune", {"drop": 2, "dtype": "int8"}, "`dtype` int8 is not known"),
         ("merge", {"layers": 4, "heal": "magic"}, "`heal` magic is no way to heal"),
