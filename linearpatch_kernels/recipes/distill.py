@@ -48,6 +48,7 @@ from linearpatch_kernels.recipes.inputs import (
     read_texts,
     title_of,
     windows_up_to,
+    with_own_text,
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
 from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
@@ -254,6 +255,7 @@ def _prepare(directory: Path, settings: DistillSettings, log: Log) -> _Job:
         teacher = find_model(settings.teacher, settings, processes=siblings, device_map=settings.teacher_device_map)
         _check_teacher(directory, plan, source, teacher)
     with log.stage("tokenise"):
+        texts = _with_own_text(texts, teacher, settings, siblings, log)
         windows = _make_windows(source, texts, settings, log)
     with log.stage("load the models"):
         student, dense = source.load(), teacher.load()
@@ -331,6 +333,12 @@ class _Windows:
     evaluation: Tensor | None
     evaluation_source: str
     source: str
+
+
+def _with_own_text(texts: Texts, teacher: Source, settings: DistillSettings, siblings: Processes, log: Log) -> Texts:
+    """The texts, with what the teacher writes where one of them is its own."""
+    windows = settings.steps * settings.windows_per_step + settings.heldout + EVALUATION_WINDOWS
+    return with_own_text(texts, teacher, teacher.tokenizer, windows, settings.length, siblings, log)
 
 
 def _make_windows(model: Source, texts: Texts, settings: DistillSettings, log: Log) -> _Windows:

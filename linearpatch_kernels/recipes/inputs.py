@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,10 @@ from linearpatch_kernels.forward import check_windows
 from linearpatch_kernels.modeling.cut import check_weights
 from linearpatch_kernels.modeling.loading import LoadedModel, ModelSource, Source
 from linearpatch_kernels.modeling.saving import check_output
+from linearpatch_kernels.modeling.writing import written_documents
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.recipes.log import Log
-from linearpatch_kernels.settings import BOOLQ, MIX
+from linearpatch_kernels.settings import BOOLQ, MIX, SELF
 from linearpatch_kernels.text import (
     cache_dir,
     mixed_windows,
@@ -51,6 +53,9 @@ class Mixture:
 
 Content = str | list[str] | Mixture
 """One text, documents, or several of either in shares."""
+
+# A document that is tokenised again may have fewer tokens than were written.
+_OWN_TEXT_MORE = 0.1
 
 EVALUATION_WINDOWS = 16
 """How many windows the figures of a report are measured on."""
@@ -147,18 +152,62 @@ def in_words(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each."""
+    """The text to calibrate on, the report's own text (None: what is left of the first), and a name for each.
+
+    Attributes:
+        own: what of the first the dense model is to write (`with_own_text`), the name of a part or of the whole; "":
+            nothing.
+    """
 
     calibration: Content
     report: str | list[str] | None
     source: str
     report_source: str
+    own: str = ""
+
+    def own_share(self) -> float:
+        """Of the windows, how many the model is to write."""
+        if not isinstance(self.calibration, Mixture):
+            return 1.0
+        weights = self.calibration.weights
+        return weights[self.own] / sum(weights.values())
+
+    def with_own(self, documents: list[str]) -> Texts:
+        """With what the model wrote."""
+        content: Content = documents
+        if isinstance(self.calibration, Mixture):
+            content = dataclasses.replace(self.calibration, texts={**self.calibration.texts, self.own: documents})
+        return dataclasses.replace(self, calibration=content, own="")
+
+
+def with_own_text(
+    texts: Texts,
+    model: Source | PreTrainedModel,
+    tokenizer: Any,
+    windows: int,
+    length: int,
+    processes: Processes,
+    log: Log,
+) -> Texts:
+    """The texts, with what the model writes where one of them is its own.
+
+    Args:
+        model: is loaded for it, where it is not yet.
+        windows: how many of all texts together will be taken; length: their tokens.
+    """
+    if not texts.own:
+        return texts
+    tokens = math.ceil(windows * texts.own_share() * length * (1 + _OWN_TEXT_MORE)) + length
+    loaded = model if isinstance(model, PreTrainedModel) else model.load()
+    documents = written_documents(loaded, tokenizer, tokens, length, processes=processes, progress=log.progress)
+    return texts.with_own(documents)
 
 
 def read_texts(text: Sequence[Path] | None = None, heldout_text: Path | None = None) -> Texts:
     """The texts in these files or presets, in equal shares, by default those of `MIX`.
 
-    Where files are among them, the report is about what the run leaves of all texts.
+    Where files are among them, or nothing but what the model writes, the report is about what the run leaves of all
+    texts.
     """
     given = [str(one) for one in text] if text else [MIX]
     repeated = [name for name, times in Counter(given).items() if times > 1]
@@ -166,18 +215,21 @@ def read_texts(text: Sequence[Path] | None = None, heldout_text: Path | None = N
         raise InputError(f"`text` {repeated[0]} is given twice: name each text once")
     for name in given:
         if name.startswith("preset:") and name not in _PRESETS:
-            raise InputError(f"`text` {name} is no preset: give {' or '.join(_PRESETS)}, or a file")
+            raise InputError(f"`text` {name} is no preset: give {' or '.join(_PRESETS)}, {SELF}, or a file")
     report: str | list[str] | None = None
     if heldout_text is not None:
         report = read_text(heldout_text)
-    elif set(given) <= _PRESETS.keys():
+    elif set(given) & _PRESETS.keys() and set(given) <= {*_PRESETS, SELF}:
         report = demo_text("heldout")
     parts = {_title(name, given): _content(name, report) for name in given}
     source = ", ".join(parts)
     report_source = f"unused parts of {source}" if report is None else "LAMBADA passages"
     if heldout_text is not None:
         report_source = in_words(heldout_text.name)
-    return Texts(_together(parts), report, source, report_source)
+    return Texts(_together(parts), report, source, report_source, OWN_TEXT if SELF in given else "")
+
+
+OWN_TEXT = "text of the model's own"
 
 
 def _mix(report: str | list[str] | None) -> Mixture:
@@ -195,13 +247,15 @@ _PRESETS: Mapping[str, tuple[str, Callable[[str | list[str] | None], Content]]] 
 
 def _title(name: str, given: Sequence[str]) -> str:
     """What a report calls one of the texts given: the name of a file, its whole path where two have the same name."""
-    if name in _PRESETS:
-        return _PRESETS[name][0]
+    if name in _PRESETS or name == SELF:
+        return OWN_TEXT if name == SELF else _PRESETS[name][0]
     short = Path(name).name
     return in_words(short if [Path(one).name for one in given].count(short) == 1 else name)
 
 
 def _content(name: str, report: str | list[str] | None) -> Content:
+    if name == SELF:
+        return []
     return _PRESETS[name][1](report) if name in _PRESETS else read_text(name)
 
 
@@ -257,6 +311,7 @@ def make_windows(
     *,
     heldout: int,
     report: int = EVALUATION_WINDOWS,
+    processes: Processes | None = None,
 ) -> Windows:
     """The windows of a run; the text must have ``samples + heldout``, what it has beyond goes to the ``report``.
 
@@ -265,6 +320,7 @@ def make_windows(
     samples, length = settings.samples, settings.length
     needed = samples + heldout
     extra = 0 if texts.report is not None else report
+    texts = with_own_text(texts, model, tokenizer, needed + extra, length, processes or Processes(), log)
     try:
         windows = _windows(tokenizer, texts.calibration, length, needed + extra)
     except InputError:

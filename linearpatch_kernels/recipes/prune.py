@@ -229,7 +229,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
         check_rank(rank, source.hidden_size, [healing.fit], settings.score)
         chooses = healing.fit == AUTO or removal.runs_the_model or healing.refits
         heldout = heldout_windows(settings.samples) if chooses else 0
-        windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout)
+        windows = make_windows(source, source.tokenizer, texts, settings, log, heldout=heldout, processes=siblings)
     with log.stage("load the model"):
         dense = source.load()
     check_output(settings.output, 0 if settings.plan_only else copies * parameter_bytes(dense), overwrite=True)

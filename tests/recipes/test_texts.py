@@ -82,7 +82,7 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ([MIX, MIX], "`text` preset:mix is given twice"),
-        (["preset:moby"], "`text` preset:moby is no preset: give preset:mix or preset:boolq, or a file"),
+        (["preset:moby"], "`text` preset:moby is no preset: give preset:mix or preset:boolq, self, or a file"),
         ([MIX, "missing.txt"], "missing.txt does not exist"),
     ],
 )
@@ -103,3 +103,49 @@ def test_the_command_takes_several(tmp_path: Path) -> None:
     plans = [(tmp_path / name / "linearpatch" / "plan.json").read_text() for name in ("one", "both")]
     assert '"source": "numbers.txt"' in plans[0]
     assert '"source": "numbers.txt, other.txt"' in plans[1]
+
+
+@pytest.mark.parametrize("recipe", ["prune", "merge", "sweep", "distill"])
+def test_the_model_writes_a_share_of_the_text(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "cache"))
+    save_model(tiny(), tmp_path / "dense")
+    text_file(tmp_path, 4000)
+    asked: list[tuple[int, int]] = []
+    real = inputs.written_documents
+
+    def watched(model: Any, tokenizer: Any, tokens: int, length: int, **named: Any) -> list[str]:
+        asked.append((tokens, length))
+        return real(model, tokenizer, tokens, length, **named)
+
+    monkeypatch.setattr(inputs, "written_documents", watched)
+    own: tuple[Any, ...] = ("--text", "self", "--text", tmp_path / "numbers.txt", "--length", 16, "--device", "cpu")
+    given: dict[str, tuple[Any, ...]] = {
+        "prune": (tmp_path / "dense", "--spans", "2:4", "--samples", 6, "--fit", "linearpatch"),
+        "merge": (tmp_path / "dense", "--layers", 4, "--samples", 6, "--heal", "none"),
+        "sweep": (tmp_path / "dense", "--drop", "1-2", "--fits", "none", "--samples", 6, "--windows", 2),
+        "distill": (tmp_path / "cut", "--teacher", tmp_path / "dense", "--steps", 2, "--batch-size", 2, "--heldout", 2),
+    }
+    if recipe == "distill":
+        cut = (tmp_path / "dense", "--spans", "2:4", "--samples", 6, "--fit", "linearpatch", *own[2:])
+        assert linearpatch("prune", *cut, "-o", tmp_path / "cut") is None
+    assert linearpatch(recipe, *given[recipe], *own, "-o", tmp_path / "out") is None
+    ((tokens, length),) = asked
+    assert length == 16
+    # Half of all windows, and a little more, because text that is tokenised again may be shorter.
+    assert tokens >= 6 / 2 * 16
+    told = [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".json", ".md")]
+    assert any("text of the model's own, numbers.txt" in file.read_text() for file in told)
+    assert [*(tmp_path / "cache" / "written").iterdir()]
+
+
+def test_what_the_model_writes_alone_is_what_the_report_is_about(tmp_path: Path) -> None:
+    texts = read_texts([Path("self")])
+    assert (texts.report, texts.report_source) == (None, "unused parts of text of the model's own")
+    assert texts.own_share() == 1
+    assert texts.with_own(["x"]).calibration == ["x"]
+    both = read_texts([Path("self"), Path(MIX)])
+    assert both.report == ["s " * 9]
+    assert both.own_share() == 1 / 2
+    mixture = both.with_own(["x"]).calibration
+    assert isinstance(mixture, Mixture)
+    assert mixture.texts == {inputs.OWN_TEXT: ["x"], **KINDS, "shared": ["u v"]}
