@@ -33,6 +33,7 @@ from linearpatch_kernels.healing.search import Search
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
+from linearpatch_kernels.modeling.writing import written_documents
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.scores import SCORES, short_list
@@ -51,6 +52,8 @@ METHODS = {
     "structured": ("shrunk-low-rank", False),
     "structured+stock": ("shrunk-low-rank", True),
     "hadamard+stock": ("hadamard-low-rank", True),
+    "norm-linear": ("norm-least-squares", False),
+    "norm-linear+stock": ("norm-least-squares", True),
 }
 
 
@@ -70,15 +73,28 @@ def reports(tokenizer: Any) -> dict[str, Tensor]:
     }
 
 
-def calibration(tokenizer: Any, text: str, count: int, kept_back: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Windows to fit on and windows held out: of BoolQ alone, or of the mix, as `prune` takes them."""
+def calibration(
+    dense: PreTrainedModel, tokenizer: Any, text: str, count: int, kept_back: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Windows to fit on and windows held out: of BoolQ alone; of the mix, what the model writes, or both in equal
+    shares, as `prune` takes them."""
     if text == "boolq":
         windows = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
         found = split_windows(windows, _SHARES)
         return torch.cat([found["fit"], found["training"]])[:count], found["heldout"]
-    kinds = {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
     sizes = {"fit": count, "held": heldout_windows(count)}
-    windows = mixed_windows(tokenizer, kinds, length=LENGTH, count=sum(sizes.values()), weights=MIX_SHARES)
+    total = sum(sizes.values())
+    texts: dict[str, list[str]] = {}
+    weights: dict[str, float] = {}
+    if "mix" in text:
+        texts |= {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
+        weights |= MIX_SHARES
+    if "self" in text:
+        # A tenth more than is taken, as a document that is tokenised again may be shorter.
+        tokens = int(1.1 * total * LENGTH / len(text.split("+")))
+        texts["self"] = without_shared_runs(written_documents(dense, tokenizer, tokens, LENGTH), kept_back)
+        weights["self"] = sum(weights.values()) or 1.0
+    windows = mixed_windows(tokenizer, texts, length=LENGTH, count=total, weights=weights)
     found = split_windows(windows, sizes)
     return found["fit"], found["held"]
 
@@ -129,7 +145,7 @@ def searched(dense: PreTrainedModel, score: str, count: int, fit: Tensor, held: 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--spans", default="13:19")
-    arguments.add_argument("--text", choices=("boolq", "mix"), default="mix")
+    arguments.add_argument("--text", choices=("boolq", "mix", "self", "mix+self"), default="mix")
     arguments.add_argument("--windows", type=int, default=126)
     arguments.add_argument("--methods", default="patch,stock,patch+stock")
     arguments.add_argument("--score", choices=[name for name, score in SCORES.items() if score.refits])
@@ -141,7 +157,7 @@ def main() -> None:
     spans = [Span.parse(span) for span in options.spans.split(",")]
     texts = reports(tokenizer)
     kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
-    fit, held = calibration(tokenizer, options.text, options.windows, kept_back)
+    fit, held = calibration(dense, tokenizer, options.text, options.windows, kept_back)
     print(
         f"{options.spans}, {options.text}: {len(fit)} windows to fit on, {len(held)} held out, of {LENGTH}", flush=True
     )

@@ -95,8 +95,10 @@ def heal(
     run = Run(processes=processes, progress=log.progress)
     with log.stage("heal"), unfinished.forgotten_if_refused():
         ways = ways_of(healing.way, plan)
-        cost = cost_of_healing(dense, plan, ways, windows.fit, windows.heldout, run=run)
-        log.mention(f"healing by {', '.join(way.name for way in ways)}: {cost}")
+        if not work.weights:
+            # Where an earlier run has told it, trials of what is done would cost more than they tell.
+            cost = cost_of_healing(dense, plan, ways, windows.fit, windows.heldout, run=run)
+            log.mention(f"healing by {', '.join(way.name for way in ways)}: {cost}")
         healed = heal_cut(
             dense,
             plan,

@@ -133,7 +133,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     arguments = ["--text", place / "numbers.txt", "--heal", heal, "-o", tmp_path / "killed"]
     small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
     assert linearpatch("prune", place / "dense", *arguments, *small) is None
-    assert "going on from a refit that did not finish" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "going on from a refit that did not finish" in told
+    # What it takes was told by the run that was killed.
+    assert "beside the models" not in told
     for name in ("model.safetensors", "config.json", "linearpatch/plan.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     summaries = [json.loads((tmp_path / name / "linearpatch/summary.json").read_text()) for name in ("killed", "whole")]
