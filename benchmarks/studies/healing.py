@@ -1,4 +1,4 @@
-"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --text mix --windows 126``.
+"""Healing in closed form, side by side: ``python -m benchmarks.studies.healing --text mix --windows 128``.
 
 SmolLM2-135M without the span: with a patch at the joint, refitted (stock), and both; ``structured``: with the best
 patch that is no dense map. Every row says how much of the loss that plain removal costs is won back on three texts:
@@ -11,6 +11,7 @@ for the layers itself; the shares are still of what plain removal of ``--spans``
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from linearpatch_kernels.text import mixed_windows, split_windows, token_windows
 
 # As `benchmarks.studies.distillation` shares the first text out: its tables and these have the same report windows.
 _SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
+TEXTS = ("boolq", "mix", "self", "mix+self")
 # The map at the joint, and whether the weights around it are fitted again.
 METHODS = {
     "patch": ("shrunk-least-squares", False),
@@ -143,53 +145,67 @@ def searched(dense: PreTrainedModel, score: str, count: int, fit: Tensor, held: 
 
 
 def main() -> None:
+    options = _options()
+    dense, tokenizer = load_model(demo_model_path(), device="cpu")
+    spans = [Span.parse(span) for span in options.spans.split(",")]
+    texts = reports(tokenizer)
+    kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
+    dropped = apply_plan(dense, PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans)))
+    plain: dict[str, PreTrainedModel] = {"dense": dense, "dropped": dropped}
+    base = {name: compare_quality(plain, windows) for name, windows in texts.items()}
+    columns = ["text", "windows", "without", "healed by"]
+    columns += [f"{name}{what}" for name in texts for what in ("", ", healed", ", agreement")]
+    columns += ["time", "CPU time"]
+    rows: list[list[str]] = []
+
+    def add(row: Sequence[str], model: PreTrainedModel, *took: str) -> None:
+        cells = list(row)
+        for name, windows in texts.items():
+            quality = compare_quality({"it": model}, windows, dense)["it"]
+            share = healed_share(base[name]["dense"], base[name]["dropped"], quality)
+            cells += [f"{quality.perplexity:.2f}", f"{share:.1%}", f"{quality.top1_agreement:.1%}"]
+        rows.append([*cells, *took])
+        print(" | ".join(rows[-1]), flush=True)
+        if options.json:
+            # After every row: what was measured stays where the rest is cut off.
+            record(options.json, {"healing": (columns, rows)}, note=f"windows of {LENGTH} tokens")
+
+    add(["", "", "", "dense"], dense, "", "")
+    add(["", "", options.spans, "plain removal"], dropped, "", "")
+    settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
+    for text, count in itertools.product(options.text.split(","), map(int, options.windows.split(","))):
+        fit, held = calibration(dense, tokenizer, text, count, kept_back)
+        print(f"{text}: {len(fit)} windows to fit on, {len(held)} held out", flush=True)
+        removed = spans
+        if options.score:
+            begin = time.perf_counter()
+            removed = searched(dense, options.score, sum(span.length for span in spans), fit, held)
+            print(f"found {','.join(map(str, removed))} in {time.perf_counter() - begin:.0f} s", flush=True)
+        for method in options.methods.split(","):
+            kind, refits = METHODS[method]
+            begin, cpu = time.perf_counter(), time.process_time()
+            plan = plan_of(dense, removed, kind, fit)
+            model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
+            took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
+            add([text, str(len(fit)), ",".join(map(str, removed)), method], model, *took)
+    print(f"\n{markdown(columns, rows)}")
+
+
+def _options() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--spans", default="13:19")
-    arguments.add_argument("--text", choices=("boolq", "mix", "self", "mix+self"), default="mix")
-    arguments.add_argument("--windows", type=int, default=126)
-    arguments.add_argument("--methods", default="patch,stock,patch+stock")
+    arguments.add_argument("--text", default="mix", help=f"of {', '.join(TEXTS)}; several with commas")
+    arguments.add_argument("--windows", default="128", help="to fit on; several with commas")
+    arguments.add_argument("--methods", default="patch,stock,patch+stock", help=f"of {', '.join(METHODS)}")
     arguments.add_argument("--score", choices=[name for name, score in SCORES.items() if score.refits])
     arguments.add_argument("--behind", type=int, default=3)
     arguments.add_argument("--shrinkage", type=float, default=0.75)
     add_option(arguments)
     options = arguments.parse_args()
-    dense, tokenizer = load_model(demo_model_path(), device="cpu")
-    spans = [Span.parse(span) for span in options.spans.split(",")]
-    texts = reports(tokenizer)
-    kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
-    fit, held = calibration(dense, tokenizer, options.text, options.windows, kept_back)
-    print(
-        f"{options.spans}, {options.text}: {len(fit)} windows to fit on, {len(held)} held out, of {LENGTH}", flush=True
-    )
-    dropped = apply_plan(dense, PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans)))
-    plain = {"dense": dense, "dropped": dropped}
-    base = {name: compare_quality(plain, windows) for name, windows in texts.items()}
-    settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
-    rows: list[list[str]] = []
-    if options.score:
-        begin = time.perf_counter()
-        spans = searched(dense, options.score, sum(span.length for span in spans), fit, held)
-        print(f"without {','.join(map(str, spans))}: found in {time.perf_counter() - begin:.0f} s", flush=True)
-    for method in options.methods.split(","):
-        kind, refits = METHODS[method]
-        begin, cpu = time.perf_counter(), time.process_time()
-        plan = plan_of(dense, spans, kind, fit)
-        model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
-        row = [method]
-        took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
-        for name, windows in texts.items():
-            quality = compare_quality({"it": model}, windows, dense)["it"]
-            share = healed_share(base[name]["dense"], base[name]["dropped"], quality)
-            row += [f"{quality.perplexity:.2f}", f"{share:.1%}", f"{quality.top1_agreement:.1%}"]
-        rows.append([*row, *took])
-        print(" | ".join(rows[-1]), flush=True)
-    columns = ["healed by", *(f"{name}{what}" for name in texts for what in ("", ", healed", ", agreement"))]
-    columns += ["time", "CPU time"]
-    print(f"\n{markdown(columns, rows)}")
-    if options.json:
-        removed = ",".join(map(str, spans))
-        note = f"without the layers {removed}; fitted on {len(fit)} windows of {LENGTH} tokens, {len(held)} held out"
-        record(options.json, {"healing": (columns, rows)}, note=note)
+    for given, known in ((options.text, TEXTS), (options.methods, METHODS)):
+        if unknown := set(given.split(",")) - set(known):
+            arguments.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":
