@@ -42,14 +42,13 @@ from linearpatch_kernels.calibration import CalibrationStatistics, calibrate, co
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.forms import reformed
 from linearpatch_kernels.distillation.recompute import recomputing
-from linearpatch_kernels.distillation.settings import RECOMPUTE
+from linearpatch_kernels.distillation.settings import RECOMPUTE, TrainingSettings
 from linearpatch_kernels.distillation.structure import structure
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, teacher_answers, write_teacher_store
 from linearpatch_kernels.distillation.trainable import prepare
 from linearpatch_kernels.distillation.trainer import (
     Distillation,
     SuffixLoss,
-    TrainingSettings,
     distill,
     heldout_losses,
 )

@@ -37,8 +37,8 @@ from benchmarks.speed.table import markdown
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_model_path, demo_text
 from linearpatch_kernels.distillation.hierarchical import HierarchySettings, distill_merged, stream_error
+from linearpatch_kernels.distillation.settings import TrainingSettings
 from linearpatch_kernels.distillation.teacher_store import TeacherStore, write_teacher_store
-from linearpatch_kernels.distillation.trainer import TrainingSettings
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeter
 from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
 from linearpatch_kernels.healing.merge_search import plan_merging
