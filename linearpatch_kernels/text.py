@@ -234,6 +234,11 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor
     return {name: windows[owner == k] for k, name in enumerate(sizes)}
 
 
+def some_windows(windows: Tensor, count: int) -> Tensor:
+    """``count`` windows at even distances, or all where there are no more: [min(W, count), T]."""
+    return windows if len(windows) <= count else windows[[len(windows) * i // count for i in range(count)]]
+
+
 def without_shared_runs(documents: Sequence[str], kept_back: Sequence[str], words: int = 8) -> list[str]:
     """The documents that have no run of so many words in common with any text that is kept back.
 

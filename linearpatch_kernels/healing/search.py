@@ -21,6 +21,7 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.pruning.scores import check_drop, spans_of_layers
 from linearpatch_kernels.span import Span
+from linearpatch_kernels.text import some_windows
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
 # Windows that a trial is fitted on at the most: it compares cuts, and the one that is taken is healed on all of them.
@@ -70,8 +71,7 @@ class Search:
         run: Run = PLAIN,
     ) -> None:
         self._dense, self._held = dense, heldout_windows
-        count = min(len(fit_windows), max(TRIAL_WINDOWS, run.processes.count))
-        self.windows = fit_windows[[len(fit_windows) * i // count for i in range(count)]]
+        self.windows = some_windows(fit_windows, max(TRIAL_WINDOWS, run.processes.count))
         self._settings, self._run, self._keep = settings or RefitSettings(), run, keep
         self._known = dict(known or {})
 

@@ -38,8 +38,12 @@ from linearpatch_kernels.pruning.selection import (
     usable_candidates,
 )
 from linearpatch_kernels.span import Span
+from linearpatch_kernels.text import some_windows
 from linearpatch_kernels.torch_state import own_state
 
+SCORED_WINDOWS = 48
+"""Windows that scores and magnitudes are measured on: means over tens of thousands of tokens, which more would hardly
+move, while every layer runs on each."""
 # What heals the spans that a score runs the model on.
 _HEALER = "shrunk-low-rank"
 
@@ -81,9 +85,11 @@ def plan_pruning(
 ) -> Pruning:
     """Decide what to remove and what heals it.
 
-    One pass over ``fit_windows`` where ``spans`` are given or the fit needs no second moments, else a second, shorter
-    one; ``fit="auto"`` adds one over ``heldout_windows``, and so does a score that runs the model (``loss``): it heals
-    the spans of a short list and keeps the one with the lowest held-out loss.
+    One pass over at most `SCORED_WINDOWS` of ``fit_windows``, spread over all of them, for the scores and the channels'
+    magnitudes; where the fit needs second moments, another one over all windows, up to the last span's end (the same
+    one where the ``spans`` are given and the windows are no more). ``fit="auto"`` adds one over ``heldout_windows``,
+    and so does a score that runs the model (``loss``): it heals the spans of a short list and keeps the one with the
+    lowest held-out loss.
 
     Args:
         model: the dense causal LM; not changed.
@@ -106,25 +112,27 @@ def plan_pruning(
     _check_request(model, drop, spans, score, fit, rank, heldout=heldout_windows is not None)
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], run.batch_size)
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
-    layers, moments, judged = num_layers(model), needs_moments(fit), SCORES.named(score).runs_the_model
+    layers, judged = num_layers(model), not spans and SCORES.named(score).runs_the_model
+    moments = needs_moments(fit) or judged
     normed = needs_normed_moments(fit)
     # Comparing holds the logits of two models at once, so it takes one window at a time.
     comparing = dataclasses.replace(run, batch_size=1)
     text = fit_windows.split(run.batch_size)
+    some = some_windows(fit_windows, max(SCORED_WINDOWS, run.batch_size * run.processes.count)).split(run.batch_size)
+    at_once: Sequence[Span] = ()
     if spans:
         chosen, score = checked_spans(spans, layers), "given"
-        collected = chosen if moments else ()
-        statistics = calibrate(
-            model, text, moments=collected, normed=normed, ranks=run.processes, progress=run.progress
-        )
+        # Where a second pass would be over the same windows, one does it all.
+        at_once = chosen if moments and len(some) == len(text) else ()
+        statistics = calibrate(model, some, moments=at_once, normed=normed, ranks=run.processes, progress=run.progress)
     else:
-        statistics = calibrate(model, text, ranks=run.processes, progress=run.progress)
+        statistics = calibrate(model, some, ranks=run.processes, progress=run.progress)
         chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
-        if moments or judged:
-            found = collect_moments(model, text, chosen, normed=normed, ranks=run.processes, progress=run.progress)
-            statistics = statistics.with_moments(found)
-        if judged and heldout_windows is not None:
-            chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
+    if moments and not at_once:
+        found = collect_moments(model, text, chosen, normed=normed, ranks=run.processes, progress=run.progress)
+        statistics = statistics.with_moments(found)
+    if judged and heldout_windows is not None:
+        chosen = [_best_healed(model, heldout_windows, statistics, chosen, fit, rank, noted, comparing)]
     if fit == AUTO and heldout_windows is not None:
         choice = choose_fit(
             model, heldout_windows, statistics, chosen, rank=rank, structured=structured, noted=noted, run=comparing

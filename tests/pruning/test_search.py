@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.calibration import Span, calibrate
+from linearpatch_kernels.calibration import Span, calibrate, collect_moments
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import evaluate_quality
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.processes import Processes
+from linearpatch_kernels.pruning import search
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO, fits_of
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.scores import choose_spans, score_spans, scores_of_statistics
 from linearpatch_kernels.pruning.search import plan_pruning, sweep
 from linearpatch_kernels.pruning.selection import choose_fit, fitted_joints
+from linearpatch_kernels.text import some_windows
 from tests.support.tiny import VOCABULARY, tiny_model
 
 RANK = 5
@@ -58,6 +60,23 @@ def test_the_plan_of_given_spans(dense: PreTrainedModel, windows: Tensor) -> Non
     assert_same_plan(made.plan, PrunePlan(6, fitted_joints(statistics, spans, "low-rank", rank=RANK)))
     assert (made.plan.score, made.plan.calibration, made.plan.model) == ("given", {}, "")
     assert set(made.statistics.moments) == set(spans)
+
+
+@pytest.mark.parametrize("wanted", [{"drop": 2}, {"spans": [Span(2, 4)]}], ids=["a number", "spans"])
+@pytest.mark.parametrize("fit", ["none", "linearpatch", "low-rank", "norm-hadamard"])
+def test_of_many_windows_some_are_scored_and_the_fits_see_all(
+    wanted: dict[str, Any], fit: str, dense: PreTrainedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SCORED_WINDOWS", 4)
+    assert len(windows) > 4
+    made = plan_pruning(dense, windows, fit=fit, rank=RANK, run=Run(batch_size=2), **wanted)
+    scored = calibrate(dense, [some_windows(windows, 4)])
+    assert made.statistics.samples == 4
+    torch.testing.assert_close(made.statistics.mean_token_cosine(), scored.mean_token_cosine())
+    spans = wanted.get("spans") or choose_spans(scored, 2)
+    moments = collect_moments(dense, [windows], spans, normed=True)
+    expected = fitted_joints(scored.with_moments(moments), spans, fit, rank=RANK)
+    assert_same_plan(made.plan, PrunePlan(6, expected))
 
 
 def test_the_keywords_of_an_earlier_version(dense: PreTrainedModel, windows: Tensor) -> None:
