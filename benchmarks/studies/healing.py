@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from linearpatch_kernels.modeling.writing import written_documents
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.scores import SCORES, short_list
-from linearpatch_kernels.pruning.selection import fitted_joints
+from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.recipes.inputs import heldout_windows
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.text import mixed_windows, split_windows, token_windows, without_shared_runs
@@ -102,10 +102,9 @@ def calibration(
 
 
 def plan_of(dense: PreTrainedModel, spans: Sequence[Span], fit: str | None, windows: Tensor) -> PrunePlan:
-    joints = tuple(Joint(span, None) for span in spans)
     if fit is not None:
-        joints = fitted_joints(calibrate(dense, windows.split(4), moments=spans), spans, fit)
-    return PrunePlan(num_layers(dense), joints)
+        return plan_pruning(dense, windows, spans=spans, fit=fit).plan
+    return PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans))
 
 
 def healed(
@@ -158,20 +157,26 @@ def main() -> None:
     columns += ["time", "CPU time"]
     rows: list[list[str]] = []
 
-    def add(row: Sequence[str], model: PreTrainedModel, *took: str) -> None:
-        cells = list(row)
-        for name, windows in texts.items():
-            quality = compare_quality({"it": model}, windows, dense)["it"]
-            share = healed_share(base[name]["dense"], base[name]["dropped"], quality)
-            cells += [f"{quality.perplexity:.2f}", f"{share:.1%}", f"{quality.top1_agreement:.1%}"]
-        rows.append([*cells, *took])
-        print(" | ".join(rows[-1]), flush=True)
+    def add(made: Mapping[tuple[str, ...], tuple[PreTrainedModel, tuple[str, str]]]) -> None:
+        """Rows of models by their first cells, with what they took."""
+        found = [
+            compare_quality({" ".join(key): one for key, (one, _) in made.items()}, windows, dense)
+            for windows in texts.values()
+        ]
+        for key, (_, took) in made.items():
+            cells = list(key)
+            for name, qualities in zip(texts, found, strict=True):
+                quality = qualities[" ".join(key)]
+                share = healed_share(base[name]["dense"], base[name]["dropped"], quality)
+                cells += [f"{quality.perplexity:.2f}", f"{share:.1%}", f"{quality.top1_agreement:.1%}"]
+            rows.append([*cells, *took])
+            print(" | ".join(rows[-1]), flush=True)
         if options.json:
-            # After every row: what was measured stays where the rest is cut off.
+            # After every text: what was measured stays where the rest is cut off.
             record(options.json, {"healing": (columns, rows)}, note=f"windows of {LENGTH} tokens")
 
-    add(["", "", "", "dense"], dense, "", "")
-    add(["", "", options.spans, "plain removal"], dropped, "", "")
+    nothing = ("", "")
+    add({("", "", "", "dense"): (dense, nothing), ("", "", options.spans, "plain removal"): (dropped, nothing)})
     settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
     for text, count in itertools.product(options.text.split(","), map(int, options.windows.split(","))):
         fit, held = calibration(dense, tokenizer, text, count, kept_back)
@@ -181,13 +186,15 @@ def main() -> None:
             begin = time.perf_counter()
             removed = searched(dense, options.score, sum(span.length for span in spans), fit, held)
             print(f"found {','.join(map(str, removed))} in {time.perf_counter() - begin:.0f} s", flush=True)
+        made: dict[tuple[str, ...], tuple[PreTrainedModel, tuple[str, str]]] = {}
         for method in options.methods.split(","):
             kind, refits = METHODS[method]
             begin, cpu = time.perf_counter(), time.process_time()
             plan = plan_of(dense, removed, kind, fit)
             model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
             took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
-            add([text, str(len(fit)), ",".join(map(str, removed)), method], model, *took)
+            made[text, str(len(fit)), ",".join(map(str, removed)), method] = model, took
+        add(made)
     print(f"\n{markdown(columns, rows)}")
 
 
