@@ -176,8 +176,8 @@ def main() -> None:
             record(options.json, {"healing": (columns, rows)}, note=f"windows of {LENGTH} tokens")
 
     nothing = ("", "")
+    parts = [float(part) for part in options.shrinkage.split(",")]
     add({("", "", "", "dense"): (dense, nothing), ("", "", options.spans, "plain removal"): (dropped, nothing)})
-    settings = RefitSettings(behind=options.behind, shrinkage=options.shrinkage)
     for text, count in itertools.product(options.text.split(","), map(int, options.windows.split(","))):
         fit, held = calibration(dense, tokenizer, text, count, kept_back)
         print(f"{text}: {len(fit)} windows to fit on, {len(held)} held out", flush=True)
@@ -187,13 +187,15 @@ def main() -> None:
             removed = searched(dense, options.score, sum(span.length for span in spans), fit, held)
             print(f"found {','.join(map(str, removed))} in {time.perf_counter() - begin:.0f} s", flush=True)
         made: dict[tuple[str, ...], tuple[PreTrainedModel, tuple[str, str]]] = {}
-        for method in options.methods.split(","):
+        for method, part in itertools.product(options.methods.split(","), parts):
             kind, refits = METHODS[method]
+            settings = RefitSettings(behind=options.behind, shrinkage=part)
             begin, cpu = time.perf_counter(), time.process_time()
             plan = plan_of(dense, removed, kind, fit)
             model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
             took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
-            made[text, str(len(fit)), ",".join(map(str, removed)), method] = model, took
+            name = f"{method}, {part:g} of a change" if len(parts) > 1 else method
+            made[text, str(len(fit)), ",".join(map(str, removed)), name] = model, took
         add(made)
     print(f"\n{markdown(columns, rows)}")
 
@@ -206,7 +208,9 @@ def _options() -> argparse.Namespace:
     arguments.add_argument("--methods", default="patch,stock,patch+stock", help=f"of {', '.join(METHODS)}")
     arguments.add_argument("--score", choices=[name for name, score in SCORES.items() if score.refits])
     arguments.add_argument("--behind", type=int, default=3)
-    arguments.add_argument("--shrinkage", type=float, default=0.75)
+    arguments.add_argument(
+        "--shrinkage", default=f"{RefitSettings.shrinkage}", help="the part of a refit's change; several with commas"
+    )
     add_option(arguments)
     options = arguments.parse_args()
     for given, known in ((options.text, TEXTS), (options.methods, METHODS)):
