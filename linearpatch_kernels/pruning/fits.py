@@ -103,7 +103,7 @@ FITS: Registry[Fit] = Registry(
         Fit(
             "shrunk-low-rank",
             "three quarters of the way to low-rank",
-            "ours, `python -m benchmarks.shrinkage`",
+            "ours, `python -m benchmarks.studies.shrinkage`",
             "I + ¾ down up",
             _closed_form("shrunk_low_rank"),
             needs_moments=True,
@@ -121,7 +121,7 @@ FITS: Registry[Fit] = Registry(
         Fit(
             "shrunk-least-squares",
             "three quarters of the way to least-squares",
-            "ours, `python -m benchmarks.shrinkage`",
+            "ours, `python -m benchmarks.studies.shrinkage`",
             "I + ¾ (P - I)",
             _closed_form("shrunk_least_squares"),
             needs_moments=True,
