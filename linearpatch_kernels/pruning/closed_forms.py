@@ -30,7 +30,7 @@ PatchT = TypeVar("PatchT", bound=Patch)
 # Relative to the mean eigenvalue of the second moments: enough for directions that the text never visited, too little
 # to be seen in the others.
 _RIDGE = 1e-4
-# `python -m benchmarks.studies.shrinkage`: on SmolLM2-135M the held-out loss is lowest between 0.75 and 0.85 on the text
+# `python -m benchmarks.studies.shrinkage`: on SmolLM2-135M the held-out loss is lowest between 0.75 and 0.85 on text
 # that was calibrated on, and around 0.6 on another.
 SHRINKAGE = 0.75
 
