@@ -226,7 +226,8 @@ class Pair:
     Attributes:
         path, name: of ``new`` and of ``old`` in their models.
         is_list: they are the lists of the layers, which are of different lengths.
-        in_layer: they lie in a layer, and so derive nothing from the model's other layers.
+        layer: the numbers of the layers of ``old`` and ``new`` that they lie in, and so derive nothing from the model's
+            other layers; None outside.
     """
 
     path: str
@@ -234,7 +235,7 @@ class Pair:
     new: nn.Module
     old: nn.Module
     is_list: bool
-    in_layer: bool
+    layer: tuple[int, int] | None
 
     @property
     def is_leaf(self) -> bool:
@@ -305,9 +306,15 @@ def carry_over(pair: Pair) -> None:
                     "it there first"
                 )
             vars(pair.new)[name] = copy.copy(value) if isinstance(value, dict | set) else value
-        elif pair.in_layer and name != "layer_idx" and isinstance(value, _VALUES):
+        elif pair.layer is not None and isinstance(value, _VALUES) and not _is_number(name, pair):
             # As it was built, or changed by hand since (`is_causal`): what the source computes with.
             vars(pair.new)[name] = value
+
+
+def _is_number(name: str, pair: Pair) -> bool:
+    """Whether an attribute is the number of the layer, which most call ``layer_idx``."""
+    values = (vars(pair.old)[name], vars(pair.new)[name])
+    return name == "layer_idx" or (values == pair.layer and type(values[0]) is int)
 
 
 def share_tensors(pair: Pair) -> None:

@@ -151,6 +151,7 @@ def modeling_source(family: Family) -> str:
     imports, found = _reach(roots)
     names = [name for definitions in found.values() for name in definitions]
     assert len(names) == len(set(names)), f"two modules define the same name: {sorted(names)}"
+    assert family.layer_class is not None  # only recorded families have patched twins
     stock = [family.config_class, family.layer_class, family.decoder_class, family.causal_lm_class]
     imports |= {("pathlib", "Path"), *((cls.__module__, cls.__name__) for cls in stock)}
     oldest: dict[str, object] = {**_OLDEST}

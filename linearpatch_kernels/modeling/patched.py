@@ -31,7 +31,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
 from linearpatch_kernels.modeling.cut import rebuild
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, Family, decoder, decoder_layers, family_of, num_layers
+from linearpatch_kernels.modeling.families import (
+    STOCK_FAMILIES,
+    Family,
+    decoder,
+    decoder_layers,
+    embedding,
+    family_of,
+    num_layers,
+)
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
 
@@ -306,6 +314,11 @@ def patched_model(
             causal LM of a supported family.
     """
     family = family_of(model)
+    if not family.is_recorded:
+        raise InputError(
+            f"the layers of models of type {family.model_type!r} can be removed, and the joints carry no patches: fit "
+            "none"
+        )
     config_class, _, causal_lm_class = PATCHED_CLASSES[family.model_type]
     if not isinstance(model, family.causal_lm_class):
         raise InputError(f"only a {family.causal_lm_class.__name__} can be patched, not a {type(model).__name__}")
@@ -332,7 +345,7 @@ def patched_model(
         # A place for what is new; what is there comes with the model's modules.
         config.linearpatch["joints"].setdefault(str(joint), [])
     twin = rebuild(model, causal_lm_class, config, range(depth))
-    weight = decoder(model).embed_tokens.weight
+    weight = embedding(model).weight
     for joint, chain in chains.items():
         _put(twin, joint, copy.deepcopy(chain).to(device=weight.device, dtype=weight.dtype))
     return twin
@@ -360,7 +373,7 @@ def replace_patch(model: PreTrainedModel, joint: int, patch: Patch | Iterable[Pa
     """
     if joint not in patches(model):
         raise InputError(f"the model has no patch at joint {joint}: it has some at {sorted(patches(model))}")
-    _put(model, joint, PatchChain.of(patch).to(decoder(model).embed_tokens.weight.device))
+    _put(model, joint, PatchChain.of(patch).to(embedding(model).weight.device))
 
 
 def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, PatchChain]:
