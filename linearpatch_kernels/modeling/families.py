@@ -199,8 +199,8 @@ def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
     family = STOCK_FAMILIES.get(name) or _unrecorded(name)
     if family is None:
         raise InputError(
-            f"models of type {model_type!r} are not supported: Transformers has no decoder of that type that reads "
-            f"text alone (use {', '.join(STOCK_FAMILIES)}, or another one that it has)"
+            f"models of type {model_type!r} are not supported: Transformers has no causal LM of that type that is one "
+            "decoder of text"
         )
     return family
 

@@ -20,6 +20,8 @@ from linearpatch_kernels.healing.choice import Healed, heal_cut, ways_of
 from linearpatch_kernels.healing.cost import cost_of_healing
 from linearpatch_kernels.healing.refit import RefitRow, Step
 from linearpatch_kernels.healing.ways import AUTO, HEALS
+from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO as FIT_AUTO
@@ -73,6 +75,15 @@ def asked(settings: PruneSettings) -> Healing:
     if settings.plan_only and healing.refits:
         raise InputError(f"`plan_only` writes no weights and `heal` {way} may change some: leave one out")
     return healing
+
+
+def check_can_be_healed(model: Source, healing: Healing) -> None:
+    """InputError where layers can be removed from a model, and the joint not healed this way; ask it before long work."""
+    family = family_of(model.config)
+    if not family.is_recorded and healing.way != "none":
+        raise InputError(
+            f"models of type {family.model_type!r} can be cut by plain removal, and not healed yet: give `heal` none"
+        )
 
 
 def heal(
