@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import signal
 import sys
 import tempfile
 import warnings
@@ -41,6 +42,7 @@ NOT_TRIED = "not tried"
 _LAYERS, _WIDTH, _VOCABULARY = 8, 64, 128
 _GONE = Span(2, 4)
 _TOKENS, _GENERATED = 20, 8
+_SECONDS = 60
 # A size by the names that configs have for it.
 _SIZES: list[tuple[float, str]] = [
     (_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers"),
@@ -55,12 +57,14 @@ _SIZES: list[tuple[float, str]] = [
     (
         2,
         "num_key_value_heads num_experts_per_tok moe_k moe_topk num_experts_per_token linear_num_key_heads "
+        "linear_num_heads "
         "index_n_heads eos_token_id",
     ),
     (
         16,
         "head_dim kv_lora_rank v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head "
-        "ssm_state_size state_size mamba_head_dim attention_chunk_size index_head_dim global_head_dim query_pre_attn_scalar",
+        "ssm_state_size state_size mamba_head_dim attention_chunk_size index_head_dim global_head_dim "
+        "query_pre_attn_scalar linear_head_dim",
     ),
     (32, "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank"),
     (
@@ -74,16 +78,16 @@ _SIZES: list[tuple[float, str]] = [
     (0.2, "initializer_range init_std"),
 ]
 _OFF, _ON = "tie_word_embeddings", "is_decoder"
-_MLA = {"num_key_value_heads": 4, "head_dim": 8}
+# These make keys and values of one latent row, for every head its own.
+_LATENT = (
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+)
 _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)}
 # Where the sizes alone give no config that the model can be made of.
 _SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear minicpm3 "
-        "longcat_flash youtu".split(),
-        _MLA,
-    ),
+    **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in _LATENT},
     "bamba": {"attn_layer_indices": [1, 5], "mamba_expand": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
@@ -116,7 +120,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     # What one name means, the class may keep under another.
     given = {cls.attribute_map.get(name, name): size for name, size in sizes.items()}
     chosen = {name: size for name, size in {**given, **sizes}.items() if name in known}
-    return cls(**{name: size for name, size in {**chosen, **_SPECIAL.get(model_type, {})}.items()})
+    return cls(**{**chosen, **_SPECIAL.get(model_type, {})})
 
 
 def tiny_decoder(model_type: str) -> PreTrainedModel:
@@ -180,6 +184,8 @@ def _made(model_type: str) -> PreTrainedModel | str:
     """A tiny model, or why none was made."""
     try:
         return tiny_decoder(model_type)
+    except TimeoutError:
+        raise
     except Exception as error:
         return _line(error)
 
@@ -250,12 +256,23 @@ def _rows(found: dict[str, str]) -> str:
     return "\n".join(["| model_type | why |", "|---|---|", *lines])
 
 
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGALRM, _out_of_time)
     found = {}
     for name in sys.argv[1:] or model_types():
-        found[name] = tried(name)
+        # Some sizes go by names of their own, and are those of a real model.
+        signal.alarm(_SECONDS)
+        try:
+            found[name] = tried(name)
+        except TimeoutError:
+            found[name] = f"{NOT_TRIED}: took more than {_SECONDS} seconds"
+        signal.alarm(0)
         print(name, found[name], sep=": ", flush=True)
     if not sys.argv[1:]:
         PAGE.write_text(page(found), encoding="utf-8")

@@ -340,6 +340,8 @@ def decoder(model: nn.Module) -> Any:
     family_of(model)
     get_decoder: Any = model.get_decoder
     stack = get_decoder()
+    if not isinstance(stack, PreTrainedModel):  # a head that is called decoder (ModernBERT)
+        stack = model.base_model
     # Transformers finds no decoder in a causal LM whose base model has another name than the class says (Llama 4).
     inner = [child for child in stack.children() if isinstance(child, PreTrainedModel)]
     return inner[0] if len(inner) == 1 and not _lists(stack) else stack

@@ -9,6 +9,7 @@ or an embedding need be known.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
-from linearpatch_kernels.modeling.copies import Replacements, bind, shallow_copy
+from linearpatch_kernels.modeling.copies import ModuleT, Replacements, bind, shallow_copy
 from linearpatch_kernels.modeling.families import (
     decoder,
     decoder_layers,
@@ -68,7 +69,7 @@ def _part(model: nn.Module, start: int, end: int, *, embed: bool, norm: bool, fo
     kept = range(start, end) if start < end else [min(start, len(layers) - 1)]
     config = config_for_layers(stack.config, kept)
     config.use_cache = False
-    view: PreTrainedModel = shallow_copy(stack)
+    view: PreTrainedModel = _copy(stack)
     bind(view, Replacements([(stack, view)], gone=[] if stack is model else [model]), "the decoder")
     view.config = config
     entries: list[nn.Module] = [layers[i] for i in kept]
@@ -82,6 +83,14 @@ def _part(model: nn.Module, start: int, end: int, *, embed: bool, norm: bool, fo
         view._modules.update({name: None for name, child in view._modules.items() if child is table})
     view._modules[layer_list(stack)] = nn.ModuleList(entries)
     return _Part(view, None if embed else cast(_First, entries[0]))
+
+
+def _copy(module: ModuleT) -> ModuleT:
+    """A shallow copy that is neither saved nor loaded, so that nothing that waits for that need be bound to it."""
+    clone = shallow_copy(module)
+    hooks = [name for name in vars(clone) if "state_dict" in name and isinstance(vars(clone)[name], dict)]
+    vars(clone).update({name: OrderedDict() for name in hooks})
+    return clone
 
 
 class _Reached(Exception):
@@ -220,7 +229,7 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
 def bypassing(model: PreTrainedModel, calls: Mapping[int, LayerCall]) -> PreTrainedModel:
     """A view of the causal LM that passes layers by: ``calls`` are theirs on the tokens that it will be given."""
     stack = decoder(model)
-    view = shallow_copy(stack)
+    view = _copy(stack)
     bind(view, Replacements([(stack, view)], gone=[model]), "the decoder")
     view._modules[layer_list(stack)] = nn.ModuleList(
         [
@@ -238,7 +247,7 @@ def _around(model: PreTrainedModel, part: nn.Module) -> PreTrainedModel:
     copies: list[tuple[nn.Module, nn.Module]] = [(decoder(model), part)]
     for depth in reversed(range(len(path))):
         holder = model.get_submodule(".".join(path[:depth]))
-        clone = shallow_copy(holder)
+        clone = _copy(holder)
         clone._modules[path[depth]] = copies[-1][1]
         copies.append((holder, clone))
     for _, clone in copies[1:]:

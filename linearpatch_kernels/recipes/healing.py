@@ -78,7 +78,7 @@ def asked(settings: PruneSettings) -> Healing:
 
 
 def check_can_be_healed(model: Source, healing: Healing) -> None:
-    """InputError where layers can be removed from a model, and the joint not healed this way; ask it before long work."""
+    """InputError where layers can be removed from a model and the joint not healed this way; before long work."""
     family = family_of(model.config)
     if not family.is_recorded and healing.way != "none":
         raise InputError(
