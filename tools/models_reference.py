@@ -8,12 +8,13 @@ with what comes out now.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from linearpatch_kernels.modeling.families import STOCK_FAMILIES, decoder_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.stream import stream_in
 from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.span import Span
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
 MADE_BY = "<!-- made by tools/models_reference.py, which tries them all: change that, not this page -->"
 WORKS = "works"
+REMOVAL = "removal only"
 NOT_TRIED = "not tried"
 
 _LAYERS, _WIDTH, _VOCABULARY = 8, 64, 128
@@ -138,21 +141,25 @@ def _tokens(count: int, seed: int = 1) -> Tensor:
 
 
 @contextmanager
-def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """While it is open, what enters these layers comes out of them, whatever they do."""
+def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, what enters these layers comes out of them, whatever they do; of the last one mapped."""
 
-    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    def hook(_: Any, args: Any, kwargs: Any, output: Any, at: int = 0) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
+        stream = patch(stream) if at == layers[-1] else stream
         return stream if stream_in(output) is output else type(output)((stream, *output[1:]))
 
     with ExitStack() as hooks:
         for index in layers:
-            hooks.callback(decoder_layers(model)[index].register_forward_hook(hook, with_kwargs=True).remove)
+            bound = functools.partial(hook, at=index)
+            hooks.callback(decoder_layers(model)[index].register_forward_hook(bound, with_kwargs=True).remove)
         yield
 
 
-def _logits(model: PreTrainedModel, without: Sequence[int] = ()) -> Tensor:
-    with torch.no_grad(), _bypassed(model, without):
+def _logits(
+    model: PreTrainedModel, without: Sequence[int] = (), patch: Callable[[Tensor], Tensor] = lambda stream: stream
+) -> Tensor:
+    with torch.no_grad(), _bypassed(model, without, patch):
         logits: Tensor = model(_tokens(2), use_cache=False).logits
     return logits
 
@@ -170,14 +177,49 @@ def tried(model_type: str) -> str:
 
     A model is calibrated, layers 2 and 3 are removed, and the result must be the dense model with these bypassed by
     hooks, bit for bit; it must write the same with a cache as without; saved and loaded again it must compute the same
-    (within 1e-5), and be cut again.
+    (within 1e-5), and be cut again. The same with a low-rank patch at the joint.
     """
     try:
         family_of(model_type)
         model = _made(model_type)
-        return _cut_and_loaded(model) if isinstance(model, PreTrainedModel) else f"{NOT_TRIED}: {model}"
+        if isinstance(model, str):
+            return f"{NOT_TRIED}: {model}"
+        plain = plan_pruning(model, _tokens(2, seed=2), spans=[_GONE], fit="none").plan
+        found = _cut_and_loaded(model, plan=plain)
     except InputError as error:
         return f"refused: {_line(error)}"
+    if found != WORKS:
+        return f"wrong: {found}"
+    try:
+        windows = _tokens(12, seed=2)
+        patched = plan_pruning(model, windows, spans=[_GONE], fit="low-rank", rank=4, noted=lambda _: None).plan
+        found = _cut_and_loaded(model, plan=patched)
+    except Exception as error:
+        found = _line(error)
+    return WORKS if found == WORKS else f"{REMOVAL}: {found}"
+
+
+def _cut_and_loaded(model: PreTrainedModel, plan: PrunePlan) -> str:
+    cut = apply_plan(model, plan)
+    (joint,) = plan.joints
+    patch = joint.patch or torch.nn.Identity()
+    if not torch.equal(_logits(cut), _logits(model, range(*_GONE), patch)):
+        return "not the dense model with the layers bypassed"
+    if _written(cut, cached=True) != _written(cut, cached=False) and (
+        _written(model, cached=True) == _written(model, cached=False)
+    ):
+        return "writes something else with a cache"
+    with tempfile.TemporaryDirectory() as folder:
+        cut.save_pretrained(folder)
+        again = ModelSource(folder, device="cpu").load()
+    again.set_attn_implementation("eager")
+    error = float((_logits(again) - _logits(cut)).abs().max() / _logits(cut).abs().max())
+    if type(again) is not type(cut) or not error < 1e-5:
+        return f"computes something else when loaded again ({error:.1e})"
+    shallow = keep_layers(again, [0, 2, 3, 5])
+    if not torch.equal(_logits(shallow), _logits(again, [1, 4])):
+        return "cut again, not the model with the layers bypassed"
+    return WORKS
 
 
 def _made(model_type: str) -> PreTrainedModel | str:
@@ -188,28 +230,6 @@ def _made(model_type: str) -> PreTrainedModel | str:
         raise
     except Exception as error:
         return _line(error)
-
-
-def _cut_and_loaded(model: PreTrainedModel) -> str:
-    plan = plan_pruning(model, _tokens(2, seed=2), spans=[_GONE], fit="none").plan
-    cut = apply_plan(model, plan)
-    if not torch.equal(_logits(cut), _logits(model, without=range(*_GONE))):
-        return "wrong: not the dense model with the layers bypassed"
-    if _written(cut, cached=True) != _written(cut, cached=False) and (
-        _written(model, cached=True) == _written(model, cached=False)
-    ):
-        return "wrong: writes something else with a cache"
-    with tempfile.TemporaryDirectory() as folder:
-        cut.save_pretrained(folder)
-        again = ModelSource(folder, device="cpu").load()
-    again.set_attn_implementation("eager")
-    error = float((_logits(again) - _logits(cut)).abs().max() / _logits(cut).abs().max())
-    if type(again) is not type(cut) or not error < 1e-5:
-        return f"wrong: computes something else when loaded again ({error:.1e})"
-    shallow = keep_layers(again, [0, 2, 3, 5])
-    if not torch.equal(_logits(shallow), _logits(again, without=[1, 4])):
-        return "wrong: cut again, not the model with the layers bypassed"
-    return WORKS
 
 
 def _line(error: Exception) -> str:
@@ -226,23 +246,25 @@ def page(found: dict[str, str]) -> str:
     works = [name for name, outcome in found.items() if outcome == WORKS]
     others = {
         kind: {name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(kind)}
-        for kind in ("refused", "wrong", NOT_TRIED)
+        for kind in (REMOVAL, "refused", "wrong", NOT_TRIED)
     }
     recorded = [name for name in works if name in STOCK_FAMILIES]
-    plain = [name for name in works if name not in STOCK_FAMILIES]
+    rest = [name for name in works if name not in STOCK_FAMILIES]
     sections = [
         f"{MADE_BY}\n\n# Which models can be cut\n\nBy the `model_type` of a model's config, as transformers "
-        f"{transformers.__version__} has them: {len(works)} of {len(found)} work. Each was tried as a random model of "
-        f"{_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the same layers "
-        "bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again. That shows wiring, "
-        "and nothing of quality.",
-        "## Everything\n\nLayers are removed, merged and fitted again, and patches stand at the joints: "
+        f"{transformers.__version__} has them: {len(works) + len(others[REMOVAL])} of {len(found)} can. Each was tried "
+        f"as a random model of {_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the "
+        "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; and the "
+        "same with a patch at the joint. That shows wiring, and nothing of quality.",
+        "## Everything\n\nLayers are removed and merged, patches stand at the joints, and weights are fitted again: "
         + _listed(recorded),
-        "## Plain removal\n\n`--heal none` removes layers; the result is a stock model. " + _listed(plain),
+        "## Removal and patches\n\n`--heal none` and `--heal patch`; what the layers are made of is not known here "
+        "([add a record](../add/family.md)), so no weights are fitted again or merged: " + _listed(rest),
+        *(["## Plain removal\n\n`--heal none` alone.\n\n" + _rows(others[REMOVAL])] if others[REMOVAL] else []),
         "## Refused\n\n" + _rows(others["refused"]),
         *(["## Wrong\n\n" + _rows(others["wrong"])] if others["wrong"] else []),
-        "## Not tried\n\nNo tiny model of these was made. Whoever has a real one can try: what is wrong is refused.\n\n"
-        + _rows(others[NOT_TRIED]),
+        "## Not tried\n\nNo tiny model of these was made. Whoever has a real one can try: what is wrong is refused."
+        "\n\n" + _rows(others[NOT_TRIED]),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -356,7 +356,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers, in order.
 
     Raises:
-        InputError: no list of that many layers stands in the decoder, or more than one.
+        InputError: no list of as many modules as there are layers stands in the decoder, or more than one.
     """
     stack = decoder(model)
     layers: nn.ModuleList = stack._modules[layer_list(stack)]
@@ -370,8 +370,8 @@ def layer_list(stack: nn.Module) -> str:
     fitting = [name for name, child in lists.items() if len(child) == config.num_hidden_layers] or [*lists]
     if len(fitting) != 1:
         raise InputError(
-            f"models of type {config.model_type!r} cannot be cut: a {type(stack).__name__} has {len(fitting) or 'no'} "
-            f"lists that could be that of its {config.num_hidden_layers} layers"
+            f"models of type {config.model_type!r} cannot be cut: the {type(stack).__name__} holds {len(fitting)} "
+            f"lists of modules that could be its {config.num_hidden_layers} layers, and one is needed"
         )
     return fitting[0]
 

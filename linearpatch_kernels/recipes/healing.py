@@ -78,11 +78,12 @@ def asked(settings: PruneSettings) -> Healing:
 
 
 def check_can_be_healed(model: Source, healing: Healing) -> None:
-    """InputError where layers can be removed from a model and the joint not healed this way; before long work."""
+    """InputError where weights would be fitted again of layers of which it is not known what they are made of."""
     family = family_of(model.config)
-    if not family.is_recorded and healing.way != "none":
+    if family.modules is None and healing.refits:
         raise InputError(
-            f"models of type {family.model_type!r} can be cut by plain removal, and not healed yet: give `heal` none"
+            f"the weights of models of type {family.model_type!r} cannot be fitted again: what their layers are made "
+            "of is not known, so give `heal` patch or none"
         )
 
 
