@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
     # Here what was changed in the model shows, and is told as it is.
     _paired(model, _built(type(model), copy.deepcopy(model.config)), range(num_layers(model)))
     try:
-        cut, built = rebuild(model, type(model), config, kept), _built(type(model), config)
+        cut, built = rebuild(model, type(model), config, kept), _built(type(model), _written_and_read(config))
         pairs = _paired(model, built, kept)
     except Exception as error:
         # Classes and configs refuse what they cannot be in as many ways as there are.
@@ -78,6 +79,13 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
         share_tensors(pair)
     check_cut(model, cut, built, kept, exact=all(pair.same_class for pair in pairs))
     return cut
+
+
+def _written_and_read(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as a checkpoint has it: some classes derive lists of layers anew when they are read."""
+    again = type(config).from_dict(json.loads(config.to_json_string()))
+    again._attn_implementation = config._attn_implementation
+    return again
 
 
 def rebuild(

@@ -104,7 +104,7 @@ class Family:
     @property
     def is_recorded(self) -> bool:
         """Whether there is a record, or the family is what Transformers says of the model type and no more."""
-        return self.layer_class is not None
+        return self.modules is not None and self.per_layer is not None
 
 
 # Configs of the halves of a layer. One that has others is of a model that reads more than text, or has more than one

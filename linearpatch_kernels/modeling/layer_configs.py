@@ -55,7 +55,7 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
         for name in names:
             told = getattr(config, name, None)
             # As many as the model has layers, or more: all that a cut leaves.
-            if told is not None and (name == "max_window_layers" or 0 < told < count):
+            if type(told) is int and (name == "max_window_layers" or 0 < told < count):
                 setattr(sliced, name, sum(counted(layer, told) for layer in kept))
     # Every sixth layer of Gemma 3 is global before a cut; afterwards only `layer_types` tells.
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):

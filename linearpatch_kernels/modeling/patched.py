@@ -114,6 +114,11 @@ class PatchedPreTrained:
     own_code: Callable[[], str]
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what a checkpoint does not hold (Falcon H1's multipliers) is then initialised as in a stock model."""
+        return False
+
+    @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in Transformers, but a checkpoint whose weights are not those of its config raises: it warns, and goes on
         without the patches or the biases, or with random ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling.families import decoder, decoder_layers, embedding, family_of, hidden_size
 
 
@@ -47,7 +49,22 @@ def some_tokens(model: nn.Module, count: int) -> Tensor:
     weight = embedding(model).weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(5, len(weight) - 1), len(weight), (1, count), generator=generator, device="cpu")
-    return ids.to(weight.device)
+    # accelerate brings what lies elsewhere.
+    return ids if weight.is_meta else ids.to(weight.device)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Relative; infinite where something is not finite."""
+    wanted = other.to(one.device).double()
+    found = float((one.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return found if math.isfinite(found) else math.inf
+
+
+def rounding(computed: Tensor) -> float:
+    """By how much what is computed the same way twice may differ, relatively: not at all in float32 and float64 on the
+    CPU; elsewhere, where a sum may be taken in any order, by 8 units of the dtype's precision."""
+    precision = torch.finfo(computed.dtype)
+    return 0 if computed.device.type == "cpu" and precision.bits > 16 else 8 * precision.eps
 
 
 @torch.no_grad()
@@ -59,6 +76,7 @@ def traced(model: nn.Module, ids: Tensor) -> list[LayerCall]:
     """
     layers = decoder_layers(model)
     calls: list[tuple[int, LayerCall]] = []
+    told = f"models of type {family_of(model).model_type!r} cannot be calibrated or cut"
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
 
@@ -66,9 +84,12 @@ def traced(model: nn.Module, ids: Tensor) -> list[LayerCall]:
                 calls.append((at, LayerCall(args[0] if args else kwargs.get("hidden_states"), output)))
 
             hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-        decoder(model)(ids, use_cache=False)
+        try:
+            decoder(model)(ids, use_cache=False)
+        except Exception as error:
+            # Each decoder that wants more than token ids says so in its own way.
+            raise InputError(f"{told}: they do not run on token ids alone ({said(error)})") from error
     shape = (*ids.shape, hidden_size(model))
-    told = f"models of type {family_of(model).model_type!r} cannot be calibrated or cut"
     if [index for index, _ in calls] != list(range(len(layers))):
         raise InputError(f"{told}: their layers are not called one after the other, each once")
     found = [call for _, call in calls]

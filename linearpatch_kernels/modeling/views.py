@@ -31,7 +31,7 @@ from linearpatch_kernels.modeling.families import (
     num_layers,
 )
 from linearpatch_kernels.modeling.layer_configs import config_for_layers
-from linearpatch_kernels.modeling.stream import LayerCall, some_tokens, stream_in, traced
+from linearpatch_kernels.modeling.stream import LayerCall, difference, rounding, some_tokens, stream_in, traced
 from linearpatch_kernels.torch_state import eval_mode
 
 # The type of what a layer returns, and what may stand behind the stream in it.
@@ -107,6 +107,7 @@ class _Place(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        self.training = layer.training
 
     def __getattr__(self, name: str) -> Any:
         layer = vars(self).get("_modules", {}).get("layer")
@@ -149,6 +150,7 @@ class _Part(nn.Module):
     def __init__(self, stack: nn.Module, first: _First | None) -> None:
         super().__init__()
         self.stack = stack
+        self.training = stack.training
         self._first = [] if first is None else [first]
 
     def __getattr__(self, name: str) -> Any:
@@ -214,7 +216,7 @@ def _runs_from(model: nn.Module, start: int, calls: Sequence[LayerCall]) -> bool
             f"models of type {family_of(model).model_type!r} cannot be calibrated or cut: their layers do not run on "
             f"the stream alone ({said(error)})"
         ) from error
-    return torch.equal(found, calls[-1].result.to(found.device))
+    return difference(found, calls[-1].result) <= rounding(found)
 
 
 def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
@@ -242,9 +244,10 @@ def bypassing(model: PreTrainedModel, calls: Mapping[int, LayerCall]) -> PreTrai
 
 def _around(model: PreTrainedModel, part: nn.Module) -> PreTrainedModel:
     """A view of the causal LM with a view of its decoder."""
-    path = next(path for path, module in model.named_modules() if module is decoder(model)).split(".")
+    stack = decoder(model)
+    path = next(path for path, module in model.named_modules() if module is stack).split(".")
     # Copies of all that hold it, the innermost first.
-    copies: list[tuple[nn.Module, nn.Module]] = [(decoder(model), part)]
+    copies: list[tuple[nn.Module, nn.Module]] = [(stack, part)]
     for depth in reversed(range(len(path))):
         holder = model.get_submodule(".".join(path[:depth]))
         clone = _copy(holder)

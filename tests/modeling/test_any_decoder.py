@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.merging.merge import check_mergeable
-from linearpatch_kernels.modeling import copies, keep_layers, layer_configs
+from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.nn import DensePatch, LowRankPatch
 from linearpatch_kernels.span import Span
+from tests.support.field import text_file
+from tests.support.pages import run_program
+from tests.support.tiny import tiny_tokenizer
 from tools.models_reference import MADE_BY, NOT_TRIED, PAGE, WORKS, model_types, tiny_decoder, tried
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n\n((?:.*\n)*?)(?=\n## |\Z)", TEXT, flags=re.MULTILINE))
-LISTED = re.findall(r"`([\w.-]+)`(?=[,.])", SECTIONS["Everything"] + SECTIONS["Plain removal"])
+LISTED = re.findall(r"`([\w.-]+)`(?=[,.]|$)", SECTIONS["Everything"] + SECTIONS["Removal and patches"])
 REFUSED = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS["Refused"], flags=re.MULTILINE))
 UNTRIED = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS["Not tried"], flags=re.MULTILINE))
 
@@ -32,7 +38,7 @@ def without_sizes(text: str) -> str:
 def test_the_page_has_every_type_once() -> None:
     assert TEXT.startswith(MADE_BY)
     assert sorted([*LISTED, *REFUSED, *UNTRIED]) == model_types()
-    assert set(SECTIONS) == {"Everything", "Plain removal", "Refused", "Not tried"}
+    assert set(SECTIONS) == {"Everything", "Removal and patches", "Refused", "Not tried"}
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -111,6 +117,62 @@ def test_a_model_that_was_changed_is_told_as_such() -> None:
     model.model.layers[1].mlp.up_proj = torch.nn.Sequential(torch.nn.Linear(64, 96))
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj is not the Linear of Transformers"):
         keep_layers(model, [0, 1, 4])
+
+
+ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation="eager")
+ids, logits = torch.load(sys.argv[1] + "/logits.pt")
+with torch.no_grad():
+    error = float((model(ids, use_cache=False).logits - logits).abs().max())
+print(type(model).__module__.startswith("transformers_modules"), error < 1e-4)
+"""
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mixtral", "qwen3_next"])
+def test_a_patched_twin_loads_where_the_package_is_not_imported(name: str, tmp_path: Path) -> None:
+    patched = patched_model(keep_layers(tiny_decoder(name), [0, 1, 4, 5, 6, 7]), {2: LowRankPatch(64, 2), 6: patch()})
+    assert type(patched).__name__.startswith("LinearPatch")
+    patched.save_pretrained(tmp_path / "made")
+    ids = torch.arange(8, 20)[None]
+    with torch.no_grad():
+        torch.save((ids, patched(ids, use_cache=False).logits), tmp_path / "made" / "logits.pt")
+    (tmp_path / "alone.py").write_text(ALONE)
+    printed = run_program(tmp_path / "alone.py", tmp_path / "made", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert printed.split() == ["True", "True"]
+
+
+def patch() -> DensePatch:
+    found = DensePatch(64)
+    with torch.no_grad():
+        found.weight += 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    return found
+
+
+def test_a_patch_behind_the_last_layer_of_a_twin_acts_on_what_leaves_it() -> None:
+    """Also where layers return tuples, and where they go on with the cache."""
+    model = keep_layers(tiny_decoder("bloom"), range(6))
+    twin = patched_model(model, {6: patch()})
+    state = PartialRun(model, "tokens", 6)(torch.arange(8, 20)[None])
+    expected = PartialRun(model, 6, "logits")(state @ patch().weight)
+    torch.testing.assert_close(twin(torch.arange(8, 20)[None], use_cache=False).logits, expected)
+
+
+def test_the_command_prunes_and_refuses_what_takes_a_record(tmp_path: Path) -> None:
+    model: PreTrainedModel = tiny_decoder("gpt2")
+    given: Any = {"tokenizer": tiny_tokenizer(128), "text": text_file(tmp_path), "samples": 4, "length": 16}
+    with pytest.raises(InputError, match=r"'gpt2' cannot be fitted again: .*give `heal` patch or none"):
+        lp.prune(model, drop=2, output=tmp_path / "out", **given)
+    with pytest.raises(InputError, match="'gpt2' can be removed, not merged or fitted again"):
+        lp.merge(model, layers=6, output=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+    for heal, kind in (("none", "GPT2LMHeadModel"), ("patch", "LinearPatchGPT2LMHeadModel")):
+        made = lp.prune(model, drop=2, heal=heal, output=tmp_path / heal, **given)
+        assert made.written
+        again, _ = load_model(tmp_path / heal, device="cpu")
+        assert (type(again).__name__, num_layers(again)) == (kind, 6)
 
 
 def test_what_takes_a_record_is_refused() -> None:
