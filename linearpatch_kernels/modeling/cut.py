@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -83,7 +83,9 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
 
 def _written_and_read(config: PretrainedConfig) -> PretrainedConfig:
     """The config as a checkpoint has it: some classes derive lists of layers anew when they are read."""
-    again = type(config).from_dict(json.loads(config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        again: PretrainedConfig = type(config).from_pretrained(folder)
     again._attn_implementation = config._attn_implementation
     return again
 

@@ -79,6 +79,13 @@ def test_parts_are_the_whole_model_whatever_the_decoder_does_in_front(name: str)
         assert torch.equal(PartialRun(model, depth, "logits")(state), whole)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_cuts_of_other_dtypes_are_not_refused(name: str, dtype: torch.dtype) -> None:
+    model: Any = tiny_decoder(name).to(dtype)
+    assert keep_layers(model, [0, 1, 4, 5, 6, 7]).dtype == dtype
+
+
 def shifted(config: Any, kept: Any) -> Any:
     """A config of fewer layers whose kinds are those of other layers."""
     sliced = of_fewer(config, kept)
