@@ -1,7 +1,8 @@
 """Where the layers, norms and embeddings of a decoder live: the one place that knows Transformers' classes.
 
 What a model shows is found: its decoder, the list of its layers, its embedding. A record (`Family`) adds what does not
-show, such as how the halves of a layer are written; an architecture without one can be cut, and no more.
+show, such as how the halves of a layer are written; without one, layers are removed and joints patched, and no weights
+are merged or fitted again.
 
 A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
 hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
