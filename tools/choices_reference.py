@@ -42,7 +42,8 @@ def page() -> str:
         "## Implementations\n\n`impl=` names one for a call; `linearpatch doctor` says which can run here. "
         "[Add one](../add/backend.md).",
         _table(("name", "what it is"), ((one.name, one.about) for one in BACKENDS.values())),
-        "## Families\n\nBy the `model_type` of a model's config. [Add one](../add/family.md).",
+        "## Families\n\nBy the `model_type` of a model's config. [Add one](../add/family.md). [Most other decoders]"
+        "(models.md) can be cut without a record.",
         _table(("model_type", "models"), ((one.name, one.about) for one in STOCK_FAMILIES.values())),
     ]
     return "\n\n".join(sections) + "\n"

@@ -25,7 +25,8 @@ def records() -> str:
     from linearpatch_kernels.ops.backends import BACKENDS
 
     return (
-        f"Families of models that can be cut: {STOCK_FAMILIES.described()}.\n\n"
+        f"Families of models that can be cut, merged and fitted again: {STOCK_FAMILIES.described()}. Of most other "
+        "decoders of Transformers layers can be removed, and patches put at the joints.\n\n"
         f"Implementations of the operators: {BACKENDS.described()}."
     )
 

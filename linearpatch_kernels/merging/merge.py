@@ -21,7 +21,9 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
+    check_layers_are_known,
     decoder_layers,
+    family_of,
     layer_kinds,
     merge_tree,
     num_layers,
@@ -101,7 +103,9 @@ def choose_units(scores: LayerScores, span: Span, shares: Sequence[float], rule:
 
 
 def check_mergeable(model: nn.Module, span: Span) -> None:
-    """InputError where the layers of ``span`` cannot become one: other kinds of attention, or a patch between them."""
+    """InputError where the layers of ``span`` cannot become one: it is not known what they are made of, they are of
+    other kinds, or there is a patch between them."""
+    check_layers_are_known(family_of(model))
     layers = num_layers(model)
     if not 0 <= span.start < span.end <= layers:
         raise InputError(f"the span {span} does not lie in the model's {layers} layers: give 0 <= START < END")

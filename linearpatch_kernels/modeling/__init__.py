@@ -18,7 +18,7 @@ from linearpatch_kernels.modeling.families import (
     model_types,
 )
 from linearpatch_kernels.modeling.loading import load_model
-from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, carried_patches, patched_model, patches, registered
+from linearpatch_kernels.modeling.patched import carried_patches, patched_model, patches, twin_of
 from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
 from linearpatch_kernels.modeling.views import partial_decoder
 
@@ -47,7 +47,7 @@ def add_family(family: Family) -> None:
         InputError: a family of its model type is there.
     """
     STOCK_FAMILIES.add(family)
-    PATCHED_CLASSES[family.model_type] = registered(family)
+    twin_of(family)
 
 
 def __getattr__(name: str) -> Any:

@@ -69,10 +69,12 @@ class Replacements:
         self._modules = {id(old): (old, new) for old, new in pairs}
         self._gone = {id(thing): thing for thing in gone if id(thing) not in self._modules}
         self._configs = {id(old): (old, new) for old, new in configs}
+        self._new = {id(new) for _, new in self._modules.values()}
 
     def prefer(self, old: nn.Module, new: nn.Module) -> None:
         """From now on, ``new`` stands for ``old``: one module may stand in several places of the source."""
         self._modules[id(old)] = (old, new)
+        self._new.add(id(new))
 
     def bound(self, value: Any) -> Any:
         """``value`` with everything of the source in it replaced; itself where there is nothing.
@@ -113,7 +115,8 @@ class Replacements:
         """Whether a module or a weight of the source can be reached from a value."""
         if id(value) in self._modules or id(value) in self._gone:
             return True
-        if depth == 0 or id(value) in seen or isinstance(value, _LEAVES):
+        # What stands in the copy is bound for itself, and shares its weights with the source.
+        if depth == 0 or id(value) in seen or id(value) in self._new or isinstance(value, _LEAVES):
             return False
         seen.add(id(value))
         return any(self._reaches(part, depth - 1, seen) for part in _parts(value))
@@ -226,7 +229,8 @@ class Pair:
     Attributes:
         path, name: of ``new`` and of ``old`` in their models.
         is_list: they are the lists of the layers, which are of different lengths.
-        in_layer: they lie in a layer, and so derive nothing from the model's other layers.
+        layer: the numbers of the layers of ``old`` and ``new`` that they lie in, and so derive nothing from the model's
+            other layers; None outside.
     """
 
     path: str
@@ -234,7 +238,7 @@ class Pair:
     new: nn.Module
     old: nn.Module
     is_list: bool
-    in_layer: bool
+    layer: tuple[int, int] | None
 
     @property
     def is_leaf(self) -> bool:
@@ -291,7 +295,9 @@ def carry_over(pair: Pair) -> None:
     """
     share_tensors(pair)
     for name, value in vars(pair.old).items():
-        if name in _HOOKS or name == "_non_persistent_buffers_set":
+        if name in _HOOKS and "state_dict" in name and len(value) == len(vars(pair.new)[name]):
+            continue  # those that the class itself registers, on the new one
+        elif name in _HOOKS or name == "_non_persistent_buffers_set":
             vars(pair.new)[name] = copy.copy(value)
         elif name in _MACHINERY or name in _NOT_COPIED:
             continue
@@ -305,9 +311,15 @@ def carry_over(pair: Pair) -> None:
                     "it there first"
                 )
             vars(pair.new)[name] = copy.copy(value) if isinstance(value, dict | set) else value
-        elif pair.in_layer and name != "layer_idx" and isinstance(value, _VALUES):
+        elif pair.layer is not None and isinstance(value, _VALUES) and not _is_number(name, pair):
             # As it was built, or changed by hand since (`is_causal`): what the source computes with.
             vars(pair.new)[name] = value
+
+
+def _is_number(name: str, pair: Pair) -> bool:
+    """Whether an attribute is the number of the layer, which most call ``layer_idx``."""
+    values = (vars(pair.old)[name], vars(pair.new)[name])
+    return name == "layer_idx" or (values == pair.layer and type(values[0]) is int)
 
 
 def share_tensors(pair: Pair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling.copies import (
     Pair,
     Replacements,
@@ -21,8 +23,18 @@ from linearpatch_kernels.modeling.copies import (
     share_tensors,
     shared_copy,
 )
-from linearpatch_kernels.modeling.families import decoder, is_dispatched, num_layers
-from linearpatch_kernels.modeling.views import config_for_layers, partial_decoder
+from linearpatch_kernels.modeling.families import (
+    decoder,
+    decoder_layers,
+    embedding,
+    family_of,
+    hidden_size,
+    is_dispatched,
+    num_layers,
+)
+from linearpatch_kernels.modeling.layer_configs import config_for_layers
+from linearpatch_kernels.modeling.proof import check_cut
+from linearpatch_kernels.modeling.views import partial_decoder
 
 
 def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
@@ -33,15 +45,49 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     (or, behind the last layer, output) it acts on: it stays with a kept layer and goes with a removed one
     (``patched.carried_patches`` returns those worth keeping).
 
+    A model of a family without a record is run on a few tokens, to see whether the result is right (`proof`).
+
     Raises:
         InputError: ``keep`` is empty, not strictly increasing or out of range; the model is quantised, spread over
-            several devices, or wrapped.
+            several devices, or wrapped; its config does not tell what the layers that stay are.
     """
     count = num_layers(model)
     kept = list(keep)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise InputError(f"layers to keep must be increasing numbers from 0 to {count - 1}, at least one: got {kept}")
-    return rebuild(model, type(model), config_for_layers(model.config, kept), kept)
+    config = config_for_layers(model.config, kept)
+    if family_of(model).is_recorded or len(kept) == count:
+        return rebuild(model, type(model), config, kept)
+    return _proved(model, config, kept)
+
+
+def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int]) -> PreTrainedModel:
+    """What `rebuild` makes, where it does what is asked of it."""
+    check_weights(model)
+    # Here what was changed in the model shows, and is told as it is.
+    _paired(model, _built(type(model), copy.deepcopy(model.config)), range(num_layers(model)))
+    try:
+        cut, built = rebuild(model, type(model), config, kept), _built(type(model), _written_and_read(config))
+        pairs = _paired(model, built, kept)
+    except Exception as error:
+        # Classes and configs refuse what they cannot be in as many ways as there are.
+        raise InputError(
+            f"models of type {family_of(model).model_type!r} cannot be cut like this: their config does not tell what "
+            f"the layers that stay are ({said(error)})"
+        ) from error
+    for pair in pairs:
+        share_tensors(pair)
+    check_cut(model, cut, built, kept, exact=all(pair.same_class for pair in pairs))
+    return cut
+
+
+def _written_and_read(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as a checkpoint has it: some classes derive lists of layers anew when they are read."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        again: PretrainedConfig = type(config).from_pretrained(folder)
+    again._attn_implementation = config._attn_implementation
+    return again
 
 
 def rebuild(
@@ -111,12 +157,14 @@ def _paired(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) 
     other parts or weights."""
     # With all the names of a module that stands in several places.
     sources = dict(model.named_modules(remove_duplicate=False))
-    layers = ".".join(filter(None, [_path_of(model, decoder(model)), "layers"]))
+    layers = _path_of(model, decoder_layers(model))
     pairs = []
     for path, module in twin.named_modules(remove_duplicate=False):
-        name = _source_path(path, layers, kept)
-        in_layer = name.startswith(layers + ".")
-        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, in_layer=in_layer)
+        name, layer = _source_path(path, layers, kept), None
+        if path.startswith(layers + "."):
+            new = int(path.removeprefix(layers + ".").partition(".")[0])
+            layer = (kept[new], new)
+        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, layer=layer)
         check_same_structure(pair)
         pairs.append(pair)
     return pairs
@@ -153,10 +201,11 @@ def _check_computes_as_built(model: PreTrainedModel, built: PreTrainedModel, kep
 
 
 def _part_outputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[Tensor]:
-    weight = decoder(model).embed_tokens.weight
+    weight = embedding(model).weight
     generator, count = torch.Generator().manual_seed(0), num_layers(model)
+    rows = torch.randn(1, 8, hidden_size(model), generator=generator, dtype=torch.float32, device="cpu")
     # Small beside what a layer adds to it, so that this is what is compared.
-    rows = 0.02 * torch.randn(1, 8, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    rows = (0.02 * rows).to(weight)
     ids = torch.arange(8, device=weight.device)[None] % len(weight)
     yield partial_decoder(model, count, count, embed=True, norm=True)(input_ids=ids, use_cache=False).last_hidden_state
     for layer in layers:

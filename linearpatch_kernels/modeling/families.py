@@ -1,5 +1,9 @@
 """Where the layers, norms and embeddings of a decoder live: the one place that knows Transformers' classes.
 
+What a model shows is found: its decoder, the list of its layers, its embedding. A record (`Family`) adds what does not
+show, such as how the halves of a layer are written; without one, layers are removed and joints patched, and no weights
+are merged or fitted again.
+
 A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
 hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
 part of the layer behind it).
@@ -13,7 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -68,10 +78,11 @@ class Family:
 
     Attributes:
         model_type: of the stock config, ``"llama"``; about: what people call its models.
-        config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes.
-        modules: what a layer is made of.
-        per_layer: config attributes with one entry per decoder layer. Named, not guessed from their length: a list of
-            special token ids may well have as many entries as the model has layers.
+        config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes. The layer's is None
+            where there is no record.
+        modules: what a layer is made of; None where that is not known: nothing is merged or fitted again.
+        per_layer: config attributes with one entry per decoder layer. A record names them: a list of special token ids
+            may well have as many entries as the model has layers. None: they are guessed, and the cut is proved.
         logits_options: of a config, the factor on the logits and their soft-cap.
         gguf: what a GGUF file calls the architecture, where `gguf` reads it.
     """
@@ -79,11 +90,11 @@ class Family:
     model_type: str
     about: str
     config_class: type[PretrainedConfig]
-    layer_class: type[nn.Module]
+    layer_class: type[nn.Module] | None
     decoder_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
-    modules: LayerModules = LayerModules()
-    per_layer: tuple[str, ...] = ("layer_types",)
+    modules: LayerModules | None = LayerModules()
+    per_layer: tuple[str, ...] | None = ("layer_types",)
     logits_options: Callable[[PretrainedConfig], tuple[float, float | None]] = logits_options
     gguf: str | None = None
 
@@ -91,7 +102,15 @@ class Family:
     def name(self) -> str:
         return self.model_type
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a record, or the family is what Transformers says of the model type and no more."""
+        return self.modules is not None and self.per_layer is not None
 
+
+# Configs of the halves of a layer. One that has others is of a model that reads more than text, or has more than one
+# stack of layers.
+_OF_LAYERS = {"attn_config", "ffn_config"}
 _QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 STOCK_FAMILIES: Registry[Family] = Registry(
@@ -171,14 +190,42 @@ def model_types() -> tuple[str, ...]:
 def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
     """The family of a model, a config or a model type; a patched twin (``linearpatch_llama``) is of its stock family.
 
+    A type without a record has a family, too, where Transformers has a causal LM of it.
+
     Raises:
-        InputError: the model type is not supported.
+        InputError: Transformers has none, or one that reads more than text.
     """
     model_type = source if isinstance(source, str) else getattr(getattr(source, "config", source), "model_type", None)
-    family = STOCK_FAMILIES.get(str(model_type).removeprefix(PATCHED_PREFIX))
+    name = str(model_type).removeprefix(PATCHED_PREFIX)
+    family = STOCK_FAMILIES.get(name) or _unrecorded(name)
     if family is None:
-        raise InputError(f"models of type {model_type!r} are not supported: use one of {', '.join(STOCK_FAMILIES)}")
+        raise InputError(
+            f"models of type {model_type!r} are not supported: Transformers has no causal LM of that type that is one "
+            "decoder of text"
+        )
     return family
+
+
+def _unrecorded(model_type: str) -> Family | None:
+    """What Transformers' own mappings say of a model type."""
+    if model_type not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[model_type]
+    mapped = [mapping.get(config_class, None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    decoder_class, causal_lm_class = (one[0] if isinstance(one, tuple) else one for one in mapped)
+    single = config_class.sub_configs.keys() <= _OF_LAYERS and not config_class.is_encoder_decoder
+    if decoder_class is None or causal_lm_class is None or not single:
+        return None
+    return Family(
+        model_type,
+        f"what Transformers calls {model_type}",
+        config_class,
+        None,
+        decoder_class,
+        causal_lm_class,
+        modules=None,
+        per_layer=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -227,8 +274,14 @@ class Sublayer:
 
 
 def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
-    """The attention and the feed-forward half of this model's layers."""
-    config, modules = decoder(model).config, family_of(model).modules
+    """The attention and the feed-forward half of this model's layers.
+
+    Raises:
+        InputError: what a layer is made of is not known.
+    """
+    config, family = decoder(model).config, family_of(model)
+    check_layers_are_known(family)
+    modules: Any = family.modules
     layer: Any = decoder_layers(model)[0]
     groups, queries = config.num_key_value_heads, config.num_attention_heads
     size, neurons = layer.self_attn.head_dim, config.intermediate_size
@@ -265,9 +318,18 @@ def _rows(paths: Sequence[str], per_unit: Sequence[int], size: int, units: int) 
     return tuple(found)
 
 
+def check_layers_are_known(family: Family) -> None:
+    """InputError for a family of which it is not known what its layers are made of."""
+    if family.modules is None:
+        raise InputError(
+            f"the layers of models of type {family.model_type!r} can be removed, not merged or fitted again: what they "
+            "are made of is not known (docs/add/family.md)"
+        )
+
+
 def layer_kinds(model: nn.Module) -> list[str]:
     """What each layer is by the config's lists, ``"full_attention"`` for example; one kind where there are none."""
-    lists = [getattr(decoder(model).config, name, None) for name in family_of(model).per_layer]
+    lists = [getattr(decoder(model).config, name, None) for name in family_of(model).per_layer or ()]
     told = [entries for entries in lists if entries is not None]
     if not told:
         return ["full_attention"] * num_layers(model)
@@ -275,16 +337,48 @@ def layer_kinds(model: nn.Module) -> list[str]:
 
 
 def decoder(model: nn.Module) -> Any:
-    """The stack with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``, also inside a PEFT wrapper."""
+    """The stack of layers with what is around them (embedding, final norm), also inside a PEFT wrapper."""
     family_of(model)
     get_decoder: Any = model.get_decoder
-    return get_decoder()
+    stack = get_decoder()
+    if not isinstance(stack, PreTrainedModel):  # a head that is called decoder (ModernBERT)
+        stack = model.base_model
+    # Transformers finds no decoder in a causal LM whose base model has another name than the class says (Llama 4).
+    inner = [child for child in stack.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 and not _lists(stack) else stack
+
+
+def embedding(model: nn.Module) -> Any:
+    """The module that makes token ids rows of the stream's width."""
+    return decoder(model).get_input_embeddings()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, in order."""
-    layers: nn.ModuleList = decoder(model).layers
+    """The decoder layers, in order.
+
+    Raises:
+        InputError: no list of as many modules as there are layers stands in the decoder, or more than one.
+    """
+    stack = decoder(model)
+    layers: nn.ModuleList = stack._modules[layer_list(stack)]
     return layers
+
+
+def layer_list(stack: nn.Module) -> str:
+    """What a decoder calls the list of its layers."""
+    config: Any = stack.config
+    lists = _lists(stack)
+    fitting = [name for name, child in lists.items() if len(child) == config.num_hidden_layers] or [*lists]
+    if len(fitting) != 1:
+        raise InputError(
+            f"models of type {config.model_type!r} cannot be cut: the {type(stack).__name__} holds {len(fitting)} "
+            f"lists of modules that could be its {config.num_hidden_layers} layers, and one is needed"
+        )
+    return fitting[0]
+
+
+def _lists(stack: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: child for name, child in stack.named_children() if isinstance(child, nn.ModuleList)}
 
 
 def num_layers(model: nn.Module) -> int:
@@ -333,7 +427,8 @@ def norm_eps(model: nn.Module) -> float:
 
 def rms_norms(model: nn.Module, start: int) -> list[nn.Module]:
     """The RMSNorms in the layers from ``start`` on, and the final norm."""
-    places = [*decoder_layers(model)[start:], decoder(model).norm]
+    layers, table = decoder_layers(model), embedding(model)
+    places = [*layers[start:], *(one for one in decoder(model).children() if one not in (layers, table))]
     # By what they are: libraries put norms of other names in their place.
     return [module for place in places for module in place.modules() if _is_rms_norm(module)]
 

@@ -28,8 +28,9 @@ from transformers.utils import find_adapter_config_file
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import reading, said
-from linearpatch_kernels.modeling.families import family_of, hidden_size, num_layers
+from linearpatch_kernels.modeling.families import PATCHED_PREFIX, family_of, hidden_size, num_layers
 from linearpatch_kernels.modeling.gguf import GGUFFile
+from linearpatch_kernels.modeling.patched import twin_of
 from linearpatch_kernels.modeling.saving import no_progress_bar
 from linearpatch_kernels.modeling.weights import (
     MERGE_ADAPTER,
@@ -171,6 +172,9 @@ class ModelSource:
                 self._shapes = check_directory(self._gguf.converted)
             elif self._directory is None and find_adapter_config_file(self.name) is not None:
                 raise InputError(f"{self.name} holds an adapter: {MERGE_ADAPTER}")
+            model_type = PretrainedConfig.get_config_dict(self._place)[0].get("model_type")
+            if str(model_type).startswith(PATCHED_PREFIX):
+                twin_of(family_of(model_type))
             config = AutoConfig.from_pretrained(self._place, trust_remote_code=self._trust)
             family_of(config)
             check_weights(self._title, config, self._shapes)

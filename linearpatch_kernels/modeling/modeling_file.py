@@ -151,7 +151,7 @@ def modeling_source(family: Family) -> str:
     imports, found = _reach(roots)
     names = [name for definitions in found.values() for name in definitions]
     assert len(names) == len(set(names)), f"two modules define the same name: {sorted(names)}"
-    stock = [family.config_class, family.layer_class, family.decoder_class, family.causal_lm_class]
+    stock = [family.config_class, family.decoder_class, family.causal_lm_class]
     imports |= {("pathlib", "Path"), *((cls.__module__, cls.__name__) for cls in stock)}
     oldest: dict[str, object] = {**_OLDEST}
     oldest |= {f"{name}_name": ".".join(map(str, version)) for name, version in _OLDEST.items()}
@@ -164,6 +164,6 @@ def modeling_source(family: Family) -> str:
         operator_module=_OPERATOR[0],
         operator=_OPERATOR[1],
         reference=_REFERENCE[1],
-        names=", ".join(f"LinearPatch{cls.__name__}" for cls in (stock[0], *stock[2:])),
+        names=", ".join(f"LinearPatch{cls.__name__}" for cls in stock),
         classes=",\n    ".join(cls.__name__ for cls in stock),
     )

@@ -16,11 +16,11 @@ a checkpoint (`modeling_file`).
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
 from linearpatch_kernels.modeling.cut import rebuild
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, Family, decoder, decoder_layers, family_of, num_layers
+from linearpatch_kernels.modeling.families import (
+    STOCK_FAMILIES,
+    Family,
+    decoder,
+    decoder_layers,
+    embedding,
+    family_of,
+    num_layers,
+)
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
 
@@ -106,6 +114,11 @@ class PatchedPreTrained:
     own_code: Callable[[], str]
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what a checkpoint does not hold (Falcon H1's multipliers) is then initialised as in a stock model."""
+        return False
+
+    @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in Transformers, but a checkpoint whose weights are not those of its config raises: it warns, and goes on
         without the patches or the biases, or with random ones."""
@@ -116,7 +129,7 @@ class PatchedPreTrained:
         unexpected = {key for key in info["unexpected_keys"] if not key.startswith(apart)}
         wrong = sorted({*info["missing_keys"], *unexpected, *(key for key, *_ in info["mismatched_keys"])})
         # The patches are what is most likely to be lost: named first.
-        wrong.sort(key=lambda key: re.search(r"layers\.\d+\.(output_)?patch\.", key) is None)
+        wrong.sort(key=lambda key: re.search(r"\.\d+\.(output_)?patch\.", key) is None)
         if wrong:
             what = "patch weights" if "patch." in wrong[0] else "weights"
             some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -133,9 +146,10 @@ class PatchedPreTrained:
 
 def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any) -> Any:
     """The stock config with a record of the joints, and a file that no stock class takes for its own."""
-    activation = "hidden_activation" if hasattr(stock_config(), "hidden_activation") else "hidden_act"
+    names, written = ("hidden_activation", "hidden_act", "activation_function"), stock_config().to_dict()
     # On disk the activation is masked: a stock class does not know one of this name and says so, instead of loading
-    # the layers without their patches.
+    # the layers without their patches. (Where the config names none, nothing says so.)
+    activation = next((name for name in names if isinstance(written.get(name), str)), "")
     mask = " (some layers are patched: `import linearpatch_kernels.modeling`, or pass trust_remote_code=True)"
 
     class Config(stock_config):
@@ -168,7 +182,8 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
 
         def to_dict(self) -> dict[str, Any]:
             entries = super().to_dict()
-            return {**entries, activation: entries[activation] + mask, "auto_map": dict(self.auto_map)}
+            masked = {activation: entries[activation] + mask} if activation else {}
+            return {**entries, **masked, "auto_map": dict(self.auto_map)}
 
         def to_json_string(self, use_diff: bool = True) -> str:
             entries = both_forms(json.loads(super().to_json_string(use_diff)))
@@ -177,19 +192,18 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
     return Config
 
 
-def _patched_layer(stock_layer: Any) -> Any:
-    """The stock layer with the chain of the joint in front of it; the last layer also has that of the joint behind."""
+# Of stock layers, once they were asked for.
+_PATCHED_LAYERS: dict[Any, Any] = {}
+
+
+def patched_layer(stock_layer: Any) -> Any:
+    """The class of a layer with the chain of the joint in front of it; the last layer also has that of the joint
+    behind. A stock layer is made one of it (`_attach`)."""
+    if stock_layer in _PATCHED_LAYERS:
+        return _PATCHED_LAYERS[stock_layer]
 
     class Layer(stock_layer):
-        def __init__(self, config: Any, layer_idx: int) -> None:
-            super().__init__(config, layer_idx)
-            self.register_module("patch", None)
-            self.register_module("output_patch", None)
-            for joint in (layer_idx, layer_idx + 1):
-                layer, name = joint_place(joint, config.num_hidden_layers)
-                if layer == layer_idx:
-                    chain = build_joint(config.linearpatch["joints"].get(str(joint)), config.hidden_size)
-                    self.register_module(name, chain)
+        stock_class = stock_layer
 
         def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if self.patch is not None:
@@ -197,34 +211,56 @@ def _patched_layer(stock_layer: Any) -> Any:
             output = super().forward(hidden_states, *args, **kwargs)
             if self.output_patch is None:
                 return output
-            # Before Transformers 5, Gemma's layers return a tuple.
+            # Some layers return a tuple; before Transformers 5, also Gemma's.
             return (self.output_patch(output[0]), *output[1:]) if type(output) is tuple else self.output_patch(output)
 
+    _name(Layer, stock_layer)
+    _PATCHED_LAYERS[stock_layer] = Layer
     return Layer
 
 
+def _name(patched: Any, stock: Any) -> None:
+    patched.__name__ = patched.__qualname__ = "LinearPatch" + stock.__name__
+    # A pickle names classes by their place in a module.
+    globals()[patched.__name__] = patched
+
+
+def _attach(stack: Any) -> None:
+    """Put the joints of a decoder's config at its layers, which are stock ones."""
+    config = stack.config
+    depth = config.num_hidden_layers
+    layers = next(one for one in stack.modules() if isinstance(one, nn.ModuleList) and len(one) == depth)
+    # Checked when the config was made, which may have been changed since.
+    joints = checked_record(config.linearpatch, depth, config.hidden_size)["joints"]
+    for index in {joint_place(int(joint), depth)[0] for joint in joints}:
+        layers[index].__class__ = patched_layer(type(layers[index]))
+        for name in ("patch", "output_patch"):
+            layers[index].register_module(name, None)
+    for joint, descriptions in joints.items():
+        index, name = joint_place(int(joint), depth)
+        layers[index].register_module(name, build_joint(descriptions, config.hidden_size))
+
+
 def patched_classes(
-    stock_config: Any, stock_layer: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
+    stock_config: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
 ) -> tuple[Any, Any, Any]:
     """The config, decoder and causal LM of a patched family, named ``LinearPatch`` + the stock name.
+
+    The stock constructors build the model, of which some layers are then made patched ones.
 
     Args:
         own_code: returns the text of the modeling file that `save_pretrained` writes beside the weights.
     """
     Config = _patched_config(stock_config, stock_decoder, stock_causal_lm)
-    Layer = _patched_layer(stock_layer)
+    whole = [*(stock_decoder._no_split_modules or ())]
 
     class Decoder(PatchedPreTrained, stock_decoder):
         config_class = Config
-        _no_split_modules = [stock_layer.__name__, "LinearPatch" + stock_layer.__name__]  # noqa: RUF012 - as in the stock class
+        _no_split_modules = [*whole, *("LinearPatch" + name for name in whole)]  # noqa: RUF012 - as in the stock class
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            depth = len(self.layers)
-            # Checked when the config was made, which may have been changed since.
-            joints = checked_record(config.linearpatch, depth, config.hidden_size)["joints"]
-            for layer in {joint_place(int(joint), depth)[0] for joint in joints}:
-                self.layers[layer] = Layer(config, layer)
+            _attach(self)
             self.post_init()
 
     class CausalLM(PatchedPreTrained, stock_causal_lm):
@@ -232,38 +268,45 @@ def patched_classes(
         _no_split_modules = Decoder._no_split_modules
 
         def __init__(self, config: Any) -> None:
-            # The stock constructor would build the stock decoder, so this one repeats its few lines.
-            super(stock_causal_lm, self).__init__(config)
-            self.model = Decoder(config)
-            self.vocab_size = config.vocab_size
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            super().__init__(config)
+            stack = next(one for one in self.modules() if isinstance(one, stock_decoder))
+            if not isinstance(stack, Decoder):
+                stack.__class__ = Decoder
+                _attach(stack)
             self.post_init()
 
     stock: dict[Any, Any] = {
         Config: stock_config,
-        Layer: stock_layer,
         Decoder: stock_decoder,
         CausalLM: stock_causal_lm,
     }
     for patched, base in stock.items():
-        patched.__name__ = patched.__qualname__ = "LinearPatch" + base.__name__
         patched.stock_class = base
-        # A pickle names classes by their place in a module.
-        globals()[patched.__name__] = patched
+        _name(patched, base)
     for patched in (Decoder, CausalLM):
         patched.own_code = staticmethod(own_code)
     return Config, Decoder, CausalLM
+
+
+def twin_of(family: Family) -> tuple[Any, Any, Any]:
+    """The config, decoder and causal LM of a family's patched twin, made and registered when they are first needed:
+    those of all would take the import of all of Transformers."""
+    if family.model_type not in PATCHED_CLASSES:
+        PATCHED_CLASSES[family.model_type] = registered(family)
+    return PATCHED_CLASSES[family.model_type]
 
 
 def registered(family: Family) -> tuple[Any, Any, Any]:
     """The config, decoder and causal LM of a family's patched twin, known to the Auto classes."""
     config_class, decoder_class, causal_lm_class = patched_classes(
         family.config_class,
-        family.layer_class,
         family.decoder_class,
         family.causal_lm_class,
-        own_code=partial(modeling_source, family),
+        own_code=functools.partial(modeling_source, family),
     )
+    if family.layer_class is not None:
+        # A pickle looks it up in a process that has not made it yet.
+        patched_layer(family.layer_class)
     AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, decoder_class)
     AutoModelForCausalLM.register(config_class, causal_lm_class)
@@ -306,7 +349,7 @@ def patched_model(
             causal LM of a supported family.
     """
     family = family_of(model)
-    config_class, _, causal_lm_class = PATCHED_CLASSES[family.model_type]
+    config_class, _, causal_lm_class = twin_of(family)
     if not isinstance(model, family.causal_lm_class):
         raise InputError(f"only a {family.causal_lm_class.__name__} can be patched, not a {type(model).__name__}")
     _check_format(model)
@@ -332,7 +375,7 @@ def patched_model(
         # A place for what is new; what is there comes with the model's modules.
         config.linearpatch["joints"].setdefault(str(joint), [])
     twin = rebuild(model, causal_lm_class, config, range(depth))
-    weight = decoder(model).embed_tokens.weight
+    weight = embedding(model).weight
     for joint, chain in chains.items():
         _put(twin, joint, copy.deepcopy(chain).to(device=weight.device, dtype=weight.dtype))
     return twin
@@ -360,7 +403,7 @@ def replace_patch(model: PreTrainedModel, joint: int, patch: Patch | Iterable[Pa
     """
     if joint not in patches(model):
         raise InputError(f"the model has no patch at joint {joint}: it has some at {sorted(patches(model))}")
-    _put(model, joint, PatchChain.of(patch).to(decoder(model).embed_tokens.weight.device))
+    _put(model, joint, PatchChain.of(patch).to(embedding(model).weight.device))
 
 
 def carried_patches(model: nn.Module, keep: Sequence[int]) -> dict[int, PatchChain]:

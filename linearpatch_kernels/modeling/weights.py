@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
 
@@ -44,7 +46,7 @@ _SIZES = (
 )
 # Tables that old checkpoints hold and every model makes anew from its config.
 _TABLES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)\.")
 
 
 def check_directory(path: Path) -> Shapes:
@@ -64,7 +66,7 @@ def check_directory(path: Path) -> Shapes:
     config = read_json(file, AGAIN)
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{file} is not a model's: it names no model_type")
-    family_of(config["model_type"])
+    family = family_of(config["model_type"])
     if config.get("transformers_weights") is not None:
         raise InputError(f"{file} names a file of weights itself (transformers_weights): take that out, or {AGAIN}")
     for name in _SIZES:
@@ -76,7 +78,7 @@ def check_directory(path: Path) -> Shapes:
         # Transformers passes over one that it cannot read.
         read_json(settings, f"{AGAIN}, or delete it")
     shapes = _stored_shapes(path, _weight_files(path))
-    _check_depth(path, config.get("num_hidden_layers"), shapes)
+    _check_depth(path, config.get("num_hidden_layers"), _without_ignored(family.causal_lm_class, shapes))
     if config.get("quantization_config") is not None:
         _check_quantisation(file, config["quantization_config"])
         return {}
@@ -149,10 +151,10 @@ def _stored_shapes(path: Path, files: list[Path]) -> Shapes:
     return shapes
 
 
-def _check_depth(path: Path, layers: Any, shapes: Shapes) -> None:
+def _check_depth(path: Path, layers: Any, names: Collection[str]) -> None:
     if layers is None:
         return
-    stored = _depth(shapes)
+    stored = _depth(names)
     if stored > layers:
         raise InputError(_deeper(str(path), layers))
     if stored < layers:
@@ -195,15 +197,41 @@ def check_weights(source: str, config: PretrainedConfig, shapes: Shapes) -> None
     with torch.device("meta"), no_init_weights():
         twin = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     expected = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
-    stored = _named_as(expected, shapes, twin.base_model_prefix)
-    refuse_dropped(source, stored.keys() - expected.keys(), config.num_hidden_layers)
-    refuse_missing(source, expected.keys() - stored.keys() - _supplied(twin.all_tied_weights_keys, stored))
+    plain, converted = _converted(twin, expected, shapes)
+    stored = _named_as(expected, plain, twin.base_model_prefix)
+    dropped = (stored.keys() | converted) - expected.keys()
+    refuse_dropped(source, _without_ignored(type(twin), dropped), config.num_hidden_layers)
+    if not converted:  # else loading tells, as one tensor may become several
+        refuse_missing(source, expected.keys() - stored.keys() - _supplied(twin.all_tied_weights_keys, stored))
     for name in sorted(expected.keys() & stored.keys()):
         if stored[name] != expected[name]:
             raise InputError(
                 f"{source}: {name} is {_shown(stored[name])} and by its config {_shown(expected[name])}: restore its "
                 f"config.json, or {AGAIN}"
             )
+
+
+def _without_ignored(model_class: type[PreTrainedModel], names: Iterable[str]) -> list[str]:
+    """Those without what Transformers knows that it has no place for: layers that predict further tokens, for one."""
+    ignored: Any = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None)
+    return [name for name in names if not any(re.search(pattern, name) for pattern in ignored or ())]
+
+
+def _converted(twin: PreTrainedModel, expected: Shapes, shapes: Shapes) -> tuple[Shapes, set[str]]:
+    """The weights as Transformers renames them, and the names of those that it makes of others: of a mixture's experts,
+    which a checkpoint holds one by one and a model in one tensor."""
+    mapping = get_model_conversion_mapping(twin, add_legacy=False)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    others = [one for one in mapping if not isinstance(one, WeightConverter)]
+    plain: dict[str, tuple[int, ...]] = {}
+    made: set[str] = set()
+    for name, shape in shapes.items():
+        now, converter = rename_source_key(name, others, converters, twin.base_model_prefix, dict(expected))
+        if converter is None:
+            plain[now] = shape
+        else:
+            made.add(now)
+    return plain, made
 
 
 def _named_as(expected: Collection[str], shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:

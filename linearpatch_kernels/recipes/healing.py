@@ -20,6 +20,8 @@ from linearpatch_kernels.healing.choice import Healed, heal_cut, ways_of
 from linearpatch_kernels.healing.cost import cost_of_healing
 from linearpatch_kernels.healing.refit import RefitRow, Step
 from linearpatch_kernels.healing.ways import AUTO, HEALS
+from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO as FIT_AUTO
@@ -73,6 +75,16 @@ def asked(settings: PruneSettings) -> Healing:
     if settings.plan_only and healing.refits:
         raise InputError(f"`plan_only` writes no weights and `heal` {way} may change some: leave one out")
     return healing
+
+
+def check_can_be_healed(model: Source, healing: Healing) -> None:
+    """InputError where weights would be fitted again of layers of which it is not known what they are made of."""
+    family = family_of(model.config)
+    if family.modules is None and healing.refits:
+        raise InputError(
+            f"the weights of models of type {family.model_type!r} cannot be fitted again: what their layers are made "
+            "of is not known, so give `heal` patch or none"
+        )
 
 
 def heal(

@@ -25,7 +25,7 @@ from linearpatch_kernels.pruning.fits import AUTO
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
-from linearpatch_kernels.recipes.healing import Healing, asked, heal, refit_in_words, told
+from linearpatch_kernels.recipes.healing import Healing, asked, check_can_be_healed, heal, refit_in_words, told
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -223,6 +223,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     with log.stage("load the model"):
         source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
+        check_can_be_healed(source, healing)
     removal.check(source.num_layers)
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)

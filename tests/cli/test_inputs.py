@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tests.support.command import (
     LAYERS,
@@ -53,7 +53,8 @@ def test_texts_are_refused_before_the_model(
 
 
 def foreign_family(world: World, place: Path) -> Path:
-    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=2)).save_pretrained(place)
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": WIDTH, "num_layers": 2, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)).save_pretrained(place)
     for file in world.model.glob("tokenizer*"):
         shutil.copy(file, place)
     return place
@@ -126,7 +127,7 @@ def empty_directory(_: World, place: Path) -> Path:
 BAD_MODELS: dict[str, tuple[Callable[[World, Path], Path], str]] = {
     "nowhere": (lambda _, place: place, "does not exist"),
     "empty directory": (empty_directory, "no config.json"),
-    "another family": (foreign_family, "gpt2"),
+    "another family": (foreign_family, "'t5' are not supported"),
     "config: cut": (with_content("config.json", lambda old: old[:40]), "config.json"),
     "config: binary": (with_content("config.json", lambda _: b"\xff\xfe\x00"), "config.json"),
     "config: a list": (with_content("config.json", lambda _: b"[1, 2]"), "config.json"),
@@ -169,7 +170,7 @@ def test_a_bad_model_is_refused(
     done = run("prune", model, "--drop", 2, "--fit", "scalar", "-o", empty / "out", "--text", world.text, *SMALL)
     line = refusal(done)
     assert says in line
-    assert "given" in line or says in ("gpt2", "does not belong to this model")
+    assert "given" in line or says in ("'t5' are not supported", "does not belong to this model")
     assert done.progress == []
     assert not (tmp_path / "cache").exists() or not [*(tmp_path / "cache").rglob("*.safetensors")]
 

@@ -2,11 +2,19 @@ from __future__ import annotations
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from linearpatch_kernels import modeling
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, family_of, hidden_size, num_layers
+from linearpatch_kernels.modeling.families import (
+    decoder,
+    decoder_layers,
+    embedding,
+    family_of,
+    hidden_size,
+    num_layers,
+    sublayers,
+)
 from tests.support.tiny import FAMILY_NAMES, LAYERS, tiny_model, tiny_patched_model
 
 
@@ -30,7 +38,24 @@ def test_a_peft_wrapper_is_looked_through() -> None:
     assert decoder(wrapped) is inner.model
 
 
-def test_another_family_is_named_with_those_that_are_supported() -> None:
-    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    with pytest.raises(InputError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3, gemma3_text, phi3"):
-        decoder_layers(other)
+def test_a_family_without_a_record_is_what_transformers_says_of_it() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11))
+    assert decoder_layers(model) is model.transformer.h
+    assert (num_layers(model), hidden_size(model), embedding(model)) == (2, 8, model.transformer.wte)
+    family = family_of(model)
+    assert (family.model_type, family.causal_lm_class, family.is_recorded) == ("gpt2", GPT2LMHeadModel, False)
+    assert "gpt2" not in modeling.FAMILIES
+    with pytest.raises(InputError, match=r"type 'gpt2' can be removed, not merged or fitted again: what they are made"):
+        sublayers(model)
+
+
+@pytest.mark.parametrize("name", ["t5", "gemma3", "vit", "nothing", "None"])
+def test_what_is_no_decoder_of_text_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"'{name}' are not supported: Transformers has no causal LM of that type"):
+        family_of(name)
+
+
+def test_a_model_whose_layers_are_not_found_is_refused() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    with pytest.raises(InputError, match="'bert' cannot be cut: the BertModel holds 0 lists of modules that"):
+        decoder_layers(BertLMHeadModel(BertConfig(**sizes, intermediate_size=8, is_decoder=True)))

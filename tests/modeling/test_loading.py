@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import T5Config, T5ForConditionalGeneration
 
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.distillation.teacher_store import write_teacher_store
@@ -137,8 +137,9 @@ def test_what_is_not_a_model(tmp_path: Path, copied: Path) -> None:
 
 
 def test_a_family_that_is_not_supported(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)).save_pretrained(tmp_path)
-    assert "'gpt2' are not supported: use one of llama, mistral" in refusal(tmp_path)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    assert "'t5' are not supported: Transformers has no causal LM of that type" in refusal(tmp_path)
 
 
 def test_damaged_weights(copied: Path) -> None:

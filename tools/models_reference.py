@@ -1,0 +1,301 @@
+"""Every decoder that Transformers has, tiny and random, cut -> ``docs/reference/models.md``: what works, and why not.
+
+``python tools/models_reference.py`` tries them all and writes the page, in minutes, with a Python that has the package;
+``python tools/models_reference.py gemma2 gpt2`` tries some and prints what came out. A test compares the page's rows
+with what comes out now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files import said
+from linearpatch_kernels.modeling import keep_layers
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, decoder_layers, family_of
+from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.stream import stream_in
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.pruning.search import plan_pruning
+from linearpatch_kernels.span import Span
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
+MADE_BY = "<!-- made by tools/models_reference.py, which tries them all: change that, not this page -->"
+WORKS = "works"
+REMOVAL = "removal only"
+NOT_TRIED = "not tried"
+
+_LAYERS, _WIDTH, _VOCABULARY = 8, 64, 128
+_GONE = Span(2, 4)
+_TOKENS, _GENERATED = 20, 8
+_SECONDS = 60
+# A size by the names that configs have for it.
+_SIZES: list[tuple[float, str]] = [
+    (_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers"),
+    (_WIDTH, "hidden_size d_model n_embd embedding_size word_embed_proj_dim conv_dim lru_width"),
+    (_VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (96, "intermediate_size ffn_dim n_inner d_ff block_ff_dim intermediate_size_mlp"),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_experts num_local_experts n_routed_experts moe_num_experts "
+        "linear_num_value_heads",
+    ),
+    (
+        2,
+        "num_key_value_heads num_experts_per_tok moe_k moe_topk num_experts_per_token linear_num_key_heads "
+        "linear_num_heads "
+        "index_n_heads eos_token_id",
+    ),
+    (
+        16,
+        "head_dim kv_lora_rank v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head "
+        "ssm_state_size state_size mamba_head_dim attention_chunk_size index_head_dim global_head_dim "
+        "query_pre_attn_scalar linear_head_dim",
+    ),
+    (32, "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank"),
+    (
+        8,
+        "qk_rope_head_dim qk_nope_head_dim mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size time_step_rank "
+        "rotary_dim sliding_window attention_window_size index_topk hidden_size_per_layer_input",
+    ),
+    (1, "n_shared_experts n_group topk_group mamba_n_groups n_groups bos_token_id"),
+    (256, "max_position_embeddings n_positions"),
+    (0, "pad_token_id"),
+    (0.2, "initializer_range init_std"),
+]
+_OFF, _ON = "tie_word_embeddings", "is_decoder"
+# These make keys and values of one latent row, for every head its own.
+_LATENT = (
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+)
+_ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)}
+# Where the sizes alone give no config that the model can be made of.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in _LATENT},
+    "bamba": {"attn_layer_indices": [1, 5], "mamba_expand": 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "layer_types": _ALTERNATING,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * _LAYERS,
+    },
+    "gemma4_text": {"layer_types": _ALTERNATING},
+    "gpt_neo": {"attention_types": [[["global", "local"], _LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (_LAYERS // 2)},
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": {**_CONVOLUTIONS, "num_dense_layers": 2},
+    "mamba2": {"num_heads": 8, "expand": 2},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"] * (_LAYERS // 4)
+    },
+}
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A config of eight layers, 64 wide."""
+    cls = CONFIG_MAPPING[model_type]
+    known = (
+        {field.name for field in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else set(inspect.signature(cls.__init__).parameters)
+    )
+    sizes: dict[str, Any] = {name: size for size, names in _SIZES for name in names.split()}
+    sizes |= {_OFF: False, _ON: True}
+    # What one name means, the class may keep under another.
+    given = {cls.attribute_map.get(name, name): size for name, size in sizes.items()}
+    chosen = {name: size for name, size in {**given, **sizes}.items() if name in known}
+    return cls(**{**chosen, **_SPECIAL.get(model_type, {})})
+
+
+def tiny_decoder(model_type: str) -> PreTrainedModel:
+    """A random float32 causal LM, in evaluation mode."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        if not torch.isfinite(model(_tokens(1), use_cache=False).logits).all():
+            raise ValueError("its logits are not finite")
+    return model
+
+
+def _tokens(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(6, _VOCABULARY, (count, _TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, what enters these layers comes out of them, whatever they do; of the last one mapped."""
+
+    def hook(_: Any, args: Any, kwargs: Any, output: Any, at: int = 0) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        stream = patch(stream) if at == layers[-1] else stream
+        return stream if stream_in(output) is output else type(output)((stream, *output[1:]))
+
+    with ExitStack() as hooks:
+        for index in layers:
+            bound = functools.partial(hook, at=index)
+            hooks.callback(decoder_layers(model)[index].register_forward_hook(bound, with_kwargs=True).remove)
+        yield
+
+
+def _logits(
+    model: PreTrainedModel, without: Sequence[int] = (), patch: Callable[[Tensor], Tensor] = lambda stream: stream
+) -> Tensor:
+    with torch.no_grad(), _bypassed(model, without, patch):
+        logits: Tensor = model(_tokens(2), use_cache=False).logits
+    return logits
+
+
+def _written(model: PreTrainedModel, *, cached: bool) -> list[int]:
+    generate: Any = model.generate
+    prompt = _tokens(1)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": _GENERATED}
+    found = generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=cached, **options)
+    return list(found[0].tolist())
+
+
+def tried(model_type: str) -> str:
+    """``"works"``, or where it stopped and why.
+
+    A model is calibrated, layers 2 and 3 are removed, and the result must be the dense model with these bypassed by
+    hooks, bit for bit; it must write the same with a cache as without; saved and loaded again it must compute the same
+    (within 1e-5), and be cut again. The same with a low-rank patch at the joint.
+    """
+    try:
+        family_of(model_type)
+        model = _made(model_type)
+        if isinstance(model, str):
+            return f"{NOT_TRIED}: {model}"
+        plain = plan_pruning(model, _tokens(2, seed=2), spans=[_GONE], fit="none").plan
+        found = _cut_and_loaded(model, plan=plain)
+    except InputError as error:
+        return f"refused: {_line(error)}"
+    if found != WORKS:
+        return f"wrong: {found}"
+    try:
+        windows = _tokens(12, seed=2)
+        patched = plan_pruning(model, windows, spans=[_GONE], fit="low-rank", rank=4, noted=lambda _: None).plan
+        found = _cut_and_loaded(model, plan=patched)
+    except Exception as error:
+        found = _line(error)
+    return WORKS if found == WORKS else f"{REMOVAL}: {found}"
+
+
+def _cut_and_loaded(model: PreTrainedModel, plan: PrunePlan) -> str:
+    cut = apply_plan(model, plan)
+    (joint,) = plan.joints
+    patch = joint.patch or torch.nn.Identity()
+    if not torch.equal(_logits(cut), _logits(model, range(*_GONE), patch)):
+        return "not the dense model with the layers bypassed"
+    if _written(cut, cached=True) != _written(cut, cached=False) and (
+        _written(model, cached=True) == _written(model, cached=False)
+    ):
+        return "writes something else with a cache"
+    with tempfile.TemporaryDirectory() as folder:
+        cut.save_pretrained(folder)
+        again = ModelSource(folder, device="cpu").load()
+    again.set_attn_implementation("eager")
+    error = float((_logits(again) - _logits(cut)).abs().max() / _logits(cut).abs().max())
+    if type(again) is not type(cut) or not error < 1e-5:
+        return f"computes something else when loaded again ({error:.1e})"
+    shallow = keep_layers(again, [0, 2, 3, 5])
+    if not torch.equal(_logits(shallow), _logits(again, [1, 4])):
+        return "cut again, not the model with the layers bypassed"
+    return WORKS
+
+
+def _made(model_type: str) -> PreTrainedModel | str:
+    """A tiny model, or why none was made."""
+    try:
+        return tiny_decoder(model_type)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return _line(error)
+
+
+def _line(error: Exception) -> str:
+    return said(error).partition("\n")[0]
+
+
+def model_types() -> list[str]:
+    """All that Transformers has a causal LM of."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def page(found: dict[str, str]) -> str:
+    """The whole page in Markdown, of what each type came to."""
+    works = [name for name, outcome in found.items() if outcome == WORKS]
+    others = {
+        kind: {name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(kind)}
+        for kind in (REMOVAL, "refused", "wrong", NOT_TRIED)
+    }
+    recorded = [name for name in works if name in STOCK_FAMILIES]
+    rest = [name for name in works if name not in STOCK_FAMILIES]
+    sections = [
+        f"{MADE_BY}\n\n# Which models can be cut\n\nBy the `model_type` of a model's config, as transformers "
+        f"{transformers.__version__} has them: {len(works) + len(others[REMOVAL])} of {len(found)} can. Each was tried "
+        f"as a random model of {_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the "
+        "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; and the "
+        "same with a patch at the joint. That shows wiring, and nothing of quality.",
+        "## Everything\n\nLayers are removed and merged, patches stand at the joints, and weights are fitted again: "
+        + _listed(recorded),
+        "## Removal and patches\n\n`--heal none` and `--heal patch`; what the layers are made of is not known here "
+        "([add a record](../add/family.md)), so no weights are fitted again or merged: " + _listed(rest),
+        *(["## Plain removal\n\n`--heal none` alone.\n\n" + _rows(others[REMOVAL])] if others[REMOVAL] else []),
+        "## Refused\n\n" + _rows(others["refused"]),
+        *(["## Wrong\n\n" + _rows(others["wrong"])] if others["wrong"] else []),
+        "## Not tried\n\nNo tiny model of these was made. Whoever has a real one can try: what is wrong is refused."
+        "\n\n" + _rows(others[NOT_TRIED]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) + "."
+
+
+def _rows(found: dict[str, str]) -> str:
+    lines = [f"| `{name}` | {why.replace('|', '/')} |" for name, why in found.items()]
+    return "\n".join(["| model_type | why |", "|---|---|", *lines])
+
+
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGALRM, _out_of_time)
+    found = {}
+    for name in sys.argv[1:] or model_types():
+        # Some sizes go by names of their own, and are those of a real model.
+        signal.alarm(_SECONDS)
+        try:
+            found[name] = tried(name)
+        except TimeoutError:
+            found[name] = f"{NOT_TRIED}: took more than {_SECONDS} seconds"
+        signal.alarm(0)
+        print(name, found[name], sep=": ", flush=True)
+    if not sys.argv[1:]:
+        PAGE.write_text(page(found), encoding="utf-8")
+        print(PAGE)
