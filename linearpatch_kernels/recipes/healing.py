@@ -77,14 +77,22 @@ def asked(settings: PruneSettings) -> Healing:
     return healing
 
 
-def check_can_be_healed(model: Source, healing: Healing) -> None:
-    """InputError where weights would be fitted again of layers of which it is not known what they are made of."""
+def possible(healing: Healing, model: Source, log: Log) -> Healing:
+    """What of it can be done to the model, whose weights can be fitted again where there is a record of its layers.
+
+    Raises:
+        InputError: nothing else was asked for.
+    """
     family = family_of(model.config)
-    if family.modules is None and healing.refits:
-        raise InputError(
-            f"the weights of models of type {family.model_type!r} cannot be fitted again: what their layers are made "
-            "of is not known, so give `heal` patch or none"
-        )
+    if family.modules is not None or not healing.refits:
+        return healing
+    why = (
+        f"the weights of models of type {family.model_type!r} cannot be fitted again: what their layers are made of is "
+    )
+    if healing.way != AUTO:
+        raise InputError(f"{why}not known, so give `heal` patch or none")
+    log.note(f"{why}not known (docs/add/family.md), so `heal` auto stands for patch here")
+    return Healing("patch", healing.fit)
 
 
 def heal(

@@ -17,6 +17,7 @@ from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed
+from linearpatch_kernels.modeling.families import check_layers_are_known, family_of
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
@@ -25,7 +26,7 @@ from linearpatch_kernels.pruning.fits import AUTO
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
-from linearpatch_kernels.recipes.healing import Healing, asked, check_can_be_healed, heal, refit_in_words, told
+from linearpatch_kernels.recipes.healing import Healing, asked, heal, possible, refit_in_words, told
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -223,8 +224,10 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     with log.stage("load the model"):
         source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
-        check_can_be_healed(source, healing)
+    healing = possible(healing, source, log)
     removal.check(source.num_layers)
+    if removal.searches:
+        check_layers_are_known(family_of(source.config))
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)
         check_rank(rank, source.hidden_size, [healing.fit], settings.score)
