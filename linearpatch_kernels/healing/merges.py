@@ -20,6 +20,7 @@ from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, norm_eps, num_layers, sublayers
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
 from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch, needs_normed_moments
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -29,7 +30,7 @@ REFIT_WINDOWS = 4
 
 # Nothing else is judged on the windows that choose the ridge, so what is kept is fitted on them, too; and the products
 # are what they were in 0.1.0, whose results stay.
-_SETTINGS = RefitSettings(precision=torch.float64, on_all=True)
+_SETTINGS = RefitSettings(shrinkage=SHRINKAGE, precision=torch.float64, on_all=True)
 
 
 @own_state()

@@ -144,12 +144,16 @@ class PatchedPreTrained:
         Path(save_directory, "modeling_linearpatch.py").write_text(self.own_code(), encoding="utf-8")
 
 
+# What configs call the activation in the feed-forward half.
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act", "afn")
+
+
 def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any) -> Any:
     """The stock config with a record of the joints, and a file that no stock class takes for its own."""
-    names, written = ("hidden_activation", "hidden_act", "activation_function"), stock_config().to_dict()
-    # On disk the activation is masked: a stock class does not know one of this name and says so, instead of loading
-    # the layers without their patches. (Where the config names none, nothing says so.)
-    activation = next((name for name in names if isinstance(written.get(name), str)), "")
+    written = stock_config().to_dict()
+    # On disk the activation is masked, or the dtype where the config names none: a stock class does not know one of
+    # this name and says so, instead of loading the layers without their patches.
+    masked = next((name for name in _ACTIVATIONS if isinstance(written.get(name), str)), "dtype")
     mask = " (some layers are patched: `import linearpatch_kernels.modeling`, or pass trust_remote_code=True)"
 
     class Config(stock_config):
@@ -172,8 +176,9 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
                     "which chooses the class by the type"
                 )
             entries["model_type"] = self.model_type
-            if isinstance(entries.get(activation), str):
-                entries[activation] = entries[activation].removesuffix(mask)
+            for name in (masked, "torch_dtype") if masked == "dtype" else (masked,):
+                if isinstance(entries.get(name), str):
+                    entries[name] = entries[name].removesuffix(mask)
             # What the names of Transformers 5 say, its classes have; those of 4 know the old names only.
             entries = one_form(entries, new=hasattr(stock_config, "rope_parameters"))
             # These two belong to the class.
@@ -182,8 +187,8 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
 
         def to_dict(self) -> dict[str, Any]:
             entries = super().to_dict()
-            masked = {activation: entries[activation] + mask} if activation else {}
-            return {**entries, **masked, "auto_map": dict(self.auto_map)}
+            # A model that was made in memory may have no dtype to mask.
+            return {**entries, masked: f"{entries.get(masked) or 'float32'}{mask}", "auto_map": dict(self.auto_map)}
 
         def to_json_string(self, use_diff: bool = True) -> str:
             entries = both_forms(json.loads(super().to_json_string(use_diff)))

@@ -17,6 +17,7 @@ from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.merging.merge import check_mergeable
 from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.nn import DensePatch, LowRankPatch
 from linearpatch_kernels.span import Span
 from tests.support.field import text_file
@@ -158,6 +159,17 @@ def test_a_patched_twin_loads_where_the_package_is_not_imported(name: str, tmp_p
     (tmp_path / "alone.py").write_text(ALONE)
     printed = run_program(tmp_path / "alone.py", tmp_path / "made", HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert printed.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "nemotron_h", "openai-gpt", "bloom", "lfm2"])
+def test_a_stock_class_never_loads_a_twin_without_its_patches(name: str, tmp_path: Path) -> None:
+    """Of the last two the config names no activation."""
+    model = tiny_decoder(name)
+    patched_model(model, {2: LowRankPatch(64, 2)}).save_pretrained(tmp_path)
+    # Each class says in its own way that it does not know the name.
+    with pytest.raises((KeyError, AttributeError, ValueError), match="some layers are patched"):
+        type(model).from_pretrained(tmp_path)
+    assert ModelSource(tmp_path, device="cpu").load().dtype == model.dtype
 
 
 def patch() -> DensePatch:
