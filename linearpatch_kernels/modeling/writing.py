@@ -103,7 +103,8 @@ def _written(model: PreTrainedModel, tokenizer: Any, front: list[int], length: i
     """Token ids [B, T] behind what stands in front; -1 behind the end of a text."""
     device = model.get_input_embeddings().weight.device
     special = set(tokenizer.all_special_ids)
-    words = torch.tensor([one for one in range(min(len(tokenizer), model.config.vocab_size)) if one not in special])
+    ids_known = range(min(len(tokenizer), model.config.vocab_size))
+    words = torch.tensor([one for one in ids_known if one not in special], dtype=torch.long)
     settings = model.generation_config
     ends = {one for one in [*_listed(settings.eos_token_id), *_listed(tokenizer.eos_token_id)] if one is not None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)

@@ -224,8 +224,8 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     with log.stage("load the model"):
         source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
-    healing = possible(healing, source, log)
     removal.check(source.num_layers)
+    healing = possible(healing, source, log)
     if removal.searches:
         check_layers_are_known(family_of(source.config))
     with log.stage("tokenise"):
