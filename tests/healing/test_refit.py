@@ -81,7 +81,8 @@ def test_it_comes_nearer_to_the_dense_model_on_other_text(family: str) -> None:
     dense = tiny_model(family)
     student = student_of(dense)
     before = state(student), state(dense)
-    result = refit(dense, student, STEPS, FIT, HELD)
+    # Of Gemma only what reads the stream is fitted: with less of it, less shows.
+    result = refit(dense, student, STEPS, FIT, HELD, settings=RefitSettings(shrinkage=0.75))
     assert error_at_the_end(result.model, dense) < 0.9 * error_at_the_end(student, dense)
     assert type(result.model) is type(dense)
     assert result.model.config.num_hidden_layers == len(KEPT)
