@@ -19,7 +19,8 @@ from benchmarks.publish.results import RESULTS, Table, load
 # Written by tools with a form of their own.
 OWN_FORM = ("gpu-", "matrix")
 NAMES = [file.stem for file in sorted(RESULTS.glob("*.json")) if not file.stem.startswith(OWN_FORM)]
-PAGES = ["README.md", *(f"docs/results/{name}.md" for name in ("cpu", "distillation", "gpu", "merging", "pruning"))]
+_RESULTS = ("cpu", "distillation", "gpu", "healing", "merging", "pruning")
+PAGES = ["README.md", *(f"docs/results/{name}.md" for name in _RESULTS)]
 
 
 @pytest.mark.parametrize("name", PAGES)
