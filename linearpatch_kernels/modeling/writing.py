@@ -113,6 +113,8 @@ def _written(model: PreTrainedModel, tokenizer: Any, front: list[int], length: i
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        # What is left out here, the model's own settings decide.
+        repetition_penalty=1.0,
         max_length=length,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
