@@ -36,6 +36,7 @@ from linearpatch_kernels.records import Registry
 from linearpatch_kernels.torch_internals import accelerate_hook
 
 PATCHED_PREFIX = "linearpatch_"
+PATCHED_CLASS = "LinearPatch"
 
 # A merge adds a level at most, and models have fewer layers than that.
 _DEEPEST_NODE = 300
@@ -106,6 +107,16 @@ class Family:
     def is_recorded(self) -> bool:
         """Whether there is a record, or the family is what Transformers says of the model type and no more."""
         return self.modules is not None and self.per_layer is not None
+
+
+def twin_name(stock: Any, stock_config: Any) -> str:
+    """What the patched class of a stock one is called, in the family of a config.
+
+    Types of models may share a class: InternLM3 is a ``LlamaForCausalLM`` with another config. Of those that did not
+    bring the class along, the name has the config's in it.
+    """
+    brought = stock.__module__.rpartition(".")[0] == stock_config.__module__.rpartition(".")[0]
+    return PATCHED_CLASS + ("" if brought else stock_config.__name__.removesuffix("Config")) + stock.__name__
 
 
 # Configs of the halves of a layer. One that has others is of a model that reads more than text, or has more than one
@@ -211,6 +222,10 @@ def _unrecorded(model_type: str) -> Family | None:
     if model_type not in CONFIG_MAPPING:
         return None
     config_class = CONFIG_MAPPING[model_type]
+    # GPT-SW3 is GPT-2 by another name.
+    model_type = config_class.model_type
+    if model_type in STOCK_FAMILIES:
+        return STOCK_FAMILIES[model_type]
     mapped = [mapping.get(config_class, None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
     decoder_class, causal_lm_class = (one[0] if isinstance(one, tuple) else one for one in mapped)
     single = config_class.sub_configs.keys() <= _OF_LAYERS and not config_class.is_encoder_decoder

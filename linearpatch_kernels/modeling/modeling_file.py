@@ -14,7 +14,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 
-from linearpatch_kernels.modeling.families import Family
+from linearpatch_kernels.modeling.families import Family, twin_name
 
 _PACKAGE = "linearpatch_kernels"
 _OPERATOR = ("linearpatch_kernels.ops.hadamard_patch", "hadamard_patch")
@@ -164,6 +164,6 @@ def modeling_source(family: Family) -> str:
         operator_module=_OPERATOR[0],
         operator=_OPERATOR[1],
         reference=_REFERENCE[1],
-        names=", ".join(f"LinearPatch{cls.__name__}" for cls in stock),
+        names=", ".join(twin_name(cls, family.config_class) for cls in stock),
         classes=",\n    ".join(cls.__name__ for cls in stock),
     )

@@ -32,6 +32,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
 from linearpatch_kernels.modeling.cut import rebuild
 from linearpatch_kernels.modeling.families import (
+    PATCHED_CLASS,
     STOCK_FAMILIES,
     Family,
     decoder,
@@ -39,6 +40,7 @@ from linearpatch_kernels.modeling.families import (
     embedding,
     family_of,
     num_layers,
+    twin_name,
 )
 from linearpatch_kernels.modeling.modeling_file import modeling_source
 from linearpatch_kernels.nn import Patch, PatchChain, build_chain, check_descriptions
@@ -159,7 +161,7 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
     class Config(stock_config):
         model_type = f"linearpatch_{stock_config.model_type}"
         auto_map = {  # noqa: RUF012 - the configs of Transformers are dataclasses: an annotation would make it a field
-            auto_class: f"modeling_linearpatch.LinearPatch{stock_class.__name__}"
+            auto_class: f"modeling_linearpatch.{twin_name(stock_class, stock_config)}"
             for auto_class, stock_class in (
                 ("AutoConfig", stock_config),
                 ("AutoModel", stock_decoder),
@@ -219,15 +221,15 @@ def patched_layer(stock_layer: Any) -> Any:
             # Some layers return a tuple; before Transformers 5, also Gemma's.
             return (self.output_patch(output[0]), *output[1:]) if type(output) is tuple else self.output_patch(output)
 
-    _name(Layer, stock_layer)
+    _name(Layer, PATCHED_CLASS + stock_layer.__name__)
     _PATCHED_LAYERS[stock_layer] = Layer
     return Layer
 
 
-def _name(patched: Any, stock: Any) -> None:
-    patched.__name__ = patched.__qualname__ = "LinearPatch" + stock.__name__
+def _name(patched: Any, name: str) -> None:
+    patched.__name__ = patched.__qualname__ = name
     # A pickle names classes by their place in a module.
-    globals()[patched.__name__] = patched
+    globals()[name] = patched
 
 
 def _attach(stack: Any) -> None:
@@ -249,7 +251,7 @@ def _attach(stack: Any) -> None:
 def patched_classes(
     stock_config: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
 ) -> tuple[Any, Any, Any]:
-    """The config, decoder and causal LM of a patched family, named ``LinearPatch`` + the stock name.
+    """The config, decoder and causal LM of a patched family, named as `twin_name` says.
 
     The stock constructors build the model, of which some layers are then made patched ones.
 
@@ -261,7 +263,7 @@ def patched_classes(
 
     class Decoder(PatchedPreTrained, stock_decoder):
         config_class = Config
-        _no_split_modules = [*whole, *("LinearPatch" + name for name in whole)]  # noqa: RUF012 - as in the stock class
+        _no_split_modules = [*whole, *(PATCHED_CLASS + name for name in whole)]  # noqa: RUF012 - as in the stock class
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -287,7 +289,7 @@ def patched_classes(
     }
     for patched, base in stock.items():
         patched.stock_class = base
-        _name(patched, base)
+        _name(patched, twin_name(base, stock_config))
     for patched in (Decoder, CausalLM):
         patched.own_code = staticmethod(own_code)
     return Config, Decoder, CausalLM

@@ -6,6 +6,7 @@ What was found: "Can't pickle ... LinearPatchLlamaDecoderLayer: attribute lookup
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import io
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, family_of
 from linearpatch_kernels.modeling.modeling_file import modeling_source
-from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, patched_model
+from linearpatch_kernels.modeling.patched import PATCHED_CLASSES, patched_model, twin_of
 from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.nn import HadamardPatch, LowRankPatch
 from tests.support.field import IDS, tiny
@@ -59,6 +62,18 @@ def test_everything_of_a_patched_family_pickles(family: str) -> None:
     for made in (*PATCHED_CLASSES[family], type(model.model.layers[2])):
         assert pickle.loads(pickle.dumps(made)) is made
         assert getattr(sys.modules[made.__module__], made.__qualname__) is made
+
+
+def test_no_twin_takes_the_name_of_another() -> None:
+    """InternLM3 is a ``LlamaForCausalLM`` with another config, GPT-SW3 is GPT-2 in everything."""
+    made = {}
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        with contextlib.suppress(InputError):  # more than text
+            made[name] = twin_of(family_of(name))
+    for name, twin in made.items():
+        assert [pickle.loads(pickle.dumps(one)) for one in twin] == [*twin], name
+    assert made["gpt-sw3"] == made["gpt2"]
+    assert len(made) > 2 * len(STOCK_FAMILIES)
 
 
 def test_a_pickled_model_loads_in_a_process_that_has_not_imported_the_package(tmp_path: Path) -> None:
