@@ -29,8 +29,8 @@ from linearpatch_kernels.demo_data import MIX_SHARES, demo_mix, demo_model_path,
 from linearpatch_kernels.evaluation.agreement import compare_quality, healed_share
 from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.cost import cost_of_healing
-from linearpatch_kernels.healing.refit import RefitSettings
 from linearpatch_kernels.healing.search import Search
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.modeling.loading import load_model
@@ -118,7 +118,9 @@ def healed(
     taken, peak = time.perf_counter() - begin, peak_memory() - before
     for row in result.rows:
         if row.before is not None and row.after is not None:
-            print(f"    {row.layer:3} {row.part:17} ridge {row.ridge}: {row.before:.4f} -> {row.after:.4f}", flush=True)
+            absorbed = f", {row.absorbed} neurons of removed layers" if row.absorbed else ""
+            change = f"{row.before:.4f} -> {row.after:.4f}"
+            print(f"    {row.layer:3} {row.part:17} ridge {row.ridge}: {change}{absorbed}", flush=True)
     print(f"    expected: {told.bytes / 1e9:.2f} GB, {told.seconds:.0f} s; was: {peak / 1e9:.2f} GB, {taken:.0f} s")
     return result.model
 
@@ -177,6 +179,7 @@ def main() -> None:
 
     nothing = ("", "")
     parts = [float(part) for part in options.shrinkage.split(",")]
+    neurons = [int(count) for count in options.neurons.split(",")]
     add({("", "", "", "dense"): (dense, nothing), ("", "", options.spans, "plain removal"): (dropped, nothing)})
     for text, count in itertools.product(options.text.split(","), map(int, options.windows.split(","))):
         fit, held = calibration(dense, tokenizer, text, count, kept_back)
@@ -187,14 +190,16 @@ def main() -> None:
             removed = searched(dense, options.score, sum(span.length for span in spans), fit, held)
             print(f"found {','.join(map(str, removed))} in {time.perf_counter() - begin:.0f} s", flush=True)
         made: dict[tuple[str, ...], tuple[PreTrainedModel, tuple[str, str]]] = {}
-        for method, part in itertools.product(options.methods.split(","), parts):
+        for method, part, others in itertools.product(options.methods.split(","), parts, neurons):
             kind, refits = METHODS[method]
-            settings = RefitSettings(behind=options.behind, shrinkage=part)
+            settings = RefitSettings(behind=options.behind, shrinkage=part, neurons=others)
             begin, cpu = time.perf_counter(), time.process_time()
             plan = plan_of(dense, removed, kind, fit)
             model = healed(dense, plan, fit, held, settings) if refits else apply_plan(dense, plan)
             took = f"{time.perf_counter() - begin:.0f} s", f"{time.process_time() - cpu:.0f} s"
             name = f"{method}, {part:g} of a change" if len(parts) > 1 else method
+            if len(neurons) > 1:
+                name += f", {others} neurons weighed" if others else ", its own neurons"
             made[text, str(len(fit)), ",".join(map(str, removed)), name] = model, took
         add(made)
     print(f"\n{markdown(columns, rows)}")
@@ -210,6 +215,9 @@ def _options() -> argparse.Namespace:
     arguments.add_argument("--behind", type=int, default=3)
     arguments.add_argument(
         "--shrinkage", default=f"{RefitSettings.shrinkage}", help="the part of a refit's change; several with commas"
+    )
+    arguments.add_argument(
+        "--neurons", default=f"{RefitSettings.neurons}", help="of the removed layers that are weighed; several, too"
     )
     add_option(arguments)
     options = arguments.parse_args()

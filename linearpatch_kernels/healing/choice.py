@@ -15,12 +15,12 @@ from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import PLAIN, Run, Stream
 from linearpatch_kernels.healing.refit import (
     RefitRow,
-    RefitSettings,
     Step,
     dense_stream,
     refit,
     steps_of_cut,
 )
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import AUTO, HEALS, Heal
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.pruning.apply import apply_plan

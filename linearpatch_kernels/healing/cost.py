@@ -14,7 +14,7 @@ from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run
 from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
-from linearpatch_kernels.healing.refit import RefitSettings
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import Heal
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, sublayers
 from linearpatch_kernels.pruning.plan import PrunePlan

@@ -40,19 +40,27 @@ class NormalEquations:
         return float(self.error - 2 * (change.T * self.cross).sum() + (change @ self.gram * change).sum())
 
     def solution(self, ridge: float) -> Tensor:
-        """The D that minimises ``sum w |r - D a|^2 + ridge * sum_c gram_cc |D_c|^2``, D_c its columns.
+        """The D that minimises ``sum w |r - D a|^2 + ridge * sum_c gram_cc |D_c|^2``, D_c its columns."""
+        solution: Tensor = torch.cholesky_solve(self.cross, self.factor(ridge))
+        return solution.T
+
+    def factor(self, ridge: float) -> Tensor:
+        """The lower Cholesky factor of ``gram + ridge * diag(gram)``, [n, n].
 
         The ridge is relative to each input's own second moment, so that its strength does not depend on units.
+
+        Raises:
+            InputError: the sums are not finite, or too large.
         """
         own = self.gram.diagonal().clamp_min(_EPSILON * float(self.gram.diagonal().max()) or _EPSILON)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag(ridge * own))
         if int(failed) or not bool(torch.isfinite(self.cross).all()):
             raise InputError(
                 "the refit has no solution: activations on the calibration text are not finite or too large; give "
                 "other text, or load the model in float32"
             )
-        solution: Tensor = torch.cholesky_solve(self.cross, factor)
-        return solution.T
+        return factor
 
 
 class RunningSums:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import joint_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, Run, Stream, residual_stream
-from linearpatch_kernels.healing.refit import Refit, RefitRow, RefitSettings, Step, refit, refit_output, steps_of
+from linearpatch_kernels.healing.refit import Refit, RefitRow, Step, refit, refit_output, steps_of
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.cut import keep_layers

@@ -8,12 +8,9 @@ what the removed layers would have written (`docs/guide/heal.md` has the formula
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,9 +18,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
-from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
-from linearpatch_kernels.healing.ways import BEHIND
+from linearpatch_kernels.forward import PLAIN, Run, Stream, check_windows
+from linearpatch_kernels.healing.absorption import absorb, can_absorb
+from linearpatch_kernels.healing.activations import (
+    Sums,
+    Tokens,
+    behind_attention,
+    entering_and_leaving,
+    entering_modules,
+    lacking,
+)
+from linearpatch_kernels.healing.least_squares import RidgeChoice, choose_ridge
+from linearpatch_kernels.healing.settings import RefitSettings
+from linearpatch_kernels.merging.merge import set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 from linearpatch_kernels.processes import Processes
@@ -38,36 +45,6 @@ _EPSILON = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class RefitSettings:
-    """How much is fitted again, and how far.
-
-    Attributes:
-        behind: layers behind a joint.
-        shrinkage: the part of a change that is kept: the rest is what the change would do wrong on other text.
-        ridges: those tried, each relative to an input's own second moment.
-        precision: of the products that the moments are sums of: float32, or the slower float64.
-        on_all: whether a change is fitted on the held-out windows, too, once they have chosen its ridge: more text,
-            where nothing else is judged on them.
-    """
-
-    behind: int = BEHIND
-    # docs/results/healing.md: on text like the calibration's as good as three quarters, on text of another kind better.
-    shrinkage: float = 0.6
-    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    precision: torch.dtype = torch.float32
-    on_all: bool = False
-
-    def __post_init__(self) -> None:
-        if self.behind < 0 or not 0 <= self.shrinkage <= 1:
-            raise InputError(
-                f"behind={self.behind}, shrinkage={self.shrinkage}: give a number of layers from 0 on and a part from "
-                "0 to 1"
-            )
-        if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
-            raise InputError(f"ridges={self.ridges}: give at least one, each above 0")
-
-
-@dataclasses.dataclass(frozen=True)
 class Step:
     """One layer to fit again: layer ``index`` of the student.
 
@@ -75,11 +52,13 @@ class Step:
         stands_for: the layer of the dense model whose input, middle and output the student's are to be; None: only
             what leaves the layer has a target.
         leaves_at: the depth of the dense model whose stream is to leave the layer.
+        removed: the layers of the dense model between this one and that depth, whose neurons it may take over.
     """
 
     index: int
     stands_for: int | None
     leaves_at: int
+    removed: Span | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +71,7 @@ class RefitRow:
         before, after: the error per token on the held-out windows, of an output relative to |target|^2; None where
             nothing was fitted.
         why: then the reason.
+        absorbed: neurons that the removed layers gave.
     """
 
     layer: int
@@ -101,6 +81,7 @@ class RefitRow:
     before: float | None
     after: float | None
     why: str = ""
+    absorbed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +119,8 @@ def steps_of(stands_for: Sequence[Span], layers: int, behind: int, *, in_front: 
             continue
         if in_front and index >= 0:
             whole = steps[index].stands_for if index in steps else None
-            steps[index] = Step(index, whole, following.start)
+            removed = Span(own.end, following.start) if own.length == 1 else None
+            steps[index] = Step(index, whole, following.start, removed)
         for later in range(index + 1, min(index + 1 + behind, len(stands_for))):
             if stands_for[later].length == 1:
                 steps[later] = Step(later, *stands_for[later])
@@ -289,12 +271,12 @@ def refit_output(
         entering, leaving: per window [T, d] what enters the layer, and what should leave it; the last ``held`` choose
             the ridge.
     """
-    layer = _Layer(model, index, _Sums(len(entering) - held, Processes()), settings)
+    layer = _Layer(model, index, Sums(len(entering) - held, Processes()), settings)
     with evaluation_mode(model):
         return layer.output("feed-forward-out", entering, leaving)
 
 
-def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, _Sums]:
+def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, Sums]:
     """This process's windows, those to fit on first, and how what is computed of them is added up."""
     if min(len(fit), len(held)) < processes.count:
         raise InputError(
@@ -307,82 +289,13 @@ def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, _Su
         windows[slice(*(len(windows) * rank // processes.count for rank in (processes.rank, processes.rank + 1)))]
         for windows in (fit, held)
     ]
-    return torch.cat(mine), _Sums(len(mine[0]), processes)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-    """What the sums of all processes come to; the first ``fit`` windows of this one are to fit on."""
-
-    fit: int
-    processes: Processes
-
-    def of(self, tokens: Iterable[_Tokens], precision: torch.dtype) -> tuple[NormalEquations, NormalEquations]:
-        """Of the windows to fit on and of those held out, from what is to be fitted on each window."""
-        running: list[RunningSums] = []
-        for index, (a, r, weight) in enumerate(tokens):
-            if index in (0, self.fit):
-                running.append(RunningSums(a.shape[-1], r.shape[-1], a.device, precision))
-            running[-1].add(a, r, weight)
-        gathered: list[list[NormalEquations]] = self.processes.gather([one.total() for one in running])
-        fit, held = (functools.reduce(operator.add, parts) for parts in zip(*gathered, strict=True))
-        return fit, held
-
-
-# Inputs a [T, n] of a map, what its output lacks r [T, d], and weights [T] (None: 1).
-_Tokens = tuple[Tensor, Tensor, Tensor | None]
-
-
-class _Enough(Exception):
-    """Ends a run of a layer once what was wanted of it is there."""
-
-
-def _entering(
-    model: PreTrainedModel, index: int, paths: Sequence[str], states: Iterable[Tensor]
-) -> Iterator[list[Tensor]]:
-    """What enters modules of a layer, in the order in which they run, [T, n] each, per window; no more of it is run."""
-    run = PartialRun(model, index, index + 1)
-    layer = decoder_layers(model)[index]
-    seen: list[Tensor] = []
-
-    def look(entered: Tensor) -> None:
-        seen.append(entered[0])
-        if len(seen) == len(paths):
-            raise _Enough
-
-    with entering([(layer.get_submodule(path), look) for path in paths]):
-        for state in states:
-            seen.clear()
-            with contextlib.suppress(_Enough):
-                run(state.unsqueeze(0))
-            yield list(seen)
-
-
-def _entering_and_leaving(
-    model: PreTrainedModel, index: int, path: str, states: Iterable[Tensor]
-) -> Iterator[list[Tensor]]:
-    """What enters a module of a layer, and what leaves the layer, per window."""
-    run = PartialRun(model, index, index + 1)
-    seen: list[Tensor] = []
-    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(entered[0]))]):
-        for state in states:
-            leaving = run(state.unsqueeze(0))[0]
-            yield [seen.pop(), leaving]
-
-
-def _behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> list[Tensor]:
-    """Run layer ``index`` over a stream that is there, and give the stream behind its attention: W tensors [T, d]."""
-    middle: list[Tensor] = []
-    norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
-    with entering([(norm, lambda state: middle.append(state[0]))]):
-        stream.advance(model, index + 1)
-    return middle
+    return torch.cat(mine), Sums(len(mine[0]), processes)
 
 
 class _Layer:
     """The fits of one layer of the student."""
 
-    def __init__(self, student: PreTrainedModel, index: int, sums: _Sums, settings: RefitSettings) -> None:
+    def __init__(self, student: PreTrainedModel, index: int, sums: Sums, settings: RefitSettings) -> None:
         self._student, self._index = student, index
         self._sums, self._settings = sums, settings
         self._module = decoder_layers(student)[index]
@@ -394,24 +307,49 @@ class _Layer:
         stands_for, leaves_at = step.stands_for, step.leaves_at
         if stands_for is None:
             wanted.advance(dense, leaves_at)
-            return [self.output("feed-forward-out", found.states, wanted.states)]
+            return [self._leaving(dense, step, found.states, wanted.states)]
         wanted.advance(dense, stands_for)
         # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
-        normed = (seen for (seen,) in _entering(dense, stands_for, [attention.inputs[0].projection], wanted.states))
+        first = attention.inputs[0].projection
+        normed = (seen for (seen,) in entering_modules(dense, stands_for, [first], wanted.states))
         rows = [self._input("attention-in", attention, found.states, normed)]
-        middle = _behind_attention(dense, stands_for, wanted)
+        middle = behind_attention(dense, stands_for, wanted)
         rows.append(self.output("attention-out", found.states, middle))
         norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
         rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
         del middle
         wanted.advance(dense, leaves_at)
-        rows.append(self.output("feed-forward-out", found.states, wanted.states))
+        rows.append(self._leaving(dense, step, found.states, wanted.states))
         return rows
+
+    def _leaving(
+        self, dense: PreTrainedModel, step: Step, states: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> RefitRow:
+        """What the feed-forward writes: a change of the projection back, or other neurons, where that does better."""
+        half = sublayers(self._student)[1]
+        if step.removed is None or not can_absorb(self._module, half, self._settings):
+            return self.output("feed-forward-out", states, targets)
+        givers = list(decoder_layers(dense)[slice(*step.removed)])
+        found = absorb(self._student, self._index, givers, states, targets, self._sums, self._settings)
+        if isinstance(found, RidgeChoice):
+            return self._taken("feed-forward-out", (half.output.projection,), found, of_input=False)
+        for path, value in found.parameters.items():
+            set_parameter(self._module, path, value)
+        changed = tuple(dict.fromkeys([*(heads.projection for heads in half.inputs), half.output.projection]))
+        return RefitRow(
+            self._index,
+            "feed-forward-out",
+            changed,
+            found.ridge,
+            found.before,
+            found.after,
+            absorbed=found.count,
+        )
 
     def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
         projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = _entering(self._student, self._index, projections[:1], states)
+        normed = entering_modules(self._student, self._index, projections[:1], states)
         choice = self._choice(
             (n, self._precise(target.to(n.device)) - self._precise(n), None)
             for (n,), target in zip(normed, targets, strict=True)
@@ -428,18 +366,14 @@ class _Layer:
             return RefitRow(self._index, part, (), None, None, None, why)
         if part == "attention-out":
             # What enters the norm behind is the stream there; the feed-forward need not run.
-            pairs = _entering(self._student, self._index, [path, feed_forward.norm], states)
+            pairs = entering_modules(self._student, self._index, [path, feed_forward.norm], states)
         else:
-            pairs = _entering_and_leaving(self._student, self._index, path, states)
+            pairs = entering_and_leaving(self._student, self._index, path, states)
 
-        def tokens() -> Iterator[_Tokens]:
-            for (a, has), target in zip(pairs, targets, strict=True):
-                y = self._precise(target.to(has.device))
-                yield a, y - self._precise(has), 1 / y.square().sum(-1).clamp_min(_EPSILON)
+        choice = self._choice(lacking(pairs, targets, self._settings.precision))
+        return self._taken(part, (path,), choice, of_input=False)
 
-        return self._taken(part, (path,), self._choice(tokens()), of_input=False)
-
-    def _choice(self, tokens: Iterable[_Tokens]) -> RidgeChoice:
+    def _choice(self, tokens: Iterable[Tokens]) -> RidgeChoice:
         settings = self._settings
         fit, held = self._sums.of(tokens, settings.precision)
         return choose_ridge(fit, held, settings.ridges, settings.shrinkage, on_all=settings.on_all)
@@ -461,10 +395,15 @@ class _Layer:
 
 
 def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
-    """The weights that a step may change, by their names in the model."""
+    """The parameters that a step may change, by their names in the model."""
     layer = decoder_layers(model)[step.index]
-    paths = {layer.get_submodule(one) for half in sublayers(model) for one in _projections(half)}
-    return {f"{name}.weight": module.weight for name, module in model.named_modules() if module in paths}
+    modules = {layer.get_submodule(path) for half in sublayers(model) for path in (half.norm, *_projections(half))}
+    return {
+        f"{place}.{name}": parameter
+        for place, module in model.named_modules()
+        if module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _projections(half: Sublayer) -> list[str]:
@@ -472,8 +411,7 @@ def _projections(half: Sublayer) -> list[str]:
 
 
 def _assign(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    module: Any = model.get_submodule(name.removesuffix(".weight"))
-    weight = module.weight
-    if weight.shape != value.shape:
+    shape = model.get_parameter(name).shape
+    if shape != value.shape:
         raise InputError(f"{name} of an earlier refit has the shape {list(value.shape)}: delete it and refit again")
-    module.weight = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)
+    set_parameter(model, name, value)

@@ -16,7 +16,8 @@ from linearpatch_kernels.calibration import block_influence
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run, Stream, residual_stream
-from linearpatch_kernels.healing.refit import RefitSettings, dense_stream, refit, steps_of_cut
+from linearpatch_kernels.healing.refit import dense_stream, refit, steps_of_cut
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import num_layers
 from linearpatch_kernels.pruning.scores import check_drop, spans_of_layers

@@ -143,7 +143,7 @@ def merge_layers(model: PreTrainedModel, merge: Merge) -> PreTrainedModel:
     target = decoder_layers(shallower)[start]
     for half in halves:
         for path, value in _merged_half(half, sources, merge).items():
-            _assign(target, path, value)
+            set_parameter(target, path, value)
     shallower.config.linearpatch_merge_tree = [*tree[:start], tree[start:end], *tree[end:]]
     return shallower
 
@@ -176,24 +176,13 @@ def _check_units(half: Sublayer, merge: Merge) -> None:
 
 def _merged_half(half: Sublayer, sources: Sequence[nn.Module], merge: Merge) -> dict[str, Tensor]:
     """Path of a parameter in the layer -> its value in the merged layer, float64."""
-    values: dict[str, Tensor] = {}
-    parts: dict[str, list[Tensor]] = {}
-    for heads in half.inputs:
-        for layer, units in zip(sources, merge.units[half.name], strict=True):
-            projection: Any = layer.get_submodule(heads.projection)
-            rows = channel_indices(heads, units, half.units, merge.rule)
-            for name, parameter in projection.named_parameters():
-                taken = parameter[rows.to(parameter.device)].double()
-                if name == "weight" and merge.rule == EXACT:
-                    taken = taken * (half.gain_offset + layer.get_parameter(f"{half.norm}.weight").double())
-                parts.setdefault(f"{heads.projection}.{name}", []).append(taken)
-    # A fused projection holds all units' queries, then all units' keys: the order of `inputs`.
-    values |= {path: torch.cat(rows) for path, rows in parts.items()}
+    given = list(zip(sources, merge.units[half.name], strict=True))
+    values = input_parameters(half, given, merge.rule)
     columns = [
         layer.get_submodule(half.output.projection).get_parameter("weight")[
             :, channel_indices(half.output, units, half.units, merge.rule)
         ]
-        for layer, units in zip(sources, merge.units[half.name], strict=True)
+        for layer, units in given
     ]
     values[f"{half.output.projection}.weight"] = torch.cat(columns, dim=1).double()
     bias = f"{half.output.projection}.bias"
@@ -201,8 +190,38 @@ def _merged_half(half: Sublayer, sources: Sequence[nn.Module], merge: Merge) -> 
         values[bias] = _weighted(sources, bias, merge.weights(half.name))
     for path in half.shared_norms:
         values[f"{path}.weight"] = _averaged(half, path, sources, merge)
-    one = torch.full_like(sources[0].get_parameter(f"{half.norm}.weight"), 1 - half.gain_offset, dtype=torch.float64)
-    values[f"{half.norm}.weight"] = one if merge.rule == EXACT else _averaged(half, half.norm, sources, merge)
+    if merge.rule != EXACT:
+        values[f"{half.norm}.weight"] = _averaged(half, half.norm, sources, merge)
+    return values
+
+
+def input_parameters(
+    half: Sublayer, given: Sequence[tuple[nn.Module, Sequence[int]]], rule: str = EXACT
+) -> dict[str, Tensor]:
+    """What lets a layer read the stream as units of several layers do: path of a parameter -> its value, float64.
+
+    With the rule ``exact``, every unit brings its own layer's norm gain, folded into its rows, and the gain of the norm
+    becomes 1.
+
+    Args:
+        given: layers and the units that they give, in the order in which the new layer has them.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for heads in half.inputs:
+        for layer, units in given:
+            projection: Any = layer.get_submodule(heads.projection)
+            rows = channel_indices(heads, units, half.units, rule)
+            for name, parameter in projection.named_parameters():
+                taken = parameter[rows.to(parameter.device)].double()
+                if name == "weight" and rule == EXACT:
+                    gain = layer.get_parameter(f"{half.norm}.weight").double()
+                    taken = taken * (half.gain_offset + gain.to(taken.device))
+                parts.setdefault(f"{heads.projection}.{name}", []).append(taken)
+    # A fused projection holds all units' queries, then all units' keys: the order of `inputs`.
+    values = {path: torch.cat([rows.to(taken[0].device) for rows in taken]) for path, taken in parts.items()}
+    if rule == EXACT:
+        gain = given[0][0].get_parameter(f"{half.norm}.weight")
+        values[f"{half.norm}.weight"] = torch.full_like(gain, 1 - half.gain_offset, dtype=torch.float64)
     return values
 
 
@@ -232,7 +251,7 @@ def _weighted(sources: Sequence[nn.Module], path: str, weights: Sequence[float])
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(dim=0)
 
 
-def _assign(layer: nn.Module, path: str, value: Tensor) -> None:
+def set_parameter(layer: nn.Module, path: str, value: Tensor) -> None:
     """A new parameter in the place of a shared one."""
     old = layer.get_parameter(path)
     module, _, name = path.rpartition(".")

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import model_logits, residual_stream
-from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, RefitSettings, Step, refit, steps_of, steps_of_cut
+from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, Step, refit, steps_of, steps_of_cut
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.patched import patched_model
@@ -43,7 +44,7 @@ def error_at_the_end(student: PreTrainedModel, dense: PreTrainedModel) -> float:
 
 def test_the_steps_of_a_cut() -> None:
     assert steps_of_cut((0, 1, 4, 5, 6, 7), 8, 3, in_front=True) == [
-        Step(1, None, 4),
+        Step(1, None, 4, Span(2, 4)),
         Step(2, 4, 5),
         Step(3, 5, 6),
         Step(4, 6, 7),
@@ -51,12 +52,12 @@ def test_the_steps_of_a_cut() -> None:
     # With a map at the joint the layer in front stays; two joints side by side share what lies behind them.
     assert steps_of_cut((0, 1, 4, 5, 6, 7), 8, 1, in_front=False) == [Step(2, 4, 5)]
     assert steps_of_cut((0, 2, 4, 5), 6, 2, in_front=True) == [
-        Step(0, None, 2),
-        Step(1, 2, 4),
+        Step(0, None, 2, Span(1, 2)),
+        Step(1, 2, 4, Span(3, 4)),
         Step(2, 4, 5),
         Step(3, 5, 6),
     ]
-    assert steps_of_cut((0, 1), 4, 2, in_front=True) == [Step(1, None, 4)]
+    assert steps_of_cut((0, 1), 4, 2, in_front=True) == [Step(1, None, 4, Span(2, 4))]
     assert steps_of_cut(range(6), 6, 3, in_front=True) == []
     # Nothing lies in front of a joint in front of all layers.
     assert steps_of_cut((2, 3, 4), 5, 2, in_front=True) == [Step(0, 2, 3), Step(1, 3, 4)]
@@ -73,7 +74,7 @@ def test_the_steps_of_a_merge() -> None:
     assert steps_of(two, 6, 1, in_front=True) == [Step(0, None, 2), Step(1, None, 4), Step(2, 4, 5)]
     assert steps_of(two, 6, 1, in_front=False) == [Step(2, 4, 5)]
     # Merged and cut: the layer in front of the joint is the merged one.
-    assert steps_of([Span(0, 2), Span(4, 5)], 6, 1, in_front=True) == [Step(0, None, 4), Step(1, 4, 6)]
+    assert steps_of([Span(0, 2), Span(4, 5)], 6, 1, in_front=True) == [Step(0, None, 4), Step(1, 4, 6, Span(5, 6))]
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -1,0 +1,236 @@
+"""Neurons of removed layers in the place of a layer's own: the choice among both, by least squares.
+
+A feed-forward half is a sum over neurons (`modeling.families.Sublayer`), and any of them can move to another layer. The
+layer in front of a joint is to write what the removed layers would have written, and for that some of their neurons,
+reading the stream that is there, are worth more than the least of its own. Source: ours; the elimination is that of the
+optimal brain surgeon (Hassibi and Stork, 1993), a neuron's outgoing weights at once. It differs from CoMe's choice
+(arXiv 2510.15304), which keeps of every merged layer what is most sensitive and asks nothing about the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearpatch_kernels.healing.activations import Sums, Tokens, entering_and_leaving, entering_modules, lacking
+from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, choose_ridge
+from linearpatch_kernels.healing.settings import RefitSettings
+from linearpatch_kernels.merging.merge import input_parameters, set_parameter
+from linearpatch_kernels.modeling.cut import keep_layers
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+
+# Windows on which the neurons of the removed layers are ranked, at the most: of the few that stay all windows decide.
+_RANKED_ON = 48
+# Of the inputs that are left, what a round of the elimination keeps; then all are weighed again.
+_KEPT_IN_A_ROUND = 0.75
+_EPSILON = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Absorbed:
+    """A feed-forward half some of whose neurons are those of removed layers.
+
+    Attributes:
+        parameters: path in the layer -> value, float64; count: neurons that came from other layers.
+        ridge: the one taken; before, after: the held-out error per token, as of `RidgeChoice`.
+    """
+
+    parameters: dict[str, Tensor]
+    count: int
+    ridge: float
+    before: float
+    after: float
+
+
+def can_absorb(layer: nn.Module, half: Sublayer, settings: RefitSettings) -> bool:
+    """Whether neurons of other layers can take the place of some of this layer's: they bring their norm's gain along,
+    and no norm stands behind them."""
+    norm = [name for name, _ in layer.get_submodule(half.norm).named_parameters()]
+    return settings.neurons > 0 and settings.shrinkage > 0 and half.output_norm is None and norm == ["weight"]
+
+
+@torch.no_grad()
+def absorb(
+    student: PreTrainedModel,
+    index: int,
+    givers: Sequence[nn.Module],
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    sums: Sums,
+    settings: RefitSettings,
+) -> Absorbed | RidgeChoice:
+    """The feed-forward half of layer ``index`` with which the stream that leaves the layer comes nearest to a target.
+
+    Its own neurons are fitted first; of the givers', those that explain most of the rest are weighed beside them
+    (`explained`), and as many as the layer has stay (`choose_inputs`). Where held-out windows do not gain by it, the
+    result is the change of its projection back alone.
+
+    Args:
+        student: not changed; givers: layers of the same kind.
+        states, targets: per window [T, d], what enters the layer, and what should leave it.
+    """
+    half = sublayers(student)[1]
+    path, precision = half.output.projection, settings.precision
+    weight = decoder_layers(student)[index].get_submodule(path).get_parameter("weight").double()
+
+    def own() -> Iterator[Tokens]:
+        return lacking(entering_and_leaving(student, index, path, states), targets, precision)
+
+    alone = choose_ridge(*sums.of(own(), precision), settings.ridges, settings.shrinkage)
+    reader = _Reader(student, index, half)
+    some = [sums.fit * one // min(sums.fit, _RANKED_ON) for one in range(min(sums.fit, _RANKED_ON))]
+    pairs = entering_and_leaving(student, index, path, [states[one] for one in some])
+    rest = list(_left(lacking(pairs, [targets[one] for one in some], precision), alone, settings))
+    worth = [
+        explained(*sums.total(*reader.moments(giver, [states[one] for one in some], rest, precision)))
+        for giver in givers
+    ]
+    del rest
+    most = torch.stack(worth).flatten().topk(min(settings.neurons, half.units, len(givers) * half.units)).indices
+    shortlist = [(int(one) // half.units, int(one) % half.units) for one in most.sort().values]
+    reader.read_as(_given(givers, shortlist))
+
+    def both() -> Iterator[Tokens]:
+        for (a, r, w), b in zip(own(), reader.neurons(states), strict=True):
+            yield torch.cat([a, b], -1), r, w
+
+    wide = torch.cat([weight, weight.new_zeros(len(weight), len(shortlist))], 1)
+    choice = choose_inputs(*sums.of(both(), precision), wide, half.units, settings.ridges, settings.shrinkage)
+    if choice is None or choice.after >= alone.after:
+        return alone
+    kept = choice.inputs.tolist()
+    absorbed = [shortlist[one - half.units] for one in kept if one >= half.units]
+    mine = (decoder_layers(student)[index], [one for one in kept if one < half.units])
+    parameters = input_parameters(half, [mine, *_given(givers, absorbed)])
+    parameters[f"{path}.weight"] = choice.weight
+    return Absorbed(parameters, len(absorbed), choice.ridge, alone.before, choice.after)
+
+
+def _given(givers: Sequence[nn.Module], neurons: Sequence[tuple[int, int]]) -> list[tuple[nn.Module, list[int]]]:
+    """Neurons by giver, from (giver, neuron) in increasing order."""
+    return [(layer, [unit for one, unit in neurons if one == giver]) for giver, layer in enumerate(givers)]
+
+
+def _left(tokens: Iterator[Tokens], alone: RidgeChoice, settings: RefitSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is left per window once the layer's own neurons are fitted, [T, d], times the weights; and these [T, 1]."""
+    whole = None if alone.change is None else (alone.change / settings.shrinkage).T.to(settings.precision)
+    for a, r, weight in tokens:
+        assert weight is not None
+        left = r if whole is None else r - a.to(settings.precision) @ whole
+        yield left * weight.unsqueeze(-1), weight.unsqueeze(-1)
+
+
+class _Reader:
+    """The student's layer with neurons of other layers, on the stream that enters the student's."""
+
+    def __init__(self, student: PreTrainedModel, index: int, half: Sublayer) -> None:
+        self._model, self._index, self._half = keep_layers(student, range(num_layers(student))), index, half
+
+    def read_as(self, given: Sequence[tuple[nn.Module, Sequence[int]]]) -> None:
+        for path, value in input_parameters(self._half, given).items():
+            set_parameter(decoder_layers(self._model)[self._index], path, value)
+
+    def neurons(self, states: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What the neurons give, per window."""
+        return (a for (a,) in entering_modules(self._model, self._index, [self._half.output.projection], states))
+
+    def moments(
+        self,
+        giver: nn.Module,
+        states: Sequence[Tensor],
+        rest: Sequence[tuple[Tensor, Tensor]],
+        precision: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """``sum w a r^T`` [n, d] and ``sum w a^2`` [n] of all neurons of a layer, float64."""
+        self.read_as([(giver, range(self._half.units))])
+        cross = power = torch.zeros((), dtype=torch.float64)
+        for a, (left, weight) in zip(self.neurons(states), rest, strict=True):
+            a = a.to(precision)
+            cross = cross.to(a.device) + a.T @ left
+            power = power.to(a.device) + (a.square() * weight).sum(0)
+        return cross, power
+
+
+@dataclasses.dataclass(frozen=True)
+class InputChoice:
+    """Which inputs of a linear map stay, and the weights that those have.
+
+    Attributes:
+        inputs [n]: their numbers, increasing; weight [d, n].
+        ridge: the one taken; after: the held-out error per token, ``sum w |r|^2`` over the tokens.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    ridge: float
+    after: float
+
+
+def explained(cross: Tensor, power: Tensor) -> Tensor:
+    """How much of a residual each input could explain alone, ``|sum w a r|^2 / sum w a^2``, [n].
+
+    Args:
+        cross [n, d]: ``sum w a r^T``; power [n]: ``sum w a^2``.
+    """
+    return cross.square().sum(-1) / power.clamp_min(_EPSILON * float(power.max()) or _EPSILON)
+
+
+def choose_inputs(
+    fit: NormalEquations, held: NormalEquations, weight: Tensor, count: int, ridges: Sequence[float], kept: float = 1.0
+) -> InputChoice | None:
+    """The ``count`` inputs from which a map does best, and its weights; None where no change does better than none.
+
+    With W the weights before: inputs are given up in rounds, those first whose loss costs least,
+    ``|W_c + D_c|^2 / (gram + ridge)^-1_cc`` with D the solution for those that are left. What stays of the map before
+    (what the inputs given up wrote is fitted on those that stay) is kept whole, and of the change the part ``kept``.
+
+    Args:
+        fit, held: of all N inputs; what the output lacks is measured with ``weight``.
+        weight [d, N]: before, zero for an input that the map does not have yet; float64.
+        ridges: as for `choose_ridge`.
+    """
+    ridge = choose_ridge(fit, held, ridges).ridge
+    if ridge is None:
+        return None
+    inputs = torch.arange(len(fit.gram), device=fit.gram.device)
+    while len(inputs) > count:
+        part, written = _without_the_rest(fit, weight, inputs)
+        factor = part.factor(ridge)
+        whole = torch.cholesky_solve(part.cross + written, factor) + weight[:, inputs].T
+        costs = whole.square().sum(-1) / torch.cholesky_inverse(factor).diagonal()
+        left = max(count, int(_KEPT_IN_A_ROUND * len(inputs)))
+        inputs = inputs[costs.topk(left).indices.sort().values]
+    part, written = _without_the_rest(fit, weight, inputs)
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for ridge in sorted(ridges):
+        factor = part.factor(ridge)
+        old, change = (torch.cholesky_solve(cross, factor).T for cross in (written, part.cross))
+        error = held.error_with(_change_of_all(weight, inputs, old + change))
+        if best is not None and error > best[0]:
+            break
+        best = (error, ridge, old, change)
+    assert best is not None
+    _, ridge, old, change = best
+    partial = old + kept * change
+    after = held.error_with(_change_of_all(weight, inputs, partial)) / max(1, held.tokens)
+    return InputChoice(inputs, weight[:, inputs] + partial, ridge, after)
+
+
+def _without_the_rest(equations: NormalEquations, weight: Tensor, inputs: Tensor) -> tuple[NormalEquations, Tensor]:
+    """Those of some inputs, toward what the output lacks with all; and ``sum w a b^T``, b what the others wrote."""
+    gone = torch.ones(len(equations.gram), dtype=torch.bool, device=inputs.device)
+    gone[inputs] = False
+    rows = equations.gram[inputs]
+    part = NormalEquations(rows[:, inputs], equations.cross[inputs], equations.error, equations.tokens)
+    return part, rows[:, gone] @ weight[:, gone].T
+
+
+def _change_of_all(weight: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
+    """A change of the weights of some inputs, and the end of the others, as one of all, [d, N]."""
+    whole = -weight
+    whole[:, inputs] = change
+    return whole
