@@ -24,7 +24,7 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 
 # Windows on which the neurons of the removed layers are ranked, at the most: of the few that stay all windows decide.
-_RANKED_ON = 48
+RANKED_ON = 48
 # Of the inputs that are left, what a round of the elimination keeps; then all are weighed again.
 _KEPT_IN_A_ROUND = 0.75
 _EPSILON = 1e-12
@@ -82,7 +82,7 @@ def absorb(
 
     alone = choose_ridge(*sums.of(own(), precision), settings.ridges, settings.shrinkage)
     reader = _Reader(student, index, half)
-    some = [sums.fit * one // min(sums.fit, _RANKED_ON) for one in range(min(sums.fit, _RANKED_ON))]
+    some = [sums.fit * one // min(sums.fit, RANKED_ON) for one in range(min(sums.fit, RANKED_ON))]
     pairs = entering_and_leaving(student, index, path, [states[one] for one in some])
     rest = list(_left(lacking(pairs, [targets[one] for one in some], precision), alone, settings))
     worth = [
@@ -100,7 +100,7 @@ def absorb(
 
     wide = torch.cat([weight, weight.new_zeros(len(weight), len(shortlist))], 1)
     choice = choose_inputs(*sums.of(both(), precision), wide, half.units, settings.ridges, settings.shrinkage)
-    if choice is None or choice.after >= alone.after:
+    if choice is None or choice.after >= alone.after or int(choice.inputs[-1]) < half.units:
         return alone
     kept = choice.inputs.tolist()
     absorbed = [shortlist[one - half.units] for one in kept if one >= half.units]
@@ -222,6 +222,8 @@ def choose_inputs(
 
 def _without_the_rest(equations: NormalEquations, weight: Tensor, inputs: Tensor) -> tuple[NormalEquations, Tensor]:
     """Those of some inputs, toward what the output lacks with all; and ``sum w a b^T``, b what the others wrote."""
+    if len(inputs) == len(equations.gram):
+        return equations, torch.zeros_like(equations.cross)
     gone = torch.ones(len(equations.gram), dtype=torch.bool, device=inputs.device)
     gone[inputs] = False
     rows = equations.gram[inputs]

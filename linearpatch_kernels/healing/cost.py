@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run
+from linearpatch_kernels.healing.absorption import RANKED_ON
 from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
 from linearpatch_kernels.healing.settings import RefitSettings
@@ -23,6 +24,8 @@ from linearpatch_kernels.pruning.plan import PrunePlan
 _STREAMS = 3
 # Matrices [n, n] in float64 that a fit holds: the sums of both kinds of windows, one with its ridge, and its factor.
 _SQUARES = 4
+# And where neurons of removed layers are weighed: the sums, and of those that are left the sums, factor and inverse.
+_SQUARES_OF_BOTH = 5
 # Windows to fit on in the two trials that the time is told from; each has one more, held out.
 _TRIALS = (1, 3)
 
@@ -78,21 +81,29 @@ def cost_of_healing(
         begin = _now()
         compare_quality({"dense": dense, **healed}, few, noted=lambda _: None)
         seconds += (_now() - begin) * len(heldout_windows) / run.processes.count
-    refits = any(way.refitted for way in ways)
-    return Cost(memory_of_refit(dense, round(windows), fit_windows.shape[1]) if refits else 0, seconds)
+    if not any(way.refitted for way in ways):
+        return Cost(0, seconds)
+    neurons = (settings or RefitSettings()).neurons if any(way.refitted and way.stock for way in ways) else 0
+    return Cost(memory_of_refit(dense, round(windows), fit_windows.shape[1], neurons), seconds)
 
 
-def memory_of_refit(dense: PreTrainedModel, windows: int, length: int) -> int:
+def memory_of_refit(dense: PreTrainedModel, windows: int, length: int, neurons: int) -> int:
     """Bytes beside the models that `refit` takes for windows [W, T]: their streams, and the moments of a projection.
 
     ``3 W T d`` values of the model's dtype; and, for the n inputs of the widest projection back to the stream,
     ``32 n^2 + 24 n d`` bytes of moments and solutions in float64 and ``8 (n + d)`` bytes for every token of a block.
+    Where up to ``neurons`` of removed layers are weighed beside a layer's own n: ``40 N^2`` for the N of both, and what
+    is left of the stream on the windows on which they are ranked.
     """
     width = hidden_size(dense)
     layer = decoder_layers(dense)[0]
     inputs = max(width, *(_inputs(layer, half.output.projection) for half in sublayers(dense)))
-    streams = _STREAMS * windows * length * width * dense.dtype.itemsize
-    moments = 8 * (_SQUARES * inputs**2 + 3 * inputs * width)
+    held, squares = _STREAMS * windows, _SQUARES
+    if neurons:
+        inputs, squares = inputs + min(inputs, neurons), _SQUARES_OF_BOTH
+        held += min(windows, RANKED_ON)
+    streams = held * length * width * dense.dtype.itemsize
+    moments = 8 * (squares * inputs**2 + 3 * inputs * width)
     block = 8 * min(windows * length, BLOCK_TOKENS + length) * (inputs + width)
     return streams + moments + block
 

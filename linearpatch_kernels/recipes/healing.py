@@ -33,7 +33,7 @@ from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.settings import PruneSettings
 
 _CURE = "it is made again"
-_FORMAT = "linearpatch-refit-1"
+_FORMAT = "linearpatch-refit-2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,10 @@ def refit_in_words(rows: Sequence[RefitRow]) -> list[str]:
     left = dict.fromkeys(row.why for row in rows if row.why)
     layers = ", ".join(map(str, dict.fromkeys(row.layer for row in changed)))
     told = f"Fitted {sum(len(row.projections) for row in changed)} projections of the layers {layers} again."
-    return [*[told] * bool(changed), *(f"Left alone: {why}." for why in left)]
+    absorbed = [
+        f"Layer {row.layer} took over {row.absorbed} neurons of removed layers." for row in rows if row.absorbed
+    ]
+    return [*[told] * bool(changed), *absorbed, *(f"Left alone: {why}." for why in left)]
 
 
 def _identity(plan: PrunePlan, windows: Windows) -> str:

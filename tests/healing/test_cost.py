@@ -9,6 +9,7 @@ import pytest
 from linearpatch_kernels.healing import cost
 from linearpatch_kernels.healing.choice import Healed, Healer
 from linearpatch_kernels.healing.cost import Cost, cost_of_healing, memory_of_refit
+from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.span import Span
@@ -44,7 +45,9 @@ def test_a_refit_is_told_without_being_made() -> None:
     before = {name: one.clone() for name, one in dense.named_parameters()}
     told = cost_of_healing(dense, PLAN, [HEALS["refit"]], FIT, HELD)
     assert told.seconds > 0
-    assert told.bytes == memory_of_refit(dense, 30, 40)
+    assert told.bytes == memory_of_refit(dense, 30, 40, neurons=4096)
+    own = cost_of_healing(dense, PLAN, [HEALS["refit"]], FIT, HELD, settings=RefitSettings(neurons=0))
+    assert own.bytes == memory_of_refit(dense, 30, 40, neurons=0) < told.bytes
     assert all(one.equal(before[name]) for name, one in dense.named_parameters())
     assert cost_of_healing(dense, PLAN, [HEALS["none"]], FIT, HELD).bytes == 0
 
@@ -52,7 +55,9 @@ def test_a_refit_is_told_without_being_made() -> None:
 def test_the_streams_are_the_part_that_grows() -> None:
     dense = tiny_model("llama")
     # Beyond the windows of one block: three streams, 40 tokens, width 48, float32.
-    assert memory_of_refit(dense, 400, 40) - memory_of_refit(dense, 300, 40) == 3 * 100 * 40 * 48 * 4
+    for neurons in (0, 4096):
+        more, less = (memory_of_refit(dense, windows, 40, neurons) for windows in (400, 300))
+        assert more - less == 3 * 100 * 40 * 48 * 4
 
 
 @pytest.mark.parametrize(
