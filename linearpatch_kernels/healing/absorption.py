@@ -77,35 +77,37 @@ def absorb(
     path, precision = half.output.projection, settings.precision
     weight = decoder_layers(student)[index].get_submodule(path).get_parameter("weight").double()
 
-    def own() -> Iterator[Tokens]:
-        return lacking(entering_and_leaving(student, index, path, states), targets, precision)
+    def own(which: Sequence[int]) -> Iterator[Tokens]:
+        pairs = entering_and_leaving(student, index, path, [states[one] for one in which])
+        return lacking(pairs, [targets[one] for one in which], precision)
 
-    alone = choose_ridge(*sums.of(own(), precision), settings.ridges, settings.shrinkage)
+    fit, every = range(sums.fit), range(len(states))
+    some = fit[:: -(-sums.fit // RANKED_ON)]
     reader = _Reader(student, index, half)
-    some = [sums.fit * one // min(sums.fit, RANKED_ON) for one in range(min(sums.fit, RANKED_ON))]
-    pairs = entering_and_leaving(student, index, path, [states[one] for one in some])
-    rest = list(_left(lacking(pairs, [targets[one] for one in some], precision), alone, settings))
-    worth = [
-        explained(*sums.total(*reader.moments(giver, [states[one] for one in some], rest, precision)))
-        for giver in givers
-    ]
-    del rest
+    some_sums, held = Sums(len(some), sums.processes).of(own([*some, *every[sums.fit :]]), precision)
+    rest = list(_left(own(some), choose_ridge(some_sums, held, settings.ridges), precision))
+    entering = [states[one] for one in some]
+    worth = [explained(*sums.total(*reader.moments(giver, entering, rest, precision))) for giver in givers]
+    del some_sums, rest
     most = torch.stack(worth).flatten().topk(min(settings.neurons, half.units, len(givers) * half.units)).indices
     shortlist = [(int(one) // half.units, int(one) % half.units) for one in most.sort().values]
     reader.read_as(_given(givers, shortlist))
 
     def both() -> Iterator[Tokens]:
-        for (a, r, w), b in zip(own(), reader.neurons(states), strict=True):
+        for (a, r, w), b in zip(own(every), reader.neurons(states), strict=True):
             yield torch.cat([a, b], -1), r, w
 
+    all_sums, held = sums.of(both(), precision)
+    mine = torch.arange(half.units, device=weight.device)
+    alone = choose_ridge(all_sums.of(mine), held.of(mine), settings.ridges, settings.shrinkage)
     wide = torch.cat([weight, weight.new_zeros(len(weight), len(shortlist))], 1)
-    choice = choose_inputs(*sums.of(both(), precision), wide, half.units, settings.ridges, settings.shrinkage)
+    choice = choose_inputs(all_sums, held, wide, half.units, settings.ridges, settings.shrinkage)
     if choice is None or choice.after >= alone.after or int(choice.inputs[-1]) < half.units:
         return alone
     kept = choice.inputs.tolist()
     absorbed = [shortlist[one - half.units] for one in kept if one >= half.units]
-    mine = (decoder_layers(student)[index], [one for one in kept if one < half.units])
-    parameters = input_parameters(half, [mine, *_given(givers, absorbed)])
+    stay = (decoder_layers(student)[index], [one for one in kept if one < half.units])
+    parameters = input_parameters(half, [stay, *_given(givers, absorbed)])
     parameters[f"{path}.weight"] = choice.weight
     return Absorbed(parameters, len(absorbed), choice.ridge, alone.before, choice.after)
 
@@ -115,12 +117,12 @@ def _given(givers: Sequence[nn.Module], neurons: Sequence[tuple[int, int]]) -> l
     return [(layer, [unit for one, unit in neurons if one == giver]) for giver, layer in enumerate(givers)]
 
 
-def _left(tokens: Iterator[Tokens], alone: RidgeChoice, settings: RefitSettings) -> Iterator[tuple[Tensor, Tensor]]:
+def _left(tokens: Iterator[Tokens], alone: RidgeChoice, precision: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """What is left per window once the layer's own neurons are fitted, [T, d], times the weights; and these [T, 1]."""
-    whole = None if alone.change is None else (alone.change / settings.shrinkage).T.to(settings.precision)
+    change = None if alone.change is None else alone.change.T.to(precision)
     for a, r, weight in tokens:
         assert weight is not None
-        left = r if whole is None else r - a.to(settings.precision) @ whole
+        left = r if change is None else r - a.to(precision) @ change
         yield left * weight.unsqueeze(-1), weight.unsqueeze(-1)
 
 
@@ -226,9 +228,7 @@ def _without_the_rest(equations: NormalEquations, weight: Tensor, inputs: Tensor
         return equations, torch.zeros_like(equations.cross)
     gone = torch.ones(len(equations.gram), dtype=torch.bool, device=inputs.device)
     gone[inputs] = False
-    rows = equations.gram[inputs]
-    part = NormalEquations(rows[:, inputs], equations.cross[inputs], equations.error, equations.tokens)
-    return part, rows[:, gone] @ weight[:, gone].T
+    return equations.of(inputs), equations.gram[inputs][:, gone] @ weight[:, gone].T
 
 
 def _change_of_all(weight: Tensor, inputs: Tensor, change: Tensor) -> Tensor:

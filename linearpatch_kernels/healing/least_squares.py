@@ -35,6 +35,10 @@ class NormalEquations:
             self.gram + other.gram, self.cross + other.cross, self.error + other.error, self.tokens + other.tokens
         )
 
+    def of(self, inputs: Tensor) -> NormalEquations:
+        """Those of some inputs [m], by their numbers."""
+        return NormalEquations(self.gram[inputs][:, inputs], self.cross[inputs], self.error, self.tokens)
+
     def error_with(self, change: Tensor) -> float:
         """``sum w |r - D a|^2``."""
         return float(self.error - 2 * (change.T * self.cross).sum() + (change @ self.gram * change).sum())
