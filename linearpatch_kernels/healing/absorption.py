@@ -98,7 +98,7 @@ def absorb(
             yield torch.cat([a, b], -1), r, w
 
     all_sums, held = sums.of(both(), precision)
-    mine = torch.arange(half.units, device=weight.device)
+    mine = torch.arange(half.units, dtype=torch.int64, device=weight.device)
     alone = choose_ridge(all_sums.of(mine), held.of(mine), settings.ridges, settings.shrinkage)
     wide = torch.cat([weight, weight.new_zeros(len(weight), len(shortlist))], 1)
     choice = choose_inputs(all_sums, held, wide, half.units, settings.ridges, settings.shrinkage)
@@ -198,7 +198,7 @@ def choose_inputs(
     ridge = choose_ridge(fit, held, ridges).ridge
     if ridge is None:
         return None
-    inputs = torch.arange(len(fit.gram), device=fit.gram.device)
+    inputs = torch.arange(len(fit.gram), dtype=torch.int64, device=fit.gram.device)
     while len(inputs) > count:
         part, written = _without_the_rest(fit, weight, inputs)
         factor = part.factor(ridge)
