@@ -102,6 +102,19 @@ class JointStatistics:
     hadamard_mean_abs_after: Tensor
     moments: Moments | None = None
 
+    def __add__(self, other: JointStatistics) -> JointStatistics:
+        """Those of both texts."""
+        if (self.moments is None) != (other.moments is None):
+            raise InputError("only one of the statistics has second moments: collect them in both")
+        return JointStatistics(
+            self.name,
+            torch.cat([self.mean_abs_before, other.mean_abs_before]),
+            torch.cat([self.mean_abs_after, other.mean_abs_after]),
+            torch.cat([self.hadamard_mean_abs_before, other.hadamard_mean_abs_before]),
+            torch.cat([self.hadamard_mean_abs_after, other.hadamard_mean_abs_after]),
+            None if self.moments is None or other.moments is None else self.moments + other.moments,
+        )
+
     @property
     def width(self) -> int:
         return self.mean_abs_before.shape[-1]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.calibration import JointStatistics, joint_statistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, healed_share
 from linearpatch_kernels.evaluation.notes import Noted, warn
@@ -22,9 +26,12 @@ from linearpatch_kernels.healing.refit import (
 )
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import AUTO, HEALS, Heal
-from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.families import norm_eps, num_layers
+from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.nn import Patch
 from linearpatch_kernels.pruning.apply import apply_plan
-from linearpatch_kernels.pruning.plan import PrunePlan
+from linearpatch_kernels.pruning.fits import DEFAULT_RANK, FITS, UnusableFit, fit_patch, needs_normed_moments
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
@@ -103,7 +110,10 @@ class Healer:
         student = apply_plan(self._dense, its)
         if not way.refitted:
             return Healed(student, its, way)
-        steps = steps_of_cut(its.kept_layers, num_layers(self._dense), self._settings.behind, in_front=way.stock)
+        again = _fitted_again(its) if way.patched else {}
+        steps = steps_of_cut(
+            its.kept_layers, num_layers(self._dense), self._settings.behind, in_front=way.stock or bool(again)
+        )
         if self._stream is None:
             self._stream = dense_stream(self._dense, *self._windows, self._depth, self._run)
         result = refit(
@@ -115,10 +125,49 @@ class Healer:
             stream=self._stream,
             done=done,
             keep=keep,
+            patch_for=functools.partial(self._patch_for, again) if again else None,
             run=self._run,
         )
         its = dataclasses.replace(its, refitted=tuple(step.index for step in steps))
-        return Healed(result.model, its, way, result.rows)
+        return Healed(result.model, _with_patches_of(its, result.model) if again else its, way, result.rows)
+
+    def _patch_for(
+        self, joints: Mapping[int, Joint], where: int, pairs: Iterable[tuple[Tensor, Tensor]]
+    ) -> Patch | None:
+        """The patch of a joint, fitted as the plan's was, on the stream that the student has there."""
+        joint = joints[where]
+        eps = norm_eps(self._dense) if needs_normed_moments(joint.fit) else None
+        mine = joint_statistics(pairs, str(joint.span), eps=eps)
+        every: list[JointStatistics] = self._run.processes.gather(mine)
+        assert joint.patch is not None
+        (patch,) = joint.patch
+        rank = getattr(patch, "rank", 0) or DEFAULT_RANK
+        try:
+            return fit_patch(functools.reduce(operator.add, every), joint.fit, rank=rank)
+        except UnusableFit:
+            # The plan's is there, and stays.
+            return None
+
+
+def _fitted_again(plan: PrunePlan) -> dict[int, Joint]:
+    """The plan's joints by their place in the student, where the patches of all can be fitted again: each is one patch
+    of a known fit, with a layer on both sides."""
+    joints = plan.joint_positions()
+    again = all(
+        joint.patch is not None and len(joint.patch) == 1 and joint.fit in FITS and 0 < where < len(plan.kept_layers)
+        for where, joint in joints.items()
+    )
+    return joints if again else {}
+
+
+def _with_patches_of(plan: PrunePlan, model: PreTrainedModel) -> PrunePlan:
+    """The plan with the patches that stand in a model, in float32 on the CPU."""
+    there = patches(model)
+    joints = tuple(
+        dataclasses.replace(joint, patch=copy.deepcopy(there[where]).to("cpu", torch.float32))
+        for where, joint in plan.joint_positions().items()
+    )
+    return dataclasses.replace(plan, joints=joints)
 
 
 def has_patches(plan: PrunePlan) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.merging.merge import set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.patched import patches, replace_patch
+from linearpatch_kernels.nn import Patch, PatchChain
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -42,6 +44,9 @@ PARTS: tuple[Part, ...] = ("attention-in", "attention-out", "feed-forward-in", "
 """What of a layer is fitted, in this order: q, k and v; o; gate and up; down."""
 
 _EPSILON = 1e-12
+
+PatchFor: TypeAlias = Callable[[int, Iterable[tuple[Tensor, Tensor]]], Patch | None]
+"""Of a joint of the student, and per window [T, d] the stream there and the dense model's, the patch to put there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +146,7 @@ def refit(
     own: Stream | None = None,
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
+    patch_for: PatchFor | None = None,
     run: Run = PLAIN,
 ) -> Refit:
     """The student with new weights in the projections of some layers, by least squares; the same architecture.
@@ -170,6 +176,8 @@ def refit(
         own: then also the student's, up to the first step's layer at the most, where the two part before ``stream``.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
+        patch_for: fits the patch behind a layer in front of a joint again, once that layer is fitted; None: where the
+            student has a patch, steps leave the layer in front as it is.
 
     Raises:
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
@@ -196,7 +204,9 @@ def refit(
                     _assign(refitted, name, weight)
             else:
                 found.advance(refitted, step.index)
+                joint = _Joint(refitted, step, found, sums, patch_for)
                 fresh = _Layer(refitted, step.index, sums, settings).fit(dense, step, found, wanted)
+                fresh = joint.fit(before, wanted, fresh)
                 rows += fresh
                 if keep is not None:
                     after = _weights_of(refitted, step)
@@ -290,6 +300,78 @@ def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, Sum
         for windows in (fit, held)
     ]
     return torch.cat(mine), Sums(len(mine[0]), processes)
+
+
+class _Joint:
+    """The patch behind a step's layer, fitted again for what leaves the layer once that is fitted.
+
+    Where held-out windows do not gain by it, both stay what they were: a layer that writes something else may lose
+    what the patch reads.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, step: Step, found: Stream, sums: Sums, patch_for: PatchFor | None
+    ) -> None:
+        """Before the layer is fitted; ``found`` is at its depth."""
+        self._student, self._step, self._found, self._sums = student, step, found, sums
+        self._patch_for = patch_for if self._chain() is not None and step.removed is not None else None
+        self._was = [] if self._patch_for is None else self._leaving(slice(sums.fit, None))
+
+    def fit(self, before: Mapping[str, nn.Parameter], wanted: Stream, rows: list[RefitRow]) -> list[RefitRow]:
+        """Once the layer is fitted and ``wanted`` is where it leaves: the rows that there are then.
+
+        Args:
+            before: the parameters that the layer and its patch had.
+        """
+        if self._patch_for is None:
+            return rows
+        held = wanted.states[self._sums.fit :]
+        old = self._error(self._was, held)
+        leaving = self._leaving(slice(None))
+        pairs = zip(leaving[: self._sums.fit], wanted.states[: self._sums.fit], strict=True)
+        patch = self._patch_for(self._step.index + 1, pairs)
+        chain = self._chain()
+        assert chain is not None
+        if patch is not None:
+            dtype = next(chain.parameters()).dtype
+            replace_patch(self._student, self._step.index + 1, patch.to(dtype=dtype))
+            if self._error(leaving[self._sums.fit :], held) < old:
+                return rows
+        replace_patch(self._student, self._step.index + 1, chain)
+        for name, parameter in before.items():
+            place, _, attribute = name.rpartition(".")
+            self._student.get_submodule(place).register_parameter(attribute, parameter)
+        why = f"the patch behind layer {self._step.index} does better with the layer as it was"
+        last = rows[-1]
+        return [
+            *rows[:-1],
+            dataclasses.replace(last, projections=(), ridge=None, after=last.before, why=why, absorbed=0),
+        ]
+
+    def _chain(self) -> PatchChain | None:
+        """The patch in front of the next layer; of one behind the last layer nothing is fitted again."""
+        return (
+            patches(self._student).get(self._step.index + 1)
+            if self._step.index + 1 < num_layers(self._student)
+            else None
+        )
+
+    def _leaving(self, which: slice) -> list[Tensor]:
+        """What leaves the layer as it is now, per window."""
+        stream = self._found.copy()
+        stream.states = stream.states[which]
+        stream.advance(self._student, self._step.index + 1)
+        return stream.states
+
+    def _error(self, states: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        """Of the patch on held-out windows: ``sum_t |y - P x|^2 / |y|^2``."""
+        chain = self._chain()
+        assert chain is not None
+        found = torch.zeros((), dtype=torch.float64)
+        for x, y in zip(states, targets, strict=True):
+            rest = y.to(x.device).double() - chain(x).double()
+            found += (rest.square().sum(-1) / y.double().square().sum(-1).clamp_min(_EPSILON).to(x.device)).sum().cpu()
+        return float(self._sums.total(found)[0])
 
 
 class _Layer:
@@ -398,6 +480,8 @@ def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
     """The parameters that a step may change, by their names in the model."""
     layer = decoder_layers(model)[step.index]
     modules = {layer.get_submodule(path) for half in sublayers(model) for path in (half.norm, *_projections(half))}
+    behind = patches(model).get(step.index + 1)
+    modules |= set() if behind is None or step.removed is None else set(behind.modules())
     return {
         f"{place}.{name}": parameter
         for place, module in model.named_modules()
