@@ -110,8 +110,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A config of eight layers, 64 wide."""
+def tiny_config(model_type: str, **entries: Any) -> PretrainedConfig:
+    """A config of eight layers, 64 wide, with ``entries``."""
     cls = CONFIG_MAPPING[model_type]
     known = (
         {field.name for field in dataclasses.fields(cls)}
@@ -123,13 +123,14 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     # What one name means, the class may keep under another.
     given = {cls.attribute_map.get(name, name): size for name, size in sizes.items()}
     chosen = {name: size for name, size in {**given, **sizes}.items() if name in known}
-    return cls(**{**chosen, **_SPECIAL.get(model_type, {})})
+    return cls(**{**chosen, **_SPECIAL.get(model_type, {}), **entries})
 
 
-def tiny_decoder(model_type: str) -> PreTrainedModel:
-    """A random float32 causal LM, in evaluation mode."""
+def tiny_decoder(model_type: str, **entries: Any) -> PreTrainedModel:
+    """A random float32 causal LM, in evaluation mode, of a config with ``entries``."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), attn_implementation="eager").float().eval()
+    config = tiny_config(model_type, **entries)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         if not torch.isfinite(model(_tokens(1), use_cache=False).logits).all():
             raise ValueError("its logits are not finite")

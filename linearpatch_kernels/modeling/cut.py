@@ -113,9 +113,9 @@ def rebuild(
     pairs = _paired(model, twin, kept)
     if not all(pair.same_class for pair in pairs):
         _check_computes_as_built(model, _built(model_class, config), kept)
-    copies = [(pair, shared_copy(pair.old) if pair.is_leaf else pair.new) for pair in pairs]
+    copies = [(pair, pair.new if pair.is_built else shared_copy(pair.old)) for pair in pairs]
     for pair, clone in copies:
-        if pair.is_leaf:
+        if clone is not pair.new:
             _replace(twin, pair.path, clone)
         else:
             carry_over(pair)
@@ -157,14 +157,17 @@ def _paired(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) 
     other parts or weights."""
     # With all the names of a module that stands in several places.
     sources = dict(model.named_modules(remove_duplicate=False))
-    layers = _path_of(model, decoder_layers(model))
+    layers, count = _path_of(model, decoder_layers(model)), num_layers(model)
+    recorded = family_of(model).is_recorded
     pairs = []
     for path, module in twin.named_modules(remove_duplicate=False):
         name, layer = _source_path(path, layers, kept), None
         if path.startswith(layers + "."):
             new = int(path.removeprefix(layers + ".").partition(".")[0])
             layer = (kept[new], new)
-        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, layer=layer)
+        # What is found is proved afterwards, and a record says all there is.
+        packs = None if layer is not None or recorded else (kept, count)
+        pair = Pair(path, name or "the model", module, sources[name], name == layers, layer, packs)
         check_same_structure(pair)
         pairs.append(pair)
     return pairs

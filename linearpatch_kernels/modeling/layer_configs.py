@@ -36,11 +36,6 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
     if len(kept) == count:
         return sliced
     family = family_of(config)
-    if "per_layer_config" in vars(config) or "_heterogeneity_spec" in vars(config):
-        raise InputError(
-            f"models of type {family.model_type!r} cannot be cut: the config has settings for single layers "
-            "(per_layer_config)"
-        )
     named = family.per_layer if family.per_layer is not None else tuple(_lists(config))
     for name in (*named, "linearpatch_merge_tree"):
         entries = getattr(config, name, None)
@@ -61,6 +56,11 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         vars(sliced).pop(name, None)
     sliced.num_hidden_layers = len(kept)
+    # As a config file has them: settings of single layers under their numbers, as text.
+    singles = config.to_dict().get("per_layer_config")
+    if singles is not None:
+        settings = {int(layer): own for layer, own in singles.items()}
+        sliced.per_layer_config = {new: settings[old] for new, old in enumerate(kept) if old in settings}
     joints = (getattr(config, "linearpatch", None) or {}).get("joints")
     if joints:
         sliced.linearpatch["joints"] = _joints_of_layers(joints, kept, count)
