@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, decoder_layers, family_of
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, auto_class, decoder_layers, family_of
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.stream import stream_in
 from linearpatch_kernels.pruning.apply import apply_plan
@@ -112,7 +112,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, **entries: Any) -> PretrainedConfig:
     """A config of eight layers, 64 wide, with ``entries``."""
-    cls = CONFIG_MAPPING[model_type]
+    return _tiny(CONFIG_MAPPING[model_type], **entries)
+
+
+def _tiny(cls: type[PretrainedConfig], **entries: Any) -> PretrainedConfig:
+    """A config of a class, with those of its parts."""
     known = (
         {field.name for field in dataclasses.fields(cls)}
         if dataclasses.is_dataclass(cls)
@@ -123,14 +127,19 @@ def tiny_config(model_type: str, **entries: Any) -> PretrainedConfig:
     # What one name means, the class may keep under another.
     given = {cls.attribute_map.get(name, name): size for name, size in sizes.items()}
     chosen = {name: size for name, size in {**given, **sizes}.items() if name in known}
-    return cls(**{**chosen, **_SPECIAL.get(model_type, {}), **entries})
+    for name, part in cls.sub_configs.items():
+        # The classes of some are known once there is one.
+        whole = part if part is not AutoConfig else type(getattr(cls(), name))
+        if issubclass(whole, PretrainedConfig):
+            chosen[name] = _tiny(whole).to_dict()
+    return cls(**{**chosen, **_SPECIAL.get(cls.model_type, {}), **entries})
 
 
 def tiny_decoder(model_type: str, **entries: Any) -> PreTrainedModel:
     """A random float32 causal LM, in evaluation mode, of a config with ``entries``."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **entries)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = auto_class(config).from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         if not torch.isfinite(model(_tokens(1), use_cache=False).logits).all():
             raise ValueError("its logits are not finite")

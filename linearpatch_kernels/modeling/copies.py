@@ -42,7 +42,7 @@ _REFERENCES: dict[type, Any] = {
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 # How many steps from a function or an object a reference to a module is looked for.
 _DEPTH = 6
-_CURE = "merge or unload the adapter, or undo what changed the model, first"
+CURE = "merge or unload the adapter, or undo what changed the model, first"
 
 
 class _BoundToSource(Exception):
@@ -282,11 +282,11 @@ def check_same_structure(pair: Pair) -> None:
             f"has no {name}" for name in sorted(wanted - found)
         ]
         if other:
-            raise InputError(f"{pair.name} is not the {built} of Transformers but a {kind} that {other[0]}: {_CURE}")
+            raise InputError(f"{pair.name} is not the {built} of Transformers but a {kind} that {other[0]}: {CURE}")
     for name, shape in shapes.items():
         if shape != expected[name] and pair.packed(name) is None:
             raise InputError(
-                f"{pair.name}.{name} has the shape {[*shape]}, and by the model's config {[*expected[name]]}: {_CURE}"
+                f"{pair.name}.{name} has the shape {[*shape]}, and by the model's config {[*expected[name]]}: {CURE}"
             )
 
 

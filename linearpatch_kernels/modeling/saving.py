@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import MARKER, check_output, is_ours, save_files, written_whole
 from linearpatch_kernels.modeling.config_forms import write_both_forms
+from linearpatch_kernels.modeling.families import auto_class, text_config
 from linearpatch_kernels.torch_state import evaluation_mode
 
 __all__ = ["MARKER", "check_output", "is_ours", "no_progress_bar", "parameter_bytes", "save_checkpoint", "save_files"]
@@ -132,7 +133,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _check_structure(model: PreTrainedModel, directory: Path) -> None:
     with torch.device("meta"):
-        again = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        again = auto_class(model.config).from_config(AutoConfig.from_pretrained(directory))
     shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, again)]
     if type(again) is not type(model) or shapes[0] != shapes[1]:
         raise _not_the_model("its config describes another")
@@ -140,7 +141,8 @@ def _check_structure(model: PreTrainedModel, directory: Path) -> None:
 
 def _check_logits(model: PreTrainedModel, directory: Path) -> None:
     with no_progress_bar():
-        again, info = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+        loads = auto_class(model.config)
+        again, info = loads.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
     wrong = [f"{what.replace('_', ' ')} {sorted(keys)[0]}" for what, keys in info.items() if keys]
     if wrong or type(again) is not type(model):
         raise _not_the_model(", ".join(wrong) or f"it loads as a {type(again).__name__}")
@@ -161,7 +163,7 @@ def _check_logits(model: PreTrainedModel, directory: Path) -> None:
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> Tensor:
     """The logits [T, V] of a few tokens, float32, on the CPU."""
-    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).remainder(model.config.vocab_size)
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).remainder(text_config(model.config).vocab_size)
     with evaluation_mode(model):
         logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits.float().cpu()

@@ -105,7 +105,7 @@ def _part(model: nn.Module, start: int, end: int, *, embed: bool, norm: bool, ha
         table = embedding(model)
         view._modules.update({name: None for name, child in view._modules.items() if child is table})
     view._modules[layer_list(stack)] = nn.ModuleList(entries)
-    return _Part(view, first, some_ids=bool(handing.needs))
+    return _Part(view, first, takes_ids=bool(handing.needs))
 
 
 def _copy(module: ModuleT) -> ModuleT:
@@ -191,15 +191,20 @@ class _Part(nn.Module):
     """A decoder with a list of its own, called like the decoder.
 
     Args:
-        some_ids: the decoder makes more of tokens than the stream; where no layer runs on it, any tokens will do.
+        takes_ids: the decoder makes more of tokens than the stream; where no layer runs on it, any tokens will do.
     """
 
-    def __init__(self, stack: nn.Module, first: _First | None, *, some_ids: bool) -> None:
+    def __init__(self, stack: nn.Module, first: _First | None, *, takes_ids: bool) -> None:
         super().__init__()
         self.stack = stack
         self.training = stack.training
-        self._first = [] if first is None else [first]
-        self._some_ids = some_ids
+        # It is a part of the stack.
+        self._first = (first,)
+        self.takes_ids = takes_ids
+
+    @property
+    def first(self) -> _First | None:
+        return self._first[0]
 
     def __getattr__(self, name: str) -> Any:
         stack = vars(self).get("_modules", {}).get("stack")
@@ -208,19 +213,20 @@ class _Part(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = kwargs.get("inputs_embeds")
         # Some causal LMs hand their decoder the ids that they do not have by position.
-        if self._first and (stream is None or any(arg is not None for arg in args)):
+        first = self.first
+        if first is not None and (stream is None or any(arg is not None for arg in args)):
             raise TypeError("a part that begins at a layer is given the stream there, as inputs_embeds")
         try:
-            for first in self._first:
+            if first is not None and stream is not None:
                 first.given = stream
-                if self._some_ids and stream is not None:
+                if self.takes_ids:
                     ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device)
                     kwargs = {**kwargs, "inputs_embeds": None, "input_ids": ids}
             return self.stack(*args, **kwargs)
         except _Reached as reached:
             return BaseModelOutputWithPast(last_hidden_state=reached.stream)
         finally:
-            for first in self._first:
+            if first is not None:
                 first.given = None
 
 
@@ -284,7 +290,11 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering
     layer ``start``; everything else is as in `partial_decoder`. ``start = L`` is the final norm and the head alone.
     """
-    return _around(model, partial_decoder(model, start, num_layers(model), norm=True))
+    part = cast(_Part, partial_decoder(model, start, num_layers(model), norm=True))
+    if not part.takes_ids:
+        return _around(model, part)
+    # What stands around the decoder may have the tokens' part in what it needs.
+    return cast(PreTrainedModel, _Part(_around(model, part.stack), part.first, takes_ids=True))
 
 
 def bypassing(
