@@ -151,7 +151,9 @@ def _tokens(count: int, seed: int = 1) -> Tensor:
 
 
 @contextmanager
-def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def bypassed(
+    model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor] = lambda stream: stream
+) -> Iterator[None]:
     """While it is open, what enters these layers comes out of them, whatever they do; of the last one mapped."""
 
     def hook(_: Any, args: Any, kwargs: Any, output: Any, at: int = 0) -> Any:
@@ -169,7 +171,7 @@ def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Te
 def _logits(
     model: PreTrainedModel, without: Sequence[int] = (), patch: Callable[[Tensor], Tensor] = lambda stream: stream
 ) -> Tensor:
-    with torch.no_grad(), _bypassed(model, without, patch):
+    with torch.no_grad(), bypassed(model, without, patch):
         logits: Tensor = model(_tokens(2), use_cache=False).logits
     return logits
 

@@ -220,18 +220,25 @@ def _without_ignored(model: PreTrainedModel | type[PreTrainedModel], names: Iter
 def _converted(twin: PreTrainedModel, expected: Shapes, shapes: Shapes) -> tuple[Shapes, set[str]]:
     """The weights as Transformers renames them, and the names of those that it makes of others: of a mixture's experts,
     which a checkpoint holds one by one and a model in one tensor."""
-    mapping = get_model_conversion_mapping(twin, add_legacy=False)
+    names = names_in(twin, expected, shapes)
+    plain = {now: shapes[name] for name, (now, made) in names.items() if not made}
+    return plain, {now for now, made in names.values() if made}
+
+
+def names_in(model: PreTrainedModel, state: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """What the model calls the weights of a file, and whether it makes what it calls so of several.
+
+    Args:
+        state: what the model has, by its names.
+    """
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     others = [one for one in mapping if not isinstance(one, WeightConverter)]
-    plain: dict[str, tuple[int, ...]] = {}
-    made: set[str] = set()
-    for name, shape in shapes.items():
-        now, converter = rename_source_key(name, others, converters, twin.base_model_prefix, dict(expected))
-        if converter is None:
-            plain[now] = shape
-        else:
-            made.add(now)
-    return plain, made
+    found = {}
+    for name in names:
+        now, converter = rename_source_key(name, others, converters, model.base_model_prefix, dict(state))
+        found[name] = (now, converter is not None)
+    return found
 
 
 def _named_as(expected: Collection[str], shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
@@ -16,7 +18,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.merging.merge import check_mergeable
-from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model
+from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model, saving
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.nn import DensePatch, LowRankPatch
@@ -268,6 +270,28 @@ def test_the_command_prunes_and_refuses_what_takes_a_record(tmp_path: Path) -> N
         assert made.written
         again, _ = load_model(tmp_path / fit, device="cpu")
         assert (type(again).__name__, num_layers(again)) == (kind, 6)
+
+
+def test_a_mixture_is_read_back_though_its_files_hold_the_experts_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = keep_layers(tiny_decoder("mixtral"), [0, 1, 4, 5, 6, 7])
+    saving.save_checkpoint(cut, None, tmp_path / "made")
+    with safe_open(tmp_path / "made" / "model.safetensors", framework="pt") as file:
+        assert any("experts.3." in name for name in file.keys())  # noqa: SIM118 - not a mapping
+    assert num_layers(ModelSource(tmp_path / "made", device="cpu").load()) == 6
+    write = saving._write_model
+
+    def write_another(model: PreTrainedModel, directory: Path) -> None:
+        """One whose logits do not show it."""
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            next(one for name, one in other.named_parameters() if "experts" in name).view(-1)[0].add_(1e-6)
+        write(other, directory)
+
+    monkeypatch.setattr(saving, "_write_model", write_another)
+    with pytest.raises(InputError, match=r"the weight .*experts\S* was written otherwise"):
+        saving.save_checkpoint(cut, None, tmp_path / "other")
 
 
 def test_what_takes_a_record_is_refused() -> None:
