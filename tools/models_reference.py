@@ -92,6 +92,20 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)}
 _SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in _LATENT},
     "bamba": {"attn_layer_indices": [1, 5], "mamba_expand": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "shared_experts_intermediate_size": 32,
+        "index_topk": 64,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "layer_types": _ALTERNATING,
@@ -107,6 +121,22 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"] * (_LAYERS // 4)
     },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * (_LAYERS // 2),
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 

@@ -77,12 +77,17 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
         # Classes and configs refuse what they cannot be in as many ways as there are.
         raise InputError(
             f"models of type {family_of(model).model_type!r} cannot be cut like this: their config does not tell what "
-            f"the layers that stay are{_periods(config)} ({said(error).removesuffix(CURE)})"
+            f"the layers that stay are{_periods(config)} ({_without_cure(error)})"
         ) from error
     for pair in pairs:
         share_tensors(pair)
     check_cut(model, cut, built, kept, exact=all(pair.same_class for pair in pairs))
     return cut
+
+
+def _without_cure(error: Exception) -> str:
+    """What an error says, without what would help a model that was changed."""
+    return str(error).removesuffix(f": {CURE}") if isinstance(error, InputError) else said(error)
 
 
 def _check_sees_in_front(model: PreTrainedModel) -> None:
