@@ -23,12 +23,15 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, auto_class, decoder_layers, family_of
+from linearpatch_kernels.modeling.families import STOCK_FAMILIES, auto_class, decoder_layers, family_of, text_config
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.stream import stream_in
 from linearpatch_kernels.pruning.apply import apply_plan
@@ -45,7 +48,7 @@ NOT_TRIED = "not tried"
 _LAYERS, _WIDTH, _VOCABULARY = 8, 64, 128
 _GONE = Span(2, 4)
 _TOKENS, _GENERATED = 20, 8
-_SECONDS = 60
+_SECONDS, _LARGEST = 60, 200_000_000
 # A size by the names that configs have for it.
 _SIZES: list[tuple[float, str]] = [
     (_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers"),
@@ -167,8 +170,13 @@ def _tiny(cls: type[PretrainedConfig], **entries: Any) -> PretrainedConfig:
 
 def tiny_decoder(model_type: str, **entries: Any) -> PreTrainedModel:
     """A random float32 causal LM, in evaluation mode, of a config with ``entries``."""
-    torch.manual_seed(0)
     config = tiny_config(model_type, **entries)
+    if text_config(config) is not config:
+        with torch.device("meta"):
+            size = sum(one.numel() for one in auto_class(config).from_config(config).parameters())
+        if size > _LARGEST:
+            raise ValueError(f"some sizes go by names of their own: it has {size} parameters")
+    torch.manual_seed(0)
     model = auto_class(config).from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         if not torch.isfinite(model(_tokens(1), use_cache=False).logits).all():
@@ -279,8 +287,8 @@ def _line(error: Exception) -> str:
 
 
 def model_types() -> list[str]:
-    """All that Transformers has a causal LM of."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """All that Transformers has a causal LM of, or a model that writes on text and images."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
 def page(found: dict[str, str]) -> str:

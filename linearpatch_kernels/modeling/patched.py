@@ -283,9 +283,9 @@ def patched_classes(
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            stack = next(one for one in self.modules() if isinstance(one, stock_decoder))
+            # Llama 4 and Kosmos-2.5 have no class between their parts and the whole.
+            stack = next((one for one in self.modules() if isinstance(one, stock_decoder)), self)
             if not isinstance(stack, Decoder):
-                # Llama 4 has no class between its parts and the whole.
                 if stack is not self:
                     stack.__class__ = Decoder
                 _attach(stack)
