@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, auto_class, decoder_layers, family_of, text_config
+from linearpatch_kernels.modeling.families import auto_class, decoder_layers, family_of, text_config
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.stream import stream_in
 from linearpatch_kernels.pruning.apply import apply_plan
@@ -91,9 +91,16 @@ _LATENT = (
 )
 _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)}
+# Halves of a head of 16 that turn with the time, the height and the width of what is seen.
+_TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_SEEING = (
+    *("glm4v_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text"),
+    *("qwen2_vl_text",),
+)
 # Where the sizes alone give no config that the model can be made of.
 _SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in _LATENT},
+    **{name: {"rope_parameters": _TURNING} for name in _SEEING},
     "bamba": {"attn_layer_indices": [1, 5], "mamba_expand": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
@@ -116,6 +123,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * _LAYERS,
     },
     "gemma4_text": {"layer_types": _ALTERNATING},
+    "glm4v_moe_text": {"rope_parameters": {**_TURNING, "mrope_section": [1, 1, 2]}},
     "gpt_neo": {"attention_types": [[["global", "local"], _LAYERS // 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (_LAYERS // 2)},
     "lfm2": _CONVOLUTIONS,
@@ -298,14 +306,15 @@ def page(found: dict[str, str]) -> str:
         kind: {name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(kind)}
         for kind in (REMOVAL, "refused", "wrong", NOT_TRIED)
     }
-    recorded = [name for name in works if name in STOCK_FAMILIES]
-    rest = [name for name in works if name not in STOCK_FAMILIES]
+    recorded = [name for name in works if family_of(name).modules is not None]
+    rest = [name for name in works if name not in recorded]
     sections = [
         f"{MADE_BY}\n\n# Which models can be cut\n\nBy the `model_type` of a model's config, as transformers "
         f"{transformers.__version__} has them: {len(works) + len(others[REMOVAL])} of {len(found)} can. Each was tried "
         f"as a random model of {_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the "
         "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; and the "
-        "same with a patch at the joint. That shows wiring, and nothing of quality.",
+        "same with a patch at the joint. That shows wiring, and nothing of quality. Of a model that reads more than "
+        "text the text's decoder is cut, on text; what reads the rest stays.",
         "## Everything\n\nLayers are removed and merged, patches stand at the joints, and weights are fitted again: "
         + _listed(recorded),
         "## Removal and patches\n\n`--heal none` and `--heal patch`; what the layers are made of is not known here "

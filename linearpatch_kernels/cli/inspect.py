@@ -117,11 +117,11 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    from linearpatch_kernels.modeling.config_forms import written_sizes
+    from linearpatch_kernels.modeling.config_forms import of_decoder, written_sizes
     from linearpatch_kernels.recipes.merge import written
 
     weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
-    tree = config.get("linearpatch_merge_tree")
+    tree = of_decoder(config).get("linearpatch_merge_tree")
     layers, width = written_sizes(config)
     about = {
         "model_type": config.get("model_type"),

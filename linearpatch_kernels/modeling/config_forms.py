@@ -67,10 +67,15 @@ def both_forms(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def written_sizes(entries: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """How many decoder layers a config file says the model has, and how wide they are; None where it says nothing."""
-    text = entries.get("text_config", entries)
-    named = [[text.get(name) for name in names] for names in _SIZES] if isinstance(text, Mapping) else [[], []]
+    named = [[of_decoder(entries).get(name) for name in names] for names in _SIZES]
     depth, width = (next((size for size in sizes if type(size) is int), None) for sizes in named)
     return depth, width
+
+
+def of_decoder(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config file says of the decoder: all that it says, but for a model that reads more than text."""
+    text = entries.get("text_config")
+    return text if isinstance(text, Mapping) else entries
 
 
 def both_tokenizer_forms(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Family:
     @property
     def is_recorded(self) -> bool:
         """Whether there is a record, or the family is what Transformers says of the model type and no more."""
-        return self.modules is not None and self.per_layer is not None
+        return self.model_type in STOCK_FAMILIES and self.modules is not None and self.per_layer is not None
 
 
 def twin_name(stock: Any, stock_config: Any) -> str:
@@ -239,6 +239,8 @@ def _unrecorded(model_type: str) -> Family | None:
     single = whole or config_class.sub_configs.keys() <= _OF_LAYERS
     if decoder_class is None or causal_lm_class is None or not single or config_class.is_encoder_decoder:
         return None
+    # What the layers of the text's decoder are made of is known where it is one of a recorded type.
+    text = STOCK_FAMILIES.get(str(getattr(config_class.sub_configs.get(_OF_TEXT), "model_type", None)))
     return Family(
         model_type,
         f"what Transformers calls {model_type}",
@@ -246,8 +248,8 @@ def _unrecorded(model_type: str) -> Family | None:
         None,
         decoder_class,
         causal_lm_class,
-        modules=None,
-        per_layer=None,
+        modules=None if text is None else text.modules,
+        per_layer=None if text is None else text.per_layer,
     )
 
 

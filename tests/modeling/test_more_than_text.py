@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.modeling import keep_layers, load_model, patched_model
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, num_layers
+from linearpatch_kernels.modeling.families import decoder, decoder_layers, merge_tree, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.nn import DensePatch
 from tests.modeling.test_any_decoder import ALONE
@@ -153,6 +154,28 @@ def test_the_command_prunes_one_and_what_is_beside_it_goes_along(tmp_path: Path)
     assert ModelSource(tmp_path / "again").num_layers == 4
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "none")
     assert len(decoder(stock).layers) == 6
+
+
+@pytest.mark.parametrize("heal", ["refit", "patch+refit"])
+def test_weights_are_fitted_again_where_the_decoder_is_of_a_recorded_type(heal: str, tmp_path: Path) -> None:
+    given: Any = {"text": text_file(tmp_path), "tokenizer": tiny_tokenizer(128), "samples": 8, "length": 16}
+    made = lp.prune(tiny_decoder("gemma3"), drop=2, heal=heal, rank=4, output=tmp_path / "made", **given)
+    quality = {name.partition(" ")[0]: found.loss for name, found in made.quality.items()}
+    assert made.summary["heal"] == heal
+    assert quality["healed"] != pytest.approx(quality["dropped"], rel=1e-6)
+    again, _ = load_model(tmp_path / "made", device="cpu")
+    assert type(again).__name__.endswith("Gemma3ForConditionalGeneration")
+
+
+def test_merges_are_remembered_where_the_decoder_is(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    tiny_decoder("gemma3").save_pretrained(tmp_path / "0")
+    tiny_tokenizer(128).save_pretrained(tmp_path / "0")
+    for turn, layers in enumerate((6, 5)):
+        lp.merge(tmp_path / str(turn), layers=layers, output=tmp_path / str(turn + 1), text=text, samples=8, length=16)
+    tree = merge_tree(load_model(tmp_path / "2", device="cpu")[0])
+    assert len(tree) == 5
+    assert re.findall(r"\d+", str(tree)) == list("01234567")
 
 
 def test_a_decoder_that_adds_what_is_seen_between_its_layers_is_refused() -> None:
