@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
+from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.forward import PartialRun
@@ -136,6 +137,8 @@ def test_layers_that_take_more_than_the_stream_run_from_the_tokens(name: str) ->
         InputError, match=f"'{name}' do not run from a layer on: their layers (do not run on|run other)"
     ):
         PartialRun(model, 2, 8)
+    with pytest.raises(InputError, match=f"'{name}' do not run from a layer on"):
+        check_trainable(patched_model(model, {2: patch()}), 2, "patch")
     plans = {"healed": (Joint(Span(2, 3), patch()), Joint(Span(5, 6))), "none": (Joint(Span(2, 3)), Joint(Span(5, 6)))}
     found = compare_candidates(model, ids, plans)
     assert found["healed"].loss != pytest.approx(found["none"].loss, rel=1e-3)
@@ -151,6 +154,20 @@ def test_layers_that_use_the_keys_of_another_one_are_cut_where_it_stays() -> Non
     assert keep_layers(model, [0, 1, 2, 3]).config.num_kv_shared_layers == 0
     with pytest.raises(InputError, match=r"the layers that stay need one that goes \(it has no 'full_attention'\)"):
         keep_layers(model, [0, 1, 2, 4, 5, 6, 7])
+
+
+def test_a_pattern_that_a_config_cannot_name_is_cut_by_whole_repeats() -> None:
+    """Jamba says that every fourth layer attends, and every second one is a mixture."""
+    model = tiny_decoder("jamba", attn_layer_period=4, attn_layer_offset=2, expert_layer_period=2)
+    cut = keep_layers(model, [0, 1, 6, 7])
+    kinds = [type(layer).__name__ for layer in decoder_layers(cut)]
+    assert kinds == ["JambaMambaDecoderLayer"] * 2 + ["JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"]
+    pattern = r"as it has a pattern alone \(attn_layer_period, expert_layer_period\): remove as many as repeat it"
+    for kept in ([0, 1, 4, 5, 6, 7], [0, 1, 2, 4, 5, 6, 7]):
+        with pytest.raises(
+            InputError, match=f"'jamba' cannot be cut like this: their config does not tell .*{pattern}"
+        ):
+            keep_layers(model, kept)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_next", "granitemoehybrid"])
