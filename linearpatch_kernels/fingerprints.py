@@ -176,6 +176,9 @@ def _computing(config: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(config) and type(config).__module__.partition(".")[0] in _STOCK_PACKAGES:
         declared = {field.name for field in dataclasses.fields(config)}
         entries = {name: value for name, value in entries.items() if name in declared}
+    entries |= {
+        name: _computing(getattr(config, name)) for name in getattr(config, "sub_configs", ()) if entries.get(name)
+    }
     entries = {k: _same_numbers(v) for k, v in entries.items() if k not in _BESIDE_CONFIG and not k.startswith("_")}
     patches = entries.get("linearpatch")
     if isinstance(patches, dict):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers, text_config
 from linearpatch_kernels.modeling.views import partial_decoder, suffix_model
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_internals import accelerate_hook
@@ -42,7 +42,7 @@ def check_windows(model: Any, windows: Tensor) -> None:
         raise InputError(f"windows must be token ids [count >= 1, length >= 2], not {windows.dtype} {[*windows.shape]}")
     if int(windows.min()) < 0:
         raise InputError(f"windows must be token ids, and {int(windows.min())} is none")
-    config = getattr(model, "config", None)
+    config = text_config(getattr(model, "config", None))
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:
         raise InputError(

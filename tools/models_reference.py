@@ -22,13 +22,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, decoder_layers, family_of
+from linearpatch_kernels.modeling.families import auto_class, decoder_layers, family_of, text_config
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.modeling.stream import stream_in
 from linearpatch_kernels.pruning.apply import apply_plan
@@ -45,7 +48,7 @@ NOT_TRIED = "not tried"
 _LAYERS, _WIDTH, _VOCABULARY = 8, 64, 128
 _GONE = Span(2, 4)
 _TOKENS, _GENERATED = 20, 8
-_SECONDS = 60
+_SECONDS, _LARGEST = 60, 200_000_000
 # A size by the names that configs have for it.
 _SIZES: list[tuple[float, str]] = [
     (_LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers"),
@@ -88,10 +91,31 @@ _LATENT = (
 )
 _ALTERNATING = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (_LAYERS // 2)}
+# Halves of a head of 16 that turn with the time, the height and the width of what is seen.
+_TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_SEEING = (
+    *("glm4v_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text"),
+    *("qwen2_vl_text",),
+)
 # Where the sizes alone give no config that the model can be made of.
 _SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in _LATENT},
+    **{name: {"rope_parameters": _TURNING} for name in _SEEING},
     "bamba": {"attn_layer_indices": [1, 5], "mamba_expand": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "shared_experts_intermediate_size": 32,
+        "index_topk": 64,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "layer_types": _ALTERNATING,
@@ -99,6 +123,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * _LAYERS,
     },
     "gemma4_text": {"layer_types": _ALTERNATING},
+    "glm4v_moe_text": {"rope_parameters": {**_TURNING, "mrope_section": [1, 1, 2]}},
     "gpt_neo": {"attention_types": [[["global", "local"], _LAYERS // 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (_LAYERS // 2)},
     "lfm2": _CONVOLUTIONS,
@@ -107,12 +132,32 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"] * (_LAYERS // 4)
     },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * (_LAYERS // 2),
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A config of eight layers, 64 wide."""
-    cls = CONFIG_MAPPING[model_type]
+def tiny_config(model_type: str, **entries: Any) -> PretrainedConfig:
+    """A config of eight layers, 64 wide, with ``entries``."""
+    return _tiny(CONFIG_MAPPING[model_type], **entries)
+
+
+def _tiny(cls: type[PretrainedConfig], **entries: Any) -> PretrainedConfig:
+    """A config of a class, with those of its parts."""
     known = (
         {field.name for field in dataclasses.fields(cls)}
         if dataclasses.is_dataclass(cls)
@@ -123,13 +168,24 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     # What one name means, the class may keep under another.
     given = {cls.attribute_map.get(name, name): size for name, size in sizes.items()}
     chosen = {name: size for name, size in {**given, **sizes}.items() if name in known}
-    return cls(**{**chosen, **_SPECIAL.get(model_type, {})})
+    for name, part in cls.sub_configs.items():
+        # The classes of some are known once there is one.
+        whole = part if part is not AutoConfig else type(getattr(cls(), name))
+        if issubclass(whole, PretrainedConfig):
+            chosen[name] = _tiny(whole).to_dict()
+    return cls(**{**chosen, **_SPECIAL.get(cls.model_type, {}), **entries})
 
 
-def tiny_decoder(model_type: str) -> PreTrainedModel:
-    """A random float32 causal LM, in evaluation mode."""
+def tiny_decoder(model_type: str, **entries: Any) -> PreTrainedModel:
+    """A random float32 causal LM, in evaluation mode, of a config with ``entries``."""
+    config = tiny_config(model_type, **entries)
+    if text_config(config) is not config:
+        with torch.device("meta"):
+            size = sum(one.numel() for one in auto_class(config).from_config(config).parameters())
+        if size > _LARGEST:
+            raise ValueError(f"some sizes go by names of their own: it has {size} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), attn_implementation="eager").float().eval()
+    model = auto_class(config).from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         if not torch.isfinite(model(_tokens(1), use_cache=False).logits).all():
             raise ValueError("its logits are not finite")
@@ -141,7 +197,9 @@ def _tokens(count: int, seed: int = 1) -> Tensor:
 
 
 @contextmanager
-def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def bypassed(
+    model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Tensor], Tensor] = lambda stream: stream
+) -> Iterator[None]:
     """While it is open, what enters these layers comes out of them, whatever they do; of the last one mapped."""
 
     def hook(_: Any, args: Any, kwargs: Any, output: Any, at: int = 0) -> Any:
@@ -159,7 +217,7 @@ def _bypassed(model: PreTrainedModel, layers: Sequence[int], patch: Callable[[Te
 def _logits(
     model: PreTrainedModel, without: Sequence[int] = (), patch: Callable[[Tensor], Tensor] = lambda stream: stream
 ) -> Tensor:
-    with torch.no_grad(), _bypassed(model, without, patch):
+    with torch.no_grad(), bypassed(model, without, patch):
         logits: Tensor = model(_tokens(2), use_cache=False).logits
     return logits
 
@@ -237,8 +295,8 @@ def _line(error: Exception) -> str:
 
 
 def model_types() -> list[str]:
-    """All that Transformers has a causal LM of."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """All that Transformers has a causal LM of, or a model that writes on text and images."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
 def page(found: dict[str, str]) -> str:
@@ -248,14 +306,15 @@ def page(found: dict[str, str]) -> str:
         kind: {name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(kind)}
         for kind in (REMOVAL, "refused", "wrong", NOT_TRIED)
     }
-    recorded = [name for name in works if name in STOCK_FAMILIES]
-    rest = [name for name in works if name not in STOCK_FAMILIES]
+    recorded = [name for name in works if family_of(name).modules is not None]
+    rest = [name for name in works if name not in recorded]
     sections = [
         f"{MADE_BY}\n\n# Which models can be cut\n\nBy the `model_type` of a model's config, as transformers "
         f"{transformers.__version__} has them: {len(works) + len(others[REMOVAL])} of {len(found)} can. Each was tried "
         f"as a random model of {_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the "
         "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; and the "
-        "same with a patch at the joint. That shows wiring, and nothing of quality.",
+        "same with a patch at the joint. That shows wiring, and nothing of quality. Of a model that reads more than "
+        "text the text's decoder is cut, on text; what reads the rest stays.",
         "## Everything\n\nLayers are removed and merged, patches stand at the joints, and weights are fitted again: "
         + _listed(recorded),
         "## Removal and patches\n\n`--heal none` and `--heal patch`; what the layers are made of is not known here "

@@ -117,14 +117,16 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    from linearpatch_kernels.modeling.config_forms import of_decoder, written_sizes
     from linearpatch_kernels.recipes.merge import written
 
     weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
-    tree = config.get("linearpatch_merge_tree")
+    tree = of_decoder(config).get("linearpatch_merge_tree")
+    layers, width = written_sizes(config)
     about = {
         "model_type": config.get("model_type"),
-        "num_layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
+        "num_layers": layers,
+        "hidden_size": width,
         "patched_layers": sorted(map(int, (config.get("linearpatch") or {}).get("joints", {}))),
         "weight_bytes": sum(file.stat().st_size for file in weights),
     }

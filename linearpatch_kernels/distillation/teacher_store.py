@@ -35,7 +35,7 @@ from linearpatch_kernels.files import (
 )
 from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_windows, model_difference, same_tokenizer
 from linearpatch_kernels.forward import PartialRun, Progress, Run, check_windows, residual_stream
-from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.modeling.families import hidden_size, num_layers, text_config
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
@@ -156,7 +156,7 @@ def store_request(
         InputError: windows that do not fit the model, a ``top_k`` outside the vocabulary, depths outside the layers.
     """
     check_windows(model, windows)
-    vocabulary, layers = int(model.config.vocab_size), num_layers(model)
+    vocabulary, layers = int(text_config(model.config).vocab_size), num_layers(model)
     if not 1 <= top_k <= vocabulary:
         raise InputError(f"`top_k` {top_k} is not between 1 and the vocabulary's {vocabulary} tokens")
     for depth in depths:
@@ -478,10 +478,10 @@ class TeacherStore:
 
     def check(self, model: PreTrainedModel, *, tokenizer: str = "") -> None:
         """InputError where a student with another vocabulary or width, or another tokenizer, would learn from it."""
-        if int(model.config.vocab_size) != self.request.vocabulary:
+        if int(text_config(model.config).vocab_size) != self.request.vocabulary:
             raise InputError(
                 f"the teacher store has a vocabulary of {self.request.vocabulary} tokens and the model "
-                f"{model.config.vocab_size}: they need the same"
+                f"{text_config(model.config).vocab_size}: they need the same"
             )
         if tokenizer and self.request.tokenizer and not same_tokenizer(tokenizer, self.request.tokenizer):
             raise InputError("the teacher store was made with another tokenizer: teacher and student need the same")

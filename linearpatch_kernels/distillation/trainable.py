@@ -12,8 +12,16 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.distillation.settings import TRAIN
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, linear_layers, merge_tree, norm_gains
+from linearpatch_kernels.modeling.families import (
+    decoder_layers,
+    hidden_size,
+    linear_layers,
+    merge_tree,
+    norm_gains,
+    num_layers,
+)
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.views import partial_decoder
 
 # Relative to the learning rate: gains and scales are near 1 and each of them moves a whole channel.
 _RATES = {"matrix": 1.0, "vector": 10.0}
@@ -70,8 +78,8 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_ra
     """The names of the student's own parameters that ``train`` is about; all of them lie from depth ``begin`` on.
 
     Raises:
-        InputError: none, an unknown name, LoRA without PEFT or of a rank beyond the student's width, or weights that
-            autograd cannot work with.
+        InputError: none, an unknown name, LoRA without PEFT or of a rank beyond the student's width, weights that
+            autograd cannot work with, or layers that do not run from ``begin`` on.
     """
     if train not in TRAIN:
         raise InputError(f"`train` {train} is not known: choose one of {', '.join(TRAIN)}")
@@ -79,6 +87,7 @@ def check_trainable(student: PreTrainedModel, begin: int, train: str, *, lora_ra
         _need_peft()
         if lora_rank > hidden_size(student):
             raise InputError(f"`lora_rank` {lora_rank} is more than the model's width {hidden_size(student)}")
+    partial_decoder(student, begin, num_layers(student))
     joints = [patch for joint, patch in sorted(patches(student).items()) if joint >= begin]
     chosen = {id(parameter) for patch in joints for parameter in patch.parameters()}
     if train in ("patch+norms", "lora", "suffix"):

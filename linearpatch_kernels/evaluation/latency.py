@@ -14,6 +14,7 @@ from torch import nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import Progress, model_device
+from linearpatch_kernels.modeling.families import text_config
 from linearpatch_kernels.torch_state import eval_mode
 
 
@@ -73,7 +74,7 @@ def compare_speed(
     """
     if min(prompt_tokens, new_tokens, repeats, batch_size) < 1:
         raise InputError("prompt tokens, new tokens, repeats and batch size must each be at least 1")
-    configs: list[Any] = [model.config for model in models.values()]
+    configs: list[Any] = [text_config(model.config) for model in models.values()]
     vocabulary = min(config.vocab_size for config in configs)
     context = min(getattr(config, "max_position_embeddings", math.inf) for config in configs)
     if prompt_tokens + new_tokens > context:

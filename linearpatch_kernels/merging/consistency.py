@@ -8,11 +8,12 @@ from typing import Any
 
 from linearpatch_kernels.files import refuse_mixture
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
+from linearpatch_kernels.modeling.config_forms import of_decoder, written_sizes
 
 
 def check_merges(plan: MergePlan, config: Mapping[str, Any], directory: Path) -> None:
     """InputError where ``merge.json`` and the content of ``config.json`` in a directory tell of different merges."""
-    layers, tree = config.get("num_hidden_layers"), config.get("linearpatch_merge_tree")
+    layers, tree = written_sizes(config)[0], of_decoder(config).get("linearpatch_merge_tree")
     if layers != plan.layers:
         refuse_mixture(directory, f"{MERGE_FILE} leaves {plan.layers} layers and config.json has {layers}")
     if not isinstance(tree, list) or not _grown_from(plan.tree, tree):

@@ -28,6 +28,7 @@ from linearpatch_kernels.modeling.families import (
     merge_tree,
     num_layers,
     sublayers,
+    text_config,
 )
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.span import Span
@@ -144,7 +145,7 @@ def merge_layers(model: PreTrainedModel, merge: Merge) -> PreTrainedModel:
     for half in halves:
         for path, value in _merged_half(half, sources, merge).items():
             set_parameter(target, path, value)
-    shallower.config.linearpatch_merge_tree = [*tree[:start], tree[start:end], *tree[end:]]
+    text_config(shallower.config).linearpatch_merge_tree = [*tree[:start], tree[start:end], *tree[end:]]
     return shallower
 
 

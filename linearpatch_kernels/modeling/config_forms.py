@@ -29,6 +29,8 @@ from typing import Any
 from linearpatch_kernels.errors import InputError
 
 _OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+# What classes call the number of layers and their width.
+_SIZES = (("num_hidden_layers", "num_layers", "n_layer", "n_layers"), ("hidden_size", "d_model", "n_embd"))
 _KINDS = ("full_attention", "sliding_attention")
 _PHI3 = ("phi3", "linearpatch_phi3")
 _PHI3_SCALING = ("type", "short_factor", "long_factor")
@@ -44,6 +46,8 @@ def both_forms(entries: Mapping[str, Any]) -> dict[str, Any]:
         entries: JSON values by the names of Transformers 5, as ``config.to_dict()`` gives them.
     """
     both = dict(entries)
+    if isinstance(both.get("text_config"), Mapping):
+        both["text_config"] = both_forms(both["text_config"])
     if both.get("dtype") is not None:
         both["torch_dtype"] = both["dtype"]
     rope = both.get("rope_parameters")
@@ -59,6 +63,19 @@ def both_forms(entries: Mapping[str, Any]) -> dict[str, Any]:
     if local.get("rope_type", "default") != "default":
         old["rope_theta"] = None
     return both | old
+
+
+def written_sizes(entries: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """How many decoder layers a config file says the model has, and how wide they are; None where it says nothing."""
+    named = [[of_decoder(entries).get(name) for name in names] for names in _SIZES]
+    depth, width = (next((size for size in sizes if type(size) is int), None) for sizes in named)
+    return depth, width
+
+
+def of_decoder(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config file says of the decoder: all that it says, but for a model that reads more than text."""
+    text = entries.get("text_config")
+    return text if isinstance(text, Mapping) else entries
 
 
 def both_tokenizer_forms(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +108,8 @@ def one_form(entries: Mapping[str, Any], *, new: bool) -> dict[str, Any]:
     Raises:
         InputError: the forms say different things of the positions, or the old one cannot say what the new one does.
     """
+    if isinstance(entries.get("text_config"), Mapping):
+        entries = {**entries, "text_config": one_form(entries["text_config"], new=new)}
     if not entries.get("rope_parameters"):
         return dict(entries)
     both = both_forms(entries)

@@ -13,7 +13,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ _REFERENCES: dict[type, Any] = {
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 # How many steps from a function or an object a reference to a module is looked for.
 _DEPTH = 6
-_CURE = "merge or unload the adapter, or undo what changed the model, first"
+CURE = "merge or unload the adapter, or undo what changed the model, first"
 
 
 class _BoundToSource(Exception):
@@ -231,6 +231,8 @@ class Pair:
         is_list: they are the lists of the layers, which are of different lengths.
         layer: the numbers of the layers of ``old`` and ``new`` that they lie in, and so derive nothing from the model's
             other layers; None outside.
+        layers: what stays of how many layers, for a module that may hold their parts of a tensor beside each other;
+            else None.
     """
 
     path: str
@@ -239,11 +241,24 @@ class Pair:
     old: nn.Module
     is_list: bool
     layer: tuple[int, int] | None
+    layers: tuple[Sequence[int], int] | None = None
+
+    def packed(self, name: str) -> int | None:
+        """The dimension of a tensor along which the parts of all layers of ``old`` lie, and in ``new`` of those that
+        stay (the embeddings of Gemma 4's layers); None where the tensor is as large in both."""
+        tensors = [_own_tensors(one).get(name) for one in (self.old, self.new)]
+        old, new = (() if tensor is None else tuple(tensor.shape) for tensor in tensors)
+        if self.layers is None or len(old) != len(new):
+            return None
+        kept, count = self.layers
+        other = [at for at, (one, another) in enumerate(zip(old, new, strict=True)) if one != another]
+        fits = len(other) == 1 and old[other[0]] % count == 0 and new[other[0]] * count == old[other[0]] * len(kept)
+        return other[0] if fits else None
 
     @property
-    def is_leaf(self) -> bool:
-        """Whether it has no children."""
-        return not _children(self.new)
+    def is_built(self) -> bool:
+        """Whether a copy of ``old`` would not do in its place: it has children, or sizes that ``new`` does not have."""
+        return bool(_children(self.new)) or any(self.packed(name) is not None for name in _own_tensors(self.old))
 
     @property
     def same_class(self) -> bool:
@@ -267,11 +282,11 @@ def check_same_structure(pair: Pair) -> None:
             f"has no {name}" for name in sorted(wanted - found)
         ]
         if other:
-            raise InputError(f"{pair.name} is not the {built} of Transformers but a {kind} that {other[0]}: {_CURE}")
+            raise InputError(f"{pair.name} is not the {built} of Transformers but a {kind} that {other[0]}: {CURE}")
     for name, shape in shapes.items():
-        if shape != expected[name]:
+        if shape != expected[name] and pair.packed(name) is None:
             raise InputError(
-                f"{pair.name}.{name} has the shape {[*shape]}, and by the model's config {[*expected[name]]}: {_CURE}"
+                f"{pair.name}.{name} has the shape {[*shape]}, and by the model's config {[*expected[name]]}: {CURE}"
             )
 
 
@@ -279,10 +294,16 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters and buffers."""
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def _state_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """The module's own part of its state dict."""
-    kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    return {name: tensor.shape for name, tensor in {**module._parameters, **kept}.items() if tensor is not None}
+    left_out = module._non_persistent_buffers_set
+    return {name: tensor.shape for name, tensor in _own_tensors(module).items() if name not in left_out}
 
 
 def carry_over(pair: Pair) -> None:
@@ -323,6 +344,22 @@ def _is_number(name: str, pair: Pair) -> bool:
 
 
 def share_tensors(pair: Pair) -> None:
-    """Give a newly built module the parameters, and copies of the buffers, of the one whose place it takes."""
-    pair.new._parameters.update(pair.old._parameters)
-    pair.new._buffers.update({name: None if b is None else b.clone() for name, b in pair.old._buffers.items()})
+    """Give a newly built module the parameters, and copies of the buffers, of the one whose place it takes.
+
+    Of those that hold the parts of all layers (`Pair.packed`) it gets copies of the parts of the layers that stay.
+    """
+    for name, parameter in pair.old._parameters.items():
+        pair.new._parameters[name] = _stays(pair, name, parameter)
+    for name, buffer in pair.old._buffers.items():
+        pair.new._buffers[name] = None if buffer is None else _stays(pair, name, buffer).clone()
+
+
+def _stays(pair: Pair, name: str, tensor: Any) -> Any:
+    """Of a tensor of ``pair.old`` what there is of it in ``pair.new``: itself, or the parts of the layers that stay."""
+    dim = pair.packed(name)
+    if dim is None or pair.layers is None:
+        return tensor
+    kept, count = pair.layers
+    places = torch.tensor(list(kept), device=tensor.device)
+    part = tensor.detach().unflatten(dim, (count, -1)).index_select(dim, places).flatten(dim, dim + 1)
+    return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.initialization import no_init_weights
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.modeling.copies import (
+    CURE,
     Pair,
     Replacements,
     bind,
@@ -31,6 +33,7 @@ from linearpatch_kernels.modeling.families import (
     hidden_size,
     is_dispatched,
     num_layers,
+    text_config,
 )
 from linearpatch_kernels.modeling.layer_configs import config_for_layers
 from linearpatch_kernels.modeling.proof import check_cut
@@ -64,6 +67,7 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
 def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int]) -> PreTrainedModel:
     """What `rebuild` makes, where it does what is asked of it."""
     check_weights(model)
+    _check_sees_in_front(model)
     # Here what was changed in the model shows, and is told as it is.
     _paired(model, _built(type(model), copy.deepcopy(model.config)), range(num_layers(model)))
     try:
@@ -73,12 +77,36 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
         # Classes and configs refuse what they cannot be in as many ways as there are.
         raise InputError(
             f"models of type {family_of(model).model_type!r} cannot be cut like this: their config does not tell what "
-            f"the layers that stay are ({said(error)})"
+            f"the layers that stay are{_periods(config)} ({_without_cure(error)})"
         ) from error
     for pair in pairs:
         share_tensors(pair)
     check_cut(model, cut, built, kept, exact=all(pair.same_class for pair in pairs))
     return cut
+
+
+def _without_cure(error: Exception) -> str:
+    """What an error says, without what would help a model that was changed."""
+    return str(error).removesuffix(f": {CURE}") if isinstance(error, InputError) else said(error)
+
+
+def _check_sees_in_front(model: PreTrainedModel) -> None:
+    """InputError where a decoder adds what is seen between its layers: no run over text tells what a cut does to it."""
+    taken = inspect.signature(type(decoder(model)).forward).parameters
+    seen = next((name for name in taken if any(word in name for word in ("visual", "vision", "deepstack"))), None)
+    if seen is not None:
+        raise InputError(
+            f"models of type {family_of(model).model_type!r} cannot be cut: their decoder adds what they see behind "
+            f"layers of some numbers ({seen})"
+        )
+
+
+def _periods(config: PretrainedConfig) -> str:
+    """What a config says of every so many layers, where it cannot name single ones."""
+    names = [
+        name for name in sorted(vars(text_config(config))) if name.endswith(("_period", "_pattern", "block_types"))
+    ]
+    return f", as it has a pattern alone ({', '.join(names)}): remove as many as repeat it" if names else ""
 
 
 def _written_and_read(config: PretrainedConfig) -> PretrainedConfig:
@@ -113,16 +141,16 @@ def rebuild(
     pairs = _paired(model, twin, kept)
     if not all(pair.same_class for pair in pairs):
         _check_computes_as_built(model, _built(model_class, config), kept)
-    copies = [(pair, shared_copy(pair.old) if pair.is_leaf else pair.new) for pair in pairs]
+    copies = [(pair, pair.new if pair.is_built else shared_copy(pair.old)) for pair in pairs]
     for pair, clone in copies:
-        if pair.is_leaf:
+        if clone is not pair.new:
             _replace(twin, pair.path, clone)
         else:
             carry_over(pair)
     replacements = Replacements(
         [(pair.old, clone) for pair, clone in copies],
         gone=[*model.modules(), *model.parameters()],
-        configs=[(one.config, config) for one in (model, decoder(model))],
+        configs=[(model.config, config), (decoder(model).config, text_config(config))],
     )
     for pair, clone in copies:
         replacements.prefer(pair.old, clone)
@@ -157,14 +185,17 @@ def _paired(model: PreTrainedModel, twin: PreTrainedModel, kept: Sequence[int]) 
     other parts or weights."""
     # With all the names of a module that stands in several places.
     sources = dict(model.named_modules(remove_duplicate=False))
-    layers = _path_of(model, decoder_layers(model))
+    layers, count = _path_of(model, decoder_layers(model)), num_layers(model)
+    recorded = family_of(model).is_recorded
     pairs = []
     for path, module in twin.named_modules(remove_duplicate=False):
         name, layer = _source_path(path, layers, kept), None
         if path.startswith(layers + "."):
             new = int(path.removeprefix(layers + ".").partition(".")[0])
             layer = (kept[new], new)
-        pair = Pair(path, name or "the model", module, sources[name], is_list=name == layers, layer=layer)
+        # What is found is proved afterwards, and a record says all there is.
+        packs = None if layer is not None or recorded else (kept, count)
+        pair = Pair(path, name or "the model", module, sources[name], name == layers, layer, packs)
         check_same_structure(pair)
         pairs.append(pair)
     return pairs

@@ -1,8 +1,9 @@
 """Where the layers, norms and embeddings of a decoder live: the one place that knows Transformers' classes.
 
-What a model shows is found: its decoder, the list of its layers, its embedding. A record (`Family`) adds what does not
-show, such as how the halves of a layer are written; without one, layers are removed and joints patched, and no weights
-are merged or fitted again.
+What a model shows is found: its decoder, the list of its layers, its embedding. In a model that reads more than text
+that is the decoder of the text; what is around it stays as it is. A record (`Family`) adds what does not show, such as
+how the halves of a layer are written; without one, layers are removed and joints patched, and no weights are merged or
+fitted again.
 
 A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
 hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
@@ -20,7 +21,10 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -80,7 +84,8 @@ class Family:
     Attributes:
         model_type: of the stock config, ``"llama"``; about: what people call its models.
         config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes. The layer's is None
-            where there is no record.
+            where there is no record. Of a model that reads more than text they are those of all of it, which holds the
+            text's decoder.
         modules: what a layer is made of; None where that is not known: nothing is merged or fitted again.
         per_layer: config attributes with one entry per decoder layer. A record names them: a list of special token ids
             may well have as many entries as the model has layers. None: they are guessed, and the cut is proved.
@@ -106,7 +111,7 @@ class Family:
     @property
     def is_recorded(self) -> bool:
         """Whether there is a record, or the family is what Transformers says of the model type and no more."""
-        return self.modules is not None and self.per_layer is not None
+        return self.model_type in STOCK_FAMILIES and self.modules is not None and self.per_layer is not None
 
 
 def twin_name(stock: Any, stock_config: Any) -> str:
@@ -119,9 +124,10 @@ def twin_name(stock: Any, stock_config: Any) -> str:
     return PATCHED_CLASS + ("" if brought else stock_config.__name__.removesuffix("Config")) + stock.__name__
 
 
-# Configs of the halves of a layer. One that has others is of a model that reads more than text, or has more than one
-# stack of layers.
+# Configs of the halves of a layer. One that has others is of a model that has more than one stack of layers.
 _OF_LAYERS = {"attn_config", "ffn_config"}
+# That of the decoder in a model that reads more than text.
+_OF_TEXT = "text_config"
 _QUERY_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 STOCK_FAMILIES: Registry[Family] = Registry(
@@ -204,15 +210,15 @@ def family_of(source: nn.Module | PretrainedConfig | str) -> Family:
     A type without a record has a family, too, where Transformers has a causal LM of it.
 
     Raises:
-        InputError: Transformers has none, or one that reads more than text.
+        InputError: Transformers has none, or one of several stacks of layers.
     """
     model_type = source if isinstance(source, str) else getattr(getattr(source, "config", source), "model_type", None)
     name = str(model_type).removeprefix(PATCHED_PREFIX)
     family = STOCK_FAMILIES.get(name) or _unrecorded(name)
     if family is None:
         raise InputError(
-            f"models of type {model_type!r} are not supported: Transformers has no causal LM of that type that is one "
-            "decoder of text"
+            f"models of type {model_type!r} are not supported: Transformers has no causal LM of that type with one "
+            "decoder"
         )
     return family
 
@@ -226,11 +232,15 @@ def _unrecorded(model_type: str) -> Family | None:
     model_type = config_class.model_type
     if model_type in STOCK_FAMILIES:
         return STOCK_FAMILIES[model_type]
-    mapped = [mapping.get(config_class, None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    whole = _OF_TEXT in config_class.sub_configs
+    heads = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if whole else MODEL_FOR_CAUSAL_LM_MAPPING
+    mapped = [mapping.get(config_class, None) for mapping in (MODEL_MAPPING, heads)]
     decoder_class, causal_lm_class = (one[0] if isinstance(one, tuple) else one for one in mapped)
-    single = config_class.sub_configs.keys() <= _OF_LAYERS and not config_class.is_encoder_decoder
-    if decoder_class is None or causal_lm_class is None or not single:
+    single = whole or config_class.sub_configs.keys() <= _OF_LAYERS
+    if decoder_class is None or causal_lm_class is None or not single or config_class.is_encoder_decoder:
         return None
+    # What the layers of the text's decoder are made of is known where it is one of a recorded type.
+    text = STOCK_FAMILIES.get(str(getattr(config_class.sub_configs.get(_OF_TEXT), "model_type", None)))
     return Family(
         model_type,
         f"what Transformers calls {model_type}",
@@ -238,9 +248,39 @@ def _unrecorded(model_type: str) -> Family | None:
         None,
         decoder_class,
         causal_lm_class,
-        modules=None,
-        per_layer=None,
+        modules=None if text is None else text.modules,
+        per_layer=None if text is None else text.per_layer,
     )
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that makes a model of its family's class of a config, or loads one.
+
+    For some models that read more than text `AutoModelForCausalLM` has the text part alone, or nothing.
+    """
+    if _OF_TEXT not in config.sub_configs or str(config.model_type).startswith(PATCHED_PREFIX):
+        return AutoModelForCausalLM
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return AutoModelForCausalLM if stock is family_of(config).causal_lm_class else AutoModelForImageTextToText
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is the decoder's; all of it, but for a model that reads more than text."""
+    get: Any = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
+def depth_name(config: Any) -> str:
+    """What a decoder's config calls the number of its layers."""
+    # LongCat-Flash derives another number from it, of halves of layers.
+    derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)
+    return "num_layers" if derived else "num_hidden_layers"
+
+
+def depth_of(config: Any) -> int:
+    """How many decoder layers the model of a config has."""
+    text = text_config(config)
+    return int(getattr(text, depth_name(text)))
 
 
 @dataclass(frozen=True)
@@ -383,11 +423,11 @@ def layer_list(stack: nn.Module) -> str:
     """What a decoder calls the list of its layers."""
     config: Any = stack.config
     lists = _lists(stack)
-    fitting = [name for name, child in lists.items() if len(child) == config.num_hidden_layers] or [*lists]
+    fitting = [name for name, child in lists.items() if len(child) == depth_of(config)] or [*lists]
     if len(fitting) != 1:
         raise InputError(
             f"models of type {config.model_type!r} cannot be cut: the {type(stack).__name__} holds {len(fitting)} "
-            f"lists of modules that could be its {config.num_hidden_layers} layers, and one is needed"
+            f"lists of modules that could be its {depth_of(config)} layers, and one is needed"
         )
     return fitting[0]
 

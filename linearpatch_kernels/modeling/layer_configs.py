@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.families import depth_name, depth_of, family_of, text_config
 
 # How many of the first layers are of another kind.
 _LEADING = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "num_hash_layers")
@@ -31,17 +31,21 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
     Raises:
         InputError: a list that does not have an entry for every layer, or settings that cannot follow.
     """
-    count = config.num_hidden_layers
+    count = depth_of(config)
     sliced: Any = copy.deepcopy(config)
     if len(kept) == count:
         return sliced
-    family = family_of(config)
-    if "per_layer_config" in vars(config) or "_heterogeneity_spec" in vars(config):
-        raise InputError(
-            f"models of type {family.model_type!r} cannot be cut: the config has settings for single layers "
-            "(per_layer_config)"
-        )
-    named = family.per_layer if family.per_layer is not None else tuple(_lists(config))
+    joints = (getattr(config, "linearpatch", None) or {}).get("joints")
+    if joints:
+        sliced.linearpatch["joints"] = _joints_of_layers(joints, kept, count)
+    _slice(text_config(config), text_config(sliced), kept, family_of(config).per_layer)
+    return sliced
+
+
+def _slice(config: PretrainedConfig, sliced: Any, kept: Sequence[int], per_layer: Sequence[str] | None) -> None:
+    """Make of a copy of a decoder's config that of the layers ``kept``."""
+    count = depth_of(config)
+    named = tuple(_lists(config)) if per_layer is None else per_layer
     for name in (*named, "linearpatch_merge_tree"):
         entries = getattr(config, name, None)
         if entries is None:
@@ -49,7 +53,7 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
         if not isinstance(entries, list | tuple) or len(entries) != count:
             raise InputError(f"the config's {name} does not have an entry for each of {count} layers: restore it")
         setattr(sliced, name, [entries[i] for i in kept])
-    for name, numbers in _numbers(config) if family.per_layer is None else ():
+    for name, numbers in _numbers(config) if per_layer is None else ():
         setattr(sliced, name, [new for new, old in enumerate(kept) if old in numbers])
     for names, counted in _counts(count):
         for name in names:
@@ -60,11 +64,12 @@ def config_for_layers(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
     # Every sixth layer of Gemma 3 is global before a cut; afterwards only `layer_types` tells.
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         vars(sliced).pop(name, None)
-    sliced.num_hidden_layers = len(kept)
-    joints = (getattr(config, "linearpatch", None) or {}).get("joints")
-    if joints:
-        sliced.linearpatch["joints"] = _joints_of_layers(joints, kept, count)
-    return sliced
+    setattr(sliced, depth_name(config), len(kept))
+    # As a config file has them: settings of single layers under their numbers, as text.
+    singles = config.to_dict().get("per_layer_config")
+    if singles is not None:
+        settings = {int(layer): own for layer, own in singles.items()}
+        sliced.per_layer_config = {new: settings[old] for new, old in enumerate(kept) if old in settings}
 
 
 def _counts(count: int) -> Iterator[tuple[tuple[str, ...], Callable[[int, int], bool]]]:
@@ -77,7 +82,7 @@ def _lists(config: PretrainedConfig) -> Iterator[str]:
     """The names of what looks like a list with an entry per layer."""
     numbers = {name for name, _ in _numbers(config)}
     for name, value in vars(config).items():
-        told = isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+        told = isinstance(value, list | tuple) and len(value) == depth_of(config)
         if told and name not in numbers and name != "linearpatch_merge_tree" and not name.endswith(_NEVER):
             yield name
 
@@ -86,9 +91,9 @@ def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, Sequence[int]]]:
     """What looks like a list of the numbers of some layers, under its name."""
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and value and any(word in name for word in _NUMBERS):
-            whole = all(type(one) is int and 0 <= one < config.num_hidden_layers for one in value)
+            whole = all(type(one) is int and 0 <= one < depth_of(config) for one in value)
             # Of 0 and 1 alone it would be a list of switches; those of two layers are told by their length.
-            if whole and list(value) == sorted(set(value)) and not (len(value) == config.num_hidden_layers == 2):
+            if whole and list(value) == sorted(set(value)) and not (len(value) == depth_of(config) == 2):
                 yield name, value
 
 

@@ -18,7 +18,6 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +27,15 @@ from transformers.utils import find_adapter_config_file
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import reading, said
-from linearpatch_kernels.modeling.families import PATCHED_PREFIX, family_of, hidden_size, num_layers
+from linearpatch_kernels.modeling.families import (
+    PATCHED_PREFIX,
+    auto_class,
+    depth_of,
+    family_of,
+    hidden_size,
+    num_layers,
+    text_config,
+)
 from linearpatch_kernels.modeling.gguf import GGUFFile
 from linearpatch_kernels.modeling.patched import twin_of
 from linearpatch_kernels.modeling.saving import no_progress_bar
@@ -47,7 +54,7 @@ DEVICE_MAPS = ("auto", "balanced", "sequential")
 """How accelerate shares a model out: what fits best; the same to every device; one device after the other."""
 
 # What belongs to every model made of one, in its directory or repository: terms, and what other tools read its
-# tokenizer, its templates and its settings from.
+# tokenizer, its templates and its settings from, and what makes of images and sounds what it takes.
 _COMPANIONS = (
     "*licen?e*",
     "*notice*",
@@ -67,6 +74,9 @@ _COMPANIONS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
 )
 _COMPANION_BYTES = 64 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -149,12 +159,12 @@ class ModelSource:
     def num_layers(self) -> int:
         """How many decoder layers the model has."""
         layers = None if self._gguf is None else self._gguf.layers
-        return int(self.config.num_hidden_layers) if layers is None else layers
+        return depth_of(self.config) if layers is None else layers
 
     @property
     def hidden_size(self) -> int:
         """The width d of the residual stream."""
-        return int(self.config.hidden_size)
+        return int(text_config(self.config).hidden_size)
 
     @property
     def is_quantised(self) -> bool:
@@ -183,7 +193,7 @@ class ModelSource:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        rows = self.config.vocab_size
+        rows = text_config(self.config).vocab_size
         with _told_of(self._title, "has no tokenizer that can be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(self._place, trust_remote_code=self._trust)
             _check_tokenizer(tokenizer, self.name, rows)
@@ -193,7 +203,7 @@ class ModelSource:
     def load(self) -> PreTrainedModel:
         """The model, in evaluation mode."""
         with _told_of(self._title), no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(self.config).from_pretrained(
                 self._place,
                 config=copy.deepcopy(self.config),
                 dtype=self._dtype or "auto",
@@ -203,7 +213,7 @@ class ModelSource:
                 **self._spread,
             )
             # Of a hub's files nothing was known before.
-            refuse_dropped(self._title, info["unexpected_keys"], self.config.num_hidden_layers)
+            refuse_dropped(self._title, info["unexpected_keys"], depth_of(self.config))
             refuse_missing(self._title, info["missing_keys"])
             return (model if self._device is None else model.to(self._device)).eval()
 
@@ -258,7 +268,7 @@ class LoadedModel:
         self.config: PretrainedConfig = model.config
         self.tokenizer = tokenizer
         self._model, self._trust = model, trust_remote_code
-        _check_tokenizer(tokenizer, self.name, self.config.vocab_size)
+        _check_tokenizer(tokenizer, self.name, text_config(self.config).vocab_size)
 
     @property
     def num_layers(self) -> int:

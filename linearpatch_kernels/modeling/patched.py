@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.config_forms import both_forms, one_form
@@ -37,9 +37,12 @@ from linearpatch_kernels.modeling.families import (
     Family,
     decoder,
     decoder_layers,
+    depth_of,
     embedding,
     family_of,
+    hidden_size,
     num_layers,
+    text_config,
     twin_name,
 )
 from linearpatch_kernels.modeling.modeling_file import modeling_source
@@ -152,10 +155,12 @@ _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activ
 
 def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any) -> Any:
     """The stock config with a record of the joints, and a file that no stock class takes for its own."""
-    written = stock_config().to_dict()
+    stock = stock_config()
+    written, new = stock.to_dict(), hasattr(type(text_config(stock)), "rope_parameters")
     # On disk the activation is masked, or the dtype where the config names none: a stock class does not know one of
     # this name and says so, instead of loading the layers without their patches.
     masked = next((name for name in _ACTIVATIONS if isinstance(written.get(name), str)), "dtype")
+    heads = ["AutoModelForCausalLM", *["AutoModelForImageTextToText"] * ("text_config" in stock_config.sub_configs)]
     mask = " (some layers are patched: `import linearpatch_kernels.modeling`, or pass trust_remote_code=True)"
 
     class Config(stock_config):
@@ -165,7 +170,7 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
             for auto_class, stock_class in (
                 ("AutoConfig", stock_config),
                 ("AutoModel", stock_decoder),
-                ("AutoModelForCausalLM", stock_causal_lm),
+                *((head, stock_causal_lm) for head in heads),
             )
         }
         linearpatch: dict[str, Any] | None = None
@@ -182,10 +187,10 @@ def _patched_config(stock_config: Any, stock_decoder: Any, stock_causal_lm: Any)
                 if isinstance(entries.get(name), str):
                     entries[name] = entries[name].removesuffix(mask)
             # What the names of Transformers 5 say, its classes have; those of 4 know the old names only.
-            entries = one_form(entries, new=hasattr(stock_config, "rope_parameters"))
+            entries = one_form(entries, new=new)
             # These two belong to the class.
             super().__init__(**{name: entries[name] for name in entries if name not in ("auto_map", "model_type")})
-            self.linearpatch = checked_record(record, self.num_hidden_layers, self.hidden_size)
+            self.linearpatch = checked_record(record, depth_of(self), text_config(self).hidden_size)
 
         def to_dict(self) -> dict[str, Any]:
             entries = super().to_dict()
@@ -233,12 +238,14 @@ def _name(patched: Any, name: str) -> None:
 
 
 def _attach(stack: Any) -> None:
-    """Put the joints of a decoder's config at its layers, which are stock ones."""
-    config = stack.config
-    depth = config.num_hidden_layers
-    layers = next(one for one in stack.modules() if isinstance(one, nn.ModuleList) and len(one) == depth)
+    """Put the joints of a model's config at the layers of its decoder, which are stock ones."""
+    config, depth = text_config(stack.config), depth_of(stack.config)
+    # In a model that reads more than text, what reads the rest may be as deep.
+    decoders = (one for one in stack.modules() if type(getattr(one, "config", None)) is type(config))
+    lists = (one for part in decoders for one in part.modules() if isinstance(one, nn.ModuleList) and len(one) == depth)
+    layers = next(lists)
     # Checked when the config was made, which may have been changed since.
-    joints = checked_record(config.linearpatch, depth, config.hidden_size)["joints"]
+    joints = checked_record(stack.config.linearpatch, depth, config.hidden_size)["joints"]
     for index in {joint_place(int(joint), depth)[0] for joint in joints}:
         layers[index].__class__ = patched_layer(type(layers[index]))
         for name in ("patch", "output_patch"):
@@ -276,23 +283,22 @@ def patched_classes(
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            stack = next(one for one in self.modules() if isinstance(one, stock_decoder))
+            # Llama 4 and Kosmos-2.5 have no class between their parts and the whole.
+            stack = next((one for one in self.modules() if isinstance(one, stock_decoder)), self)
             if not isinstance(stack, Decoder):
-                stack.__class__ = Decoder
+                if stack is not self:
+                    stack.__class__ = Decoder
                 _attach(stack)
             self.post_init()
 
-    stock: dict[Any, Any] = {
-        Config: stock_config,
-        Decoder: stock_decoder,
-        CausalLM: stock_causal_lm,
-    }
+    made: Any = CausalLM if stock_decoder is stock_causal_lm else Decoder
+    stock: dict[Any, Any] = {Config: stock_config, made: stock_decoder, CausalLM: stock_causal_lm}
     for patched, base in stock.items():
         patched.stock_class = base
         _name(patched, twin_name(base, stock_config))
-    for patched in (Decoder, CausalLM):
+    for patched in (made, CausalLM):
         patched.own_code = staticmethod(own_code)
-    return Config, Decoder, CausalLM
+    return Config, made, CausalLM
 
 
 def twin_of(family: Family) -> tuple[Any, Any, Any]:
@@ -317,6 +323,8 @@ def registered(family: Family) -> tuple[Any, Any, Any]:
     AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, decoder_class)
     AutoModelForCausalLM.register(config_class, causal_lm_class)
+    if "AutoModelForImageTextToText" in config_class.auto_map:
+        AutoModelForImageTextToText.register(config_class, causal_lm_class)
     return config_class, decoder_class, causal_lm_class
 
 
@@ -376,8 +384,8 @@ def patched_model(
             chain = PatchChain.of(new)
         except InputError as error:
             raise InputError(f"at joint {joint}: {error}") from None
-        if chain.dim != config.hidden_size:
-            raise InputError(f"the patch of joint {joint} is {chain.dim} wide, the model {config.hidden_size}")
+        if chain.dim != hidden_size(model):
+            raise InputError(f"the patch of joint {joint} is {chain.dim} wide, the model {hidden_size(model)}")
         chains[joint] = PatchChain(*chain, *there.get(joint, ()))
         # A place for what is new; what is there comes with the model's modules.
         config.linearpatch["joints"].setdefault(str(joint), [])
@@ -399,8 +407,10 @@ def _put(model: PreTrainedModel, joint: int, chain: PatchChain) -> None:
     """Set what stands at a joint, in the model and in its config."""
     layer, name = joint_place(joint, num_layers(model))
     decoder_layers(model)[layer].register_module(name, chain)
-    for config in (model.config, decoder(model).config):
-        config.linearpatch["joints"][str(joint)] = chain.description()
+    for config in {id(one): one for one in (model.config, decoder(model).config)}.values():
+        # In a model that reads more than text that of the decoder has no record.
+        if getattr(config, "linearpatch", None) is not None:
+            config.linearpatch["joints"][str(joint)] = chain.description()
 
 
 def replace_patch(model: PreTrainedModel, joint: int, patch: Patch | Iterable[Patch]) -> None:

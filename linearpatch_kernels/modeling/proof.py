@@ -50,7 +50,9 @@ def check_cut(
     with eval_mode(model, cut):
         calls = dict(enumerate(traced(model, ids)))
         try:
-            wanted = bypassing(model, {i: call for i, call in calls.items() if i not in kept})(ids, use_cache=False)
+            wanted = bypassing(model, {i: call.form for i, call in calls.items() if i not in kept})(
+                ids, use_cache=False
+            )
         except Exception as error:
             # Layers that later ones go back to are missed in as many ways as there are.
             raise InputError(f"{told}: the layers that stay need one that goes ({said(error)})") from error

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import MARKER, check_output, is_ours, save_files, written_whole
 from linearpatch_kernels.modeling.config_forms import write_both_forms
+from linearpatch_kernels.modeling.families import auto_class, text_config
+from linearpatch_kernels.modeling.weights import names_in
 from linearpatch_kernels.torch_state import evaluation_mode
 
 __all__ = ["MARKER", "check_output", "is_ours", "no_progress_bar", "parameter_bytes", "save_checkpoint", "save_files"]
@@ -101,13 +103,15 @@ def _write_model(model: PreTrainedModel, directory: Path) -> None:
 def _read_back(model: PreTrainedModel, directory: Path) -> None:
     """InputError where what was written is not the model in memory."""
     state = model.state_dict()
-    written = set()
+    written, converted = set(), set()
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if name not in state or not _same_bits(state[name], tensors.get_tensor(name)):
+            # A stock model is written under the names, and in the parts, that its type's checkpoints have.
+            for name, (now, made) in names_in(model, state, tensors.keys()).items():
+                if now not in state or not (made or _same_bits(state[now], tensors.get_tensor(name))):
                     raise _not_the_model(f"the weight {name} was written otherwise")
-                written.add(name)
+                written.add(now)
+                converted |= {now} if made else set()
     # One of several names of a shared tensor is enough.
     places = {state[name].data_ptr() for name in written}
     missing = [name for name, tensor in state.items() if tensor.numel() and tensor.data_ptr() not in places]
@@ -116,7 +120,7 @@ def _read_back(model: PreTrainedModel, directory: Path) -> None:
     if _free_memory(model.device) < _SECOND_MODEL * parameter_bytes(model):
         _check_structure(model, directory)
     else:
-        _check_logits(model, directory)
+        _check_loaded(model, directory, converted)
 
 
 def _not_the_model(what: str) -> InputError:
@@ -132,24 +136,32 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _check_structure(model: PreTrainedModel, directory: Path) -> None:
     with torch.device("meta"):
-        again = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        again = auto_class(model.config).from_config(AutoConfig.from_pretrained(directory))
     shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, again)]
     if type(again) is not type(model) or shapes[0] != shapes[1]:
         raise _not_the_model("its config describes another")
 
 
-def _check_logits(model: PreTrainedModel, directory: Path) -> None:
+def _check_loaded(model: PreTrainedModel, directory: Path, converted: Iterable[str]) -> None:
+    """What the directory loads as: the class, the logits, and the weights that were written in parts."""
     with no_progress_bar():
-        again, info = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+        loads = auto_class(model.config)
+        again, info = loads.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
     wrong = [f"{what.replace('_', ' ')} {sorted(keys)[0]}" for what, keys in info.items() if keys]
     if wrong or type(again) is not type(model):
         raise _not_the_model(", ".join(wrong) or f"it loads as a {type(again).__name__}")
     again.to(model.device)
+    states = [one.state_dict() for one in (model, again)]
+    other = next((name for name in sorted(converted) if not _same_bits(*(state[name] for state in states))), None)
+    if other is not None:
+        raise _not_the_model(f"the weight {other} was written otherwise")
     # A model that was cast computes with rotary tables that were cast; a loaded one makes them anew.
     for name, buffer in model.named_buffers():
         path, _, leaf = name.rpartition(".")
         holder = again.get_submodule(path)
-        setattr(holder, leaf, getattr(holder, leaf).to(buffer.dtype))
+        # Without the tables of kinds of layers that went.
+        if leaf in holder._buffers:
+            setattr(holder, leaf, getattr(holder, leaf).to(buffer.dtype))
     here, there = (_probe_logits(one) for one in (model, again))
     # Another attention implementation than the one in memory may serve the loaded model.
     tolerance = min(4096 * torch.finfo(model.dtype).eps, 0.05)
@@ -161,7 +173,7 @@ def _check_logits(model: PreTrainedModel, directory: Path) -> None:
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> Tensor:
     """The logits [T, V] of a few tokens, float32, on the CPU."""
-    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).remainder(model.config.vocab_size)
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).remainder(text_config(model.config).vocab_size)
     with evaluation_mode(model):
         logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits.float().cpu()

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
-from linearpatch_kernels.modeling.families import decoder, decoder_layers, embedding, family_of, hidden_size
+from linearpatch_kernels.modeling.families import (
+    decoder,
+    decoder_layers,
+    embedding,
+    family_of,
+    hidden_size,
+    text_config,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,11 @@ def some_tokens(model: nn.Module, count: int) -> Tensor:
     weight = embedding(model).weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(5, len(weight) - 1), len(weight), (1, count), generator=generator, device="cpu")
+    # Where a model reads more than text, some tokens stand for what it reads.
+    config: Any = getattr(model, "config", None)
+    for name, value in vars(config).items() if text_config(config) is not config else ():
+        if name.endswith(("_token_id", "_token_index")):
+            ids[ids == value] = min(5, len(weight) - 1)
     # accelerate brings what lies elsewhere.
     return ids if weight.is_meta else ids.to(weight.device)
 

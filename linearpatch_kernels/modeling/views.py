@@ -1,16 +1,21 @@
 """Parts of a model that run by themselves, on its own parameters: some layers, or what is behind them.
 
-A part runs the decoder's own code over a shorter list of layers, so masks, rotary tables and what else the layers are
-handed come from there. In the list the first layer takes the stream that is given in the place of what the decoder
-made of it (which may have scaled it, or added positions), and behind the last one the run may stop: no name of a norm
-or an embedding need be known.
+A part runs the decoder's own code over a list of as many layers, of which those outside the part are passed by. So
+masks, rotary tables and what else a layer is handed for its place are what the whole decoder hands it. The first layer
+of the part takes the stream that is given in the place of what the decoder made of it (which may have scaled it, or
+added positions), and behind the last one the run may stop: no name of a norm or an embedding need be known.
+
+Layers that take more than the stream from in front (what their tokens are, keys and values of an earlier layer) do not
+run by themselves. A model with such layers runs from its tokens on, with some layers passed by (`bypassing`).
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,14 +35,23 @@ from linearpatch_kernels.modeling.families import (
     layer_list,
     num_layers,
 )
-from linearpatch_kernels.modeling.layer_configs import config_for_layers
 from linearpatch_kernels.modeling.stream import LayerCall, difference, rounding, some_tokens, stream_in, traced
 from linearpatch_kernels.torch_state import eval_mode
 
 # The type of what a layer returns, and what may stand behind the stream in it.
 _Form = tuple[type, tuple[Any, ...]]
-# The lists of layers that were found to hand the stream on, and how.
-_FOUND: weakref.WeakKeyDictionary[nn.ModuleList, _Form] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Handing:
+    """How layers hand the stream on, and why they do not run from the middle on (empty where they do)."""
+
+    form: _Form
+    needs: str = ""
+
+
+# Of the lists of layers that were tried.
+_FOUND: weakref.WeakKeyDictionary[nn.ModuleList, _Handing] = weakref.WeakKeyDictionary()
 _TRIED_TOKENS = 5
 
 
@@ -55,34 +69,43 @@ def partial_decoder(model: nn.Module, start: int, end: int, *, embed: bool = Fal
     model has now.
 
     Raises:
-        InputError: not ``0 <= start <= end <= L``, or a decoder that does not hand one stream from layer to layer.
+        InputError: not ``0 <= start <= end <= L``, a decoder that does not hand one stream from layer to layer, or
+            layers without those in front of them that need more of these than the stream (`runs_from_a_layer`).
     """
     count = num_layers(model)
     if not 0 <= start <= end <= count:
         raise InputError(f"layers {start}:{end} are not in this model: it has layers 0:{count}")
-    return _part(model, start, end, embed=embed, norm=norm, form=_form(model))
+    handing = _handing(model)
+    if handing.needs and not embed and start < end:
+        raise InputError(f"models of type {family_of(model).model_type!r} do not run from a layer on: {handing.needs}")
+    return _part(model, start, end, embed=embed, norm=norm, handing=handing)
 
 
-def _part(model: nn.Module, start: int, end: int, *, embed: bool, norm: bool, form: _Form | None = None) -> nn.Module:
+def runs_from_a_layer(model: nn.Module) -> bool:
+    """Whether the layers run on the stream alone, so that a part of the model may start at any of them."""
+    return not _handing(model).needs
+
+
+def _part(model: nn.Module, start: int, end: int, *, embed: bool, norm: bool, handing: _Handing) -> nn.Module:
     stack, layers = decoder(model), decoder_layers(model)
-    # Where no layer runs, one stands for its place alone.
-    kept = range(start, end) if start < end else [min(start, len(layers) - 1)]
-    config = config_for_layers(stack.config, kept)
-    config.use_cache = False
     view: PreTrainedModel = _copy(stack)
     bind(view, Replacements([(stack, view)], gone=[] if stack is model else [model]), "the decoder")
-    view.config = config
-    entries: list[nn.Module] = [layers[i] for i in kept]
-    if start == end:
-        entries = [_Passed(entries[0], *(form or ()))]
+    view.config = copy.deepcopy(stack.config)
+    view.config.use_cache = False
+    entries: list[nn.Module] = [
+        layer if start <= index < end else _Passed(layer, handing.form) for index, layer in enumerate(layers)
+    ]
     if not norm:
-        entries[-1] = _Last(entries[-1])
+        entries[max(end, 1) - 1] = _Last(entries[max(end, 1) - 1])
+    first: _First | None = None
     if not embed:
-        entries[0] = _First(entries[0])
+        place = min(start, len(entries) - 1)
+        entries[place] = first = _First(entries[place])
+    if not embed and not handing.needs:
         table = embedding(model)
         view._modules.update({name: None for name, child in view._modules.items() if child is table})
     view._modules[layer_list(stack)] = nn.ModuleList(entries)
-    return _Part(view, None if embed else cast(_First, entries[0]))
+    return _Part(view, first, takes_ids=bool(handing.needs))
 
 
 def _copy(module: ModuleT) -> ModuleT:
@@ -102,19 +125,32 @@ class _Reached(Exception):
 
 
 class _Place(nn.Module):
-    """In the list of a view's layers in the place of one, which does for it what is asked beside being run."""
+    """In the list of a view's layers in the place of one, whose attributes it shows."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self._shown = (layer,)
         self.training = layer.training
 
     def __getattr__(self, name: str) -> Any:
-        layer = vars(self).get("_modules", {}).get("layer")
-        return layer if name == "layer" or layer is None else getattr(layer, name)
+        for shown in vars(self).get("_shown", ()):
+            return getattr(shown, name)
+        raise AttributeError(name)
 
 
-class _First(_Place):
+class _Running(_Place):
+    """The layer, and something beside it being run."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self._modules["layer"] = layer
+
+    @property
+    def layer(self) -> Any:
+        return self._modules["layer"]
+
+
+class _First(_Running):
     """The layer at which a given stream enters."""
 
     given: Tensor | None = None
@@ -125,7 +161,7 @@ class _First(_Place):
         return self.layer(**{**kwargs, "hidden_states": self.given})
 
 
-class _Last(_Place):
+class _Last(_Running):
     """The layer behind which the run stops."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,25 +169,42 @@ class _Last(_Place):
 
 
 class _Passed(_Place):
-    """A layer that is passed by: the stream that enters it comes out, in a tuple with more where the layer's does."""
+    """A layer that is passed by: the stream that enters it comes out, in a tuple with more where the layer's does.
 
-    def __init__(self, layer: nn.Module, kind: type = Tensor, rest: Sequence[Any] = ()) -> None:
+    Args:
+        through: a map that the stream goes through instead.
+    """
+
+    def __init__(self, layer: nn.Module, form: _Form, through: nn.Module | None = None) -> None:
         super().__init__(layer)
-        self._kind, self._rest = kind, rest
+        self._kind, self._rest = form
+        self._modules["through"] = through
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
+        through = self._modules["through"]
+        stream = stream if through is None else through(stream)
         return self._kind((stream, *self._rest)) if issubclass(self._kind, tuple | list) else stream
 
 
 class _Part(nn.Module):
-    """A decoder with a list of its own, called like the decoder."""
+    """A decoder with a list of its own, called like the decoder.
 
-    def __init__(self, stack: nn.Module, first: _First | None) -> None:
+    Args:
+        takes_ids: the decoder makes more of tokens than the stream; where no layer runs on it, any tokens will do.
+    """
+
+    def __init__(self, stack: nn.Module, first: _First | None, *, takes_ids: bool) -> None:
         super().__init__()
         self.stack = stack
         self.training = stack.training
-        self._first = [] if first is None else [first]
+        # It is a part of the stack.
+        self._first = (first,)
+        self.takes_ids = takes_ids
+
+    @property
+    def first(self) -> _First | None:
+        return self._first[0]
 
     def __getattr__(self, name: str) -> Any:
         stack = vars(self).get("_modules", {}).get("stack")
@@ -160,28 +213,32 @@ class _Part(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = kwargs.get("inputs_embeds")
         # Some causal LMs hand their decoder the ids that they do not have by position.
-        if self._first and (stream is None or any(arg is not None for arg in args)):
+        first = self.first
+        if first is not None and (stream is None or any(arg is not None for arg in args)):
             raise TypeError("a part that begins at a layer is given the stream there, as inputs_embeds")
         try:
-            for first in self._first:
+            if first is not None and stream is not None:
                 first.given = stream
+                if self.takes_ids:
+                    ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device)
+                    kwargs = {**kwargs, "inputs_embeds": None, "input_ids": ids}
             return self.stack(*args, **kwargs)
         except _Reached as reached:
             return BaseModelOutputWithPast(last_hidden_state=reached.stream)
         finally:
-            for first in self._first:
+            if first is not None:
                 first.given = None
 
 
-def _form(model: nn.Module) -> _Form:
+def _handing(model: nn.Module) -> _Handing:
     """How the layers hand the stream on.
 
     Raises:
-        InputError: they hand on something else, or run otherwise from the middle on. (Of the recorded families this is
-            known, and the others are tried on a few tokens.)
+        InputError: they hand on something else. (Of the recorded families this is known, and the others are tried on a
+            few tokens.)
     """
     if family_of(model).is_recorded:
-        return Tensor, ()
+        return _Handing((Tensor, ()))
     layers = decoder_layers(model)
     if layers not in _FOUND:
         _FOUND[layers] = _tried(model)
@@ -189,34 +246,42 @@ def _form(model: nn.Module) -> _Form:
 
 
 @torch.no_grad()
-def _tried(model: nn.Module) -> _Form:
+def _tried(model: nn.Module) -> _Handing:
     ids = some_tokens(model, _TRIED_TOKENS)
     with eval_mode(model):
         calls = traced(model, ids)
-        for start in {0, len(calls) // 2}:
-            if not _runs_from(model, start, calls):
-                raise InputError(
-                    f"models of type {family_of(model).model_type!r} cannot be calibrated or cut: their layers run "
-                    f"otherwise from layer {start} on than in the whole model"
-                )
-    kind, rest = calls[-1].form
-    return kind, (None,) * len(rest)
+        depth, (kind, rest) = len(calls), calls[-1].form
+        form = (kind, (None,) * len(rest))
+        alone = _Handing(form)
+        needs = [_difference_from(model, start, calls, alone) for start in (0, depth // 2)]
+        if not any(needs):
+            return alone
+        more = _Handing(form, next(filter(None, needs)))
+        whole = _part(model, 0, depth, embed=True, norm=False, handing=more)(input_ids=ids, use_cache=False)
+        normed = _part(model, depth, depth, embed=False, norm=True, handing=more)
+        behind = normed(inputs_embeds=calls[-1].result, use_cache=False).last_hidden_state
+        wanted = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    if max(difference(whole.last_hidden_state, calls[-1].result), difference(behind, wanted)) > rounding(behind):
+        raise InputError(
+            f"models of type {family_of(model).model_type!r} cannot be calibrated or cut: {more.needs}, and the whole "
+            "of them runs otherwise in parts"
+        )
+    return more
 
 
-def _runs_from(model: nn.Module, start: int, calls: Sequence[LayerCall]) -> bool:
-    """Whether the layers from ``start`` on make of the stream there what they did in the whole model."""
+def _difference_from(model: nn.Module, start: int, calls: Sequence[LayerCall], handing: _Handing) -> str:
+    """Why the layers from ``start`` on do not make of the stream there what they did in the whole model, or nothing."""
     try:
-        part = _part(model, start, len(calls), embed=False, norm=False)
+        part = _part(model, start, len(calls), embed=False, norm=False, handing=handing)
         found = part(inputs_embeds=calls[start].stream, use_cache=False).last_hidden_state
     except InputError:
         raise
     except Exception as error:
         # Each decoder that wants more than the stream says so in its own way.
-        raise InputError(
-            f"models of type {family_of(model).model_type!r} cannot be calibrated or cut: their layers do not run on "
-            f"the stream alone ({said(error)})"
-        ) from error
-    return difference(found, calls[-1].result) <= rounding(found)
+        return f"their layers do not run on the stream alone ({said(error)})"
+    if difference(found, calls[-1].result) <= rounding(found):
+        return ""
+    return f"their layers run otherwise from layer {start} on than in the whole model"
 
 
 def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
@@ -225,17 +290,29 @@ def suffix_model(model: PreTrainedModel, start: int) -> PreTrainedModel:
     Call it as ``view(inputs_embeds=h, use_cache=False).logits`` with h ``[batch, tokens, d]``, the stream entering
     layer ``start``; everything else is as in `partial_decoder`. ``start = L`` is the final norm and the head alone.
     """
-    return _around(model, partial_decoder(model, start, num_layers(model), norm=True))
+    part = cast(_Part, partial_decoder(model, start, num_layers(model), norm=True))
+    if not part.takes_ids:
+        return _around(model, part)
+    # What stands around the decoder may have the tokens' part in what it needs.
+    return cast(PreTrainedModel, _Part(_around(model, part.stack), part.first, takes_ids=True))
 
 
-def bypassing(model: PreTrainedModel, calls: Mapping[int, LayerCall]) -> PreTrainedModel:
-    """A view of the causal LM that passes layers by: ``calls`` are theirs on the tokens that it will be given."""
-    stack = decoder(model)
+def bypassing(
+    model: PreTrainedModel, layers: Mapping[int, _Form] | Sequence[int], through: Mapping[int, nn.Module] | None = None
+) -> PreTrainedModel:
+    """A view of the causal LM, called with token ids, that passes layers by.
+
+    Args:
+        layers: which, and what each would return (`stream.LayerCall.form`), where that is known of the tokens.
+        through: of a layer that is passed by, a map that the stream goes through there.
+    """
+    stack, maps = decoder(model), through or {}
+    forms = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, _handing(model).form)
     view = _copy(stack)
     bind(view, Replacements([(stack, view)], gone=[model]), "the decoder")
     view._modules[layer_list(stack)] = nn.ModuleList(
         [
-            _Passed(layer, *calls[index].form) if index in calls else layer
+            _Passed(layer, forms[index], maps.get(index)) if index in forms else layer
             for index, layer in enumerate(decoder_layers(model))
         ]
     )

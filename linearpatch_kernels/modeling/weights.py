@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
@@ -23,7 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading
-from linearpatch_kernels.modeling.families import family_of
+from linearpatch_kernels.modeling.families import auto_class, depth_of, family_of
 from linearpatch_kernels.modeling.patched import present_name
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -195,12 +195,12 @@ def check_weights(source: str, config: PretrainedConfig, shapes: Shapes) -> None
     if not shapes or type(config).__module__.startswith("transformers_modules."):
         return
     with torch.device("meta"), no_init_weights():
-        twin = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        twin = auto_class(config).from_config(copy.deepcopy(config))
     expected = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
     plain, converted = _converted(twin, expected, shapes)
     stored = _named_as(expected, plain, twin.base_model_prefix)
     dropped = (stored.keys() | converted) - expected.keys()
-    refuse_dropped(source, _without_ignored(type(twin), dropped), config.num_hidden_layers)
+    refuse_dropped(source, _without_ignored(twin, dropped), depth_of(config))
     if not converted:  # else loading tells, as one tensor may become several
         refuse_missing(source, expected.keys() - stored.keys() - _supplied(twin.all_tied_weights_keys, stored))
     for name in sorted(expected.keys() & stored.keys()):
@@ -211,27 +211,34 @@ def check_weights(source: str, config: PretrainedConfig, shapes: Shapes) -> None
             )
 
 
-def _without_ignored(model_class: type[PreTrainedModel], names: Iterable[str]) -> list[str]:
+def _without_ignored(model: PreTrainedModel | type[PreTrainedModel], names: Iterable[str]) -> list[str]:
     """Those without what Transformers knows that it has no place for: layers that predict further tokens, for one."""
-    ignored: Any = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None)
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     return [name for name in names if not any(re.search(pattern, name) for pattern in ignored or ())]
 
 
 def _converted(twin: PreTrainedModel, expected: Shapes, shapes: Shapes) -> tuple[Shapes, set[str]]:
     """The weights as Transformers renames them, and the names of those that it makes of others: of a mixture's experts,
     which a checkpoint holds one by one and a model in one tensor."""
-    mapping = get_model_conversion_mapping(twin, add_legacy=False)
+    names = names_in(twin, expected, shapes)
+    plain = {now: shapes[name] for name, (now, made) in names.items() if not made}
+    return plain, {now for now, made in names.values() if made}
+
+
+def names_in(model: PreTrainedModel, state: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """What the model calls the weights of a file, and whether it makes what it calls so of several.
+
+    Args:
+        state: what the model has, by its names.
+    """
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     others = [one for one in mapping if not isinstance(one, WeightConverter)]
-    plain: dict[str, tuple[int, ...]] = {}
-    made: set[str] = set()
-    for name, shape in shapes.items():
-        now, converter = rename_source_key(name, others, converters, twin.base_model_prefix, dict(expected))
-        if converter is None:
-            plain[now] = shape
-        else:
-            made.add(now)
-    return plain, made
+    found = {}
+    for name in names:
+        now, converter = rename_source_key(name, others, converters, model.base_model_prefix, dict(state))
+        found[name] = (now, converter is not None)
+    return found
 
 
 def _named_as(expected: Collection[str], shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:

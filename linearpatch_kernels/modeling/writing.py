@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import left_by_us, read_seal, reading, write_sealed
 from linearpatch_kernels.fingerprints import fingerprint_model, fingerprint_tokenizer
+from linearpatch_kernels.modeling.families import text_config
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.text import cache_dir, leading_tokens
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
@@ -103,7 +104,7 @@ def _written(model: PreTrainedModel, tokenizer: Any, front: list[int], length: i
     """Token ids [B, T] behind what stands in front; -1 behind the end of a text."""
     device = model.get_input_embeddings().weight.device
     special = set(tokenizer.all_special_ids)
-    ids_known = range(min(len(tokenizer), model.config.vocab_size))
+    ids_known = range(min(len(tokenizer), text_config(model.config).vocab_size))
     words = torch.tensor([one for one in ids_known if one not in special], dtype=torch.long)
     settings = model.generation_config
     ends = {one for one in [*_listed(settings.eos_token_id), *_listed(tokenizer.eos_token_id)] if one is not None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.files import refuse_mixture
+from linearpatch_kernels.modeling.config_forms import written_sizes
 from linearpatch_kernels.modeling.families import decoder_layers
 from linearpatch_kernels.modeling.patched import listed, patches
 from linearpatch_kernels.pruning.plan import PrunePlan
@@ -31,7 +32,7 @@ def check_plan(plan: PrunePlan, config: Mapping[str, Any], directory: Path) -> N
     Compared are the number of layers, the patch at every joint of the plan, and where the config remembers the cut, the
     cut. (Other joints of the config may be those of an earlier cut.)
     """
-    layers, kept = config.get("num_hidden_layers"), len(plan.kept_layers)
+    layers, kept = written_sizes(config)[0], len(plan.kept_layers)
     if layers != kept:
         refuse_mixture(directory, f"plan.json leaves {kept} layers and config.json has {layers}")
     told = config.get("linearpatch") or {}

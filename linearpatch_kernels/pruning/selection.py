@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from linearpatch_kernels.calibration import CalibrationStatistics
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, QualityMeters
 from linearpatch_kernels.evaluation.notes import Noted, warn
-from linearpatch_kernels.forward import PLAIN, End, PartialRun, Run, check_windows, residual_stream
+from linearpatch_kernels.forward import PLAIN, End, PartialRun, Run, check_windows, model_logits, residual_stream
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.patched import joint_place
+from linearpatch_kernels.modeling.views import bypassing, runs_from_a_layer
 from linearpatch_kernels.pruning.apply import joint_maps
 from linearpatch_kernels.pruning.fits import AUTO, DEFAULT_RANK, FITS, UnusableFit, fit_patch, fits_of
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan, checked_spans
@@ -51,7 +52,8 @@ def compare_candidates(
 
     A candidate is the joints of one pruned model. Its quality is that of the model :func:`apply_plan` would build, with
     agreement and KL against ``model``; no model is built. Memory beyond the dense forward pass: one batch's logits
-    twice, and its residual stream at every candidate's first joint.
+    twice, and its residual stream at every candidate's first joint. Where the layers run on more than the stream
+    (`views.runs_from_a_layer`), every candidate runs from the tokens on.
 
     Of several processes every one calls this with the same arguments, runs its own stretch of the windows (all of
     them, where there are fewer windows than processes), and gets the qualities over all.
@@ -73,7 +75,9 @@ def compare_candidates(
         checked_spans([joint.span for joint in joints], layers)
     starts = sorted({joints[0].span.start for joints in candidates.values()})
     meters = QualityMeters((DENSE, *candidates), lenient=noted is not None)
-    suffixes = {name: _from_first_joint(model, joints) for name, joints in candidates.items()}
+    alone = runs_from_a_layer(model)
+    make = _from_first_joint if alone else _from_tokens
+    suffixes = {name: make(model, joints) for name, joints in candidates.items()}
     head = PartialRun(model, layers, "logits")
     with torch.no_grad(), evaluation_mode(model):
         for _, batch in run.batches(windows, description):
@@ -81,13 +85,14 @@ def compare_candidates(
             teacher = head(states[layers])
             meters.update(DENSE, teacher, batch, teacher)
             for name in [name for name in meters.names if name != DENSE]:
-                meters.update(name, suffixes[name](states[candidates[name][0].span.start]), batch, teacher)
+                given = states[candidates[name][0].span.start] if alone else batch
+                meters.update(name, suffixes[name](given), batch, teacher)
     if shared:
         meters = functools.reduce(operator.add, run.processes.gather(meters))
     return meters.results(noted)
 
 
-def _from_first_joint(model: PreTrainedModel, joints: Sequence[Joint]) -> nn.Sequential:
+def _from_first_joint(model: PreTrainedModel, joints: Sequence[Joint]) -> Callable[[Tensor], Tensor]:
     """What a pruned model does from its first joint on, in the dense model's layers: a stream [B, T, d] to logits."""
     maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
     ends: list[End] = [*(following.span.start for following in joints[1:]), "logits"]
@@ -96,6 +101,15 @@ def _from_first_joint(model: PreTrainedModel, joints: Sequence[Joint]) -> nn.Seq
         patch = _as_built(model, joint, maps.get(joint.span))
         parts += [*([] if patch is None else [patch]), PartialRun(model, joint.span.end, end)]
     return nn.Sequential(*parts)
+
+
+def _from_tokens(model: PreTrainedModel, joints: Sequence[Joint]) -> Callable[[Tensor], Tensor]:
+    """What a pruned model does, in the dense model's layers: token ids [B, T] to logits."""
+    maps = joint_maps(model, PrunePlan(num_layers(model), tuple(joints)))
+    patches = {joint.span.end - 1: _as_built(model, joint, maps.get(joint.span)) for joint in joints}
+    through = {layer: patch for layer, patch in patches.items() if patch is not None}
+    gone = [layer for joint in joints for layer in range(joint.span.start, joint.span.end)]
+    return functools.partial(model_logits, bypassing(model, gone, through))
 
 
 def _as_built(model: PreTrainedModel, joint: Joint, patch: nn.Module | None) -> nn.Module | None:

@@ -105,7 +105,7 @@ def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = No
             quality=rows,
             sample_prompt=_PROMPT,
             sample=continuation,
-            usage=usage(str(places[_STOCK]), patched=False),
+            usage=usage(str(places[_STOCK]), cut.source.config, patched=False),
             files={str(place): name for name, place in {**places, "report": report_place}.items()},
         )
         save_files(report_place, cut.draw(data, magnitudes, log), overwrite=True)

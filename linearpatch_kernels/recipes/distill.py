@@ -446,7 +446,7 @@ def _report_data(
         dropped=DROPPED,
         spans=plan.spans(),
         timings=dict(log.seconds),
-        usage=usage("DIR", patched=bool(patches(job.student))),
+        usage=usage("DIR", job.student.config, patched=bool(patches(job.student))),
         files={
             **{f"{RECORDS}/{name}": what for name, what in plan.plan_files.items()},
             f"{RECORDS}/summary.json": "the figures above",

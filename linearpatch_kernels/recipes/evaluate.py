@@ -17,7 +17,7 @@ from linearpatch_kernels.evaluation.multiple_choice import check_tasks, evaluate
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.fingerprints import tokenizer_difference
 from linearpatch_kernels.forward import check_windows, model_device
-from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.families import num_layers, text_config
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.recipes.inputs import (
@@ -153,7 +153,7 @@ def _check_pair(model: ModelName, source: Source, teacher_name: str | None, teac
         raise InputError(
             f"{model} and {teacher_name} have different tokenizers ({difference}): compare models of one family"
         )
-    ours, its = source.config.vocab_size, teacher.config.vocab_size
+    ours, its = (text_config(one.config).vocab_size for one in (source, teacher))
     if ours != its:
         raise InputError(
             f"{model} and {teacher_name} give logits over {ours} and {its} tokens: they need one vocabulary"
@@ -162,7 +162,7 @@ def _check_pair(model: ModelName, source: Source, teacher_name: str | None, teac
 
 def _speeds(models: Mapping[str, PreTrainedModel], log: Log) -> Mapping[str, Speed]:
     speeds: Mapping[str, Speed] = {}
-    context = min(getattr(one.config, "max_position_embeddings", 512) for one in models.values())
+    context = min(getattr(text_config(one.config), "max_position_embeddings", 512) for one in models.values())
     with log.stage("speed"), left_out("the speed", log.note):
         # No longer than the context of a small model holds, together with the 32 tokens that are decoded.
         speeds = compare_speed(models, prompt_tokens=max(1, min(256, context - 32)), progress=log.progress)

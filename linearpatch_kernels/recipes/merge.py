@@ -115,7 +115,9 @@ def merge(
         data = _report_data(job, plan, found, log)
         steps = [*data.steps, *refit_in_words(result.rows), *healing]
         patched = bool(patches(result.model))
-        data = dataclasses.replace(data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", patched=patched))
+        data = dataclasses.replace(
+            data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", result.model.config, patched=patched)
+        )
         drawn = page.draw_report(data, {}, log.note)
     summary = _summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
     summary |= _healing_told(job, way, result.rows, compared)

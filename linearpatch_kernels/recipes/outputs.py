@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from linearpatch_kernels.evaluation.agreement import Quality, told_if_worse
 from linearpatch_kernels.files import RECORDS, json_text
+from linearpatch_kernels.modeling.families import auto_class
 from linearpatch_kernels.recipes.log import Log
 
 DENSE, DROPPED = "dense", "dropped (no patch)"
@@ -72,14 +74,15 @@ def verdict_on(
     return [line for other, than in against.items() for line in told_if_worse(found, row, other, text, than=than)]
 
 
-def usage(directory: str, *, patched: bool) -> str:
-    """Python that loads a result."""
+def usage(directory: str, config: PretrainedConfig, *, patched: bool) -> str:
+    """Python that loads a result of a model with this config."""
     place = json.dumps(directory, ensure_ascii=False)  # Python's string, too, whatever is in the name
+    head = auto_class(config).__name__
     registers = "import linearpatch_kernels.modeling  # registers the patched classes\n" if patched else ""
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"from transformers import {head}, AutoTokenizer\n"
         f"{registers}"
-        f"model = AutoModelForCausalLM.from_pretrained({place})\n"
+        f"model = {head}.from_pretrained({place})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place})"
     )
 

@@ -316,7 +316,7 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed
         candidates=candidate_rows(plan),
         spans=span_rows(plan, cut.pruning.statistics),
         timings=dict(log.seconds),
-        usage=usage("DIR", patched=any(joint.patch is not None for joint in plan.joints)),
+        usage=usage("DIR", cut.source.config, patched=any(joint.patch is not None for joint in plan.joints)),
         files={
             f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
             f"{RECORDS}/plan.safetensors": "the patches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
+from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.merging.merge import check_mergeable
-from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model
+from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model, saving
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.nn import DensePatch, LowRankPatch
+from linearpatch_kernels.pruning.apply import apply_plan
+from linearpatch_kernels.pruning.plan import Joint, PrunePlan
+from linearpatch_kernels.pruning.selection import compare_candidates
 from linearpatch_kernels.span import Span
 from tests.support.field import text_file
 from tests.support.pages import run_program
@@ -77,10 +84,13 @@ def test_every_weight_and_buffer_of_a_layer_that_stays_is_shared(name: str) -> N
         assert {name: id(one) for name, one in layer.named_parameters()} == {n: id(one) for n, one in source.items()}
 
 
-@pytest.mark.parametrize("name", ["granite", "gpt2", "bamba", "llama4_text", "modernbert-decoder"])
+@pytest.mark.parametrize(
+    "name", ["granite", "gpt2", "bamba", "llama4_text", "modernbert-decoder", "gemma4_unified_text", "jamba"]
+)
 @torch.no_grad()
 def test_parts_are_the_whole_model_whatever_the_decoder_does_in_front(name: str) -> None:
-    """Scaled embeddings, positions that are added to them, tuples between the layers, decoders of other names."""
+    """Scaled embeddings, positions that are added to them, tuples between the layers, decoders of other names, settings
+    of single layers, layers whose kinds go by their numbers."""
     model = tiny_decoder(name)
     if name == "granite":
         model.config.embedding_multiplier = model.model.embedding_multiplier = 12.0
@@ -89,6 +99,75 @@ def test_parts_are_the_whole_model_whatever_the_decoder_does_in_front(name: str)
     for depth in (0, 3, num_layers(model)):
         state = PartialRun(model, "tokens", depth)(ids)
         assert torch.equal(PartialRun(model, depth, "logits")(state), whole)
+
+
+def gemma4(*, sharing: int = 0) -> Any:
+    """Layers that take an embedding each, which are packed, and of which the last ones share keys and values."""
+    return tiny_decoder("gemma4_text", num_kv_shared_layers=sharing)
+
+
+@torch.no_grad()
+def test_tensors_that_hold_the_parts_of_all_layers_are_sliced_and_all_others_shared() -> None:
+    model, kept = gemma4(), [0, 1, 4, 5, 6, 7]
+    cut: Any = keep_layers(model, kept)
+    packed = {"model.embed_tokens_per_layer.weight": 1, "model.per_layer_model_projection.weight": 0}
+    source, numbers = dict(model.named_parameters()), [8 * old + column for old in kept for column in range(8)]
+    for name, parameter in cut.named_parameters():
+        if name in packed:
+            assert torch.equal(parameter, source[name].index_select(packed[name], torch.tensor(numbers)))
+        elif ".layers." not in name:
+            assert parameter is source[name]
+    for new, old in enumerate(kept):
+        held = dict(decoder_layers(model)[old].named_parameters())
+        assert {name: id(one) for name, one in decoder_layers(cut)[new].named_parameters()} == {
+            name: id(one) for name, one in held.items()
+        }
+    assert cut.model.embed_tokens_per_layer.embedding_dim == 48
+    assert cut.config.per_layer_config[1].head_dim == model.config.per_layer_config[1].head_dim
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "zamba"])
+@torch.no_grad()
+def test_layers_that_take_more_than_the_stream_run_from_the_tokens(name: str) -> None:
+    model = tiny_decoder(name)
+    ids = torch.randint(6, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+    whole = model(ids, use_cache=False).logits
+    assert torch.equal(PartialRun(model, 8, "logits")(PartialRun(model, "tokens", 8)(ids)), whole)
+    with pytest.raises(
+        InputError, match=f"'{name}' do not run from a layer on: their layers (do not run on|run other)"
+    ):
+        PartialRun(model, 2, 8)
+    with pytest.raises(InputError, match=f"'{name}' do not run from a layer on"):
+        check_trainable(patched_model(model, {2: patch()}), 2, "patch")
+    plans = {"healed": (Joint(Span(2, 3), patch()), Joint(Span(5, 6))), "none": (Joint(Span(2, 3)), Joint(Span(5, 6)))}
+    found = compare_candidates(model, ids, plans)
+    assert found["healed"].loss != pytest.approx(found["none"].loss, rel=1e-3)
+    for name, joints in plans.items():
+        assert found[name].perplexity == pytest.approx(perplexity(apply_plan(model, PrunePlan(8, joints)), ids))
+
+
+def test_layers_that_use_the_keys_of_another_one_are_cut_where_it_stays() -> None:
+    """Of eight layers the last four use the keys and values of 2 and 3."""
+    model = gemma4(sharing=4)
+    assert [layer.self_attn.is_kv_shared_layer for layer in decoder_layers(model)] == [False] * 4 + [True] * 4
+    assert keep_layers(model, [0, 2, 3, 4, 7]).config.num_kv_shared_layers == 2
+    assert keep_layers(model, [0, 1, 2, 3]).config.num_kv_shared_layers == 0
+    with pytest.raises(InputError, match=r"the layers that stay need one that goes \(it has no 'full_attention'\)"):
+        keep_layers(model, [0, 1, 2, 4, 5, 6, 7])
+
+
+def test_a_pattern_that_a_config_cannot_name_is_cut_by_whole_repeats() -> None:
+    """Jamba says that every fourth layer attends, and every second one is a mixture."""
+    model = tiny_decoder("jamba", attn_layer_period=4, attn_layer_offset=2, expert_layer_period=2)
+    cut = keep_layers(model, [0, 1, 6, 7])
+    kinds = [type(layer).__name__ for layer in decoder_layers(cut)]
+    assert kinds == ["JambaMambaDecoderLayer"] * 2 + ["JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"]
+    pattern = r"as it has a pattern alone \(attn_layer_period, expert_layer_period\): remove as many as repeat it"
+    for kept in ([0, 1, 4, 5, 6, 7], [0, 1, 2, 4, 5, 6, 7]):
+        with pytest.raises(
+            InputError, match=f"'jamba' cannot be cut like this: their config does not tell .*{pattern}"
+        ):
+            keep_layers(model, kept)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_next", "granitemoehybrid"])
@@ -148,7 +227,7 @@ print(type(model).__module__.startswith("transformers_modules"), error < 1e-4)
 """
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mixtral", "qwen3_next"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mixtral", "qwen3_next", "gemma4_text"])
 def test_a_patched_twin_loads_where_the_package_is_not_imported(name: str, tmp_path: Path) -> None:
     patched = patched_model(keep_layers(tiny_decoder(name), [0, 1, 4, 5, 6, 7]), {2: LowRankPatch(64, 2), 6: patch()})
     assert type(patched).__name__.startswith("LinearPatch")
@@ -208,6 +287,28 @@ def test_the_command_prunes_and_refuses_what_takes_a_record(tmp_path: Path) -> N
         assert made.written
         again, _ = load_model(tmp_path / fit, device="cpu")
         assert (type(again).__name__, num_layers(again)) == (kind, 6)
+
+
+def test_a_mixture_is_read_back_though_its_files_hold_the_experts_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = keep_layers(tiny_decoder("mixtral"), [0, 1, 4, 5, 6, 7])
+    saving.save_checkpoint(cut, None, tmp_path / "made")
+    with safe_open(tmp_path / "made" / "model.safetensors", framework="pt") as file:
+        assert any("experts.3." in name for name in file.keys())  # noqa: SIM118 - not a mapping
+    assert num_layers(ModelSource(tmp_path / "made", device="cpu").load()) == 6
+    write = saving._write_model
+
+    def write_another(model: PreTrainedModel, directory: Path) -> None:
+        """One whose logits do not show it."""
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            next(one for name, one in other.named_parameters() if "experts" in name).view(-1)[0].add_(1e-6)
+        write(other, directory)
+
+    monkeypatch.setattr(saving, "_write_model", write_another)
+    with pytest.raises(InputError, match=r"the weight .*experts\S* was written otherwise"):
+        saving.save_checkpoint(cut, None, tmp_path / "other")
 
 
 def test_what_takes_a_record_is_refused() -> None:

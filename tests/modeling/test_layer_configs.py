@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from transformers import CONFIG_MAPPING
 
-from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling.layer_configs import config_for_layers
 
 KEPT = [0, 1, 4, 5]
@@ -42,6 +40,12 @@ def test_the_config_given_does_not_change_and_all_layers_change_nothing() -> Non
     assert config.to_dict() == before
 
 
-def test_settings_of_single_layers_are_refused() -> None:
-    with pytest.raises(InputError, match="'gemma4_unified_text' cannot be cut: the config has settings for single lay"):
-        sliced("gemma4_unified_text")
+def test_settings_of_single_layers_follow_them() -> None:
+    """Where the layers that stay have none, the file says so: else they would be derived from the sizes again."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    found = sliced("gemma4_unified_text", layer_types=[*kinds, "sliding_attention", "full_attention"])
+    assert found.layer_types == [kinds[0], kinds[1], "sliding_attention", "full_attention"]
+    assert [found.per_layer_config[layer].head_dim for layer in range(4)] == [256, 512, 256, 512]
+    none = config_for_layers(found, [0, 2])
+    assert none.to_dict()["per_layer_config"] == {}
+    assert type(none)(**none.to_dict()).per_layer_config[0].head_dim == 256
