@@ -24,7 +24,7 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
 
 # Windows on which the neurons of the removed layers are ranked, at the most: of the few that stay all windows decide.
-RANKED_ON = 48
+RANKED_ON = 24
 # Of the inputs that are left, what a round of the elimination keeps; then all are weighed again.
 _KEPT_IN_A_ROUND = 0.75
 _EPSILON = 1e-12

@@ -18,6 +18,7 @@ from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, h
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import PLAIN, Run, Stream
 from linearpatch_kernels.healing.refit import (
+    Fitted,
     RefitRow,
     Step,
     dense_stream,
@@ -64,7 +65,8 @@ Keep = Callable[[str, Step, Mapping[str, Tensor], Sequence[RefitRow]], None]
 
 
 class Healer:
-    """Heals the same cut in several ways; the dense model runs once up to the cut for all of them.
+    """Heals the same cut in several ways; the dense model runs once up to the cut for all of them, and the layer in
+    front of it is fitted once.
 
     Args:
         dense: the model before the cut; not changed.
@@ -87,6 +89,7 @@ class Healer:
         # No way changes anything before the layer in front of the first joint.
         self._depth = max(0, spans[0].start - 1)
         self._stream: Stream | None = None
+        self._shared: dict[Step, Fitted] = {}
 
     def by(
         self,
@@ -126,6 +129,7 @@ class Healer:
             done=done,
             keep=keep,
             patch_for=functools.partial(self._patch_for, again) if again else None,
+            shared=self._shared,
             run=self._run,
         )
         its = dataclasses.replace(its, refitted=tuple(step.index for step in steps))

@@ -90,6 +90,20 @@ class RefitRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a step came to: its new weights, by their names in the student, and its rows."""
+
+    weights: Mapping[str, Tensor]
+    rows: Sequence[RefitRow]
+
+    def onto(self, student: PreTrainedModel) -> list[RefitRow]:
+        """Put the weights into a student; the rows."""
+        for name, weight in self.weights.items():
+            _assign(student, name, weight)
+        return list(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
 class Refit:
     """A refitted model and the fits that made it, in their order."""
 
@@ -147,6 +161,7 @@ def refit(
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
     patch_for: PatchFor | None = None,
+    shared: dict[Step, Fitted] | None = None,
     run: Run = PLAIN,
 ) -> Refit:
     """The student with new weights in the projections of some layers, by least squares; the same architecture.
@@ -178,6 +193,8 @@ def refit(
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
         patch_for: fits the patch behind a layer in front of a joint again, once that layer is fitted; None: where the
             student has a patch, steps leave the layer in front as it is.
+        shared: between refits of students of one cut, on these windows and with these settings: what the layer in front
+            of the first joint came to, which is the same with any patch behind it.
 
     Raises:
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
@@ -194,23 +211,18 @@ def refit(
         return Refit(refitted, [])
     windows, sums = _share(fit_windows, heldout_windows, run.processes)
     wanted, found = _streams(dense, refitted, steps, Stream(windows) if stream is None else stream, own)
+    walk = _Walk(dense, refitted, wanted, found, sums, settings, patch_for)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
-            before = _weights_of(refitted, step)
-            earlier = {name: done[name] for name in before if name in done} if done else {}
+            earlier = {name: done[name] for name in _weights_of(refitted, step) if name in done} if done else {}
             if earlier:
-                for name, weight in earlier.items():
-                    _assign(refitted, name, weight)
+                Fitted(earlier, ()).onto(refitted)
             else:
-                found.advance(refitted, step.index)
-                joint = _Joint(refitted, step, found, sums, patch_for)
-                fresh = _Layer(refitted, step.index, sums, settings).fit(dense, step, found, wanted)
-                fresh = joint.fit(before, wanted, fresh)
-                rows += fresh
+                fitted = walk.fit(step, shared if count == 1 else None)
+                rows += fitted.rows
                 if keep is not None:
-                    after = _weights_of(refitted, step)
-                    keep(step, {name: one for name, one in after.items() if one is not before[name]}, fresh)
+                    keep(step, fitted.weights, fitted.rows)
             run.report("refitting layers", count, len(steps))
     return Refit(refitted, rows)
 
@@ -300,6 +312,36 @@ def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, Sum
         for windows in (fit, held)
     ]
     return torch.cat(mine), Sums(len(mine[0]), processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Through the layers of a student, whose stream is ``found`` and the dense model's ``wanted``."""
+
+    dense: PreTrainedModel
+    student: PreTrainedModel
+    wanted: Stream
+    found: Stream
+    sums: Sums
+    settings: RefitSettings
+    patch_for: PatchFor | None
+
+    def fit(self, step: Step, shared: dict[Step, Fitted] | None) -> Fitted:
+        """What a step comes to, done to the student; ``shared``, for the first step, as of `refit`."""
+        before = _weights_of(self.student, step)
+        self.found.advance(self.student, step.index)
+        joint = _Joint(self.student, step, self.found, self.sums, self.patch_for)
+        known = shared if step.removed is not None and step.stands_for is None else None
+        if known is not None and step in known:
+            self.wanted.advance(self.dense, step.leaves_at)
+            rows = known[step].onto(self.student)
+        else:
+            layer = _Layer(self.student, step.index, self.sums, self.settings)
+            rows = layer.fit(self.dense, step, self.found, self.wanted)
+            if known is not None:
+                known[step] = Fitted(_changes(self.student, step, before), rows)
+        rows = joint.fit(before, self.wanted, rows)
+        return Fitted(_changes(self.student, step, before), rows)
 
 
 class _Joint:
@@ -474,6 +516,11 @@ class _Layer:
                 new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
                 module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
         return RefitRow(self._index, part, changed, choice.ridge, choice.before, choice.after)
+
+
+def _changes(model: PreTrainedModel, step: Step, before: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of `_weights_of`, those that are others than before."""
+    return {name: one for name, one in _weights_of(model, step).items() if one is not before[name]}
 
 
 def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
