@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -67,7 +66,6 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
 def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int]) -> PreTrainedModel:
     """What `rebuild` makes, where it does what is asked of it."""
     check_weights(model)
-    _check_sees_in_front(model)
     # Here what was changed in the model shows, and is told as it is.
     _paired(model, _built(type(model), copy.deepcopy(model.config)), range(num_layers(model)))
     try:
@@ -88,17 +86,6 @@ def _proved(model: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int
 def _without_cure(error: Exception) -> str:
     """What an error says, without what would help a model that was changed."""
     return str(error).removesuffix(f": {CURE}") if isinstance(error, InputError) else said(error)
-
-
-def _check_sees_in_front(model: PreTrainedModel) -> None:
-    """InputError where a decoder adds what is seen between its layers: no run over text tells what a cut does to it."""
-    taken = inspect.signature(type(decoder(model)).forward).parameters
-    seen = next((name for name in taken if any(word in name for word in ("visual", "vision", "deepstack"))), None)
-    if seen is not None:
-        raise InputError(
-            f"models of type {family_of(model).model_type!r} cannot be cut: their decoder adds what they see behind "
-            f"layers of some numbers ({seen})"
-        )
 
 
 def _periods(config: PretrainedConfig) -> str:

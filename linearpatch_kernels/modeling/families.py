@@ -274,7 +274,7 @@ def depth_name(config: Any) -> str:
     """What a decoder's config calls the number of its layers."""
     # LongCat-Flash derives another number from it, of halves of layers.
     derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)
-    return "num_layers" if derived else "num_hidden_layers"
+    return "num_layers" if derived and hasattr(config, "num_layers") else "num_hidden_layers"
 
 
 def depth_of(config: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from contextlib import ExitStack
@@ -21,6 +22,9 @@ from linearpatch_kernels.modeling.families import (
     hidden_size,
     text_config,
 )
+
+# In the names of what a decoder is handed of images.
+_SEEN = ("visual", "vision", "deepstack")
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,30 @@ def rounding(computed: Tensor) -> float:
     return 0 if computed.device.type == "cpu" and precision.bits > 16 else 8 * precision.eps
 
 
+def _refusal(model: nn.Module) -> str:
+    return f"models of type {family_of(model).model_type!r} cannot be calibrated or cut"
+
+
+def _check_sees_in_front(model: nn.Module) -> None:
+    """InputError where a decoder adds what is seen between its layers: no run over text tells what a cut does to it."""
+    taken = inspect.signature(type(decoder(model)).forward).parameters
+    seen = next((name for name in taken if any(word in name for word in _SEEN)), None)
+    if seen is not None:
+        raise InputError(f"{_refusal(model)}: their decoder adds what they see behind layers of some numbers ({seen})")
+
+
 @torch.no_grad()
 def traced(model: nn.Module, ids: Tensor) -> list[LayerCall]:
     """The call of every layer in a run over token ids [B, T].
 
     Raises:
-        InputError: what a layer is given is not what the one in front of it returned, [B, T, d].
+        InputError: what a layer is given is not what the one in front of it returned, [B, T, d], or would not be in a
+            run over images.
     """
     layers = decoder_layers(model)
+    _check_sees_in_front(model)
     calls: list[tuple[int, LayerCall]] = []
-    told = f"models of type {family_of(model).model_type!r} cannot be calibrated or cut"
+    told = _refusal(model)
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
 

@@ -253,7 +253,7 @@ def _tried(model: nn.Module) -> _Handing:
         depth, (kind, rest) = len(calls), calls[-1].form
         form = (kind, (None,) * len(rest))
         alone = _Handing(form)
-        needs = [_difference_from(model, start, calls, alone) for start in (0, depth // 2)]
+        needs = [_difference_from(model, start, calls, alone) for start in sorted({0, depth // 2, depth - 1})]
         if not any(needs):
             return alone
         more = _Handing(form, next(filter(None, needs)))

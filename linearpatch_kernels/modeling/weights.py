@@ -23,6 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading
+from linearpatch_kernels.modeling.config_forms import of_decoder
 from linearpatch_kernels.modeling.families import auto_class, depth_of, family_of
 from linearpatch_kernels.modeling.patched import present_name
 
@@ -70,7 +71,7 @@ def check_directory(path: Path) -> Shapes:
     if config.get("transformers_weights") is not None:
         raise InputError(f"{file} names a file of weights itself (transformers_weights): take that out, or {AGAIN}")
     for name in _SIZES:
-        size = config.get(name)
+        size = of_decoder(config).get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise InputError(f"{file} says {name} is {str(size)[:40]!r}, which is no size: {AGAIN}")
     settings = path / "generation_config.json"
@@ -234,9 +235,9 @@ def names_in(model: PreTrainedModel, state: Mapping[str, Any], names: Iterable[s
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     others = [one for one in mapping if not isinstance(one, WeightConverter)]
-    found = {}
+    found, known = {}, dict(state)
     for name in names:
-        now, converter = rename_source_key(name, others, converters, model.base_model_prefix, dict(state))
+        now, converter = rename_source_key(name, others, converters, model.base_model_prefix, known)
         found[name] = (now, converter is not None)
     return found
 

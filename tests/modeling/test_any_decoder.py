@@ -154,6 +154,8 @@ def test_layers_that_use_the_keys_of_another_one_are_cut_where_it_stays() -> Non
     assert keep_layers(model, [0, 1, 2, 3]).config.num_kv_shared_layers == 0
     with pytest.raises(InputError, match=r"the layers that stay need one that goes \(it has no 'full_attention'\)"):
         keep_layers(model, [0, 1, 2, 4, 5, 6, 7])
+    with pytest.raises(InputError, match="'gemma4_unified_text' do not run from a layer on"):
+        PartialRun(tiny_decoder("gemma4_unified_text", num_kv_shared_layers=2), 3, 8)
 
 
 def test_a_pattern_that_a_config_cannot_name_is_cut_by_whole_repeats() -> None:

@@ -180,6 +180,6 @@ def test_merges_are_remembered_where_the_decoder_is(tmp_path: Path) -> None:
 
 def test_a_decoder_that_adds_what_is_seen_between_its_layers_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"'qwen3_vl' cannot be cut: their decoder adds what they see .*visual_pos_mask"
+        InputError, match=r"'qwen3_vl' cannot be calibrated or cut: their decoder adds what they see .*visual_pos_mask"
     ):
         keep_layers(tiny_decoder("qwen3_vl"), KEPT)
