@@ -14,25 +14,27 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, Stream, check_windows, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, RunningSums, choose_ridge
 from linearpatch_kernels.healing.ways import BEHIND
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.halves import Half, Write, layer_halves
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
-Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
-PARTS: tuple[Part, ...] = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
-"""What of a layer is fitted, in this order: q, k and v; o; gate and up; down."""
+PARTS = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
+"""What of a layer is fitted, in this order: q, k and v; o; gate and up; down. One that is a single half (Mamba's) has
+``layer-in`` and ``layer-out``."""
 
 _EPSILON = 1e-12
 
@@ -87,7 +89,7 @@ class RefitRow:
     """What one least-squares fit came to.
 
     Attributes:
-        layer: of the student; part: one of `PARTS`; projections: what got new weights, empty where nothing did.
+        layer: of the student; part: as in `PARTS`; projections: what got new weights, empty where nothing did.
         ridge: the one taken, None where no change was better than none.
         before, after: the error per token on the held-out windows, of an output relative to |target|^2; None where
             nothing was fitted.
@@ -95,7 +97,7 @@ class RefitRow:
     """
 
     layer: int
-    part: Part
+    part: str
     projections: tuple[str, ...]
     ridge: float | None
     before: float | None
@@ -172,10 +174,12 @@ def refit(
        ``D = argmin sum_t |m'_t - (x_t + W a_t) - D a_t|^2 / |m'_t|^2``;
     3. gate and up as 1, toward the dense model's norm behind its attention; 4. down as 2, toward y'.
 
-    Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Where a
-    projection's output is normed before it reaches the stream (Gemma), it is left alone and a row says so. What both
-    models have in front runs once, the fitted layers four times; memory: three times the stream of all windows, ``W T
-    d`` values each, and ``24 n^2`` bytes for the widest input n of a projection.
+    Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Which
+    projections these are the layer shows (`modeling.halves`). One whose output is normed before it reaches the stream
+    (Gemma) is left alone, as are experts and what chooses them, and a row says so. Where both halves read the same
+    stream (Cohere), both are read first, and o has the target of down. What both models have in front runs once, the
+    fitted layers four times; memory: three times the stream of all windows, ``W T d`` values each, and ``24 n^2`` bytes
+    for the widest input n of a projection.
 
     Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
     ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
@@ -202,22 +206,24 @@ def refit(
     refitted = keep_layers(student, range(num_layers(student)))
     if not steps:
         return Refit(refitted, [])
+    halves = layer_halves(refitted, [step.index for step in steps])
     windows, sums = _share(fit_windows, heldout_windows, run.processes)
     wanted, found = _streams(dense, refitted, steps, Stream(windows) if stream is None else stream, own)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
-            before = _weights_of(refitted, step)
+            before = _weights_of(refitted, step, halves[step.index])
             earlier = {name: done[name] for name in before if name in done} if done else {}
             if earlier:
                 for name, weight in earlier.items():
                     _assign(refitted, name, weight)
             else:
                 found.advance(refitted, step.index)
-                fresh = _Layer(refitted, step.index, sums, settings).fit(dense, step, found, wanted)
+                layer = _Layer(refitted, step.index, halves[step.index], sums, settings)
+                fresh = layer.fit(dense, step, found, wanted)
                 rows += fresh
                 if keep is not None:
-                    after = _weights_of(refitted, step)
+                    after = _weights_of(refitted, step, halves[step.index])
                     keep(step, {name: one for name, one in after.items() if one is not before[name]}, fresh)
             run.report("refitting layers", count, len(steps))
     return Refit(refitted, rows)
@@ -289,9 +295,11 @@ def refit_output(
         entering, leaving: per window [T, d] what enters the layer, and what should leave it; the last ``held`` choose
             the ridge.
     """
-    layer = _Layer(model, index, _Sums(len(entering) - held, Processes()), settings)
+    halves = layer_halves(model, [index])[index]
+    layer = _Layer(model, index, halves, _Sums(len(entering) - held, Processes()), settings)
     with evaluation_mode(model):
-        return layer.output("feed-forward-out", entering, leaving)
+        (row,) = layer.outputs(halves[-1], entering, leaving)
+    return row
 
 
 def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, _Sums]:
@@ -333,6 +341,11 @@ class _Sums:
 _Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
+def _rows(state: Tensor) -> Tensor:
+    """The tokens of one window [T, n]: some layers drop the window's axis."""
+    return state.reshape(-1, state.shape[-1])
+
+
 class _Enough(Exception):
     """Ends a run of a layer once what was wanted of it is there."""
 
@@ -346,7 +359,7 @@ def _entering(
     seen: list[Tensor] = []
 
     def look(entered: Tensor) -> None:
-        seen.append(entered[0])
+        seen.append(_rows(entered))
         if len(seen) == len(paths):
             raise _Enough
 
@@ -364,80 +377,108 @@ def _entering_and_leaving(
     """What enters a module of a layer, and what leaves the layer, per window."""
     run = PartialRun(model, index, index + 1)
     seen: list[Tensor] = []
-    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(entered[0]))]):
+    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(_rows(entered)))]):
         for state in states:
             leaving = run(state.unsqueeze(0))[0]
             yield [seen.pop(), leaving]
 
 
-def _behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> list[Tensor]:
-    """Run layer ``index`` over a stream that is there, and give the stream behind its attention: W tensors [T, d]."""
+def _behind_half(model: PreTrainedModel, index: int, ends: str, stream: Stream) -> list[Tensor]:
+    """Run layer ``index`` over a stream that is there, and give the stream that enters a module in it: W tensors
+    [T, d]."""
     middle: list[Tensor] = []
-    norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
-    with entering([(norm, lambda state: middle.append(state[0]))]):
+    module = decoder_layers(model)[index].get_submodule(ends)
+    with entering([(module, lambda state: middle.append(_rows(state)))]):
         stream.advance(model, index + 1)
     return middle
+
+
+def _normed(
+    model: PreTrainedModel, index: int, half: Half, stream: Stream, middle: Sequence[Tensor] | None
+) -> Iterable[Tensor]:
+    """What enters the projections of a half that read the stream, per window: of the stream in front of the layer, or
+    of the one behind the half before it."""
+    if not half.reads:
+        return ()
+    if middle is None:
+        # Not the norm applied to the stream: a patch of the layer's own may lie between.
+        return (seen for (seen,) in _entering(model, index, half.reads[:1], stream.states))
+    return middle if half.norm is None else map(decoder_layers(model)[index].get_submodule(half.norm), middle)
 
 
 class _Layer:
     """The fits of one layer of the student."""
 
-    def __init__(self, student: PreTrainedModel, index: int, sums: _Sums, settings: RefitSettings) -> None:
-        self._student, self._index = student, index
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        index: int,
+        halves: Sequence[Half],
+        sums: _Sums,
+        settings: RefitSettings,
+    ) -> None:
+        self._student, self._index, self._halves = student, index, halves
         self._sums, self._settings = sums, settings
         self._module = decoder_layers(student)[index]
 
     def fit(self, dense: PreTrainedModel, step: Step, found: Stream, wanted: Stream) -> list[RefitRow]:
         """All of a step, in their order, from the student's stream entering the layer, and the dense model's at the
         depth it was left at."""
-        attention, feed_forward = sublayers(self._student)
         stands_for, leaves_at = step.stands_for, step.leaves_at
         if stands_for is None:
             wanted.advance(dense, leaves_at)
-            return [self.output("feed-forward-out", found.states, wanted.states)]
+            return self.outputs(self._halves[-1], found.states, wanted.states)
         wanted.advance(dense, stands_for)
-        # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
-        normed = (seen for (seen,) in _entering(dense, stands_for, [attention.inputs[0].projection], wanted.states))
-        rows = [self._input("attention-in", attention, found.states, normed)]
-        middle = _behind_attention(dense, stands_for, wanted)
-        rows.append(self.output("attention-out", found.states, middle))
-        norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
-        rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
+        rows: list[RefitRow] = []
+        middle: list[Tensor] | None = None
+        for half in self._halves:
+            rows.append(self._input(half, found.states, _normed(dense, stands_for, half, wanted, middle)))
+            if half.ends is not None:
+                middle = _behind_half(dense, stands_for, half.ends, wanted)
+                rows += self.outputs(half, found.states, middle)
         del middle
         wanted.advance(dense, leaves_at)
-        rows.append(self.output("feed-forward-out", found.states, wanted.states))
+        for half in self._halves:
+            if half.ends is None:
+                rows += self.outputs(half, found.states, wanted.states)
         return rows
 
-    def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
+    def _input(self, half: Half, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
-        projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = _entering(self._student, self._index, projections[:1], states)
+        part = f"{half.name}-in"
+        if not half.reads:
+            return self._left_alone(part, half.unread)
+        normed = _entering(self._student, self._index, half.reads[:1], states)
         choice = self._choice(
             (n, self._precise(target.to(n.device)) - self._precise(n), None)
             for (n,), target in zip(normed, targets, strict=True)
         )
-        return self._taken(part, projections, choice, of_input=True)
+        return self._taken(part, half.reads, choice, lambda weight, change: weight + weight @ change)
 
-    def output(self, part: Part, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
-        """What writes to the stream: a change of the projection back."""
-        attention, feed_forward = sublayers(self._student)
-        half = attention if part == "attention-out" else feed_forward
-        path = half.output.projection
-        if half.output_norm is not None:
-            why = f"{half.output_norm} norms what comes out of {path}"
-            return RefitRow(self._index, part, (), None, None, None, why)
-        if part == "attention-out":
-            # What enters the norm behind is the stream there; the feed-forward need not run.
-            pairs = _entering(self._student, self._index, [path, feed_forward.norm], states)
+    def outputs(self, half: Half, states: Sequence[Tensor], targets: Sequence[Tensor]) -> list[RefitRow]:
+        """What writes to the stream: a change of every projection back, toward the stream that is to be behind them."""
+        if not half.writes:
+            return [self._left_alone(f"{half.name}-out", half.unwritten)]
+        return [self._output(half, write, states, targets) for write in half.writes]
+
+    def _output(self, half: Half, write: Write, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
+        if half.ends is not None:
+            # What enters the module behind is the stream there; the feed-forward need not run.
+            pairs = _entering(self._student, self._index, [write.projection, half.ends], states)
         else:
-            pairs = _entering_and_leaving(self._student, self._index, path, states)
+            pairs = _entering_and_leaving(self._student, self._index, write.projection, states)
 
         def tokens() -> Iterator[_Tokens]:
             for (a, has), target in zip(pairs, targets, strict=True):
                 y = self._precise(target.to(has.device))
                 yield a, y - self._precise(has), 1 / y.square().sum(-1).clamp_min(_EPSILON)
 
-        return self._taken(part, (path,), self._choice(tokens()), of_input=False)
+        choice = self._choice(tokens())
+        taken = (write.projection,)
+        return self._taken(f"{half.name}-out", taken, choice, lambda weight, change: weight + change / write.factor)
+
+    def _left_alone(self, part: str, why: str) -> RefitRow:
+        return RefitRow(self._index, part, (), None, None, None, why)
 
     def _choice(self, tokens: Iterable[_Tokens]) -> RidgeChoice:
         settings = self._settings
@@ -447,28 +488,35 @@ class _Layer:
     def _precise(self, states: Tensor) -> Tensor:
         return states.to(self._settings.precision)
 
-    def _taken(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice, *, of_input: bool) -> RefitRow:
-        """The change put into the projections: behind them, or (``of_input``) in front."""
-        changed = projections if choice.change is not None else ()
+    def _taken(
+        self,
+        part: str,
+        projections: tuple[str, ...],
+        choice: RidgeChoice,
+        changed: Callable[[Tensor, Tensor], Tensor],
+    ) -> RefitRow:
+        """The change put into the projections; ``changed``: the new weight [outputs, inputs], of the old one and it."""
+        taken = projections if choice.change is not None else ()
         if choice.change is not None:
             for path in projections:
                 module: Any = self._module.get_submodule(path)
-                old = module.weight.detach()
-                change = choice.change.to(old.device)
-                new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
+                old = _weight(module, module.weight.detach())
+                new = changed(old.double(), choice.change.to(old.device)).to(old.dtype)
+                new = _weight(module, new).contiguous()
                 module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
-        return RefitRow(self._index, part, changed, choice.ridge, choice.before, choice.after)
+        return RefitRow(self._index, part, taken, choice.ridge, choice.before, choice.after)
 
 
-def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
+def _weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] of what the module has, or back: GPT-2's have the inputs in front."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _weights_of(model: PreTrainedModel, step: Step, halves: Sequence[Half]) -> dict[str, nn.Parameter]:
     """The weights that a step may change, by their names in the model."""
     layer = decoder_layers(model)[step.index]
-    paths = {layer.get_submodule(one) for half in sublayers(model) for one in _projections(half)}
+    paths = {layer.get_submodule(one) for half in halves for one in half.projections}
     return {f"{name}.weight": module.weight for name, module in model.named_modules() if module in paths}
-
-
-def _projections(half: Sublayer) -> list[str]:
-    return [*(heads.projection for heads in half.inputs), half.output.projection]
 
 
 def _assign(model: PreTrainedModel, name: str, value: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Where the layers, norms and embeddings of a decoder live: the one place that knows Transformers' classes.
 
 What a model shows is found: its decoder, the list of its layers, its embedding. A record (`Family`) adds what does not
-show, such as how the halves of a layer are written; without one, layers are removed and joints patched, and no weights
-are merged or fitted again.
+show, such as which rows of a projection are one head's; without one, layers are removed, joints patched and weights
+fitted again (`halves` measures which), and nothing is merged.
 
 A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
 hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
@@ -81,7 +81,7 @@ class Family:
         model_type: of the stock config, ``"llama"``; about: what people call its models.
         config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes. The layer's is None
             where there is no record.
-        modules: what a layer is made of; None where that is not known: nothing is merged or fitted again.
+        modules: what a layer is made of; None where that is not known: nothing is merged.
         per_layer: config attributes with one entry per decoder layer. A record names them: a list of special token ids
             may well have as many entries as the model has layers. None: they are guessed, and the cut is proved.
         logits_options: of a config, the factor on the logits and their soft-cap.
@@ -337,8 +337,8 @@ def check_layers_are_known(family: Family) -> None:
     """InputError for a family of which it is not known what its layers are made of."""
     if family.modules is None:
         raise InputError(
-            f"the layers of models of type {family.model_type!r} can be removed, not merged or fitted again: what they "
-            "are made of is not known (docs/add/family.md)"
+            f"the layers of models of type {family.model_type!r} can be removed, not merged: which of their weights "
+            "belong to one head or neuron is not known (docs/add/family.md)"
         )
 
 
