@@ -252,6 +252,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
             fit=healing.fit,
             rank=rank,
             structured=settings.structured,
+            keep_pattern=settings.keep_pattern,
             noted=log.note,
             run=Run(settings.batch_size, siblings, log.progress),
         )
