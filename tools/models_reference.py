@@ -29,11 +29,14 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
 from linearpatch_kernels.forward import PartialRun
 from linearpatch_kernels.healing.refit import RefitSettings, refit, steps_of_cut
+from linearpatch_kernels.merging.merge import Merge, check_mergeable, merge_layers
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import STOCK_FAMILIES, decoder_layers, family_of, num_layers
+from linearpatch_kernels.modeling.families import decoder_layers, family_of, num_layers
 from linearpatch_kernels.modeling.halves import kinds_of_halves
 from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.patterns import pattern_of
 from linearpatch_kernels.modeling.stream import stream_in
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.search import plan_pruning
@@ -232,6 +235,36 @@ def _refitted(model: PreTrainedModel) -> str:
     )
 
 
+def merged(model_type: str) -> str:
+    """``"works"``, or why layers are not merged.
+
+    Two layers are merged in the middle of a model, the second one a copy of the first: with half the units of either
+    the result must be the model without the second layer.
+    """
+    model = tiny_decoder(model_type)
+    try:
+        start = next(layer for layer in range(1, _LAYERS - 1) if _pair(model, layer))
+        check_mergeable(model, Span(start, start + 2))
+        halves = sublayers(model)
+    except StopIteration:
+        return "refused: no two neighbours of the model that was tried are of one kind"
+    except InputError as error:
+        return f"refused: {_line(error).rpartition(' not merged: ')[2].removesuffix(' (docs/add/family.md)')}"
+    layers = decoder_layers(model)
+    layers[start + 1].load_state_dict(layers[start].state_dict())
+    units = {half.name: (tuple(range(0, half.units, 2)), tuple(range(1, half.units, 2))) for half in halves}
+    found = _logits(merge_layers(model, Merge(Span(start, start + 2), (0.5, 0.5), units)))
+    wanted = _logits(keep_layers(model, [layer for layer in range(_LAYERS) if layer != start + 1]))
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return WORKS if error < 1e-4 else f"wrong: two layers alike, merged, are not one of them ({error:.1e})"
+
+
+def _pair(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer and the next one are of one kind by the config."""
+    kinds = pattern_of(model).kinds
+    return kinds[layer] == kinds[layer + 1]
+
+
 def _behind(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """The stream behind the last layer, in float64."""
     with torch.no_grad():
@@ -280,8 +313,8 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def page(found: dict[str, str]) -> str:
-    """The whole page in Markdown, of what each type came to."""
+def page(found: dict[str, str], merges: dict[str, str]) -> str:
+    """The whole page in Markdown, of what each type came to, and those that can be cut when they were merged."""
     works = [name for name, outcome in found.items() if outcome == WORKS]
     others = {
         kind: {
@@ -303,8 +336,10 @@ def page(found: dict[str, str]) -> str:
         "## Refitted in part\n\nThe same, and this stays as it is:\n\n" + _rows(others[IN_PART]),
         "## Removal and patches\n\n`--heal none` and `--heal patch`; no weights are fitted again.\n\n"
         + _rows(others[PATCHED]),
-        "## Merged\n\nLayers are merged where [a record](../add/family.md) says what they are made of: "
-        + _listed([*STOCK_FAMILIES]),
+        "## Merged\n\nTwo layers, the second one a copy of the first, were merged with half the units of either, and "
+        "the result is the model without the second: " + _listed([name for name in merges if merges[name] == WORKS]),
+        "## Not merged\n\n"
+        + _rows({name: told.removeprefix("refused: ") for name, told in merges.items() if told != WORKS}),
         *(["## Plain removal\n\n`--heal none` alone.\n\n" + _rows(others[REMOVAL])] if others[REMOVAL] else []),
         "## Refused\n\n" + _rows(others["refused"]),
         *(["## Wrong\n\n" + _rows(others["wrong"])] if others["wrong"] else []),
@@ -331,16 +366,19 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _out_of_time)
-    found = {}
+    found, merges = {}, {}
     for name in sys.argv[1:] or model_types():
         # Some sizes go by names of their own, and are those of a real model.
         signal.alarm(_SECONDS)
         try:
             found[name] = tried(name)
+            if found[name].startswith(WORKS):
+                merges[name] = merged(name)
         except TimeoutError:
             found[name] = f"{NOT_TRIED}: took more than {_SECONDS} seconds"
         signal.alarm(0)
         print(name, found[name], sep=": ", flush=True)
+        print(f"{name}, merged: {merges.get(name, NOT_TRIED)}", flush=True)
     if not sys.argv[1:]:
-        PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(page(found, merges), encoding="utf-8")
         print(PAGE)

@@ -21,15 +21,13 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
-    check_layers_are_known,
     decoder_layers,
-    family_of,
-    layer_kinds,
     merge_tree,
     num_layers,
-    sublayers,
 )
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.patterns import pattern_of
+from linearpatch_kernels.modeling.units import check_one_kind, sublayers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
@@ -103,15 +101,16 @@ def choose_units(scores: LayerScores, span: Span, shares: Sequence[float], rule:
 
 
 def check_mergeable(model: nn.Module, span: Span) -> None:
-    """InputError where the layers of ``span`` cannot become one: it is not known what they are made of, they are of
-    other kinds, or there is a patch between them."""
-    check_layers_are_known(family_of(model))
+    """InputError where the layers of ``span`` cannot become one: they are no sums over units, they are of other kinds,
+    or there is a patch between them."""
+    sublayers(model)
     layers = num_layers(model)
     if not 0 <= span.start < span.end <= layers:
         raise InputError(f"the span {span} does not lie in the model's {layers} layers: give 0 <= START < END")
-    kinds = dict.fromkeys(layer_kinds(model)[span.start : span.end])
+    kinds = dict.fromkeys(pattern_of(model).kinds[span.start : span.end])
     if len(kinds) > 1:
         raise InputError(f"the layers {span} are of different kinds ({', '.join(kinds)}): merge layers of one kind")
+    check_one_kind(model, range(*span))
     patched = [joint for joint in patches(model) if span.start < joint < span.end or joint == span.end == layers]
     if patched:
         raise InputError(f"there is a patch at joint {patched[0]} inside the layers {span}: merge first, patch then")
@@ -156,7 +155,7 @@ def gain_errors(model: nn.Module, merge: Merge) -> dict[str, float]:
     sources = list(decoder_layers(model)[merge.span.start : merge.span.end])
     errors = {}
     for half in sublayers(model):
-        for path in (*half.shared_norms, *((half.norm,) if merge.rule == AUTHORS else ())):
+        for path in (*half.shared_norms, *((half.norm,) if half.norm and merge.rule == AUTHORS else ())):
             gains = [half.gain_offset + layer.get_parameter(f"{path}.weight").detach().double() for layer in sources]
             merged = half.gain_offset + _averaged(half, path, sources, merge)
             given = [gain for gain, units in zip(gains, merge.units[half.name], strict=True) if units]
@@ -181,11 +180,14 @@ def _merged_half(half: Sublayer, sources: Sequence[nn.Module], merge: Merge) -> 
     for heads in half.inputs:
         for layer, units in zip(sources, merge.units[half.name], strict=True):
             projection: Any = layer.get_submodule(heads.projection)
+            norm: Any = None if half.norm is None or merge.rule == AUTHORS else layer.get_submodule(half.norm)
             rows = channel_indices(heads, units, half.units, merge.rule)
             for name, parameter in projection.named_parameters():
                 taken = parameter[rows.to(parameter.device)].double()
-                if name == "weight" and merge.rule == EXACT:
-                    taken = taken * (half.gain_offset + layer.get_parameter(f"{half.norm}.weight").double())
+                if name == "weight" and norm is not None:
+                    taken = taken * (half.gain_offset + norm.weight.double())
+                elif norm is not None and getattr(norm, "bias", None) is not None:
+                    taken = taken + projection.weight[rows.to(parameter.device)].double() @ norm.bias.double()
                 parts.setdefault(f"{heads.projection}.{name}", []).append(taken)
     # A fused projection holds all units' queries, then all units' keys: the order of `inputs`.
     values |= {path: torch.cat(rows) for path, rows in parts.items()}
@@ -201,8 +203,14 @@ def _merged_half(half: Sublayer, sources: Sequence[nn.Module], merge: Merge) -> 
         values[bias] = _weighted(sources, bias, merge.weights(half.name))
     for path in half.shared_norms:
         values[f"{path}.weight"] = _averaged(half, path, sources, merge)
+    if half.norm is None:
+        return values
     one = torch.full_like(sources[0].get_parameter(f"{half.norm}.weight"), 1 - half.gain_offset, dtype=torch.float64)
     values[f"{half.norm}.weight"] = one if merge.rule == EXACT else _averaged(half, half.norm, sources, merge)
+    if getattr(sources[0].get_submodule(half.norm), "bias", None) is not None:
+        equal = (1 / len(sources),) * len(sources)
+        averaged = _weighted(sources, f"{half.norm}.bias", equal)
+        values[f"{half.norm}.bias"] = torch.zeros_like(averaged) if merge.rule == EXACT else averaged
     return values
 
 

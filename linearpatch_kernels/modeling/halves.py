@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, family_of, sublayers
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, family_of, recorded_sublayers
 from linearpatch_kernels.modeling.stream import some_tokens, traced
 from linearpatch_kernels.modeling.views import partial_decoder
 from linearpatch_kernels.torch_state import eval_mode, own_state
@@ -50,6 +50,7 @@ class Half:
         reads: all projections that what ``norm`` gives enters; empty where they are to be left alone, ``unread`` says
             why.
         writes: what adds to the stream; empty where nothing of it can be fitted, ``unwritten`` says why.
+        behind: a projection and the norm that stands between it and the stream (Gemma), where there is one.
         ends: the module that the stream behind this half enters; None: the stream leaves the layer.
     """
 
@@ -60,6 +61,7 @@ class Half:
     ends: str | None
     unread: str = ""
     unwritten: str = ""
+    behind: tuple[str, str] | None = None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -123,7 +125,7 @@ def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
 
 def recorded_halves(model: nn.Module) -> tuple[Half, ...]:
     """Those that the family's record describes."""
-    attention, feed_forward = sublayers(model)
+    attention, feed_forward = recorded_sublayers(model)
     return _recorded(attention, feed_forward.norm), _recorded(feed_forward, None)
 
 
@@ -131,7 +133,8 @@ def _recorded(half: Sublayer, ends: str | None) -> Half:
     reads = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
     path, normed_by = half.output.projection, half.output_norm
     if normed_by is not None:
-        return Half(half.name, half.norm, reads, (), ends, unwritten=_normed(normed_by, path))
+        why, behind = _normed(normed_by, path), (path, normed_by)
+        return Half(half.name, half.norm, reads, (), ends, unwritten=why, behind=behind)
     return Half(half.name, half.norm, reads, (Write(path),), ends)
 
 
@@ -140,7 +143,7 @@ def _normed(norm: str, projection: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A module's call: its path in the layer, what entered it and what left it, [T, n] each.
 
     ``count`` of them were before; ``places`` are those of the tensors themselves, which two may share.
@@ -153,15 +156,15 @@ class _Call:
     places: tuple[int, int]
 
 
-class _Probe:
+class Probe:
     """Runs one layer on a stream [1, T, d], as it is or with changes to what its modules take or give."""
 
     def __init__(self, model: PreTrainedModel, index: int, stream: Tensor) -> None:
-        self._layer = decoder_layers(model)[index]
+        self.layer = decoder_layers(model)[index]
         self._run, self._stream = partial_decoder(model, index, index + 1), stream
         self._parts = {
             path: module
-            for path, module in self._layer.named_modules()
+            for path, module in self.layer.named_modules()
             if path and (not path.startswith(("patch.", "output_patch.")))
             if path in ("patch", "output_patch") or not [*module.children()] or module._parameters
         }
@@ -170,7 +173,7 @@ class _Probe:
 
     def run(
         self, given: Mapping[str, Tensor] | None = None, taken: Mapping[str, Tensor] | None = None
-    ) -> tuple[list[_Call], Tensor]:
+    ) -> tuple[list[Call], Tensor]:
         """The calls in the order in which they begin, and the stream behind the layer, [T, d].
 
         Args:
@@ -209,18 +212,25 @@ class _Probe:
         calls, counts = [], Counter[str]()
         for number, (path, tensor, entered) in enumerate(begun):
             places = tensor.data_ptr(), left[number][0].data_ptr()
-            calls.append(_Call(path, counts[path], entered, left[number][1], places))
+            calls.append(Call(path, counts[path], entered, left[number][1], places))
             counts[path] += 1
         return calls, result
 
-    def _is_plain(self, call: _Call) -> bool:
+    def _is_plain(self, call: Call) -> bool:
         """Whether it is a linear map of what enters, of every token, once: then its weights can be fitted again."""
-        module: Any = self._layer.get_submodule(call.path)
+        module: Any = self.layer.get_submodule(call.path)
         calls = [one for one in self.calls if one.path == call.path]
         if not isinstance(module, nn.Linear | Conv1D) or len(calls) > 1 or len(call.entered) != self._stream.shape[1]:
             return False
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        return _near(functional.linear(call.entered, weight, module.bias), call.left, call.left)
+        return near(functional.linear(call.entered, weight, module.bias), call.left, call.left)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The stream behind the layer with these in the place of its parameters, by their names in it."""
+        names = {id(parameter): name for name, parameter in self._run.named_parameters()}
+        given = {names[id(self.layer.get_parameter(name))]: value for name, value in weights.items()}
+        arguments = {"inputs_embeds": self._stream, "use_cache": False}
+        return _rows(torch.func.functional_call(self._run, given, (), arguments).last_hidden_state)
 
     def noise(self, like: Tensor, beside: Tensor) -> Tensor:
         """Random rows of a shape, louder than a tensor."""
@@ -240,12 +250,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _near(one: Tensor, other: Tensor, beside: Tensor) -> bool:
+def near(one: Tensor, other: Tensor, beside: Tensor) -> bool:
     """Whether two differ by rounding, beside a tensor that both were computed from."""
-    return float((one.double() - other.double()).norm()) <= _rounding(one) * float(beside.double().norm())
+    return float((one.double() - other.double()).norm()) <= rounding_of(one) * float(beside.double().norm())
 
 
-def _rounding(tensor: Tensor) -> float:
+def rounding_of(tensor: Tensor) -> float:
     # A sum of several terms, each of them rounded.
     return max(1e-4, 4 * torch.finfo(tensor.dtype).eps)
 
@@ -256,7 +266,7 @@ def _factor(moved: Tensor, noise: Tensor, beside: Tensor) -> float | None:
     factor = float((change * drawn).sum() / drawn.square().sum())
     if not math.isfinite(factor) or abs(factor) < 1e-3:
         return None
-    rounding = _rounding(noise) * (float(beside.double().norm()) + float(change.norm()))
+    rounding = rounding_of(noise) * (float(beside.double().norm()) + float(change.norm()))
     if float((change - factor * drawn).norm()) > min(rounding, 0.1 * float(change.norm())):
         return None
     return 1.0 if abs(factor - 1) < max(1e-5, torch.finfo(noise.dtype).eps) else factor
@@ -266,7 +276,7 @@ def _factor(moved: Tensor, noise: Tensor, beside: Tensor) -> float | None:
 class _Writer:
     """A module whose output arrives in a stream, ``factor`` times: what enters a module, or (None) leaves the layer."""
 
-    call: _Call
+    call: Call
     factor: float
     enters: str | None
 
@@ -282,7 +292,7 @@ class _Readers:
 
 
 def _measured(model: PreTrainedModel, index: int, stream: Tensor) -> tuple[Half, ...]:
-    probe = _Probe(model, index, stream)
+    probe = Probe(model, index, stream)
     x = next((call.left for call in probe.calls if call.path == "patch"), _rows(stream))
     writers = _writers(probe)
     last = [one for one in writers if one.enters is None]
@@ -303,13 +313,13 @@ def _measured(model: PreTrainedModel, index: int, stream: Tensor) -> tuple[Half,
     return halves
 
 
-def _writers(probe: _Probe) -> list[_Writer]:
+def _writers(probe: Probe) -> list[_Writer]:
     found = [one for call in probe.calls if (one := _writer(probe, call)) is not None]
     # What leaves a module is often what leaves the last one inside.
     return [one for one in found if not any(other.call.path.startswith(f"{one.call.path}.") for other in found)]
 
 
-def _writer(probe: _Probe, call: _Call) -> _Writer | None:
+def _writer(probe: Probe, call: Call) -> _Writer | None:
     """What noise that is added to the output of a call becomes in a stream, if nothing but noise."""
     if call.left.shape != probe.result.shape or _same(call.entered, call.left):
         return None
@@ -328,19 +338,19 @@ def _writer(probe: _Probe, call: _Call) -> _Writer | None:
     return None if factor is None else _Writer(call, factor, None)
 
 
-def _behind_first(probe: _Probe, x: Tensor, writers: Sequence[_Writer]) -> _Call | None:
+def _behind_first(probe: Probe, x: Tensor, writers: Sequence[_Writer]) -> Call | None:
     """The call that the stream behind the first half enters: x and what is written there, and nothing else."""
     for call in probe.calls:
         inner = [one for one in writers if one.enters == call.path]
         if not inner:
             continue
         written = torch.stack([one.factor * one.call.left.double() for one in inner]).sum(0)
-        if _near(call.entered, x.double() + written, call.entered) and not _near(written, call.entered, written):
+        if near(call.entered, x.double() + written, call.entered) and not near(written, call.entered, written):
             return call
     return None
 
 
-def _readers(probe: _Probe, stream: Tensor) -> list[_Readers]:
+def _readers(probe: Probe, stream: Tensor) -> list[_Readers]:
     """What reads a stream, by the norm between."""
     reading = [call for call in probe.calls if _same(call.entered, stream)]
     norms = [one for one in reading if not probe.holds_matrices(one.path) and not _same(one.left, stream)]
@@ -351,7 +361,7 @@ def _readers(probe: _Probe, stream: Tensor) -> list[_Readers]:
     return [one for one in found if one.paths or one.others]
 
 
-def _behind(probe: _Probe, norm: _Call, norms: Sequence[_Call]) -> _Readers:
+def _behind(probe: Probe, norm: Call, norms: Sequence[Call]) -> _Readers:
     """What reads what a norm gives."""
     reading = [one for one in probe.plain.values() if _same(one.entered, norm.left)]
     if any(one is not norm and _same(one.left, norm.left) for one in norms):
@@ -363,17 +373,17 @@ def _behind(probe: _Probe, norm: _Call, norms: Sequence[_Call]) -> _Readers:
         return _Readers(norm.path, paths, others)
     noise = probe.noise(norm.left, norm.left)
     all_read, these_read = probe.run(given={norm.path: noise})[1], probe.run(taken=dict.fromkeys(paths, noise))[1]
-    return _Readers(norm.path, paths, () if _near(all_read, these_read, all_read) else None)
+    return _Readers(norm.path, paths, () if near(all_read, these_read, all_read) else None)
 
 
-def _apart(probe: _Probe, normed: Tensor, paths: Sequence[str]) -> tuple[str, ...]:
+def _apart(probe: Probe, normed: Tensor, paths: Sequence[str]) -> tuple[str, ...]:
     """The modules with matrices of their own that read the same and are no projections: routers and experts."""
     reading = [call.path for call in probe.calls if _same(call.entered, normed) and probe.holds_matrices(call.path)]
     around = [path for path in reading if any(inside.startswith(f"{path}.") for inside in paths)]
     return tuple(path for path in reading if path not in probe.plain and path not in around)
 
 
-def _side_by_side(probe: _Probe, x: Tensor, writers: Sequence[_Writer]) -> tuple[Half, ...]:
+def _side_by_side(probe: Probe, x: Tensor, writers: Sequence[_Writer]) -> tuple[Half, ...]:
     """The halves of a layer in which all read the stream that enters it: by the module of the layer they lie in."""
     groups = _readers(probe, x)
     used = {path for group in groups for path in group.paths} | {one.call.path for one in writers}
@@ -396,7 +406,7 @@ def _room(path: str) -> str:
     return path.partition(".")[0]
 
 
-def _half(probe: _Probe, name: str, groups: Sequence[_Readers], writers: Sequence[_Writer], ends: str | None) -> Half:
+def _half(probe: Probe, name: str, groups: Sequence[_Readers], writers: Sequence[_Writer], ends: str | None) -> Half:
     found = groups[0] if len(groups) == 1 else None
     reads, unread = found.paths if found is not None else (), ""
     if found is None:
@@ -407,6 +417,10 @@ def _half(probe: _Probe, name: str, groups: Sequence[_Readers], writers: Sequenc
         if found.others:
             unread = f"{', '.join(found.others)} read {gives} and are no projections"
     writes = tuple(Write(one.call.path, one.factor) for one in writers if one.call.path in probe.plain)
+    behind = None if writes else _behind_norm(probe, writers)
+    unwritten = "" if writes else f"no projection's output is added to the stream as it is, in the {name}"
+    if behind is not None:
+        unwritten = _normed(behind[1], behind[0])
     return Half(
         name,
         found.norm if found is not None else None,
@@ -414,13 +428,12 @@ def _half(probe: _Probe, name: str, groups: Sequence[_Readers], writers: Sequenc
         writes,
         ends,
         unread,
-        "" if writes else _unwritten(probe, name, writers),
+        unwritten,
+        behind,
     )
 
 
-def _unwritten(probe: _Probe, name: str, writers: Sequence[_Writer]) -> str:
-    for one in writers:
-        for path, call in probe.plain.items():
-            if _same(call.left, one.call.entered):
-                return _normed(one.call.path, path)
-    return f"no projection's output is added to the stream as it is, in the {name}"
+def _behind_norm(probe: Probe, writers: Sequence[_Writer]) -> tuple[str, str] | None:
+    """The projection whose output a writer norms, and that norm."""
+    pairs = ((path, one.call) for one in writers for path in probe.plain if path != one.call.path)
+    return next(((path, norm.path) for path, norm in pairs if _same(probe.plain[path].left, norm.entered)), None)

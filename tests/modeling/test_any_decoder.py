@@ -14,23 +14,31 @@ from transformers import PreTrainedModel
 import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PartialRun
-from linearpatch_kernels.merging.merge import check_mergeable
 from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
 from linearpatch_kernels.nn import DensePatch, LowRankPatch
-from linearpatch_kernels.span import Span
 from tests.support.field import text_file
 from tests.support.pages import run_program
 from tests.support.tiny import tiny_tokenizer
-from tools.models_reference import IN_PART, MADE_BY, PAGE, PATCHED, WORKS, model_types, tiny_decoder, tried
+from tools.models_reference import (
+    IN_PART,
+    MADE_BY,
+    PAGE,
+    PATCHED,
+    WORKS,
+    merged,
+    model_types,
+    tiny_decoder,
+    tried,
+)
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n\n((?:.*\n)*?)(?=\n## |\Z)", TEXT, flags=re.MULTILINE))
 REFITTED, MERGED = (re.findall(r"`([\w.-]+)`(?=[,.]|$)", SECTIONS[name]) for name in ("Refitted", "Merged"))
-IN_PARTS, NOT_REFITTED, REFUSED, UNTRIED = (
+IN_PARTS, NOT_REFITTED, NOT_MERGED, REFUSED, UNTRIED = (
     dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS[name], flags=re.MULTILINE))
-    for name in ("Refitted in part", "Removal and patches", "Refused", "Not tried")
+    for name in ("Refitted in part", "Removal and patches", "Not merged", "Refused", "Not tried")
 )
 OUTCOMES = {
     **dict.fromkeys(REFITTED, WORKS),
@@ -57,7 +65,7 @@ def test_the_page_has_every_type_once() -> None:
     assert TEXT.startswith(MADE_BY)
     assert sorted([*OUTCOMES, *UNTRIED]) == model_types()
     assert set(SECTIONS) == {
-        *("Refitted", "Refitted in part", "Removal and patches", "Merged", "Refused", "Not tried"),
+        *("Refitted", "Refitted in part", "Removal and patches", "Merged", "Not merged", "Refused", "Not tried"),
     }
 
 
@@ -65,6 +73,12 @@ def test_the_page_has_every_type_once() -> None:
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_what_the_page_says(name: str) -> None:
     assert without_sizes(tried(name)) == without_sizes(OUTCOMES[name])
+
+
+@of_the_pages_version
+@pytest.mark.parametrize("name", [*REFITTED, *IN_PARTS, *NOT_REFITTED])
+def test_what_the_page_says_of_merges(name: str) -> None:
+    assert merged(name) == (WORKS if name in MERGED else f"refused: {NOT_MERGED[name]}")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next", "bloom"])
@@ -224,7 +238,9 @@ def test_the_command_refuses_to_refit_what_does_not_show_how(tmp_path: Path) -> 
     assert made.plan.candidates
 
 
-def test_what_takes_a_record_is_refused() -> None:
-    model: PreTrainedModel = tiny_decoder("gemma2")
-    with pytest.raises(InputError, match="'gemma2' can be removed, not merged"):
-        check_mergeable(model, Span(2, 4))
+def test_the_command_merges_what_shows_its_units(tmp_path: Path) -> None:
+    model: PreTrainedModel = tiny_decoder("arcee")
+    given: Any = {"tokenizer": tiny_tokenizer(128), "text": text_file(tmp_path), "samples": 4, "length": 16}
+    lp.merge(model, layers=6, variant="come", output=tmp_path / "out", **given)
+    again, _ = load_model(tmp_path / "out", device="cpu")
+    assert (type(again).__name__, num_layers(again)) == ("ArceeForCausalLM", 6)

@@ -92,6 +92,7 @@ def test_patches_in_front_and_behind_are_no_part_of_it() -> None:
                     (),
                     "mlp.gate_proj",
                     unwritten="post_attention_layernorm norms what comes out of self_attn.o_proj",
+                    behind=("self_attn.o_proj", "post_attention_layernorm"),
                 ),
                 Half(
                     "feed-forward",
@@ -100,6 +101,7 @@ def test_patches_in_front_and_behind_are_no_part_of_it() -> None:
                     (),
                     None,
                     unwritten="post_feedforward_layernorm norms what comes out of mlp.down_proj",
+                    behind=("mlp.down_proj", "post_feedforward_layernorm"),
                 ),
             ],
         ),
