@@ -164,6 +164,13 @@ Text = Annotated[
 HeldoutText = Annotated[
     Path | None, Option("Text for the report's figures (default: unused windows of `text`).", "FILE")
 ]
+KeepPattern = Annotated[
+    bool,
+    Option(
+        "Remove only layers without which the kinds of layers (of sliding and full attention, say) repeat as before: "
+        "engines that compute the kinds from a period take no other model."
+    ),
+]
 Samples = Annotated[int, Option("Calibration windows.", "N", least=1)]
 Length = Annotated[int, Option("Tokens per window.", "N", least=2)]
 Rank = Annotated[
@@ -191,6 +198,7 @@ class PruneSettings(Settings):
             "RATIO",
         ),
     ] = None
+    keep_pattern: KeepPattern = False
     score: Annotated[str, Option(f"{SCORES.described()}.", "NAME")] = "cosine"
     fit: Annotated[
         str | None,
@@ -431,6 +439,7 @@ class SweepSettings(Settings):
     fits: Annotated[str | Sequence[str], Option(f"Fits to compare: {', '.join(FITS)}.", "A,B,...")] = (
         "none,linearpatch,low-rank,least-squares"
     )
+    keep_pattern: KeepPattern = False
     score: Annotated[str, Option(f"{SCORES.described(scores_of_statistics())}.", "NAME")] = "cosine"
     rank: Rank = None
     text: Text = None

@@ -30,10 +30,16 @@ from transformers.models.auto.modeling_auto import (
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import said
+from linearpatch_kernels.forward import PartialRun
+from linearpatch_kernels.healing.refit import RefitSettings, refit, steps_of_cut
+from linearpatch_kernels.merging.merge import Merge, check_mergeable, merge_layers
 from linearpatch_kernels.modeling import keep_layers
-from linearpatch_kernels.modeling.families import auto_class, decoder_layers, family_of, text_config
+from linearpatch_kernels.modeling.families import auto_class, decoder_layers, family_of, num_layers, text_config
+from linearpatch_kernels.modeling.halves import kinds_of_halves
 from linearpatch_kernels.modeling.loading import ModelSource
+from linearpatch_kernels.modeling.patterns import pattern_of
 from linearpatch_kernels.modeling.stream import stream_in
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.pruning.search import plan_pruning
@@ -42,6 +48,8 @@ from linearpatch_kernels.span import Span
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
 MADE_BY = "<!-- made by tools/models_reference.py, which tries them all: change that, not this page -->"
 WORKS = "works"
+IN_PART = "works, refitted in part"
+PATCHED = "works, not refitted"
 REMOVAL = "removal only"
 NOT_TRIED = "not tried"
 
@@ -231,11 +239,13 @@ def _written(model: PreTrainedModel, *, cached: bool) -> list[int]:
 
 
 def tried(model_type: str) -> str:
-    """``"works"``, or where it stopped and why.
+    """``"works"``, or where it stopped and why; `IN_PART` with what a refit leaves alone.
 
     A model is calibrated, layers 2 and 3 are removed, and the result must be the dense model with these bypassed by
     hooks, bit for bit; it must write the same with a cache as without; saved and loaded again it must compute the same
-    (within 1e-5), and be cut again. The same with a low-rank patch at the joint.
+    (within 1e-5), and be cut again. The same with a low-rank patch at the joint. Then the weights around the joint are
+    fitted again: with a ridge that allows no change the logits must stay, and with one that does, where all is fitted,
+    the stream behind the last layer must come nearer to the dense model's, on the windows of the fit.
     """
     try:
         family_of(model_type)
@@ -254,7 +264,69 @@ def tried(model_type: str) -> str:
         found = _cut_and_loaded(model, plan=patched)
     except Exception as error:
         found = _line(error)
-    return WORKS if found == WORKS else f"{REMOVAL}: {found}"
+    if found != WORKS:
+        return f"{REMOVAL}: {found}"
+    try:
+        return _refitted(model)
+    except InputError as error:
+        return f"{PATCHED}: {_line(error)}"
+
+
+def _refitted(model: PreTrainedModel) -> str:
+    kinds_of_halves(model)
+    kept = [layer for layer in range(_LAYERS) if layer not in range(*_GONE)]
+    cut, steps = keep_layers(model, kept), steps_of_cut(kept, _LAYERS, 2, in_front=True)
+    windows = _tokens(16, seed=2)
+    found = {}
+    for ridge in (1e12, 0.1):
+        settings = RefitSettings(shrinkage=1.0, ridges=(ridge,), precision=torch.float64, on_all=True)
+        found[ridge] = refit(model, cut, steps, windows[:12], windows[12:], settings=settings)
+    apart = float((_logits(found[1e12].model) - _logits(cut)).abs().max() / _logits(cut).abs().max())
+    if not apart < 1e-4:
+        return f"wrong: a refit that may change nothing changes the logits ({apart:.1e})"
+    left = dict.fromkeys(row.why for row in found[0.1].rows if row.why)
+    if left:
+        return f"{IN_PART}: {'; '.join(sorted(left))}"
+    wanted, before, after = (_behind(one, windows) for one in (model, cut, found[0.1].model))
+    return (
+        WORKS if (after - wanted).norm() < (before - wanted).norm() else "wrong: a refit comes no nearer to the dense"
+    )
+
+
+def merged(model_type: str) -> str:
+    """``"works"``, or why layers are not merged.
+
+    Two layers are merged in the middle of a model, the second one a copy of the first: with half the units of either
+    the result must be the model without the second layer.
+    """
+    model = tiny_decoder(model_type)
+    try:
+        start = next(layer for layer in range(1, _LAYERS - 1) if _pair(model, layer))
+        check_mergeable(model, Span(start, start + 2))
+        halves = sublayers(model)
+    except StopIteration:
+        return "refused: no two neighbours of the model that was tried are of one kind"
+    except InputError as error:
+        return f"refused: {_line(error).rpartition(' not merged: ')[2].removesuffix(' (docs/add/family.md)')}"
+    layers = decoder_layers(model)
+    layers[start + 1].load_state_dict(layers[start].state_dict())
+    units = {half.name: (tuple(range(0, half.units, 2)), tuple(range(1, half.units, 2))) for half in halves}
+    found = _logits(merge_layers(model, Merge(Span(start, start + 2), (0.5, 0.5), units)))
+    wanted = _logits(keep_layers(model, [layer for layer in range(_LAYERS) if layer != start + 1]))
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return WORKS if error < 1e-4 else f"wrong: two layers alike, merged, are not one of them ({error:.1e})"
+
+
+def _pair(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer and the next one are of one kind by the config."""
+    kinds = pattern_of(model).kinds
+    return kinds[layer] == kinds[layer + 1]
+
+
+def _behind(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """The stream behind the last layer, in float64."""
+    with torch.no_grad():
+        return PartialRun(model, "tokens", num_layers(model))(windows).double()
 
 
 def _cut_and_loaded(model: PreTrainedModel, plan: PrunePlan) -> str:
@@ -299,26 +371,34 @@ def model_types() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
-def page(found: dict[str, str]) -> str:
-    """The whole page in Markdown, of what each type came to."""
+def page(found: dict[str, str], merges: dict[str, str]) -> str:
+    """The whole page in Markdown, of what each type came to, and those that can be cut when they were merged."""
     works = [name for name, outcome in found.items() if outcome == WORKS]
     others = {
-        kind: {name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(kind)}
-        for kind in (REMOVAL, "refused", "wrong", NOT_TRIED)
+        kind: {
+            name: outcome.removeprefix(f"{kind}: ") for name, outcome in found.items() if outcome.startswith(f"{kind}:")
+        }
+        for kind in (IN_PART, PATCHED, REMOVAL, "refused", "wrong", NOT_TRIED)
     }
-    recorded = [name for name in works if family_of(name).modules is not None]
-    rest = [name for name in works if name not in recorded]
+    cut = len(works) + sum(len(others[kind]) for kind in (IN_PART, PATCHED, REMOVAL))
     sections = [
         f"{MADE_BY}\n\n# Which models can be cut\n\nBy the `model_type` of a model's config, as transformers "
-        f"{transformers.__version__} has them: {len(works) + len(others[REMOVAL])} of {len(found)} can. Each was tried "
+        f"{transformers.__version__} has them: {cut} of {len(found)} can. Each was tried "
         f"as a random model of {_LAYERS} layers, {_WIDTH} wide: calibrated, cut, held against the dense model with the "
-        "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; and the "
-        "same with a patch at the joint. That shows wiring, and nothing of quality. Of a model that reads more than "
-        "text the text's decoder is cut, on text; what reads the rest stays.",
-        "## Everything\n\nLayers are removed and merged, patches stand at the joints, and weights are fitted again: "
-        + _listed(recorded),
-        "## Removal and patches\n\n`--heal none` and `--heal patch`; what the layers are made of is not known here "
-        "([add a record](../add/family.md)), so no weights are fitted again or merged: " + _listed(rest),
+        "same layers bypassed (equal bit for bit), written with and without a cache, saved, loaded, cut again; the "
+        "same with a patch at the joint; and the weights around the joint fitted again, which must change nothing "
+        "where it is allowed no change, and else come nearer to the dense model where all is fitted. That shows "
+        "wiring, and nothing of quality. Of a model that reads more than text the text's decoder is cut, on text; what "
+        "reads the rest stays.",
+        "## Refitted\n\n`--heal refit` and `auto` fit again all that reads the stream around a joint and all that "
+        "writes to it: " + _listed(works),
+        "## Refitted in part\n\nThe same, and this stays as it is:\n\n" + _rows(others[IN_PART]),
+        "## Removal and patches\n\n`--heal none` and `--heal patch`; no weights are fitted again.\n\n"
+        + _rows(others[PATCHED]),
+        "## Merged\n\nTwo layers, the second one a copy of the first, were merged with half the units of either, and "
+        "the result is the model without the second: " + _listed([name for name in merges if merges[name] == WORKS]),
+        "## Not merged\n\n"
+        + _rows({name: told.removeprefix("refused: ") for name, told in merges.items() if told != WORKS}),
         *(["## Plain removal\n\n`--heal none` alone.\n\n" + _rows(others[REMOVAL])] if others[REMOVAL] else []),
         "## Refused\n\n" + _rows(others["refused"]),
         *(["## Wrong\n\n" + _rows(others["wrong"])] if others["wrong"] else []),
@@ -345,16 +425,19 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _out_of_time)
-    found = {}
+    found, merges = {}, {}
     for name in sys.argv[1:] or model_types():
         # Some sizes go by names of their own, and are those of a real model.
         signal.alarm(_SECONDS)
         try:
             found[name] = tried(name)
+            if found[name].startswith(WORKS):
+                merges[name] = merged(name)
         except TimeoutError:
             found[name] = f"{NOT_TRIED}: took more than {_SECONDS} seconds"
         signal.alarm(0)
         print(name, found[name], sep=": ", flush=True)
+        print(f"{name}, merged: {merges.get(name, NOT_TRIED)}", flush=True)
     if not sys.argv[1:]:
-        PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(page(found, merges), encoding="utf-8")
         print(PAGE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -130,7 +131,27 @@ def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "patched_layers": sorted(map(int, (config.get("linearpatch") or {}).get("joints", {}))),
         "weight_bytes": sum(file.stat().st_size for file in weights),
     }
+    pattern = _pattern(config)
+    if pattern is not None:
+        about["layer_pattern"] = pattern
     return about if tree is None else about | {"merge_tree": " ".join(map(written, tree))}
+
+
+def _pattern(config: Mapping[str, Any]) -> str | None:
+    """How the kinds of layers repeat, or that they do not; None where they are of one kind or not known."""
+    from linearpatch_kernels.modeling.families import family_of
+    from linearpatch_kernels.modeling.patterns import IRREGULAR, pattern_in
+
+    if not isinstance(config.get("num_hidden_layers"), int):
+        return None
+    try:
+        named = family_of(str(config["model_type"])).per_layer
+    except InputError:
+        named = None
+    pattern = pattern_in(SimpleNamespace(**config), named)
+    if pattern.period == 1:
+        return None
+    return str(pattern) if pattern.period is not None else f"{pattern} ({IRREGULAR})"
 
 
 def _joints_table(plan: Any) -> Table:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from linearpatch_kernels.modeling.families import decoder_layers, rms_norms, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, rms_norms
+from linearpatch_kernels.modeling.halves import layer_halves
 from linearpatch_kernels.torch_internals import StorageMark
 
 
@@ -31,13 +32,23 @@ def recomputing(model: PreTrainedModel, begin: int, what: str) -> Iterator[None]
             if _is_plain(norm):
                 stack.enter_context(_replaced(norm, functools.partial(_normed, norm, norm.forward)))
         if what == "activation":
-            path = sublayers(model)[1].output.projection.rpartition(".")[0]
-            halves = [layer.get_submodule(path) for layer in layers]
-            stack.enter_context(_forgetting([child for half in halves for child in _without_parameters(half)]))
+            forgotten = [child for half in _feed_forwards(model, begin) for child in _without_parameters(half)]
+            stack.enter_context(_forgetting(forgotten))
         elif what == "layer":
             for layer in layers:
                 stack.enter_context(_replaced(layer, functools.partial(checkpoint, layer.forward, use_reentrant=False)))
         yield
+
+
+def _feed_forwards(model: PreTrainedModel, begin: int) -> list[nn.Module]:
+    """The modules that hold the last projection of each layer from ``begin`` on, where there is one."""
+    layers = decoder_layers(model)
+    found = []
+    for index, halves in layer_halves(model, range(begin, len(layers))).items():
+        last = halves[-1]
+        paths = [*(write.projection for write in last.writes), *(last.behind or ())[:1]]
+        found += [layers[index].get_submodule(path.rpartition(".")[0]) for path in paths[:1]]
+    return found
 
 
 def _without_parameters(module: nn.Module) -> list[nn.Module]:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.healing.activations import Sums, Tokens, entering_and_leaving, entering_modules, lacking
 from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, choose_ridge
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.merging.merge import input_parameters, set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers
+from linearpatch_kernels.modeling.halves import Half, Write
+from linearpatch_kernels.modeling.units import sublayers
 
 # Windows on which the neurons of the removed layers are ranked, at the most: of the few that stay all windows decide.
 RANKED_ON = 24
@@ -35,28 +38,45 @@ class Absorbed:
     """A feed-forward half some of whose neurons are those of removed layers.
 
     Attributes:
-        parameters: path in the layer -> value, float64; count: neurons that came from other layers.
+        parameters: path in the layer -> value, float64; projections: those that these are of.
+        count: neurons that came from other layers.
         ridge: the one taken; before, after: the held-out error per token, as of `RidgeChoice`.
     """
 
     parameters: dict[str, Tensor]
+    projections: tuple[str, ...]
     count: int
     ridge: float
     before: float
     after: float
 
 
-def can_absorb(layer: nn.Module, half: Sublayer, settings: RefitSettings) -> bool:
-    """Whether neurons of other layers can take the place of some of this layer's: they bring their norm's gain along,
-    and no norm stands behind them."""
-    norm = [name for name, _ in layer.get_submodule(half.norm).named_parameters()]
-    return settings.neurons > 0 and settings.shrinkage > 0 and half.output_norm is None and norm == ["weight"]
+def neurons_that_can_move(model: PreTrainedModel, half: Half, settings: RefitSettings) -> Sublayer | None:
+    """A half of a layer as a sum over neurons, where those of other layers can take the place of some; else None.
+
+    They bring the gain of their norm along, in rows of their own (so nothing else may read what that norm gives), and
+    what they write goes to the stream as it is.
+    """
+    if min(settings.neurons, settings.shrinkage) <= 0 or half.name != "feed-forward":
+        return None
+    try:
+        attention, units = sublayers(model)
+    except InputError:  # no sum over neurons, or it does not show
+        return None
+    layer = decoder_layers(model)[0]
+    norm = () if units.norm is None else layer.get_submodule(units.norm).named_parameters()
+    folds = all(name == "weight" for name, _ in norm) or all(
+        isinstance(getattr(layer.get_submodule(heads.projection), "bias", None), Tensor) for heads in units.inputs
+    )
+    alone = attention.norm != units.norm
+    return units if alone and folds and half.writes == (Write(units.output.projection),) else None
 
 
 @torch.no_grad()
 def absorb(
     student: PreTrainedModel,
     index: int,
+    half: Sublayer,
     givers: Sequence[nn.Module],
     states: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -70,10 +90,9 @@ def absorb(
     result is the change of its projection back alone.
 
     Args:
-        student: not changed; givers: layers of the same kind.
+        student: not changed; half: of `neurons_that_can_move`; givers: layers of the same kind.
         states, targets: per window [T, d], what enters the layer, and what should leave it.
     """
-    half = sublayers(student)[1]
     path, precision = half.output.projection, settings.precision
     weight = decoder_layers(student)[index].get_submodule(path).get_parameter("weight").double()
 
@@ -109,7 +128,8 @@ def absorb(
     stay = (decoder_layers(student)[index], [one for one in kept if one < half.units])
     parameters = input_parameters(half, [stay, *_given(givers, absorbed)])
     parameters[f"{path}.weight"] = choice.weight
-    return Absorbed(parameters, len(absorbed), choice.ridge, alone.before, choice.after)
+    projections = tuple(dict.fromkeys([*(heads.projection for heads in half.inputs), path]))
+    return Absorbed(parameters, projections, len(absorbed), choice.ridge, alone.before, choice.after)
 
 
 def _given(givers: Sequence[nn.Module], neurons: Sequence[tuple[int, int]]) -> list[tuple[nn.Module, list[int]]]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.forward import PartialRun, Stream, entering
 from linearpatch_kernels.healing.least_squares import NormalEquations, RunningSums
-from linearpatch_kernels.modeling.families import decoder_layers, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers
 from linearpatch_kernels.processes import Processes
 
 
@@ -50,6 +50,11 @@ Tokens: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 _EPSILON = 1e-12
 
 
+def _rows(state: Tensor) -> Tensor:
+    """The tokens of one window [T, n]: some layers drop the window's axis."""
+    return state.reshape(-1, state.shape[-1])
+
+
 class _Enough(Exception):
     """Ends a run of a layer once what was wanted of it is there."""
 
@@ -63,7 +68,7 @@ def entering_modules(
     seen: list[Tensor] = []
 
     def look(entered: Tensor) -> None:
-        seen.append(entered[0])
+        seen.append(_rows(entered))
         if len(seen) == len(paths):
             raise _Enough
 
@@ -81,7 +86,7 @@ def entering_and_leaving(
     """What enters a module of a layer, and what leaves the layer, per window."""
     run = PartialRun(model, index, index + 1)
     seen: list[Tensor] = []
-    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(entered[0]))]):
+    with entering([(decoder_layers(model)[index].get_submodule(path), lambda entered: seen.append(_rows(entered)))]):
         for state in states:
             leaving = run(state.unsqueeze(0))[0]
             yield [seen.pop(), leaving]
@@ -95,10 +100,11 @@ def lacking(pairs: Iterable[Sequence[Tensor]], targets: Sequence[Tensor], precis
         yield a, y - has.to(precision), 1 / y.square().sum(-1).clamp_min(_EPSILON)
 
 
-def behind_attention(model: PreTrainedModel, index: int, stream: Stream) -> list[Tensor]:
-    """Run layer ``index`` over a stream that is there, and give the stream behind its attention: W tensors [T, d]."""
+def behind_half(model: PreTrainedModel, index: int, ends: str, stream: Stream) -> list[Tensor]:
+    """Run layer ``index`` over a stream that is there, and give the stream that enters a module in it: W tensors
+    [T, d]."""
     middle: list[Tensor] = []
-    norm = decoder_layers(model)[index].get_submodule(sublayers(model)[1].norm)
-    with entering([(norm, lambda state: middle.append(state[0]))]):
+    module = decoder_layers(model)[index].get_submodule(ends)
+    with entering([(module, lambda state: middle.append(_rows(state)))]):
         stream.advance(model, index + 1)
     return middle

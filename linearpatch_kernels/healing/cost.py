@@ -17,7 +17,8 @@ from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import Heal
-from linearpatch_kernels.modeling.families import decoder_layers, hidden_size, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, hidden_size
+from linearpatch_kernels.modeling.halves import kinds_of_halves
 from linearpatch_kernels.pruning.plan import PrunePlan
 
 # Streams of all windows that are held at once: the dense model's, the student's, and what a fit aims at.
@@ -96,8 +97,10 @@ def memory_of_refit(dense: PreTrainedModel, windows: int, length: int, neurons: 
     is left of the stream on the windows on which they are ranked.
     """
     width = hidden_size(dense)
-    layer = decoder_layers(dense)[0]
-    inputs = max(width, *(_inputs(layer, half.output.projection) for half in sublayers(dense)))
+    layers = decoder_layers(dense)
+    kinds = kinds_of_halves(dense)
+    writes = ((layers[index], one) for index in kinds for half in kinds[index] for one in half.writes)
+    inputs = max([width, *(_inputs(layer, one.projection, width) for layer, one in writes)])
     held, squares = _STREAMS * windows, _SQUARES
     if neurons:
         inputs, squares = inputs + min(inputs, neurons), _SQUARES_OF_BOTH
@@ -108,10 +111,10 @@ def memory_of_refit(dense: PreTrainedModel, windows: int, length: int, neurons: 
     return streams + moments + block
 
 
-def _inputs(layer: torch.nn.Module, path: str) -> int:
+def _inputs(layer: torch.nn.Module, path: str, outputs: int) -> int:
     weight = layer.get_submodule(path).weight
     assert isinstance(weight, Tensor)
-    return weight.shape[1]
+    return weight.numel() // outputs
 
 
 def _now() -> float:

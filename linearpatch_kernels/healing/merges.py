@@ -19,8 +19,9 @@ from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import HEALS
 from linearpatch_kernels.merging.plan import leaves
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, norm_eps, num_layers, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, merge_tree, norm_eps, num_layers
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.pruning.closed_forms import SHRINKAGE
 from linearpatch_kernels.pruning.fits import DEFAULT_RANK, fit_patch, needs_normed_moments
 from linearpatch_kernels.span import Span

@@ -11,19 +11,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, Run, Stream, check_windows
-from linearpatch_kernels.healing.absorption import absorb, can_absorb
+from linearpatch_kernels.healing.absorption import absorb, neurons_that_can_move
 from linearpatch_kernels.healing.activations import (
     Sums,
     Tokens,
-    behind_attention,
+    behind_half,
     entering_and_leaving,
     entering_modules,
     lacking,
@@ -32,16 +33,17 @@ from linearpatch_kernels.healing.least_squares import RidgeChoice, choose_ridge
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.merging.merge import set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.halves import Half, Write, layer_halves
 from linearpatch_kernels.modeling.patched import patches, replace_patch
 from linearpatch_kernels.nn import Patch, PatchChain
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 
-Part = Literal["attention-in", "attention-out", "feed-forward-in", "feed-forward-out"]
-PARTS: tuple[Part, ...] = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
-"""What of a layer is fitted, in this order: q, k and v; o; gate and up; down."""
+PARTS = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
+"""What of a layer is fitted, in this order: q, k and v; o; gate and up; down. One that is a single half (Mamba's) has
+``layer-in`` and ``layer-out``."""
 
 _EPSILON = 1e-12
 
@@ -71,7 +73,7 @@ class RefitRow:
     """What one least-squares fit came to.
 
     Attributes:
-        layer: of the student; part: one of `PARTS`; projections: what got new weights, empty where nothing did.
+        layer: of the student; part: as in `PARTS`; projections: what got new weights, empty where nothing did.
         ridge: the one taken, None where no change was better than none.
         before, after: the error per token on the held-out windows, of an output relative to |target|^2; None where
             nothing was fitted.
@@ -80,7 +82,7 @@ class RefitRow:
     """
 
     layer: int
-    part: Part
+    part: str
     projections: tuple[str, ...]
     ridge: float | None
     before: float | None
@@ -175,10 +177,12 @@ def refit(
        ``D = argmin sum_t |m'_t - (x_t + W a_t) - D a_t|^2 / |m'_t|^2``;
     3. gate and up as 1, toward the dense model's norm behind its attention; 4. down as 2, toward y'.
 
-    Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Where a
-    projection's output is normed before it reaches the stream (Gemma), it is left alone and a row says so. What both
-    models have in front runs once, the fitted layers four times; memory: three times the stream of all windows, ``W T
-    d`` values each, and ``24 n^2`` bytes for the widest input n of a projection.
+    Each with a ridge (`NormalEquations.solution`) chosen on ``heldout_windows``, c the shrinkage. Biases stay. Which
+    projections these are the layer shows (`modeling.halves`). One whose output is normed before it reaches the stream
+    (Gemma) is left alone, as are experts and what chooses them, and a row says so. Where both halves read the same
+    stream (Cohere), both are read first, and o has the target of down. What both models have in front runs once, the
+    fitted layers four times; memory: three times the stream of all windows, ``W T d`` values each, and ``24 n^2`` bytes
+    for the widest input n of a projection.
 
     Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
     ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
@@ -209,13 +213,15 @@ def refit(
     refitted = keep_layers(student, range(num_layers(student)))
     if not steps:
         return Refit(refitted, [])
+    halves = layer_halves(refitted, [step.index for step in steps])
     windows, sums = _share(fit_windows, heldout_windows, run.processes)
     wanted, found = _streams(dense, refitted, steps, Stream(windows) if stream is None else stream, own)
-    walk = _Walk(dense, refitted, wanted, found, sums, settings, patch_for)
+    walk = _Walk(dense, refitted, halves, wanted, found, sums, settings, patch_for)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
-            earlier = {name: done[name] for name in _weights_of(refitted, step) if name in done} if done else {}
+            may_change = _weights_of(refitted, step, halves[step.index])
+            earlier = {name: done[name] for name in may_change if name in done} if done else {}
             if earlier:
                 Fitted(earlier, ()).onto(refitted)
             else:
@@ -293,9 +299,11 @@ def refit_output(
         entering, leaving: per window [T, d] what enters the layer, and what should leave it; the last ``held`` choose
             the ridge.
     """
-    layer = _Layer(model, index, Sums(len(entering) - held, Processes()), settings)
+    halves = layer_halves(model, [index])[index]
+    layer = _Layer(model, index, halves, Sums(len(entering) - held, Processes()), settings)
     with evaluation_mode(model):
-        return layer.output("feed-forward-out", entering, leaving)
+        (row,) = layer.outputs(halves[-1], entering, leaving)
+    return row
 
 
 def _share(fit: Tensor, held: Tensor, processes: Processes) -> tuple[Tensor, Sums]:
@@ -320,6 +328,7 @@ class _Walk:
 
     dense: PreTrainedModel
     student: PreTrainedModel
+    halves: Mapping[int, Sequence[Half]]
     wanted: Stream
     found: Stream
     sums: Sums
@@ -328,7 +337,8 @@ class _Walk:
 
     def fit(self, step: Step, shared: dict[Step, Fitted] | None) -> Fitted:
         """What a step comes to, done to the student; ``shared``, for the first step, as of `refit`."""
-        before = _weights_of(self.student, step)
+        halves = self.halves[step.index]
+        before = _weights_of(self.student, step, halves)
         self.found.advance(self.student, step.index)
         joint = _Joint(self.student, step, self.found, self.sums, self.patch_for)
         known = shared if step.removed is not None and step.stands_for is None else None
@@ -336,12 +346,12 @@ class _Walk:
             self.wanted.advance(self.dense, step.leaves_at)
             rows = known[step].onto(self.student)
         else:
-            layer = _Layer(self.student, step.index, self.sums, self.settings)
+            layer = _Layer(self.student, step.index, halves, self.sums, self.settings)
             rows = layer.fit(self.dense, step, self.found, self.wanted)
             if known is not None:
-                known[step] = Fitted(_changes(self.student, step, before), rows)
+                known[step] = Fitted(_changes(before, _weights_of(self.student, step, halves)), rows)
         rows = joint.fit(before, self.wanted, rows)
-        return Fitted(_changes(self.student, step, before), rows)
+        return Fitted(_changes(before, _weights_of(self.student, step, halves)), rows)
 
 
 class _Joint:
@@ -416,86 +426,112 @@ class _Joint:
         return float(self._sums.total(found)[0])
 
 
+def _normed(
+    model: PreTrainedModel, index: int, half: Half, stream: Stream, middle: Sequence[Tensor] | None
+) -> Iterable[Tensor]:
+    """What enters the projections of a half that read the stream, per window: of the stream in front of the layer, or
+    of the one behind the half before it."""
+    if not half.reads:
+        return ()
+    if middle is None:
+        # Not the norm applied to the stream: a patch of the layer's own may lie between.
+        return (seen for (seen,) in entering_modules(model, index, half.reads[:1], stream.states))
+    return middle if half.norm is None else map(decoder_layers(model)[index].get_submodule(half.norm), middle)
+
+
 class _Layer:
     """The fits of one layer of the student."""
 
-    def __init__(self, student: PreTrainedModel, index: int, sums: Sums, settings: RefitSettings) -> None:
-        self._student, self._index = student, index
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        index: int,
+        halves: Sequence[Half],
+        sums: Sums,
+        settings: RefitSettings,
+    ) -> None:
+        self._student, self._index, self._halves = student, index, halves
         self._sums, self._settings = sums, settings
         self._module = decoder_layers(student)[index]
 
     def fit(self, dense: PreTrainedModel, step: Step, found: Stream, wanted: Stream) -> list[RefitRow]:
         """All of a step, in their order, from the student's stream entering the layer, and the dense model's at the
         depth it was left at."""
-        attention, feed_forward = sublayers(self._student)
         stands_for, leaves_at = step.stands_for, step.leaves_at
         if stands_for is None:
             wanted.advance(dense, leaves_at)
-            return [self._leaving(dense, step, found.states, wanted.states)]
+            return self._leaving(dense, step, self._halves[-1], found.states, wanted.states)
         wanted.advance(dense, stands_for)
-        # Not the norm applied to the stream: a patch of the dense layer's own may lie between.
-        first = attention.inputs[0].projection
-        normed = (seen for (seen,) in entering_modules(dense, stands_for, [first], wanted.states))
-        rows = [self._input("attention-in", attention, found.states, normed)]
-        middle = behind_attention(dense, stands_for, wanted)
-        rows.append(self.output("attention-out", found.states, middle))
-        norm = decoder_layers(dense)[stands_for].get_submodule(feed_forward.norm)
-        rows.append(self._input("feed-forward-in", feed_forward, found.states, map(norm, middle)))
+        rows: list[RefitRow] = []
+        middle: list[Tensor] | None = None
+        for half in self._halves:
+            rows.append(self._input(half, found.states, _normed(dense, stands_for, half, wanted, middle)))
+            if half.ends is not None:
+                middle = behind_half(dense, stands_for, half.ends, wanted)
+                rows += self.outputs(half, found.states, middle)
         del middle
         wanted.advance(dense, leaves_at)
-        rows.append(self._leaving(dense, step, found.states, wanted.states))
+        for half in self._halves:
+            if half is self._halves[-1]:
+                rows += self._leaving(dense, step, half, found.states, wanted.states)
+            elif half.ends is None:
+                rows += self.outputs(half, found.states, wanted.states)
         return rows
 
     def _leaving(
-        self, dense: PreTrainedModel, step: Step, states: Sequence[Tensor], targets: Sequence[Tensor]
-    ) -> RefitRow:
-        """What the feed-forward writes: a change of the projection back, or other neurons, where that does better."""
-        half = sublayers(self._student)[1]
-        if step.removed is None or not can_absorb(self._module, half, self._settings):
-            return self.output("feed-forward-out", states, targets)
+        self,
+        dense: PreTrainedModel,
+        step: Step,
+        half: Half,
+        states: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> list[RefitRow]:
+        """What the last half writes: a change of the projections back, or other neurons, where that does better."""
+        units = None if step.removed is None else neurons_that_can_move(self._student, half, self._settings)
+        if step.removed is None or units is None:
+            return self.outputs(half, states, targets)
         givers = list(decoder_layers(dense)[slice(*step.removed)])
-        found = absorb(self._student, self._index, givers, states, targets, self._sums, self._settings)
+        found = absorb(self._student, self._index, units, givers, states, targets, self._sums, self._settings)
+        part = f"{half.name}-out"
         if isinstance(found, RidgeChoice):
-            return self._taken("feed-forward-out", (half.output.projection,), found, of_input=False)
+            return [self._taken(part, (units.output.projection,), found, lambda weight, change: weight + change)]
         for path, value in found.parameters.items():
             set_parameter(self._module, path, value)
-        changed = tuple(dict.fromkeys([*(heads.projection for heads in half.inputs), half.output.projection]))
-        return RefitRow(
-            self._index,
-            "feed-forward-out",
-            changed,
-            found.ridge,
-            found.before,
-            found.after,
-            absorbed=found.count,
-        )
+        taken = found.projections
+        row = RefitRow(self._index, part, taken, found.ridge, found.before, found.after, absorbed=found.count)
+        return [row]
 
-    def _input(self, part: Part, half: Sublayer, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
+    def _input(self, half: Half, states: Sequence[Tensor], targets: Iterable[Tensor]) -> RefitRow:
         """What reads the stream: one map of the normed stream, taken into every projection that reads it."""
-        projections = tuple(dict.fromkeys(heads.projection for heads in half.inputs))
-        normed = entering_modules(self._student, self._index, projections[:1], states)
+        part = f"{half.name}-in"
+        if not half.reads:
+            return self._left_alone(part, half.unread)
+        normed = entering_modules(self._student, self._index, half.reads[:1], states)
         choice = self._choice(
             (n, self._precise(target.to(n.device)) - self._precise(n), None)
             for (n,), target in zip(normed, targets, strict=True)
         )
-        return self._taken(part, projections, choice, of_input=True)
+        return self._taken(part, half.reads, choice, lambda weight, change: weight + weight @ change)
 
-    def output(self, part: Part, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
-        """What writes to the stream: a change of the projection back."""
-        attention, feed_forward = sublayers(self._student)
-        half = attention if part == "attention-out" else feed_forward
-        path = half.output.projection
-        if half.output_norm is not None:
-            why = f"{half.output_norm} norms what comes out of {path}"
-            return RefitRow(self._index, part, (), None, None, None, why)
-        if part == "attention-out":
-            # What enters the norm behind is the stream there; the feed-forward need not run.
-            pairs = entering_modules(self._student, self._index, [path, feed_forward.norm], states)
+    def outputs(self, half: Half, states: Sequence[Tensor], targets: Sequence[Tensor]) -> list[RefitRow]:
+        """What writes to the stream: a change of every projection back, toward the stream that is to be behind them."""
+        if not half.writes:
+            return [self._left_alone(f"{half.name}-out", half.unwritten)]
+        return [self._output(half, write, states, targets) for write in half.writes]
+
+    def _output(self, half: Half, write: Write, states: Sequence[Tensor], targets: Sequence[Tensor]) -> RefitRow:
+        if half.ends is not None:
+            # What enters the module behind is the stream there; the feed-forward need not run.
+            pairs = entering_modules(self._student, self._index, [write.projection, half.ends], states)
         else:
-            pairs = entering_and_leaving(self._student, self._index, path, states)
+            pairs = entering_and_leaving(self._student, self._index, write.projection, states)
 
         choice = self._choice(lacking(pairs, targets, self._settings.precision))
-        return self._taken(part, (path,), choice, of_input=False)
+        taken = (write.projection,)
+        return self._taken(f"{half.name}-out", taken, choice, lambda weight, change: weight + change / write.factor)
+
+    def _left_alone(self, part: str, why: str) -> RefitRow:
+        return RefitRow(self._index, part, (), None, None, None, why)
 
     def _choice(self, tokens: Iterable[Tokens]) -> RidgeChoice:
         settings = self._settings
@@ -505,28 +541,40 @@ class _Layer:
     def _precise(self, states: Tensor) -> Tensor:
         return states.to(self._settings.precision)
 
-    def _taken(self, part: Part, projections: tuple[str, ...], choice: RidgeChoice, *, of_input: bool) -> RefitRow:
-        """The change put into the projections: behind them, or (``of_input``) in front."""
-        changed = projections if choice.change is not None else ()
+    def _taken(
+        self,
+        part: str,
+        projections: tuple[str, ...],
+        choice: RidgeChoice,
+        changed: Callable[[Tensor, Tensor], Tensor],
+    ) -> RefitRow:
+        """The change put into the projections; ``changed``: the new weight [outputs, inputs], of the old one and it."""
+        taken = projections if choice.change is not None else ()
         if choice.change is not None:
             for path in projections:
                 module: Any = self._module.get_submodule(path)
-                old = module.weight.detach()
-                change = choice.change.to(old.device)
-                new = (old.double() + (old.double() @ change if of_input else change)).to(old.dtype)
+                old = _weight(module, module.weight.detach())
+                new = changed(old.double(), choice.change.to(old.device)).to(old.dtype)
+                new = _weight(module, new).contiguous()
                 module.weight = nn.Parameter(new, requires_grad=module.weight.requires_grad)
-        return RefitRow(self._index, part, changed, choice.ridge, choice.before, choice.after)
+        return RefitRow(self._index, part, taken, choice.ridge, choice.before, choice.after)
 
 
-def _changes(model: PreTrainedModel, step: Step, before: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of `_weights_of`, those that are others than before."""
-    return {name: one for name, one in _weights_of(model, step).items() if one is not before[name]}
+def _weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] of what the module has, or back: GPT-2's have the inputs in front."""
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
+def _changes(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The parameters that are others than before."""
+    return {name: one for name, one in after.items() if one is not before[name]}
+
+
+def _weights_of(model: PreTrainedModel, step: Step, halves: Sequence[Half]) -> dict[str, nn.Parameter]:
     """The parameters that a step may change, by their names in the model."""
     layer = decoder_layers(model)[step.index]
-    modules = {layer.get_submodule(path) for half in sublayers(model) for path in (half.norm, *_projections(half))}
+    norm = () if halves[-1].norm is None else (halves[-1].norm,)
+    modules = {layer.get_submodule(path) for half in halves for path in (*half.projections, *norm)}
     behind = patches(model).get(step.index + 1)
     modules |= set() if behind is None or step.removed is None else set(behind.modules())
     return {
@@ -535,10 +583,6 @@ def _weights_of(model: PreTrainedModel, step: Step) -> dict[str, nn.Parameter]:
         if module in modules
         for name, parameter in module.named_parameters(recurse=False)
     }
-
-
-def _projections(half: Sublayer) -> list[str]:
-    return [*(heads.projection for heads in half.inputs), half.output.projection]
 
 
 def _assign(model: PreTrainedModel, name: str, value: Tensor) -> None:

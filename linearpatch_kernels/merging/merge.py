@@ -21,16 +21,14 @@ from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import (
     Heads,
     Sublayer,
-    check_layers_are_known,
     decoder_layers,
-    family_of,
-    layer_kinds,
     merge_tree,
     num_layers,
-    sublayers,
     text_config,
 )
 from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.patterns import pattern_of
+from linearpatch_kernels.modeling.units import check_one_kind, sublayers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import own_state
 
@@ -104,15 +102,16 @@ def choose_units(scores: LayerScores, span: Span, shares: Sequence[float], rule:
 
 
 def check_mergeable(model: nn.Module, span: Span) -> None:
-    """InputError where the layers of ``span`` cannot become one: it is not known what they are made of, they are of
-    other kinds, or there is a patch between them."""
-    check_layers_are_known(family_of(model))
+    """InputError where the layers of ``span`` cannot become one: they are no sums over units, they are of other kinds,
+    or there is a patch between them."""
+    sublayers(model)
     layers = num_layers(model)
     if not 0 <= span.start < span.end <= layers:
         raise InputError(f"the span {span} does not lie in the model's {layers} layers: give 0 <= START < END")
-    kinds = dict.fromkeys(layer_kinds(model)[span.start : span.end])
+    kinds = dict.fromkeys(pattern_of(model).kinds[span.start : span.end])
     if len(kinds) > 1:
         raise InputError(f"the layers {span} are of different kinds ({', '.join(kinds)}): merge layers of one kind")
+    check_one_kind(model, range(*span))
     patched = [joint for joint in patches(model) if span.start < joint < span.end or joint == span.end == layers]
     if patched:
         raise InputError(f"there is a patch at joint {patched[0]} inside the layers {span}: merge first, patch then")
@@ -157,7 +156,7 @@ def gain_errors(model: nn.Module, merge: Merge) -> dict[str, float]:
     sources = list(decoder_layers(model)[merge.span.start : merge.span.end])
     errors = {}
     for half in sublayers(model):
-        for path in (*half.shared_norms, *((half.norm,) if merge.rule == AUTHORS else ())):
+        for path in (*half.shared_norms, *((half.norm,) if half.norm and merge.rule == AUTHORS else ())):
             gains = [half.gain_offset + layer.get_parameter(f"{path}.weight").detach().double() for layer in sources]
             merged = half.gain_offset + _averaged(half, path, sources, merge)
             given = [gain for gain, units in zip(gains, merge.units[half.name], strict=True) if units]
@@ -191,8 +190,11 @@ def _merged_half(half: Sublayer, sources: Sequence[nn.Module], merge: Merge) -> 
         values[bias] = _weighted(sources, bias, merge.weights(half.name))
     for path in half.shared_norms:
         values[f"{path}.weight"] = _averaged(half, path, sources, merge)
-    if merge.rule != EXACT:
-        values[f"{half.norm}.weight"] = _averaged(half, half.norm, sources, merge)
+    if merge.rule == EXACT or half.norm is None:
+        return values
+    values[f"{half.norm}.weight"] = _averaged(half, half.norm, sources, merge)
+    if getattr(sources[0].get_submodule(half.norm), "bias", None) is not None:
+        values[f"{half.norm}.bias"] = _weighted(sources, f"{half.norm}.bias", (1 / len(sources),) * len(sources))
     return values
 
 
@@ -201,8 +203,8 @@ def input_parameters(
 ) -> dict[str, Tensor]:
     """What lets a layer read the stream as units of several layers do: path of a parameter -> its value, float64.
 
-    With the rule ``exact``, every unit brings its own layer's norm gain, folded into its rows, and the gain of the norm
-    becomes 1.
+    With the rule ``exact``, every unit brings its own layer's norm along, its gain and bias folded into its rows, and
+    the norm's own become 1 and 0.
 
     Args:
         given: layers and the units that they give, in the order in which the new layer has them.
@@ -211,18 +213,22 @@ def input_parameters(
     for heads in half.inputs:
         for layer, units in given:
             projection: Any = layer.get_submodule(heads.projection)
+            norm: Any = None if half.norm is None or rule == AUTHORS else layer.get_submodule(half.norm)
             rows = channel_indices(heads, units, half.units, rule)
             for name, parameter in projection.named_parameters():
                 taken = parameter[rows.to(parameter.device)].double()
-                if name == "weight" and rule == EXACT:
-                    gain = layer.get_parameter(f"{half.norm}.weight").double()
-                    taken = taken * (half.gain_offset + gain.to(taken.device))
+                if name == "weight" and norm is not None:
+                    taken = taken * (half.gain_offset + norm.weight.double()).to(taken.device)
+                elif norm is not None and getattr(norm, "bias", None) is not None:
+                    read = projection.weight[rows.to(parameter.device)].double()
+                    taken = taken + read @ norm.bias.double().to(taken.device)
                 parts.setdefault(f"{heads.projection}.{name}", []).append(taken)
     # A fused projection holds all units' queries, then all units' keys: the order of `inputs`.
     values = {path: torch.cat([rows.to(taken[0].device) for rows in taken]) for path, taken in parts.items()}
-    if rule == EXACT:
-        gain = given[0][0].get_parameter(f"{half.norm}.weight")
-        values[f"{half.norm}.weight"] = torch.full_like(gain, 1 - half.gain_offset, dtype=torch.float64)
+    if half.norm is not None and rule == EXACT:
+        for name, parameter in given[0][0].get_submodule(half.norm).named_parameters():
+            whole = 1 - half.gain_offset if name == "weight" else 0.0
+            values[f"{half.norm}.{name}"] = torch.full_like(parameter, whole, dtype=torch.float64)
     return values
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from linearpatch_kernels.calibration import block_influence
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.forward import PLAIN, PartialRun, Run, check_windows, entering
-from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers, sublayers
+from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_layers
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.span import Span
 from linearpatch_kernels.torch_state import evaluation_mode, own_state
 

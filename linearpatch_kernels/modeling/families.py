@@ -2,8 +2,8 @@
 
 What a model shows is found: its decoder, the list of its layers, its embedding. In a model that reads more than text
 that is the decoder of the text; what is around it stays as it is. A record (`Family`) adds what does not show, such as
-how the halves of a layer are written; without one, layers are removed and joints patched, and no weights are merged or
-fitted again.
+which rows of a projection are one head's; without one, layers are removed, joints patched, weights fitted again
+(`halves` measures which), and layers merged where they show what they are sums over (`units`).
 
 A layer index counts decoder layers from 0; a span is half-open, ``[start, end)``. The *stream entering layer i* is the
 hidden state handed to layer ``i`` as its input, before a patch that layer ``i`` may carry (the patch of a joint is a
@@ -86,7 +86,7 @@ class Family:
         config_class, layer_class, decoder_class, causal_lm_class: the stock Transformers classes. The layer's is None
             where there is no record. Of a model that reads more than text they are those of all of it, which holds the
             text's decoder.
-        modules: what a layer is made of; None where that is not known: nothing is merged or fitted again.
+        modules: what a layer is made of; None where that is not known, and measured where it is needed.
         per_layer: config attributes with one entry per decoder layer. A record names them: a list of special token ids
             may well have as many entries as the model has layers. None: they are guessed, and the cut is proved.
         logits_options: of a config, the factor on the logits and their soft-cap.
@@ -307,7 +307,7 @@ class Sublayer:
 
     Attributes:
         name: ``"attention"`` or ``"feed-forward"``; units: how many there are.
-        norm: the RMSNorm in front, whose gain the columns of ``inputs`` can take over.
+        norm: the RMSNorm in front, whose gain the columns of ``inputs`` can take over; None where there is no gain.
         inputs: the rows of every unit; output: ``Heads`` over the *columns* of the projection back.
         shared_norms: norms whose one gain all units share (of queries and keys, behind ``output``).
         gain_offset: a norm's gain is ``gain_offset + weight`` (1 in Gemma, else 0).
@@ -315,7 +315,7 @@ class Sublayer:
 
     name: str
     units: int
-    norm: str
+    norm: str | None
     inputs: tuple[Heads, ...]
     output: Heads
     shared_norms: tuple[str, ...]
@@ -328,15 +328,10 @@ class Sublayer:
         return next((norm for norm in self.shared_norms if not norm.startswith(room)), None)
 
 
-def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
-    """The attention and the feed-forward half of this model's layers.
-
-    Raises:
-        InputError: what a layer is made of is not known.
-    """
-    config, family = decoder(model).config, family_of(model)
-    check_layers_are_known(family)
-    modules: Any = family.modules
+def recorded_sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
+    """The attention and the feed-forward half of this model's layers, of whose family there is a record."""
+    config = decoder(model).config
+    modules: Any = family_of(model).modules
     layer: Any = decoder_layers(model)[0]
     groups, queries = config.num_key_value_heads, config.num_attention_heads
     size, neurons = layer.self_attn.head_dim, config.intermediate_size
@@ -371,24 +366,6 @@ def _rows(paths: Sequence[str], per_unit: Sequence[int], size: int, units: int) 
         found.append(Heads(path, ends.get(path, 0), heads, size))
         ends[path] = ends.get(path, 0) + heads * units * size
     return tuple(found)
-
-
-def check_layers_are_known(family: Family) -> None:
-    """InputError for a family of which it is not known what its layers are made of."""
-    if family.modules is None:
-        raise InputError(
-            f"the layers of models of type {family.model_type!r} can be removed, not merged or fitted again: what they "
-            "are made of is not known (docs/add/family.md)"
-        )
-
-
-def layer_kinds(model: nn.Module) -> list[str]:
-    """What each layer is by the config's lists, ``"full_attention"`` for example; one kind where there are none."""
-    lists = [getattr(decoder(model).config, name, None) for name in family_of(model).per_layer or ()]
-    told = [entries for entries in lists if entries is not None]
-    if not told:
-        return ["full_attention"] * num_layers(model)
-    return [", ".join(map(str, entries)) for entries in zip(*told, strict=True)]
 
 
 def decoder(model: nn.Module) -> Any:

@@ -78,6 +78,20 @@ def _counts(count: int) -> Iterator[tuple[tuple[str, ...], Callable[[int, int], 
     yield _TRAILING, lambda layer, told: layer >= count - told
 
 
+def per_layer_entries(config: Any, named: Sequence[str] | None = None) -> dict[str, Sequence[Any]]:
+    """What a config says layer by layer: for each list of entries its entries, for a list of layers' numbers which are
+    in it.
+
+    Args:
+        named: the lists of entries; None: all that look like either.
+    """
+    lists = {name: getattr(config, name, None) for name in (_lists(config) if named is None else named)}
+    found: dict[str, Sequence[Any]] = {name: entries for name, entries in lists.items() if entries is not None}
+    for name, numbers in _numbers(config) if named is None else ():
+        found[name] = [f"{'in' if i in numbers else 'not in'} {name}" for i in range(config.num_hidden_layers)]
+    return found
+
+
 def _lists(config: PretrainedConfig) -> Iterator[str]:
     """The names of what looks like a list with an entry per layer."""
     numbers = {name for name, _ in _numbers(config)}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from linearpatch_kernels.calibration import CalibrationStatistics
+    from linearpatch_kernels.modeling.patterns import Pattern
 
 # How many spans a score that runs the model runs it on.
 _SHORT_LIST = 5
@@ -108,19 +109,26 @@ def scores_of_statistics() -> list[str]:
     return [name for name, score in SCORES.items() if not score.runs_the_model]
 
 
-def score_spans(statistics: CalibrationStatistics, drop: int, score: str) -> dict[Span, float]:
+def score_spans(
+    statistics: CalibrationStatistics, drop: int, score: str, pattern: Pattern | None = None
+) -> dict[Span, float]:
     """The score of every contiguous span of ``drop`` layers, highest (best to remove) first; ties: the earlier span.
 
     Of a score that runs the model, what makes its short list.
 
+    Args:
+        pattern: of the kinds of layers; then only spans that leave it as it is.
+
     Raises:
-        InputError: an unknown score or one of single layers, or more layers than can go.
+        InputError: an unknown score or one of single layers, more layers than can go, no span that keeps the pattern.
     """
     check_drop(drop, statistics.num_layers)
     pairs = SCORES.named(score).function(statistics)
     if pairs.dim() != 2:
         raise InputError(f"the score {score} is of single layers, not of spans: give another")
     spans = [Span(start, start + drop) for start in range(1, statistics.num_layers - drop)]
+    if pattern is not None:
+        spans = pattern.spans(drop)
     return dict(sorted(((span, float(pairs[span.start, span.end])) for span in spans), key=lambda item: -item[1]))
 
 
@@ -131,21 +139,29 @@ def span_score(statistics: CalibrationStatistics, span: Span, score: str) -> flo
     return None if values is None or values.dim() != 2 else float(values[span.start, span.end])
 
 
-def choose_spans(statistics: CalibrationStatistics, drop: int, score: str = "cosine") -> list[Span]:
+def choose_spans(
+    statistics: CalibrationStatistics, drop: int, score: str = "cosine", pattern: Pattern | None = None
+) -> list[Span]:
     """The spans whose removal the score prefers, ``drop`` layers together, in the order of the model.
 
     A score of spans gives one; a score of layers the ``drop`` best of them, neighbours joined to one span.
 
+    Args:
+        pattern: of the kinds of layers, which must be left as it is.
+
     Raises:
-        InputError: an unknown score or one that runs the model, or more layers than can go.
+        InputError: an unknown score or one that runs the model, more layers than can go, none that keep the pattern.
     """
     record = SCORES.named(score, among=scores_of_statistics())
     check_drop(drop, statistics.num_layers)
     values = record.function(statistics)
     if values.dim() == 2:
-        return [next(iter(score_spans(statistics, drop, score)))]
+        return [next(iter(score_spans(statistics, drop, score, pattern)))]
     best = values[1:-1].argsort(descending=True, stable=True)[:drop]
-    return spans_of_layers((best + 1).sort().values.tolist())
+    chosen = spans_of_layers((best + 1).sort().values.tolist())
+    if pattern is not None:
+        pattern.check_kept(chosen)
+    return chosen
 
 
 def likely_spans(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
@@ -155,9 +171,9 @@ def likely_spans(statistics: CalibrationStatistics, drop: int, score: str) -> li
     return choose_spans(statistics, drop, score)
 
 
-def short_list(statistics: CalibrationStatistics, drop: int, score: str) -> list[Span]:
+def short_list(statistics: CalibrationStatistics, drop: int, score: str, pattern: Pattern | None = None) -> list[Span]:
     """The best spans of a score, for the model itself to judge: running all of them would cost a pass each."""
-    return list(score_spans(statistics, drop, score))[: _REFITTED if SCORES[score].refits else _SHORT_LIST]
+    return list(score_spans(statistics, drop, score, pattern))[: _REFITTED if SCORES[score].refits else _SHORT_LIST]
 
 
 def spans_of_layers(layers: list[int]) -> list[Span]:

@@ -16,6 +16,7 @@ from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import Progress, Run, check_batch_size, check_windows
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
+from linearpatch_kernels.modeling.patterns import Pattern, pattern_of
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.fits import (
     AUTO,
@@ -79,6 +80,7 @@ def plan_pruning(
     fit: str = AUTO,
     rank: int = DEFAULT_RANK,
     structured: bool = False,
+    keep_pattern: bool = False,
     noted: Noted = warn,
     run: Run | None = None,
     **keywords: Unpack[_Keywords010],
@@ -98,6 +100,8 @@ def plan_pruning(
         drop: how many layers go; or ``spans``: which. Exactly one of the two.
         score, fit, rank, structured: see :mod:`~linearpatch_kernels.pruning.scores`,
             :mod:`~linearpatch_kernels.pruning.fits` and :func:`~linearpatch_kernels.pruning.selection.choose_fit`.
+        keep_pattern: whether the kinds of the layers that stay must repeat as those of the model do
+            (:class:`~linearpatch_kernels.modeling.patterns.Pattern`).
         noted: told before any pass of too little text for the fit, and later of candidates that are left out.
         run: the windows per calibration pass (four by default), who is told of progress, and the processes that share
             the passes over both kinds of windows and the fits that ``auto`` compares; all of them get the same result.
@@ -111,6 +115,7 @@ def plan_pruning(
     run, of_the_plan = _run_and_fields(run, keywords)
     _check_request(model, drop, spans, score, fit, rank, heldout=heldout_windows is not None)
     _check_text(model, [fit_windows, *([] if heldout_windows is None else [heldout_windows])], run.batch_size)
+    pattern = _pattern_to_keep(model, drop, spans) if keep_pattern else None
     _note_little_text([fit], model, fit_windows, noted, instead="`fit` auto, which chooses on other text")
     layers, judged = num_layers(model), not spans and SCORES.named(score).runs_the_model
     moments = needs_moments(fit) or judged
@@ -127,7 +132,7 @@ def plan_pruning(
         statistics = calibrate(model, some, moments=at_once, normed=normed, ranks=run.processes, progress=run.progress)
     else:
         statistics = calibrate(model, some, ranks=run.processes, progress=run.progress)
-        chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score)
+        chosen = (short_list if judged else choose_spans)(statistics, drop or 0, score, pattern)
     if moments and not at_once:
         found = collect_moments(model, text, chosen, normed=normed, ranks=run.processes, progress=run.progress)
         statistics = statistics.with_moments(found)
@@ -187,6 +192,16 @@ def _check_request(
     else:
         check_drop(drop, num_layers(model))
     check_rank(rank, hidden_size(model), [fit], score)
+
+
+def _pattern_to_keep(model: PreTrainedModel, drop: int | None, spans: Sequence[Span]) -> Pattern:
+    """The model's; InputError where what is to be removed cannot leave it as it is."""
+    pattern = pattern_of(model)
+    if spans:
+        pattern.check_kept(spans)
+    else:
+        pattern.spans(drop or 0)
+    return pattern
 
 
 def _check_text(model: PreTrainedModel, texts: Sequence[Tensor], batch_size: int) -> None:
@@ -269,11 +284,11 @@ def sweep(
     *,
     score: str = "cosine",
     rank: int = DEFAULT_RANK,
+    pattern: Pattern | None = None,
     statistics: CalibrationStatistics | None = None,
     keep: Callable[[CalibrationStatistics], None] | None = None,
-    batch_size: int = 4,
     noted: Noted = warn,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> tuple[Quality, list[SweepPoint], CalibrationStatistics]:
     """Quality against depth: every n of ``drops`` with every fit, for two passes over the calibration text at most.
 
@@ -282,10 +297,12 @@ def sweep(
     evaluated once per window from the dense model's states.
 
     Args:
+        pattern: of the kinds of layers; then only spans that leave it as it is.
         statistics: of an earlier run over the same windows; what it holds is not collected again.
         keep: called with the statistics after every pass, for whoever wants to go on after a kill.
         noted: told before any pass of too little text for a fit, and later of points that are left out: a fit that the
             text does not allow there, logits that are not finite.
+        run: the windows per calibration pass (four by default), and who is told of progress.
 
     Returns:
         The dense model's quality, the points in the order of ``drops`` and ``fits``, and the statistics.
@@ -293,7 +310,7 @@ def sweep(
     Raises:
         InputError: arguments that do not fit the model (before any pass), no point at all, or what the passes raise.
     """
-    layers = num_layers(model)
+    layers, run = num_layers(model), run or Run(4)
     if not drops or not fits:
         raise InputError("there is nothing to sweep: give at least one number of layers and one fit")
     for drop in drops:
@@ -304,16 +321,17 @@ def sweep(
     if AUTO in fits:
         raise InputError("a sweep compares fits, so it cannot contain auto: name the fits")
     check_rank(rank, hidden_size(model), fits)
-    _check_text(model, [fit_windows, evaluation_windows], batch_size)
+    _check_text(model, [fit_windows, evaluation_windows], run.batch_size)
     _note_little_text(fits, model, fit_windows, noted)
     if statistics is None:
-        statistics = calibrate(model, fit_windows.split(batch_size), progress=progress)
+        statistics = calibrate(model, fit_windows.split(run.batch_size), progress=run.progress)
         _kept(statistics, keep)
-    spans = {drop: choose_spans(statistics, drop, score) for drop in drops}
+    spans = {drop: choose_spans(statistics, drop, score, pattern) for drop in drops}
     there = {span for span, found in statistics.moments.items() if found.normed is not None or not normed}
     missing = sorted({span for chosen in spans.values() for span in chosen} - there)
     if wanted and missing:
-        found = collect_moments(model, fit_windows.split(batch_size), missing, normed=normed, progress=progress)
+        text = fit_windows.split(run.batch_size)
+        found = collect_moments(model, text, missing, normed=normed, progress=run.progress)
         statistics = statistics.with_moments(found)
         _kept(statistics, keep)
     names = {(drop, fit): f"{drop} layers dropped, {fit}" for drop in drops for fit in fits}
@@ -326,7 +344,7 @@ def sweep(
         candidates,
         description="evaluating the sweep",
         noted=noted,
-        run=Run(progress=progress),
+        run=Run(progress=run.progress),
     )
     points = [
         SweepPoint(drop, fit, PrunePlan(layers, candidates[name], score=score), found_quality[name])

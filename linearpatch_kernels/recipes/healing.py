@@ -20,8 +20,7 @@ from linearpatch_kernels.healing.choice import Healed, heal_cut, ways_of
 from linearpatch_kernels.healing.cost import cost_of_healing
 from linearpatch_kernels.healing.refit import RefitRow, Step
 from linearpatch_kernels.healing.ways import AUTO, HEALS
-from linearpatch_kernels.modeling.families import family_of
-from linearpatch_kernels.modeling.loading import Source
+from linearpatch_kernels.modeling.halves import kinds_of_halves
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import AUTO as FIT_AUTO
@@ -77,22 +76,22 @@ def asked(settings: PruneSettings) -> Healing:
     return healing
 
 
-def possible(healing: Healing, model: Source, log: Log) -> Healing:
-    """What of it can be done to the model, whose weights can be fitted again where there is a record of its layers.
+def possible(healing: Healing, model: PreTrainedModel, log: Log) -> Healing:
+    """What of it can be done to the model, whose weights can be fitted again where its layers show what they are.
 
     Raises:
         InputError: nothing else was asked for.
     """
-    family = family_of(model.config)
-    if family.modules is not None or not healing.refits:
+    if not healing.refits:
         return healing
-    why = (
-        f"the weights of models of type {family.model_type!r} cannot be fitted again: what their layers are made of is "
-    )
-    if healing.way != AUTO:
-        raise InputError(f"{why}not known, so give `heal` patch or none")
-    log.note(f"{why}not known (docs/add/family.md), so `heal` auto stands for patch here")
-    return Healing("patch", healing.fit)
+    try:
+        kinds_of_halves(model)
+    except InputError as error:
+        if healing.way != AUTO:
+            raise InputError(f"{error}: give `heal` patch or none") from error
+        log.note(f"{error}: `heal` auto stands for patch here")
+        return Healing("patch", healing.fit)
+    return healing
 
 
 def heal(

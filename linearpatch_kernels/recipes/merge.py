@@ -26,10 +26,11 @@ from linearpatch_kernels.healing.refit import Refit, RefitRow
 from linearpatch_kernels.healing.ways import AUTO, BEHIND, HEALS, MERGE_FIT, Heal
 from linearpatch_kernels.merging.plan import MergePlan
 from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings, check_settings
-from linearpatch_kernels.modeling.families import check_layers_are_known, family_of, hidden_size, num_layers
+from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.fits import FITS, UnusableFit, too_little_text
 from linearpatch_kernels.pruning.search import check_rank, rank_for
@@ -295,13 +296,14 @@ def _prepare(model: GivenModel, settings: MergeRunSettings, tokenizer: Any, log:
         )
     source = find_model(model, settings, tokenizer=tokenizer)
     check_can_be_cut(source)
-    check_layers_are_known(family_of(source.config))
     check_settings(_merging(settings), source.num_layers)
     rank = rank_for(settings.rank, source.hidden_size)
     check_rank(rank, source.hidden_size, [healing.fit] if healing.patches else [])
     with log.stage("load the model"):
         tokenizer = source.tokenizer
         dense = source.load()
+    # Whether they can be merged at all.
+    sublayers(dense)
     variant = settings.variant or default_variant(dense, settings.layers)
     merging = _merging(settings, variant)
     if not healing.asked and not can_refit(dense):

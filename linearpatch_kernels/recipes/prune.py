@@ -17,7 +17,7 @@ from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed
-from linearpatch_kernels.modeling.families import check_layers_are_known, family_of
+from linearpatch_kernels.modeling.halves import kinds_of_halves
 from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint, save_files
 from linearpatch_kernels.processes import Processes
@@ -225,9 +225,6 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
         source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
     removal.check(source.num_layers)
-    healing = possible(healing, source, log)
-    if removal.searches:
-        check_layers_are_known(family_of(source.config))
     with log.stage("tokenise"):
         rank = rank_for(settings.rank, source.hidden_size)
         check_rank(rank, source.hidden_size, [healing.fit], settings.score)
@@ -237,8 +234,10 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     with log.stage("load the model"):
         dense = source.load()
     check_output(settings.output, 0 if settings.plan_only else copies * parameter_bytes(dense), overwrite=True)
+    healing = possible(healing, dense, log)
     removal = removal.counted(dense)
     if removal.searches:
+        kinds_of_halves(dense)
         removal = found_by_search(
             dense, windows, removal, settings.batch_size, unfinished=searched, processes=siblings, log=log
         )
@@ -253,6 +252,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
             fit=healing.fit,
             rank=rank,
             structured=settings.structured,
+            keep_pattern=settings.keep_pattern,
             noted=log.note,
             run=Run(settings.batch_size, siblings, log.progress),
         )

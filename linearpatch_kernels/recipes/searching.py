@@ -17,6 +17,7 @@ from linearpatch_kernels.files import Entries, read_seal, reading, write_sealed
 from linearpatch_kernels.fingerprints import fingerprint_model
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.search import Search
+from linearpatch_kernels.modeling.patterns import Pattern, pattern_of
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.pruning.plan import checked_spans, parse_spans
 from linearpatch_kernels.pruning.scores import SCORES, check_drop, likely_spans, short_list
@@ -33,12 +34,14 @@ _FORMAT = "linearpatch-search-1"
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """What is to be removed: these spans; or layers of the score's choice, ``drop`` of them or what a target asks."""
+    """What is to be removed: these spans; or layers of the score's choice, ``drop`` of them or what a target asks;
+    ``keep_pattern``: only what leaves the kinds of layers as they repeat."""
 
     score: str
     spans: Sequence[Span] = ()
     drop: int | None = None
     target: Target | None = None
+    keep_pattern: bool = False
 
     @classmethod
     def of(cls, settings: PruneSettings) -> Removal:
@@ -47,13 +50,14 @@ class Removal:
         if sum(one is not None for one in (settings.drop, settings.spans, settings.target)) != 1:
             raise InputError("say what to remove: one of `drop` N, `spans` START:END and `target` RATIO")
         if settings.target is not None:
-            return cls(settings.score, target=Target.parse(settings.target))
+            return cls(settings.score, target=Target.parse(settings.target), keep_pattern=settings.keep_pattern)
         if settings.spans is None:
-            return cls(settings.score, drop=settings.drop)
+            return cls(settings.score, drop=settings.drop, keep_pattern=settings.keep_pattern)
         given = settings.spans
         wanted = parse_spans(given) if isinstance(given, str) else [Span(*span) for span in given]
         # Whatever the model's depth, these must not touch.
-        return cls("given", checked_spans(wanted, max((span.end for span in wanted), default=0) + 1))
+        checked = checked_spans(wanted, max((span.end for span in wanted), default=0) + 1)
+        return cls("given", checked, keep_pattern=settings.keep_pattern)
 
     @property
     def searches(self) -> bool:
@@ -74,10 +78,34 @@ class Removal:
             check_drop(self.drop, layers)
 
     def counted(self, model: PreTrainedModel) -> Removal:
-        """With the number of layers that a target of weights comes to."""
+        """With the number of layers that a target of weights comes to, or the next one that keeps the pattern.
+
+        Raises:
+            InputError: more layers than can go, or what is removed cannot keep the pattern.
+        """
+        pattern = pattern_of(model) if self.keep_pattern else None
+        if pattern is not None:
+            self._check_keeps(pattern)
         if self.target is None or self.target.of == "ppl":
             return self
-        return dataclasses.replace(self, drop=layers_to_reach(self.target, model), target=None)
+        drop = layers_to_reach(self.target, model)
+        if pattern is not None:
+            drop = next((count for count in pattern.lengths if count >= drop), drop)
+        return dataclasses.replace(self, drop=drop, target=None)
+
+    def _check_keeps(self, pattern: Pattern) -> None:
+        if self.spans:
+            pattern.check_kept(self.spans)
+        elif self.drop is not None:
+            pattern.spans(self.drop)
+        if pattern.period != 1 and not self.spans:
+            within = self.target is not None and self.target.of == "ppl"
+            if within or SCORES[self.score].refits == "layers":
+                what = f"`target` {self.target}" if within else f"`score` {self.score}"
+                raise InputError(
+                    f"{what} tries cuts without which the kinds of layers do not stay {pattern}: give `drop` and "
+                    "another score, or leave `keep_pattern` out"
+                )
 
 
 def found_by_search(
@@ -106,14 +134,15 @@ def found_by_search(
             assert most is not None
             drop = made.depth(most, lambda count: likely_spans(statistics, count, removal.score))
         if refits == "spans":
-            return dataclasses.replace(removal, spans=made.spans(short_list(statistics, drop, removal.score)))
+            pattern = pattern_of(dense) if removal.keep_pattern else None
+            return dataclasses.replace(removal, spans=made.spans(short_list(statistics, drop, removal.score, pattern)))
         return dataclasses.replace(removal, drop=drop, target=None)
 
 
 def _identity(dense: PreTrainedModel, windows: Windows, removal: Removal) -> str:
     """Of model, text and search, in hex digits."""
     target = None if removal.target is None else dataclasses.asdict(removal.target)
-    told = [fingerprint_model(dense), windows.about, removal.score, removal.drop, target]
+    told = [fingerprint_model(dense), windows.about, removal.score, removal.drop, target, removal.keep_pattern]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,9 @@ from linearpatch_kernels.evaluation.agreement import Quality
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.files import json_text
 from linearpatch_kernels.fingerprints import fingerprint_model
+from linearpatch_kernels.forward import Run
 from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.patterns import Pattern, pattern_of
 from linearpatch_kernels.modeling.saving import save_files
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning import search
@@ -110,6 +112,7 @@ class _Job:
     drops: Sequence[int]
     fits: Sequence[str]
     rank: int
+    pattern: Pattern | None
     unfinished: Unfinished
 
     def measured(self, log: Log) -> tuple[Quality, list[SweepPoint]]:
@@ -135,11 +138,11 @@ class _Job:
                 self.fits,
                 score=self.settings.score,
                 rank=self.rank,
+                pattern=self.pattern,
                 statistics=earlier,
                 keep=keep,
-                batch_size=self.settings.batch_size,
                 noted=log.note,
-                progress=log.progress,
+                run=Run(self.settings.batch_size, progress=log.progress),
             )
         return quality, points
 
@@ -169,7 +172,21 @@ def _prepare(model: GivenModel, settings: SweepSettings, tokenizer: Any, log: Lo
         )
     with log.stage("load the model"):
         dense = source.load()
-    return _Job(model, settings, dense, windows, drops, fits, rank, unfinished)
+    pattern = pattern_of(dense) if settings.keep_pattern else None
+    if pattern is not None:
+        drops = _that_keep(pattern, drops, log)
+    return _Job(model, settings, dense, windows, drops, fits, rank, pattern, unfinished)
+
+
+def _that_keep(pattern: Pattern, drops: Sequence[int], log: Log) -> list[int]:
+    """The numbers of layers that can go and leave the pattern; a note names the others."""
+    found = [count for count in drops if count in pattern.lengths]
+    if not found:
+        pattern.spans(drops[0])
+    gone = [str(count) for count in drops if count not in found]
+    if gone:
+        log.note(f"left out: {', '.join(gone)} layers less, without which their kinds do not stay {pattern}")
+    return found
 
 
 def _depths(given: str | int | Sequence[int]) -> list[int]:

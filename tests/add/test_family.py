@@ -24,7 +24,7 @@ from linearpatch_kernels import modeling
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.merging.merge import check_mergeable
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import sublayers
+from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.modeling.views import partial_decoder
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.nn import HadamardPatch

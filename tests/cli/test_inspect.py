@@ -46,6 +46,24 @@ def test_inspect_of_a_model_a_plan_and_a_sweep(world: World, run: Run, tmp_path:
         assert number(point["perplexity"]) in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ("ssfssf", "2 x s, f, repeated"),
+        (
+            "ssfsf",
+            "2 x s, f, s, f (irregular: engines that compute the kinds of layers from a period will run it wrongly",
+        ),
+        ("ffff", None),
+    ],
+)
+def test_inspect_says_how_kinds_of_layers_repeat(run: Run, tmp_path: Path, kinds: str, words: str | None) -> None:
+    config = {"model_type": "gemma3_text", "num_hidden_layers": len(kinds), "layer_types": list(kinds)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = json.loads(run("inspect", tmp_path, "--json", "-").stdout)["model"].get("layer_pattern")
+    assert told is None if words is None else told.startswith(words)
+
+
 def test_a_terminal_that_lacks_a_letter(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed_plan(lambda plan: plan | {"calibration": {"source": "süß.txt"}})(world, tmp_path / "given")
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

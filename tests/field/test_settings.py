@@ -80,7 +80,7 @@ def test_a_batch_size_that_makes_no_sense(batch_size: int) -> None:
     model, windows = tiny(), torch.arange(3, 51).view(3, 16)
     for work in (
         lambda: plan_pruning(model, windows, drop=2, fit="none", run=Run(batch_size)),
-        lambda: sweep(model, windows, windows, [1], ["none"], batch_size=batch_size),
+        lambda: sweep(model, windows, windows, [1], ["none"], run=Run(batch_size)),
         lambda: perplexity(model, windows, batch_size=batch_size),
     ):
         with pytest.raises(InputError, match="the batch size must be a number from 1 to"):

@@ -25,9 +25,11 @@ from linearpatch_kernels.merging.merge import (
 from linearpatch_kernels.merging.sensitivity import LayerScores, score_layers
 from linearpatch_kernels.merging.settings import AUTHORS, EXACT
 from linearpatch_kernels.modeling.cut import keep_layers
-from linearpatch_kernels.modeling.families import decoder_layers, layer_kinds, sublayers
+from linearpatch_kernels.modeling.families import decoder_layers
 from linearpatch_kernels.modeling.patched import patched_model
+from linearpatch_kernels.modeling.patterns import pattern_of
 from linearpatch_kernels.modeling.saving import save_checkpoint
+from linearpatch_kernels.modeling.units import sublayers
 from tests.support.tiny import FAMILY_NAMES, LAYERS, VOCABULARY, random_patch, tiny_model
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -65,7 +67,7 @@ def random_stream(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
 
 def alike(model: PreTrainedModel) -> Span:
     """Two neighbours of one kind, away from the ends."""
-    kinds = layer_kinds(model)
+    kinds = pattern_of(model).kinds
     start = next(i for i in range(1, len(kinds) - 1) if kinds[i] == kinds[i + 1])
     return Span(start, start + 2)
 
@@ -216,7 +218,7 @@ def test_the_tree_grows_and_follows_a_cut() -> None:
 
 def test_layers_of_different_kinds_are_refused() -> None:
     model = varied("gemma3_text")
-    kinds = layer_kinds(model)
+    kinds = pattern_of(model).kinds
     start = next(i for i in range(LAYERS - 1) if kinds[i] != kinds[i + 1])
     with pytest.raises(InputError, match=r"different kinds \(sliding_attention, full_attention\)"):
         merge_layers(model, choose_units(random_scores(model), Span(start, start + 2), (0.5, 0.5)))

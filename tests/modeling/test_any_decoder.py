@@ -18,7 +18,6 @@ from linearpatch_kernels.distillation.trainable import check_trainable
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.perplexity import perplexity
 from linearpatch_kernels.forward import PartialRun
-from linearpatch_kernels.merging.merge import check_mergeable
 from linearpatch_kernels.modeling import copies, keep_layers, layer_configs, load_model, patched_model, saving
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.loading import ModelSource
@@ -30,13 +29,31 @@ from linearpatch_kernels.span import Span
 from tests.support.field import text_file
 from tests.support.pages import run_program
 from tests.support.tiny import tiny_tokenizer
-from tools.models_reference import MADE_BY, NOT_TRIED, PAGE, WORKS, model_types, tiny_decoder, tried
+from tools.models_reference import (
+    IN_PART,
+    MADE_BY,
+    PAGE,
+    PATCHED,
+    WORKS,
+    merged,
+    model_types,
+    tiny_decoder,
+    tried,
+)
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n\n((?:.*\n)*?)(?=\n## |\Z)", TEXT, flags=re.MULTILINE))
-LISTED = re.findall(r"`([\w.-]+)`(?=[,.]|$)", SECTIONS["Everything"] + SECTIONS["Removal and patches"])
-REFUSED = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS["Refused"], flags=re.MULTILINE))
-UNTRIED = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS["Not tried"], flags=re.MULTILINE))
+REFITTED, MERGED = (re.findall(r"`([\w.-]+)`(?=[,.]|$)", SECTIONS[name]) for name in ("Refitted", "Merged"))
+IN_PARTS, NOT_REFITTED, NOT_MERGED, REFUSED, UNTRIED = (
+    dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", SECTIONS[name], flags=re.MULTILINE))
+    for name in ("Refitted in part", "Removal and patches", "Not merged", "Refused", "Not tried")
+)
+OUTCOMES = {
+    **dict.fromkeys(REFITTED, WORKS),
+    **{name: f"{IN_PART}: {why}" for name, why in IN_PARTS.items()},
+    **{name: f"{PATCHED}: {why}" for name, why in NOT_REFITTED.items()},
+    **{name: f"refused: {why}" for name, why in REFUSED.items()},
+}
 
 
 def without_sizes(text: str) -> str:
@@ -54,22 +71,22 @@ of_the_pages_version = pytest.mark.skipif(
 @of_the_pages_version
 def test_the_page_has_every_type_once() -> None:
     assert TEXT.startswith(MADE_BY)
-    assert sorted([*LISTED, *REFUSED, *UNTRIED]) == model_types()
-    assert set(SECTIONS) == {"Everything", "Removal and patches", "Refused", "Not tried"}
+    assert sorted([*OUTCOMES, *UNTRIED]) == model_types()
+    assert set(SECTIONS) == {
+        *("Refitted", "Refitted in part", "Removal and patches", "Merged", "Not merged", "Refused", "Not tried"),
+    }
 
 
 @of_the_pages_version
-@pytest.mark.parametrize("name", LISTED)
-def test_what_the_page_says_works(name: str) -> None:
-    assert tried(name) == WORKS
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_the_page_says(name: str) -> None:
+    assert without_sizes(tried(name)) == without_sizes(OUTCOMES[name])
 
 
 @of_the_pages_version
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_the_page_says_is_refused(name: str) -> None:
-    found = tried(name)
-    assert not found.startswith(NOT_TRIED)
-    assert without_sizes(found) == "refused: " + without_sizes(REFUSED[name])
+@pytest.mark.parametrize("name", [*REFITTED, *IN_PARTS, *NOT_REFITTED])
+def test_what_the_page_says_of_merges(name: str) -> None:
+    assert merged(name) == (WORKS if name in MERGED else f"refused: {NOT_MERGED[name]}")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next", "bloom"])
@@ -269,21 +286,17 @@ def test_a_patch_behind_the_last_layer_of_a_twin_acts_on_what_leaves_it() -> Non
     torch.testing.assert_close(twin(torch.arange(8, 20)[None], use_cache=False).logits, expected)
 
 
-def test_the_command_prunes_and_refuses_what_takes_a_record(tmp_path: Path) -> None:
+def test_the_command_refits_what_has_no_record_and_merges_only_what_has(tmp_path: Path) -> None:
     model: PreTrainedModel = tiny_decoder("gpt2")
     given: Any = {"tokenizer": tiny_tokenizer(128), "text": text_file(tmp_path), "samples": 4, "length": 16}
-    with pytest.raises(InputError, match=r"'gpt2' cannot be fitted again: .*give `heal` patch or none"):
-        lp.prune(model, drop=2, heal="refit", output=tmp_path / "out", **given)
-    for search in ({"drop": 2, "score": "healability"}, {"target": "2x-ppl"}):
-        with pytest.raises(InputError, match="'gpt2' can be removed, not merged or fitted again"):
-            lp.prune(model, fit="none", output=tmp_path / "out", **search, **given)
-    with pytest.raises(InputError, match="'gpt2' can be removed, not merged or fitted again"):
+    with pytest.raises(InputError, match="'gpt2' can be removed, not merged"):
         lp.merge(model, layers=6, output=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
-    with pytest.warns(match="'gpt2' cannot be fitted again: .* so `heal` auto stands for patch here"):
-        made = lp.prune(model, drop=2, rank=4, output=tmp_path / "auto", **given)
-    assert made.summary["heal"] in ("patch", "none")
-    assert made.plan.candidates
+    made = lp.prune(model, drop=2, heal="refit", output=tmp_path / "refit", **given)
+    changed = {path for row in made.summary["refit"] for path in row["projections"]}
+    assert changed == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    made = lp.prune(model, drop=2, rank=4, output=tmp_path / "auto", **given)
+    assert made.summary["heal_candidates"].keys() >= {"none", "refit"}
     for fit, kind in (("none", "GPT2LMHeadModel"), ("low-rank", "LinearPatchGPT2LMHeadModel")):
         made = lp.prune(model, drop=2, fit=fit, rank=4, output=tmp_path / fit, **given)
         assert made.written
@@ -313,7 +326,25 @@ def test_a_mixture_is_read_back_though_its_files_hold_the_experts_one_by_one(
         saving.save_checkpoint(cut, None, tmp_path / "other")
 
 
-def test_what_takes_a_record_is_refused() -> None:
-    model: PreTrainedModel = tiny_decoder("gemma2")
-    with pytest.raises(InputError, match="'gemma2' can be removed, not merged or fitted again"):
-        check_mergeable(model, Span(2, 4))
+def test_the_command_refuses_to_refit_what_does_not_show_how(tmp_path: Path) -> None:
+    model: PreTrainedModel = tiny_decoder("minimax")
+    given: Any = {"tokenizer": tiny_tokenizer(128), "text": text_file(tmp_path), "samples": 4, "length": 16}
+    why = "'minimax' cannot be fitted again: in layer 0 no projection"
+    with pytest.raises(InputError, match=rf"{why}.*: give `heal` patch or none"):
+        lp.prune(model, drop=2, heal="refit", output=tmp_path / "out", **given)
+    for search in ({"drop": 2, "score": "healability"}, {"target": "2x-ppl"}):
+        with pytest.raises(InputError, match=why):
+            lp.prune(model, fit="none", output=tmp_path / "out", **search, **given)
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(match=f"{why}.*: `heal` auto stands for patch here"):
+        made = lp.prune(model, drop=2, rank=4, output=tmp_path / "auto", **given)
+    assert made.summary["heal"] in ("patch", "none")
+    assert made.plan.candidates
+
+
+def test_the_command_merges_what_shows_its_units(tmp_path: Path) -> None:
+    model: PreTrainedModel = tiny_decoder("arcee")
+    given: Any = {"tokenizer": tiny_tokenizer(128), "text": text_file(tmp_path), "samples": 4, "length": 16}
+    lp.merge(model, layers=6, variant="come", output=tmp_path / "out", **given)
+    again, _ = load_model(tmp_path / "out", device="cpu")
+    assert (type(again).__name__, num_layers(again)) == ("ArceeForCausalLM", 6)

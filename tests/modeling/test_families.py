@@ -13,8 +13,8 @@ from linearpatch_kernels.modeling.families import (
     family_of,
     hidden_size,
     num_layers,
-    sublayers,
 )
+from linearpatch_kernels.modeling.units import sublayers
 from tests.support.tiny import FAMILY_NAMES, LAYERS, tiny_model, tiny_patched_model
 
 
@@ -45,7 +45,7 @@ def test_a_family_without_a_record_is_what_transformers_says_of_it() -> None:
     family = family_of(model)
     assert (family.model_type, family.causal_lm_class, family.is_recorded) == ("gpt2", GPT2LMHeadModel, False)
     assert "gpt2" not in modeling.FAMILIES
-    with pytest.raises(InputError, match=r"type 'gpt2' can be removed, not merged or fitted again: what they are made"):
+    with pytest.raises(InputError, match=r"type 'gpt2' can be removed, not merged: the weights of attn.c_proj lie"):
         sublayers(model)
 
 
