@@ -2,8 +2,9 @@
 
 The result is a *stock* model: the dense model's architecture with fewer layers, and no operator of its own. Behind a
 joint three layers are fitted again, in each of them what reads the stream and what writes to it, on the stream that the
-student itself has there, all earlier changes in place; where no map heals the joint, the layer in front of it writes
-what the removed layers would have written (`docs/guide/heal.md` has the formulas in a row).
+student itself has there, all earlier changes in place; the layer in front of the joint writes what the removed layers
+would have written, with neurons of theirs where these do better (`absorption`; `docs/guide/heal.md` has the formulas in
+a row).
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def steps_of(stands_for: Sequence[Span], layers: int, behind: int, *, in_front: 
     Args:
         stands_for: per layer of the student, in order, the layers of the dense model that it stands for: itself, or
             several; layers: how many the dense model has.
-        in_front: whether these layers are fitted (where no map at the joint, or behind the merged layer, does it).
+        in_front: whether these layers are fitted, too.
     """
     steps: dict[int, Step] = {}
     neighbours = itertools.pairwise([Span(-1, 0), *stands_for, Span(layers, layers + 1)])
@@ -567,7 +568,7 @@ def _weight(module: nn.Module, weight: Tensor) -> Tensor:
 
 def _changes(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The parameters that are others than before."""
-    return {name: one for name, one in after.items() if one is not before[name]}
+    return {name: one for name, one in after.items() if one is not before.get(name)}
 
 
 def _weights_of(model: PreTrainedModel, step: Step, halves: Sequence[Half]) -> dict[str, nn.Parameter]:
