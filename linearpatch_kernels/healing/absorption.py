@@ -26,8 +26,8 @@ from linearpatch_kernels.modeling.families import Sublayer, decoder_layers, num_
 from linearpatch_kernels.modeling.halves import Half, Write
 from linearpatch_kernels.modeling.units import sublayers
 
-# Windows on which the neurons of the removed layers are ranked, at the most: of the few that stay all windows decide.
-RANKED_ON = 24
+# One window of so many ranks the neurons of the removed layers: of those few that are left, all windows decide.
+RANKED_ON_ONE_OF = 4
 # Of the inputs that are left, what a round of the elimination keeps; then all are weighed again.
 _KEPT_IN_A_ROUND = 0.75
 _EPSILON = 1e-12
@@ -101,7 +101,7 @@ def absorb(
         return lacking(pairs, [targets[one] for one in which], precision)
 
     fit, every = range(sums.fit), range(len(states))
-    some = fit[:: -(-sums.fit // RANKED_ON)]
+    some = fit[::RANKED_ON_ONE_OF]
     reader = _Reader(student, index, half)
     some_sums, held = Sums(len(some), sums.processes).of(own([*some, *every[sums.fit :]]), precision)
     rest = list(_left(own(some), choose_ridge(some_sums, held, settings.ridges), precision))

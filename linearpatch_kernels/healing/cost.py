@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run
-from linearpatch_kernels.healing.absorption import RANKED_ON
+from linearpatch_kernels.healing.absorption import RANKED_ON_ONE_OF
 from linearpatch_kernels.healing.choice import Healer
 from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
 from linearpatch_kernels.healing.settings import RefitSettings
@@ -104,7 +105,7 @@ def memory_of_refit(dense: PreTrainedModel, windows: int, length: int, neurons: 
     held, squares = _STREAMS * windows, _SQUARES
     if neurons:
         inputs, squares = inputs + min(inputs, neurons), _SQUARES_OF_BOTH
-        held += min(windows, RANKED_ON)
+        held += math.ceil(windows / RANKED_ON_ONE_OF)
     streams = held * length * width * dense.dtype.itemsize
     moments = 8 * (squares * inputs**2 + 3 * inputs * width)
     block = 8 * min(windows * length, BLOCK_TOKENS + length) * (inputs + width)
