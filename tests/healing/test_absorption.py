@@ -21,9 +21,12 @@ from linearpatch_kernels.modeling.families import decoder_layers
 from linearpatch_kernels.modeling.halves import layer_halves
 from linearpatch_kernels.modeling.units import sublayers
 from tests.healing.test_refit import EXACT, FIT, HELD, KEPT, OTHER
+from tests.support.sink import token_windows
 from tests.support.tiny import tiny_model
 from tools.models_reference import tiny_decoder
 
+# A quarter of them ranks the neurons.
+MORE = token_windows(96, 40, 0)
 STEP = steps_of_cut(KEPT, 6, 0, in_front=True)
 RIDGES = (1e-9, 1e-3)
 
@@ -109,7 +112,7 @@ def test_removed_layers_whose_neurons_read_the_same_stream_are_restored(family: 
         errors = {}
         for neurons in (4096, 0):
             settings = RefitSettings(shrinkage=1.0, ridges=(1e-7,), neurons=neurons)
-            made = refit(dense, student, STEP, FIT, HELD, settings=settings)
+            made = refit(dense, student, STEP, MORE, HELD, settings=settings)
             errors[neurons] = float((model_logits(made.model, OTHER) - wanted).abs().max() / wanted.abs().max())
             assert (made.rows[0].absorbed > 0) == (neurons > 0)
             assert "mlp.down_proj" in made.rows[0].projections
@@ -157,7 +160,7 @@ def test_neurons_of_layers_without_a_record_move_where_they_show_themselves(name
     dense = tiny_decoder(name)
     kept = [0, 1, 4, 5, 6, 7]
     fit, held = (
-        torch.randint(6, 128, (count, 24), generator=torch.Generator().manual_seed(count)) for count in (40, 6)
+        torch.randint(6, 128, (count, 24), generator=torch.Generator().manual_seed(count)) for count in (160, 6)
     )
     if name == "granite":
         for one in (dense.config, *decoder_layers(dense)):
