@@ -117,7 +117,7 @@ class Family:
 def twin_name(stock: Any, stock_config: Any) -> str:
     """What the patched class of a stock one is called, in the family of a config.
 
-    Types of models may share a class: InternLM3 is a ``LlamaForCausalLM`` with another config. Of those that did not
+    Types of models may share a class: InternLM3 has that of Llama, with another config. Of those that did not
     bring the class along, the name has the config's in it.
     """
     brought = stock.__module__.rpartition(".")[0] == stock_config.__module__.rpartition(".")[0]

@@ -49,8 +49,8 @@ def test_a_family_without_a_record_is_what_transformers_says_of_it() -> None:
         sublayers(model)
 
 
-@pytest.mark.parametrize("name", ["t5", "gemma3", "vit", "nothing", "None"])
-def test_what_is_no_decoder_of_text_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["t5", "chameleon", "vit", "nothing", "None"])
+def test_what_has_no_single_decoder_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"'{name}' are not supported: Transformers has no causal LM of that type"):
         family_of(name)
 
