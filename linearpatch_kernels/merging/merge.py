@@ -111,10 +111,10 @@ def check_mergeable(model: nn.Module, span: Span) -> None:
     kinds = dict.fromkeys(pattern_of(model).kinds[span.start : span.end])
     if len(kinds) > 1:
         raise InputError(f"the layers {span} are of different kinds ({', '.join(kinds)}): merge layers of one kind")
-    check_one_kind(model, range(*span))
     patched = [joint for joint in patches(model) if span.start < joint < span.end or joint == span.end == layers]
     if patched:
         raise InputError(f"there is a patch at joint {patched[0]} inside the layers {span}: merge first, patch then")
+    check_one_kind(model, range(*span))
 
 
 @own_state()

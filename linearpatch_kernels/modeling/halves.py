@@ -30,6 +30,8 @@ from linearpatch_kernels.torch_state import eval_mode, own_state
 _TOKENS = 24
 # Of noise that is added, beside what it is added to: large, so that little of it is lost where that is rounded.
 _LOUD = 4.0
+# What `patched` calls the patches in a layer.
+_PATCHES = ("patch", "output_patch")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def kinds_of_halves(model: PreTrainedModel) -> dict[int, tuple[Half, ...]]:
     """
     first: dict[Any, int] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        first.setdefault(tuple((name, type(one), _shapes(one)) for name, one in layer.named_modules()), index)
+        first.setdefault(made_of(layer), index)
     measured = measured_halves(model, [*first.values()])
     if family_of(model).modules is not None:
         told = recorded_halves(model)
@@ -119,8 +121,18 @@ def _check_record(model: PreTrainedModel, index: int, told: Half, shown: Half) -
             )
 
 
-def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
-    return tuple(parameter.shape for parameter in module.parameters(recurse=False))
+def made_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What is the same of layers of one structure: their modules' classes and shapes, without the patches of joints."""
+    return tuple(
+        (name, getattr(one, "stock_class", type(one)), *(own.shape for own in one.parameters(recurse=False)))
+        for name, one in layer.named_modules()
+        if not is_of_a_patch(name)
+    )
+
+
+def is_of_a_patch(name: str) -> bool:
+    """Whether a name in a layer is that of a patch, or of something in one."""
+    return name.partition(".")[0] in _PATCHES
 
 
 def recorded_halves(model: nn.Module) -> tuple[Half, ...]:
@@ -165,8 +177,8 @@ class Probe:
         self._parts = {
             path: module
             for path, module in self.layer.named_modules()
-            if path and (not path.startswith(("patch.", "output_patch.")))
-            if path in ("patch", "output_patch") or not [*module.children()] or module._parameters
+            if path in _PATCHES
+            or (path and not is_of_a_patch(path) and (not [*module.children()] or module._parameters))
         }
         self.calls, self.result = self.run()
         self.plain = {call.path: call for call in self.calls if self._is_plain(call)}
@@ -247,7 +259,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def near(one: Tensor, other: Tensor, beside: Tensor) -> bool:
@@ -345,7 +357,9 @@ def _behind_first(probe: Probe, x: Tensor, writers: Sequence[_Writer]) -> Call |
         if not inner:
             continue
         written = torch.stack([one.factor * one.call.left.double() for one in inner]).sum(0)
-        if near(call.entered, x.double() + written, call.entered) and not near(written, call.entered, written):
+        # A norm behind a half takes what was written, and no stream.
+        alone = any(_same(one.call.left, call.entered) for one in inner)
+        if near(call.entered, x.double() + written, call.entered) and not alone:
             return call
     return None
 

@@ -27,7 +27,15 @@ from linearpatch_kernels.modeling.families import (
     family_of,
     recorded_sublayers,
 )
-from linearpatch_kernels.modeling.halves import Half, Probe, kinds_of_halves, near, rounding_of
+from linearpatch_kernels.modeling.halves import (
+    Half,
+    Probe,
+    is_of_a_patch,
+    kinds_of_halves,
+    made_of,
+    near,
+    rounding_of,
+)
 from linearpatch_kernels.modeling.stream import some_tokens, traced
 from linearpatch_kernels.torch_state import eval_mode, own_state
 
@@ -44,11 +52,8 @@ def sublayers(model: nn.Module) -> tuple[Sublayer, Sublayer]:
     """
     if family_of(model).modules is not None:
         return recorded_sublayers(model)
-    made_of = tuple(
-        (type(layer), *((name, one.shape) for name, one in layer.named_parameters())) for layer in decoder_layers(model)
-    )
-    # In the order of the layers: which of them are alike, and how many there are, is of no matter.
-    key = (family_of(model).model_type, _groups(model), *dict.fromkeys(made_of))
+    # How many layers there are is of no matter.
+    key = (family_of(model).model_type, _groups(model), *dict.fromkeys(map(made_of, decoder_layers(model))))
     if key not in _FOUND:
         _FOUND[key] = _found(model)
     return _FOUND[key]
@@ -62,6 +67,8 @@ def check_one_kind(model: nn.Module, layers: Sequence[int]) -> None:
     with own_state(), torch.no_grad(), eval_mode(model):
         stream = traced(model, some_tokens(model, _TOKENS))[first].stream
         place = Probe(model, first, stream)
+        # A patch in front of the first one stays there.
+        stream = next((call.left[None] for call in place.calls if call.path == "patch"), stream)
         for other in layers[1:]:
             wanted = Probe(model, other, stream).result
             found = place.with_weights(dict(decoder_layers(model)[other].named_parameters()))
@@ -230,7 +237,8 @@ def _has_one_gain(norm: Any, sizes: set[int]) -> bool:
 def _check_all_is_told(model: nn.Module, probe: Probe, halves: Sequence[Sublayer]) -> None:
     told = {path for half in halves for path in (half.norm, half.output.projection, *half.shared_norms)}
     told |= {heads.projection for half in halves for heads in half.inputs}
-    left = [name for name, _ in probe.layer.named_parameters() if name.rpartition(".")[0] not in told]
+    names = [name for name, _ in probe.layer.named_parameters() if not is_of_a_patch(name)]
+    left = [name for name in names if name.rpartition(".")[0] not in told]
     if left:
         raise _refused(model, f"{left[0]} is neither in a row or column of theirs nor a gain that they share")
 

@@ -14,7 +14,9 @@ from linearpatch_kernels.merging.merge import Merge, check_mergeable, merge_laye
 from linearpatch_kernels.modeling import units
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, recorded_sublayers
+from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.units import sublayers
+from linearpatch_kernels.nn import DensePatch
 from linearpatch_kernels.span import Span
 from tests.support.tiny import FAMILY_NAMES, tiny_model
 from tools.models_reference import tiny_decoder
@@ -85,6 +87,24 @@ def test_a_merge_with_all_units_of_one_layer_is_that_layer(name: str) -> None:
         wanted = logits(keep_layers(model, kept))
         found = logits(merge_layers(model, split(model, Span(2, 4), first=share)))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_patch_in_front_of_the_layers_stays() -> None:
+    model = patched_model(with_random_gains("arcee"), {2: patch(), 5: patch()})
+    first, second = decoder_layers(model)[2:4]
+    second.load_state_dict({n: one for n, one in first.state_dict().items() if not n.startswith("patch.")})
+    merged = merge_layers(model, split(model, Span(2, 4)))
+    wanted = logits(keep_layers(model, [0, 1, 2, 4, 5, 6, 7]))
+    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    with pytest.raises(InputError, match="a patch at joint 5 inside the layers 4:6"):
+        check_mergeable(model, Span(4, 6))
+
+
+def patch() -> DensePatch:
+    found = DensePatch(64)
+    with torch.no_grad():
+        found.weight += 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_what_is_recorded_is_what_the_layers_show(name: str, dtype: torch.dtype)
     assert {half.unwritten for halves in measured.values() for half in halves} == left
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_stream_that_is_small_beside_what_is_written_is_found(name: str) -> None:
+    model = tiny_model(name).to(torch.bfloat16)
+    with torch.no_grad():
+        embedding(model).weight *= 1e-5
+    assert without_reasons(measured_halves(model, [0])[0]) == without_reasons(recorded_halves(model))
+
+
 def test_patches_in_front_and_behind_are_no_part_of_it() -> None:
     model = patched.patched_model(
         cut.keep_layers(tiny_model("llama"), range(4)), {2: random_patch("dense"), 4: random_patch("dense")}
