@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def without_sizes(text: str) -> str:
     return re.sub(r"\d\.\de[+-]\d\d", "", text)
 
 
+# Those that are asked for most, and of every way to be refused one. All of them take minutes, so the others are slow.
+ALWAYS = set(
+    re.findall(
+        r"\S+",
+        """
+        llama4_text mixtral ministral3 qwen2_moe qwen3_moe qwen3_next qwen3_5 qwen3_5_text gemma gemma2 gemma3 gemma4
+        gemma4_text gpt_oss gpt2 gpt_neox olmo2 olmo3 olmoe granite granitemoehybrid smollm3 exaone4 glm4 glm4_moe
+        deepseek_v3 ernie4_5_moe hunyuan_v1_dense seed_oss nemotron_h lfm2 bamba cohere2 falcon_h1 jamba mistral3
+        llama4 bert rwkv xlstm beam deepseek_v4 qwen3_vl
+        """,
+    )
+)
+
+
+def by_turns(names: Iterable[str]) -> list[Any]:
+    """The rows of the page: those of `ALWAYS`, and the others among the slow tests."""
+    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in names]
+
+
 # Another version has other types, and configs with other defaults.
 of_the_pages_version = pytest.mark.skipif(
     f"transformers {transformers.__version__} " not in TEXT,
@@ -78,13 +98,13 @@ def test_the_page_has_every_type_once() -> None:
 
 
 @of_the_pages_version
-@pytest.mark.parametrize("name", OUTCOMES)
+@pytest.mark.parametrize("name", by_turns(OUTCOMES))
 def test_what_the_page_says(name: str) -> None:
     assert without_sizes(tried(name)) == without_sizes(OUTCOMES[name])
 
 
 @of_the_pages_version
-@pytest.mark.parametrize("name", [*REFITTED, *IN_PARTS, *NOT_REFITTED])
+@pytest.mark.parametrize("name", by_turns([*REFITTED, *IN_PARTS, *NOT_REFITTED]))
 def test_what_the_page_says_of_merges(name: str) -> None:
     assert merged(name) == (WORKS if name in MERGED else f"refused: {NOT_MERGED[name]}")
 
