@@ -45,7 +45,7 @@ _INSTEAD = "use the model's safetensors"
 _ENDS = 1 << 20
 _WHOLE = 64 << 20
 # Of the conversion below. A checkpoint of another version is made again.
-_VERSION = 3
+_VERSION = 4
 _SEAL = "conversion.json"
 
 # Keys of an architecture that change nothing that these families compute of a text, whatever they say, ...

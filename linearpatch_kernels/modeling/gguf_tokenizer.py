@@ -125,7 +125,10 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     else:
         raise ValueError(f"its kind is {vocabulary.kind!r}, and not gpt2 or llama")
     tokenizer.add_special_tokens([_added(token, special=True) for token in vocabulary.marked(_CONTROL)])
-    tokenizer.add_tokens([_added(token, special=False) for token in vocabulary.marked(_USER_DEFINED)])
+    # Gemma's runs of spaces are not added: marked, they are in the vocabulary, and the merges find them.
+    known = tokenizer.get_vocab()
+    whole = [token for token in vocabulary.marked(_USER_DEFINED) if token in known]
+    tokenizer.add_tokens([_added(token, special=False) for token in whole])
     special = {name: vocabulary.special(key) for name, key in _SPECIAL.items()}
     # Without a word of the file: what llama.cpp does.
     begins = special["bos_token"] is not None and (vocabulary.kind == "llama" or vocabulary.split in _WHOLE_WORDS)

@@ -443,14 +443,24 @@ def test_what_the_vocabulary_lacks_is_spelled_in_bytes_or_unknown(tmp_path: Path
     assert len(tokenizer) == len(PIECES)
 
 
-def test_gemmas_runs_of_spaces_are_one_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [1, 4], ids=["plain", "user-defined"])
+def test_gemmas_runs_of_spaces_are_one_token(mark: int, tmp_path: Path) -> None:
     """The file has them as they read; in a text they are marked. Its order is that of the merges, not its scores."""
     pieces = ["  " if piece == "▁a" else piece for piece in PIECES]
-    keys = SENTENCEPIECE | {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": [float(i) for i in range(97)]}
+    types = [
+        mark if piece == "  " else kind
+        for piece, kind in zip(pieces, SENTENCEPIECE["tokenizer.ggml.token_type"], strict=True)
+    ]
+    keys = SENTENCEPIECE | {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [float(i) for i in range(97)],
+        "tokenizer.ggml.token_type": types,
+    }
     tokenizer = ModelSource(gguf_files.write(tmp_path / "x.gguf", tiny("gemma3_text", layers=2), keys=keys)).tokenizer
     ids = tokenizer("a  ab", add_special_tokens=False)["input_ids"]
     assert ids == [pieces.index("a"), pieces.index("  "), pieces.index("ab")]
     assert tokenizer.decode(ids) == "a  ab"
+    assert len(tokenizer) == len(pieces)
 
 
 @pytest.mark.parametrize("keys", [{"pre": "deepseek-coder"}, {"model": "bert"}, {"tokens": None}], ids=str)
