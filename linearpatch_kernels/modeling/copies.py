@@ -360,6 +360,6 @@ def _stays(pair: Pair, name: str, tensor: Any) -> Any:
     if dim is None or pair.layers is None:
         return tensor
     kept, count = pair.layers
-    places = torch.tensor(list(kept), device=tensor.device)
+    places = torch.tensor(list(kept), dtype=torch.int64, device=tensor.device)
     part = tensor.detach().unflatten(dim, (count, -1)).index_select(dim, places).flatten(dim, dim + 1)
     return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

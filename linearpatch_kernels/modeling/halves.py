@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -197,7 +198,10 @@ class Probe:
         open_calls: list[int] = []
 
         def begin(path: str, _: Any, args: Any, kwargs: Any) -> Any:
-            first = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), torch.empty(0, 0))
+            first = next(
+                (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)),
+                torch.empty(0, 0, dtype=torch.float32, device="cpu"),
+            )
             if taken and path in taken and args:
                 args = (args[0] + taken[path].view_as(args[0]), *args[1:])
                 first = args[0]
@@ -209,7 +213,7 @@ class Probe:
             found = output[0] if isinstance(output, tuple | list) else output
             if given and path in given and found is output:
                 output = found = found + given[path].view_as(found)
-            found = found if isinstance(found, Tensor) else torch.empty(0, 0)
+            found = found if isinstance(found, Tensor) else torch.empty(0, 0, dtype=torch.float32, device="cpu")
             left[open_calls.pop()] = found, _rows(found)
             return output
 
@@ -239,10 +243,11 @@ class Probe:
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The stream behind the layer with these in the place of its parameters, by their names in it."""
-        names = {id(parameter): name for name, parameter in self._run.named_parameters()}
+        run = self._run
+        names = {id(parameter): name for name, parameter in run.named_parameters()}
         given = {names[id(self.layer.get_parameter(name))]: value for name, value in weights.items()}
         arguments = {"inputs_embeds": self._stream, "use_cache": False}
-        return _rows(torch.func.functional_call(self._run, given, (), arguments).last_hidden_state)
+        return _rows(functional_call(run, given, (), arguments).last_hidden_state)
 
     def noise(self, like: Tensor, beside: Tensor) -> Tensor:
         """Random rows of a shape, louder than a tensor."""
