@@ -288,6 +288,8 @@ def patched_classes(
             if not isinstance(stack, Decoder):
                 if stack is not self:
                     stack.__class__ = Decoder
+                    # Transformers 5.16 notes in a constructor, by class, what else than its output a model can give.
+                    PreTrainedModel.__init__(Decoder.__new__(Decoder), stack.config)
                 _attach(stack)
             self.post_init()
 
