@@ -20,6 +20,7 @@ from linearpatch_kernels.forward import PLAIN, Run, Stream
 from linearpatch_kernels.healing.refit import (
     Fitted,
     RefitRow,
+    Shared,
     Step,
     dense_stream,
     refit,
@@ -89,7 +90,7 @@ class Healer:
         # No way changes anything before the layer in front of the first joint.
         self._depth = max(0, spans[0].start - 1)
         self._stream: Stream | None = None
-        self._shared: dict[Step, Fitted] = {}
+        self._first: dict[Step, Fitted] = {}
 
     def by(
         self,
@@ -125,11 +126,10 @@ class Healer:
             steps,
             *self._windows,
             settings=self._settings,
-            stream=self._stream,
+            shared=Shared(self._stream, first=self._first),
             done=done,
             keep=keep,
             patch_for=functools.partial(self._patch_for, again) if again else None,
-            shared=self._shared,
             run=self._run,
         )
         its = dataclasses.replace(its, refitted=tuple(step.index for step in steps))

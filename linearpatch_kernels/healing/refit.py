@@ -107,6 +107,22 @@ class Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared:
+    """What several refits have in common, on the same windows, in the same processes and with the same settings.
+
+    Attributes:
+        stream: `dense_stream`; it is not changed. None: it is run.
+        own: then also the student's, up to the first step's layer at the most, where the two part before ``stream``.
+        first: of students of one cut, what the layer in front of the first joint came to, which is the same with any
+            patch behind it; it is filled in.
+    """
+
+    stream: Stream | None = None
+    own: Stream | None = None
+    first: dict[Step, Fitted] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Refit:
     """A refitted model and the fits that made it, in their order."""
 
@@ -159,12 +175,10 @@ def refit(
     heldout_windows: Tensor,
     *,
     settings: RefitSettings | None = None,
-    stream: Stream | None = None,
-    own: Stream | None = None,
+    shared: Shared | None = None,
     done: Mapping[str, Tensor] | None = None,
     keep: Callable[[Step, Mapping[str, Tensor], Sequence[RefitRow]], None] | None = None,
     patch_for: PatchFor | None = None,
-    shared: dict[Step, Fitted] | None = None,
     run: Run = PLAIN,
 ) -> Refit:
     """The student with new weights in the projections of some layers, by least squares; the same architecture.
@@ -182,8 +196,10 @@ def refit(
     projections these are the layer shows (`modeling.halves`). One whose output is normed before it reaches the stream
     (Gemma) is left alone, as are experts and what chooses them, and a row says so. Where both halves read the same
     stream (Cohere), both are read first, and o has the target of down. What both models have in front runs once, the
-    fitted layers four times; memory: three times the stream of all windows, ``W T d`` values each, and ``24 n^2`` bytes
-    for the widest input n of a projection.
+    fitted layers four times; memory: `healing.cost.memory_of_refit`.
+
+    The layer in front of a joint gets 4 alone, toward the dense model's stream behind the removed layers, and neurons
+    of theirs where held-out windows gain (`absorption.absorb`).
 
     Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
     ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
@@ -192,14 +208,11 @@ def refit(
         dense: the model before the cut; student: after it, with patches perhaps; neither is changed.
         steps: `steps_of` a cut or a merge; in the order of the layers.
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
-        stream: `dense_stream` of these windows and processes, where several refits share it; it is not changed.
-        own: then also the student's, up to the first step's layer at the most, where the two part before ``stream``.
+        shared: what it has in common with other refits.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
         keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
         patch_for: fits the patch behind a layer in front of a joint again, once that layer is fitted; None: where the
             student has a patch, steps leave the layer in front as it is.
-        shared: between refits of students of one cut, on these windows and with these settings: what the layer in front
-            of the first joint came to, which is the same with any patch behind it.
 
     Raises:
         InputError: windows that are none of the model's, or too few, steps that name no layer, activations that are not
@@ -207,7 +220,7 @@ def refit(
 
     Source: ours.
     """
-    settings = settings or RefitSettings()
+    settings, shared = settings or RefitSettings(), shared or Shared()
     check_windows(dense, fit_windows)
     check_windows(dense, heldout_windows)
     _check_steps(steps, dense, student)
@@ -216,7 +229,7 @@ def refit(
         return Refit(refitted, [])
     halves = layer_halves(refitted, [step.index for step in steps])
     windows, sums = _share(fit_windows, heldout_windows, run.processes)
-    wanted, found = _streams(dense, refitted, steps, Stream(windows) if stream is None else stream, own)
+    wanted, found = _streams(dense, refitted, steps, shared.stream or Stream(windows), shared.own)
     walk = _Walk(dense, refitted, halves, wanted, found, sums, settings, patch_for)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
@@ -226,7 +239,7 @@ def refit(
             if earlier:
                 Fitted(earlier, ()).onto(refitted)
             else:
-                fitted = walk.fit(step, shared if count == 1 else None)
+                fitted = walk.fit(step, shared.first if count == 1 else None)
                 rows += fitted.rows
                 if keep is not None:
                     keep(step, fitted.weights, fitted.rows)
@@ -337,7 +350,7 @@ class _Walk:
     patch_for: PatchFor | None
 
     def fit(self, step: Step, shared: dict[Step, Fitted] | None) -> Fitted:
-        """What a step comes to, done to the student; ``shared``, for the first step, as of `refit`."""
+        """What a step comes to, done to the student; ``shared``: of the first step, `Shared.first`."""
         halves = self.halves[step.index]
         before = _weights_of(self.student, step, halves)
         self.found.advance(self.student, step.index)

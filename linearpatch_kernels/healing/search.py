@@ -16,7 +16,7 @@ from linearpatch_kernels.calibration import block_influence
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run, Stream, residual_stream
-from linearpatch_kernels.healing.refit import dense_stream, refit, steps_of_cut
+from linearpatch_kernels.healing.refit import Shared, dense_stream, refit, steps_of_cut
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import num_layers
@@ -201,8 +201,7 @@ class Search:
             self.windows,
             self._held,
             settings=self._settings,
-            stream=wanted,
-            own=own,
+            shared=Shared(wanted, own),
             run=self._run,
         ).model
 
