@@ -215,6 +215,14 @@ class Stream:
                 self.states[index] = run(state.unsqueeze(0))[0]
         self._depth = depth
 
+    @torch.no_grad()
+    def hidden(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        """What the model's head is applied to, [T, d] per window; the stream stays where it is."""
+        run = PartialRun(model, self._depth, "hidden")
+        with evaluation_mode(model):
+            for state in self.states:
+                yield run(state.unsqueeze(0))[0]
+
 
 @contextmanager
 def entering(modules: Iterable[tuple[nn.Module, Callable[[Tensor], object]]]) -> Iterator[None]:

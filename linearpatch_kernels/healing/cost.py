@@ -28,8 +28,9 @@ _STREAMS = 3
 _SQUARES = 4
 # And where neurons of removed layers are weighed: the sums, and of those that are left the sums, factor and inverse.
 _SQUARES_OF_BOTH = 5
-# Windows to fit on in the two trials that the time is told from; each has one more, held out.
-_TRIALS = (1, 3)
+# Windows to fit on in the two trials that the time is told from; each has one more, held out. The second has one more
+# of those that rank neurons, which is what its windows should have.
+_TRIALS = (1, 1 + RANKED_ON_ONE_OF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def cost_of_healing(
     settings: RefitSettings | None = None,
     run: Run = PLAIN,
 ) -> Cost:
-    """What `heal_cut` will take for these ways; it is told from healing with one window and with three.
+    """What `heal_cut` will take for these ways; it is told from healing with one window and with five.
 
     Args:
         plan, fit_windows [S, T], heldout_windows [H, T], settings, run: as for `heal_cut`; the windows are those of all

@@ -32,7 +32,7 @@ REFIT_WINDOWS = 4
 
 # Nothing else is judged on the windows that choose the ridge, so what is kept is fitted on them, too; and the products
 # are what they were in 0.1.0, whose results stay.
-_SETTINGS = RefitSettings(shrinkage=SHRINKAGE, precision=torch.float64, on_all=True)
+_SETTINGS = RefitSettings(shrinkage=SHRINKAGE, precision=torch.float64, on_all=True, final_norm=False)
 
 
 @own_state()

@@ -30,11 +30,12 @@ from linearpatch_kernels.healing.activations import (
     entering_modules,
     lacking,
 )
-from linearpatch_kernels.healing.least_squares import RidgeChoice, choose_ridge
+from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, choose_ridge
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.merging.merge import set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
+from linearpatch_kernels.modeling.final_norm import scaled_final_norm
 from linearpatch_kernels.modeling.halves import Half, Write, layer_halves
 from linearpatch_kernels.modeling.patched import patches, replace_patch
 from linearpatch_kernels.nn import Patch, PatchChain
@@ -45,6 +46,12 @@ from linearpatch_kernels.torch_state import evaluation_mode, own_state
 PARTS = ("attention-in", "attention-out", "feed-forward-in", "feed-forward-out")
 """What of a layer is fitted, in this order: q, k and v; o; gate and up; down. One that is a single half (Mamba's) has
 ``layer-in`` and ``layer-out``."""
+
+FINAL_NORM = "final-norm"
+"""Another scale of the norm behind the last layer."""
+
+# Of the windows, one of so many: a single number is fitted.
+_SCALED_ON_ONE_OF = 4
 
 _EPSILON = 1e-12
 
@@ -74,12 +81,13 @@ class RefitRow:
     """What one least-squares fit came to.
 
     Attributes:
-        layer: of the student; part: as in `PARTS`; projections: what got new weights, empty where nothing did.
+        layer: of the student; part: as in `PARTS`, or `FINAL_NORM` with the number of layers; projections: what got new
+            weights, empty where nothing did.
         ridge: the one taken, None where no change was better than none.
-        before, after: the error per token on the held-out windows, of an output relative to |target|^2; None where
-            nothing was fitted.
+        before, after: the error per token on the held-out windows, of an output relative to |target|^2 (of the final
+            norm: per number); None where nothing was fitted.
         why: then the reason.
-        absorbed: neurons that the removed layers gave.
+        absorbed: neurons that the removed layers gave; scale: what the final norm was multiplied by.
     """
 
     layer: int
@@ -90,6 +98,7 @@ class RefitRow:
     after: float | None
     why: str = ""
     absorbed: int = 0
+    scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +210,10 @@ def refit(
     The layer in front of a joint gets 4 alone, toward the dense model's stream behind the removed layers, and neurons
     of theirs where held-out windows gain (`absorption.absorb`).
 
+    At last the final norm gets a factor: ``argmin_f sum_t |z'_t - f z_t|^2``, z what the head reads, with the ridges,
+    all of it kept. What least squares cannot tell is missing from the student's stream; the norm makes the rest as long
+    as the whole was, and the logits surer than they should be.
+
     Equivalent for one output projection, in PyTorch: ``(a, y - x - F.linear(a, W))`` over all tokens, weighted by
     ``1 / y.square().sum(-1)``, through ``torch.linalg.solve(A.T @ A + ridge * diag, A.T @ R)``.
 
@@ -210,7 +223,8 @@ def refit(
         fit_windows [S, T], heldout_windows [H, T]: token ids. Moments of several processes (``run``) add up.
         shared: what it has in common with other refits.
         done: weights of an earlier run by their names in the student, with which its steps are taken as they are.
-        keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill.
+        keep: called with every step's new weights by name, and its rows, for whoever wants to go on after a kill; once
+            more with the last step for the final norm.
         patch_for: fits the patch behind a layer in front of a joint again, once that layer is fitted; None: where the
             student has a patch, steps leave the layer in front as it is.
 
@@ -244,6 +258,10 @@ def refit(
                 if keep is not None:
                     keep(step, fitted.weights, fitted.rows)
             run.report("refitting layers", count, len(steps))
+        fitted = walk.final_norm(done or {})
+        rows += fitted.rows
+        if keep is not None and fitted.rows:
+            keep(steps[-1], fitted.weights, fitted.rows)
     return Refit(refitted, rows)
 
 
@@ -366,6 +384,46 @@ class _Walk:
                 known[step] = Fitted(_changes(before, _weights_of(self.student, step, halves)), rows)
         rows = joint.fit(before, self.wanted, rows)
         return Fitted(_changes(before, _weights_of(self.student, step, halves)), rows)
+
+    def final_norm(self, done: Mapping[str, Tensor]) -> Fitted:
+        """Another scale of it, done to the student once its layers are what they will be."""
+        settings, number = self.settings, num_layers(self.student)
+        if not settings.final_norm or settings.shrinkage <= 0:
+            return Fitted({}, [])
+        as_it_is = scaled_final_norm(self.student, 1.0)
+        if as_it_is is None:
+            why = "no norm with a gain shows behind the last layer"
+            return Fitted({}, [RefitRow(number, FINAL_NORM, (), None, None, None, why)])
+        earlier = {name: done[name] for name in as_it_is if name in done}
+        if earlier:
+            Fitted(earlier, ()).onto(self.student)
+            return Fitted({}, [])
+        choice = choose_ridge(*self._scales(), settings.ridges)
+        if choice.change is None:
+            return Fitted({}, [RefitRow(number, FINAL_NORM, (), None, choice.before, choice.after)])
+        scale = 1 + float(choice.change)
+        weights = scaled_final_norm(self.student, scale)
+        assert weights is not None
+        paths = tuple(dict.fromkeys(name.rpartition(".")[0] for name in weights))
+        row = RefitRow(number, FINAL_NORM, paths, choice.ridge, choice.before, choice.after, scale=scale)
+        return Fitted(weights, Fitted(weights, [row]).onto(self.student))
+
+    def _scales(self) -> tuple[NormalEquations, NormalEquations]:
+        """What a factor of all that the head reads is fitted on, and judged on."""
+        pairs = []
+        for model, stream in ((self.dense, self.wanted), (self.student, self.found)):
+            some = stream.copy()
+            some.states = (
+                some.states[: self.sums.fit : _SCALED_ON_ONE_OF] + some.states[self.sums.fit :: _SCALED_ON_ONE_OF]
+            )
+            pairs.append(some.hidden(model))
+        fit = len(range(0, self.sums.fit, _SCALED_ON_ONE_OF))
+        # Every window is one token of one input and one output: what is summed over are numbers, not vectors.
+        tokens = (
+            (z.flatten().unsqueeze(-1), (wanted.to(z.device) - z).flatten().unsqueeze(-1), None)
+            for wanted, z in zip(*pairs, strict=True)
+        )
+        return Sums(fit, self.sums.processes).of(tokens, torch.float64)
 
 
 class _Joint:

@@ -21,6 +21,7 @@ class RefitSettings:
         precision: of the products that the moments are sums of: float32, or the slower float64.
         neurons: how many of the removed layers' are weighed beside those of the layer in front of a joint, for its
             feed-forward; 0: that keeps its own.
+        final_norm: whether the final norm gets another scale, too.
         on_all: whether a change is fitted on the held-out windows, too, once they have chosen its ridge: more text,
             where nothing else is judged on them.
     """
@@ -31,6 +32,7 @@ class RefitSettings:
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     precision: torch.dtype = torch.float32
     neurons: int = 4096
+    final_norm: bool = True
     on_all: bool = False
 
     def __post_init__(self) -> None:

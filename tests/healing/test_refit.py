@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
-from linearpatch_kernels.forward import model_logits, residual_stream
-from linearpatch_kernels.healing.refit import PARTS, Refit, RefitRow, Step, refit, steps_of, steps_of_cut
+from linearpatch_kernels.forward import PartialRun, model_logits, residual_stream
+from linearpatch_kernels.healing.refit import FINAL_NORM, PARTS, Refit, RefitRow, Step, refit, steps_of, steps_of_cut
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
@@ -92,6 +93,7 @@ def test_it_comes_nearer_to_the_dense_model_on_other_text(family: str) -> None:
     assert [(row.layer, row.part) for row in result.rows] == [
         (1, "feed-forward-out"),
         *((layer, part) for layer in (2, 3) for part in PARTS),
+        (len(KEPT), FINAL_NORM),
     ]
 
 
@@ -178,7 +180,7 @@ def run_until(steps: int) -> tuple[Mapping[str, Tensor], list[RefitRow], PreTrai
     return kept, rows, dense, student
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(steps: int) -> None:
     kept, rows, dense, student = run_until(steps)
     whole = refit(dense, student, STEPS, FIT, HELD)
@@ -186,6 +188,36 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(steps: int) -> None:
     assert rows + resumed.rows == whole.rows
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_what_is_all_done_is_taken_as_it_is() -> None:
+    dense = tiny_model("llama")
+    kept: dict[str, Tensor] = {}
+    whole = refit(dense, student_of(dense), STEPS, FIT, HELD, keep=lambda _, weights, __: kept.update(weights))
+    assert "model.norm.weight" in kept
+    again = refit(dense, student_of(dense), STEPS, FIT, HELD, done=kept)
+    assert again.rows == []
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_final_norm_gets_the_factor_of_least_squares(family: str) -> None:
+    dense = tiny_model(family)
+    student = student_of(dense)
+    settings = RefitSettings(ridges=(1e-6,))
+    layers_alone = refit(dense, student, STEPS, FIT, HELD, settings=dataclasses.replace(settings, final_norm=False))
+    result = refit(dense, student, STEPS, FIT, HELD, settings=settings)
+    with torch.no_grad():
+        wanted, before, after = (
+            PartialRun(model, "tokens", "hidden")(FIT[::4]).double()
+            for model in (dense, layers_alone.model, result.model)
+        )
+    factor = float((wanted * before).sum() / before.square().sum())
+    assert abs(factor - 1) > 1e-3
+    assert result.rows[-1].scale == pytest.approx(factor, abs=1e-5)
+    torch.testing.assert_close(after, factor * before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert result.rows[-1].after < result.rows[-1].before
 
 
 def test_half_precision_weights_stay_that() -> None:
