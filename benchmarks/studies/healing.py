@@ -83,10 +83,15 @@ def reports(tokenizer: Any, prose: Sequence[Path] = ()) -> dict[str, Tensor]:
 
 
 def calibration(
-    dense: PreTrainedModel, tokenizer: Any, text: str, count: int, kept_back: Sequence[str]
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    count: int,
+    kept_back: Sequence[str],
+    shares: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Windows to fit on and windows held out: of BoolQ alone; of the mix, what the model writes, or both in equal
-    shares, as `prune` takes them."""
+    shares, as `prune` takes them; ``shares``: those of kinds of the mix that are to have others."""
     if text == "boolq":
         windows = token_windows(tokenizer, demo_text("calibration"), length=LENGTH, count=sum(_SHARES.values()))
         found = split_windows(windows, _SHARES)
@@ -97,7 +102,7 @@ def calibration(
     weights: dict[str, float] = {}
     if "mix" in text:
         texts |= {kind: without_shared_runs(documents, kept_back) for kind, documents in demo_mix().items()}
-        weights |= MIX_SHARES
+        weights |= {**MIX_SHARES, **shares}
     if "self" in text:
         # A tenth more than is taken, as a document that is tokenised again may be shorter.
         tokens = int(1.1 * total * LENGTH / len(text.split("+")))
@@ -189,7 +194,7 @@ def main() -> None:
     neurons = [int(count) for count in options.neurons.split(",")]
     add({("", "", "", "dense"): (dense, nothing), ("", "", options.spans, "plain removal"): (dropped, nothing)})
     for text, count in itertools.product(options.text.split(","), map(int, options.windows.split(","))):
-        fit, held = calibration(dense, tokenizer, text, count, kept_back)
+        fit, held = calibration(dense, tokenizer, text, count, kept_back, options.shares)
         print(f"{text}: {len(fit)} windows to fit on, {len(held)} held out", flush=True)
         removed = spans
         if options.score:
@@ -212,10 +217,20 @@ def main() -> None:
     print(f"\n{markdown(columns, rows)}")
 
 
+def _shares(given: str) -> dict[str, float]:
+    found = {kind: float(parts) for kind, _, parts in (one.partition("=") for one in given.split(","))}
+    if unknown := found.keys() - MIX_SHARES.keys():
+        raise ValueError(f"{sorted(unknown)}")
+    return found
+
+
 def _options() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--spans", default="13:19")
     arguments.add_argument("--text", default="mix", help=f"of {', '.join(TEXTS)}; several with commas")
+    arguments.add_argument(
+        "--shares", type=_shares, default={}, help="of kinds in the mix, KIND=PARTS with commas; the rest stay"
+    )
     arguments.add_argument("--windows", default="128", help="to fit on; several with commas")
     arguments.add_argument("--methods", default="patch,stock,patch+stock", help=f"of {', '.join(METHODS)}")
     arguments.add_argument("--score", choices=[name for name, score in SCORES.items() if score.refits])
