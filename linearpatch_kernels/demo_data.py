@@ -97,7 +97,7 @@ def demo_mix() -> dict[str, list[str]]:
 
 
 MIX_SHARES: Mapping[str, float] = {
-    "encyclopaedia": 12,
+    "encyclopaedia": 16,
     "stories": 4,
     "everyday life": 3,
     "papers": 1,
