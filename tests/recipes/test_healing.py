@@ -58,11 +58,12 @@ def test_a_refitted_model_is_a_stock_one_with_the_logits_it_had(
     assert {name for name in config.keys() - dense.keys() if "linearpatch" in name} == set()
     assert torch.equal(logits(model), logits(in_memory[0].model))
     assert result.summary["heal"] == "refit"
-    assert [row["layer"] for row in result.summary["refit"]] == [1, *[2] * 4, *[3] * 4]
+    assert [row["layer"] for row in result.summary["refit"]] == [1, *[2] * 4, *[3] * 4, 4]
     assert result.plan.joints[0].patch is None
     assert {"dense", "dropped (no patch)", "healed (refit)"} <= result.quality.keys()
     report = (tmp_path / "out" / "linearpatch" / "report" / "report.md").read_text()
     assert "of the layers 1, 2, 3 again" in report
+    assert f"The final norm is {result.summary['refit'][-1]['scale']:.3f} times what it was." in report
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
 
 
@@ -212,7 +213,7 @@ def test_a_step_that_changes_nothing_is_told_once_after_a_kill(
     with pytest.raises(Killed):
         prune(tmp_path, tmp_path / "out", heal="refit")
     rows = prune(tmp_path, tmp_path / "out", heal="refit").summary["refit"]
-    assert [row["layer"] for row in rows] == [1, *[2] * 4, *[3] * 4]
+    assert [row["layer"] for row in rows] == [1, *[2] * 4, *[3] * 4, 4]
 
 
 def test_a_refitted_model_is_distilled_from_its_first_new_weight_on(place: Path, tmp_path: Path) -> None:
