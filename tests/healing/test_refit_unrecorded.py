@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.forward import model_logits
-from linearpatch_kernels.healing.refit import RefitSettings, refit, steps_of_cut
+from linearpatch_kernels.healing.refit import FINAL_NORM, RefitSettings, refit, steps_of_cut
 from linearpatch_kernels.modeling.cut import keep_layers
 from linearpatch_kernels.modeling.families import decoder_layers, num_layers
 from linearpatch_kernels.modeling.halves import layer_halves
@@ -75,3 +75,13 @@ def test_of_experts_the_attention_is_fitted_and_the_rest_is_said() -> None:
     layer, before = (decoder_layers(one)[2] for one in (result.model, student))
     for name, parameter in layer.named_parameters():
         assert (parameter is before.get_parameter(name)) == ("self_attn" not in name), name
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("gpt2", "transformer.ln_f"), ("bloom", "transformer.ln_f"), ("olmo", None)]
+)
+def test_the_final_norm_is_found_where_it_has_a_gain(name: str, norm: str | None) -> None:
+    dense = tiny_decoder(name)
+    result = refit(dense, keep_layers(dense, KEPT), steps_of_cut(KEPT, 8, 1, in_front=True), FIT, HELD)
+    scaled = [row.projections for row in result.rows if row.part == FINAL_NORM]
+    assert scaled == ([] if norm is None else [(norm,)])

@@ -314,7 +314,7 @@ def test_the_command_refits_what_has_no_record_and_merges_only_what_has(tmp_path
     assert not (tmp_path / "out").exists()
     made = lp.prune(model, drop=2, heal="refit", output=tmp_path / "refit", **given)
     changed = {path for row in made.summary["refit"] for path in row["projections"]}
-    assert changed == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert changed == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "transformer.ln_f"}
     made = lp.prune(model, drop=2, rank=4, output=tmp_path / "auto", **given)
     assert made.summary["heal_candidates"].keys() >= {"none", "refit"}
     for fit, kind in (("none", "GPT2LMHeadModel"), ("low-rank", "LinearPatchGPT2LMHeadModel")):
