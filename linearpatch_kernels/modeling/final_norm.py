@@ -56,7 +56,8 @@ def _gain_offset(model: nn.Module, norm: nn.Module) -> float | None:
         hidden = end(inputs_embeds=drawn.to(weight), use_cache=False).last_hidden_state
     finally:
         hook.remove()
-    if len(called) != 1 or not torch.equal(called[0][1], hidden):
+    # The same memory: BLOOM has another norm behind its embedding, which may give the same numbers.
+    if len(called) != 1 or called[0][1].data_ptr() != hidden.data_ptr():
         return None
     for offset in _OFFSETS:
         found = functional_call(norm, _scaled(norm, _TRIED_FACTOR, offset), (called[0][0],))
