@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from linearpatch_kernels.evaluation.agreement import Quality, healed_share
+from linearpatch_kernels.files import finite
 from linearpatch_kernels.report import words
 from linearpatch_kernels.report.page import DENSE, DROPPED
 from linearpatch_kernels.report.steps import sources, steps
@@ -131,30 +131,40 @@ def _quality(summary: Mapping[str, Any]) -> Section:
         "perplexity": lambda one: number(one.perplexity),
         "top-1 agreement": lambda one: percent(one.top1_agreement),
         "KL (nats)": lambda one: "" if one.kl is None else f"{one.kl:.3f}",
-        "won back": lambda one: "" if one in (dense, dropped) else _won_back(dense, dropped, one),
+        "won back": lambda one: _won_back(dense, dropped, one),
     }
     cells = {column: [cell(one) for one in rows.values()] for column, cell in columns.items()}
     shown = {column: given for column, given in cells.items() if any(given)}
     table = Table(["model", *shown], [list(row) for row in zip(rows, *shown.values(), strict=True)])
-    told = [f"Measured on {result['measured_on']}, {all_rows[own].tokens or 0:,} predicted tokens."]
-    if "top-1 agreement" in shown or "KL (nats)" in shown:
-        told.append("Top-1 agreement and KL(base || model) compare with the base at every predicted position.")
-    if "won back" in shown:
-        told.append("Won back: the share of the log-perplexity that plain removal loses.")
-    return Section("Quality", told, table)
+    return Section("Quality", _figures(all_rows[own], dense, dropped, str(result.get("measured_on", ""))), table)
+
+
+def _figures(this: Quality, dense: Quality | None, dropped: Quality | None, text: str) -> list[str]:
+    """What the table says of this model, in sentences."""
+    others = {"the base": dense, "as many layers plainly removed": dropped if dropped != this else None}
+    known = {name: number(one.perplexity) for name, one in others.items() if one is not None}
+    beside = ", ".join(f"{name} {figure}" for name, figure in known.items() if figure)
+    told = [f"Perplexity {number(this.perplexity) or 'too large'} on {text}" + (f" ({beside})." if beside else ".")]
+    if share := _won_back(dense, dropped, this):
+        told.append(f"Of the log-perplexity that plain removal loses, it wins back {share}.")
+    if this.top1_agreement is not None:
+        agrees = f"It has the likeliest token of the base at {percent(this.top1_agreement)} of the predicted positions"
+        told.append(agrees + ("." if this.kl is None else f"; KL(base || model) is {this.kl:.3f} nats."))
+    return told
 
 
 def _read(content: Mapping[str, Any]) -> Quality:
     """A row of a summary, in which what was not measured, or is not finite, is None."""
-    figures: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Quality)}
+    known = finite(content)
+    figures: dict[str, Any] = {field.name: known.get(field.name) for field in dataclasses.fields(Quality)}
     return Quality(**figures)
 
 
 def _won_back(dense: Quality | None, dropped: Quality | None, this: Quality) -> str:
-    if dense is None or dropped is None:
+    """Of what plain removal loses; nothing where that, or the model, was not measured, and for those two."""
+    if dense is None or dropped is None or this in (dense, dropped):
         return ""
-    losses = (dense.loss, dropped.loss, this.loss)
-    if any(loss is None or not math.isfinite(loss) for loss in losses):
+    if any(one.loss is None for one in (dense, dropped, this)):
         return ""
     return percent(healed_share(dense, dropped, this))
 
