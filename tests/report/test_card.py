@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,9 @@ def test_a_base_that_says_nothing_is_said_nothing_of() -> None:
 
 
 def test_a_licence_of_its_own_name() -> None:
-    base = {
-        "name": "m",
-        "license": "other",
-        "license_name": "gemma",
-        "license_link": "https://ai.google.dev/gemma/terms",
-    }
-    found = front_matter(STOCK | {"base": base})
-    assert {name: found[name] for name in base if name != "name"} == {
-        name: base[name] for name in base if name != "name"
-    }
+    licence = {"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
+    found = front_matter(STOCK | {"base": {"name": "m", **licence}})
+    assert found | licence == found
 
 
 def test_what_is_no_identifier_is_said_in_words_alone() -> None:
@@ -201,15 +196,14 @@ def test_no_figure_is_said_that_was_not_measured(missing: str) -> None:
     elif missing == "plain removal":
         del found["dropped (no patch)"]
     elif missing == "what is finite":
-        found["dropped (no patch)"] |= {"loss": None, "perplexity": None}
+        found["dropped (no patch)"] |= {"loss": math.inf, "perplexity": None}
     else:
         found[own] |= {"top1_agreement": None, "kl": None}
     card = model_card(PATCHED | {"quality": found})
     assert ("## Quality" in card) == (missing not in ("everything", "this model"))
     assert ("wins back" in card) == (missing == "the teacher")
     assert ("likeliest token of the base" in card) == (missing in ("plain removal", "what is finite"))
-    assert "nan" not in card
-    assert "None" not in card
+    assert not {"nan", "inf", "None"} & set(re.findall(r"\w+", card))
 
 
 def test_a_stock_result() -> None:
@@ -229,8 +223,7 @@ def test_a_stock_result() -> None:
 
 def test_plain_removal_is_not_called_healed() -> None:
     summary = pruned("none", "none", "dropped (no patch)", patched=False)
-    del summary["quality"]["dropped (no patch)"]
-    summary["quality"]["dropped (no patch)"] = quality(4.0)
+    assert len(summary["quality"]) == 2
     card = model_card(summary)
     assert "Not healed: plain removal." in card
     assert "wins back" not in card
@@ -263,10 +256,9 @@ def test_a_distilled_result() -> None:
         "Held-out KL: 0.5000 before, 0.2500 after.",
     ]
     assert any("Healed by patch" in line for line in told)
-    assert "the loss over the teacher's likeliest tokens: LinearPatch, arXiv 2505.24680, section 3.3" in sources(
-        DISTILLED
-    )
-    assert not any("tokens: LinearPatch" in line for line in sources(PATCHED))
+    used = "the loss over the teacher's likeliest tokens: LinearPatch, arXiv 2505.24680, section 3.3"
+    assert used in sources(DISTILLED)
+    assert used not in sources(PATCHED)
 
 
 @pytest.mark.parametrize(
