@@ -139,7 +139,7 @@ def _contents(directory: Path) -> _Contents:
         told = ("base", "text", "heal", "heal_candidates", "refit", "result")
         summary |= {name: about[name] for name in told if name in about}
         with reading(figures, _CURE):
-            card = sections(about)
+            card = sections(about, loads=config is not None)
             tables += healing_tables(about)
             tables += _quality_table(summary["quality"])
             if "distillation" in about:

@@ -63,14 +63,18 @@ def title(summary: Mapping[str, Any]) -> str:
     return f"{_base_name(summary)}: {_depths(summary)}"
 
 
-def sections(summary: Mapping[str, Any]) -> list[Section]:
-    """What there is to say, without the parts that the summary knows nothing of."""
+def sections(summary: Mapping[str, Any], *, loads: bool = True) -> list[Section]:
+    """What there is to say, without the parts that the summary knows nothing of.
+
+    Args:
+        loads: whether the model lies beside the summary, and not its plan alone.
+    """
     found = [
         Section("To be known", [*map(str, summary.get("notes") or ())]),
         Section("What was done", steps(summary)),
         _quality(summary),
         _licence(summary.get("base")),
-        _loading(summary.get("result")),
+        _loading(summary.get("result") if loads else None),
         _citation(summary),
     ]
     return [section for section in found if section]

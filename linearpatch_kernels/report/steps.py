@@ -85,7 +85,9 @@ def _healed(summary: Mapping[str, Any]) -> list[str]:
 def _about(fit: str) -> str:
     """What a fit's name says; what was done to its map later stands behind it: ``low-rank, distilled``."""
     record = FITS.get(fit.split(",")[0])
-    return "" if record is None else f" ({record.name}: {record.about}, {record.form})"
+    if record is None:
+        return ""
+    return f" ({'' if fit == record.name else f'{record.name}: '}{record.about}, {record.form})"
 
 
 def refit_in_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -157,11 +157,17 @@ def test_a_card_of_somebody_else_is_not_replaced(place: Path, tmp_path: Path) ->
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
-def test_a_plan_alone_is_no_model_and_has_no_card(place: Path, tmp_path: Path) -> None:
+def test_a_plan_alone_is_no_model_and_has_no_card(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     given: dict[str, Any] = {"spans": "2:4", "fit": "scalar", "plan_only": True, "text": [place / "numbers.txt"]}
     with warnings.catch_warnings(action="ignore"):
         lp.prune(place / "dense", output=tmp_path / "plan", **given, **SMALL)
     assert not (tmp_path / "plan" / "README.md").exists()
+    assert linearpatch("inspect", tmp_path / "plan") is None
+    shown = capfd.readouterr().out
+    assert "Removed the layers 2:4, 2 of 6" in shown
+    assert "from_pretrained" not in shown
 
 
 def test_a_card_that_cannot_be_made_stops_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_a_patched_result() -> None:
         "Removed the layers 13:19, 24:25, 7 of 30 (half-open: 13:19 are the layers 13 to 18).",
         f"Chose them by cosine: {SCORES['cosine'].about}.",
         f"Healed by patch: {HEALS['patch'].about}.",
-        f"(hadamard-low-rank: {fit.about}, {fit.form})",
+        f"The map is hadamard-low-rank ({fit.about}, {fit.form}).",
         "Calibrated on 128 windows of 512 tokens from many kinds of text, mine.txt (stories 25 %, mine.txt 75 %); 16 "
         "others to choose on.",
         "import linearpatch_kernels.modeling",
@@ -242,7 +242,7 @@ def test_a_merged_result() -> None:
         assert words in card
     assert "LinearPatch," not in card
     healed = "\n".join(steps(MERGED | {"heal": "patch", "fit": "shrunk-least-squares"}))
-    assert f"The map is shrunk-least-squares (shrunk-least-squares: {FITS['shrunk-least-squares'].about}" in healed
+    assert f"The map is shrunk-least-squares ({FITS['shrunk-least-squares'].about}, " in healed
     assert "Not healed" not in healed
 
 
@@ -256,6 +256,7 @@ def test_a_distilled_result() -> None:
         "Held-out KL: 0.5000 before, 0.2500 after.",
     ]
     assert any("Healed by patch" in line for line in told)
+    assert any("The map is hadamard-low-rank, distilled (hadamard-low-rank: " in line for line in told)
     used = "the loss over the teacher's likeliest tokens: LinearPatch, arXiv 2505.24680, section 3.3"
     assert used in sources(DISTILLED)
     assert used not in sources(PATCHED)
