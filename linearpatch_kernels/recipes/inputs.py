@@ -170,7 +170,7 @@ class Texts:
         return self.shares().get(self.own, 1.0)
 
     def shares(self) -> dict[str, float]:
-        """Of the windows to calibrate on, how many each of several texts gives; nothing where there is one."""
+        """Of the windows to calibrate on, what share each of several texts is to give; nothing where there is one."""
         if not isinstance(self.calibration, Mixture):
             return {}
         weights = self.calibration.weights

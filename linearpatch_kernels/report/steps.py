@@ -37,9 +37,9 @@ def _calibrated(text: Mapping[str, Any]) -> list[str]:
 
 
 def _shared(text: Mapping[str, Any]) -> str:
-    """A text, and what it is made of."""
+    """A text, and in which shares it was to be made of several: of a few windows, a small share may be none."""
     shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in (text.get("shares") or {}).items())
-    return f"{text['source']} ({shares})" if shares else str(text["source"])
+    return f"{text['source']} (shares asked for: {shares})" if shares else str(text["source"])
 
 
 def _removed(summary: Mapping[str, Any]) -> list[str]:

@@ -156,8 +156,8 @@ def test_a_patched_result() -> None:
         f"Chose them by cosine: {SCORES['cosine'].about}.",
         f"Healed by patch: {HEALS['patch'].about}.",
         f"The map is hadamard-low-rank ({fit.about}, {fit.form}).",
-        "Calibrated on 128 windows of 512 tokens from many kinds of text, mine.txt (stories 25 %, mine.txt 75 %); 16 "
-        "others to choose on.",
+        "Calibrated on 128 windows of 512 tokens from many kinds of text, mine.txt (shares asked for: stories 25 %, "
+        "mine.txt 75 %); 16 others to choose on.",
         "import linearpatch_kernels.modeling",
         "trust_remote_code=True",
         "--model-impl transformers --trust-remote-code",
