@@ -245,7 +245,10 @@ _FIGURES = (
     {"perplexity", "windows", "length"},
     {"backends", "packages"},
 )
-_INSPECTED = {"model", "merges", "plan", "heal", "heal_candidates", "refit", "quality", "distillation", "sweep"}
+_INSPECTED = {
+    *("model", "merges", "plan", "base", "text", "heal", "heal_candidates", "refit", "result", "quality"),
+    *("distillation", "sweep"),
+}
 
 
 def _holds_figures(file: Path) -> bool:

@@ -51,7 +51,7 @@ def distill(
 
 def distillation_table(about: Mapping[str, Any]) -> Table:
     """A run in a few rows."""
-    from linearpatch_kernels.recipes.distill import distillation_rows
+    from linearpatch_kernels.report.steps import distillation_rows
 
     return Table(["what", "value"], distillation_rows(about), "Distillation")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from linearpatch_kernels.cli.console import (
     write_json,
 )
 from linearpatch_kernels.cli.distill import distillation_table
+from linearpatch_kernels.cli.flags import in_flags
 from linearpatch_kernels.cli.merge import merges_table
 from linearpatch_kernels.cli.options import JsonFile
 from linearpatch_kernels.cli.sweep import sweep_table
@@ -26,6 +29,9 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, record
 from linearpatch_kernels.report.tables import Table, number, percent
 from linearpatch_kernels.settings import given_path
+
+if TYPE_CHECKING:
+    from linearpatch_kernels.report.card import Section
 
 _CURE = "write the directory again"
 
@@ -42,20 +48,50 @@ def inspect(
     ],
     json_file: JsonFile = None,
 ) -> None:
-    """Show what a directory holds: layers, joints, patches, what chose them, how good they were. Loads no weights."""
+    """Show what a directory holds: how it was made and of what, layers, joints, patches, what chose them, how good they
+    were, how to load it. Loads no weights."""
     check_json(json_file)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give one that linearpatch wrote, or a model directory")
-    summary, tables, calibration = _contents(directory)
-    for table in tables:
+    found = _contents(directory)
+    for section in found.card:
+        _print_section(section)
+    for table in found.tables:
         print_table(table)
-    if calibration:
-        console.print("Calibrated on " + ", ".join(f"{key} {value}" for key, value in calibration.items()))
-    write_json(json_file, summary)
+    if found.calibration:
+        console.print("Calibrated on " + ", ".join(f"{key} {value}" for key, value in found.calibration.items()))
+    write_json(json_file, found.summary)
 
 
-def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str, Any]]:
-    """What goes to JSON, what is shown as tables, and what the patches were calibrated on.
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a directory holds.
+
+    Attributes:
+        summary: goes to JSON.
+        card: what the model card says, in sentences; tables: figures beside it.
+        calibration: what the patches were calibrated on.
+    """
+
+    summary: Mapping[str, Any]
+    card: Sequence[Section]
+    tables: Sequence[Table]
+    calibration: Mapping[str, Any]
+
+
+def _print_section(section: Section) -> None:
+    """All of it but its table: there is a larger one of the same figures."""
+    console.print(section.heading, style="bold")
+    for line in section.lines:
+        console.print(f"  {in_flags(line)}", soft_wrap=True)
+    for about, _, content in section.blocks:
+        console.print(f"  {about}")
+        console.print(textwrap.indent(content, "    "), soft_wrap=True)
+    console.print()
+
+
+def _contents(directory: Path) -> _Contents:
+    """What is in it.
 
     A file that parses may still be another than its name says: then any of the tables cannot be made.
     """
@@ -64,6 +100,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str
     from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
     from linearpatch_kernels.pruning.consistency import check_plan
     from linearpatch_kernels.pruning.plan import PrunePlan
+    from linearpatch_kernels.report.card import sections
 
     config = _read(directory / "config.json")
     sweep = _read(directory / "sweep.json")
@@ -77,6 +114,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str
         )
     summary: dict[str, Any] = {}
     tables: list[Table] = []
+    card: list[Section] = []
     if config is not None:
         with reading(directory / "config.json", _CURE):
             if merges is not None:
@@ -98,8 +136,10 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str
         figures = record(directory, "summary.json")
         about = _read(figures) or {}
         summary["quality"] = about.get("quality", {})
-        summary |= {name: about[name] for name in ("heal", "heal_candidates", "refit") if name in about}
+        told = ("base", "text", "heal", "heal_candidates", "refit", "result")
+        summary |= {name: about[name] for name in told if name in about}
         with reading(figures, _CURE):
+            card = sections(about, loads=config is not None)
             tables += healing_tables(about)
             tables += _quality_table(summary["quality"])
             if "distillation" in about:
@@ -110,7 +150,7 @@ def _contents(directory: Path) -> tuple[dict[str, Any], list[Table], Mapping[str
         with reading(directory / "sweep.json", _CURE):
             tables.append(sweep_table(sweep))
     made = plan or merges
-    return summary, tables, made.calibration if made is not None else {}
+    return _Contents(summary, card, tables, made.calibration if made is not None else {})
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -119,7 +159,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _model(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     from linearpatch_kernels.modeling.config_forms import of_decoder, written_sizes
-    from linearpatch_kernels.recipes.merge import written
+    from linearpatch_kernels.report.steps import written
 
     weights = [file for file in directory.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.name)]
     tree = of_decoder(config).get("linearpatch_merge_tree")

@@ -56,7 +56,13 @@ PLACE_SCORES: Registry[PlaceScore] = Registry(
         ),
         PlaceScore("sleb", "minus the held-out loss without the layers", "SLEB", _minus_influence, "removed"),
         PlaceScore("loss", "minus the held-out loss after the merge", "ours", _minus_influence, "merged"),
-        PlaceScore("refit", "the same after the refit of its layer", "ours", _minus_influence, "refitted"),
+        PlaceScore(
+            "refit",
+            "minus the held-out loss after the merge and the refit of its layer",
+            "ours",
+            _minus_influence,
+            "refitted",
+        ),
     ),
 )
 """What chooses where to merge; the highest wins."""

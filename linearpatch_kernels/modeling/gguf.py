@@ -99,6 +99,11 @@ class GGUFFile:
             self.layers = int(self._config.num_hidden_layers)
 
     @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself, by key."""
+        return _read_header(self.path).metadata if self.layers is None else self._header.metadata
+
+    @functools.cached_property
     def converted(self) -> Path:
         """The checkpoint; made now, if it is not there or not as it was made."""
         if self.layers is None:

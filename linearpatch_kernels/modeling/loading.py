@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ from linearpatch_kernels.modeling.families import (
     text_config,
 )
 from linearpatch_kernels.modeling.gguf import GGUFFile
+from linearpatch_kernels.modeling.origin import CARD, Origin, origin_of_directory, origin_of_gguf
 from linearpatch_kernels.modeling.patched import twin_of
 from linearpatch_kernels.modeling.saving import no_progress_bar
 from linearpatch_kernels.modeling.weights import (
@@ -53,14 +54,12 @@ from linearpatch_kernels.torch_state import own_state
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """How accelerate shares a model out: what fits best; the same to every device; one device after the other."""
 
-# What belongs to every model made of one, in its directory or repository: terms, and what other tools read its
-# tokenizer, its templates and its settings from, and what makes of images and sounds what it takes.
+# The terms of a model, in its directory or repository.
+_TERMS = ("*licen?e*", "*notice*", "*copying*", "*copyright*", "*use_policy*")
+# What belongs to every model made of one: its terms, and what other tools read its tokenizer, its templates and its
+# settings from, and what makes of images and sounds what it takes.
 _COMPANIONS = (
-    "*licen?e*",
-    "*notice*",
-    "*copying*",
-    "*copyright*",
-    "*use_policy*",
+    *_TERMS,
     "*.model",
     "*.model.v?*",
     "*.tiktoken",
@@ -105,6 +104,9 @@ class Source(Protocol):
 
     @property
     def companions(self) -> dict[str, bytes]: ...
+
+    @property
+    def origin(self) -> Origin: ...
 
     def load(self) -> PreTrainedModel: ...
 
@@ -228,7 +230,22 @@ class ModelSource:
         """
         if self._gguf is not None:
             return {}
-        return _companions_in(self._directory or _snapshot(self.name), code=self._trust)
+        return _companions_in(self._files, code=self._trust)
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """What the model's card says of it, or the metadata of a GGUF file. Nothing known is no error."""
+        if self._gguf is not None:
+            # It was read before; whoever asks now may have worked for hours.
+            with contextlib.suppress(InputError):
+                return origin_of_gguf(self._gguf.metadata)
+            return Origin()
+        return origin_of_directory(self._files, "" if self._directory is not None else self.name)
+
+    @functools.cached_property
+    def _files(self) -> Path | None:
+        """Where the files beside the weights lie; those of a hub's model are fetched."""
+        return self._directory or _snapshot(self.name)
 
     @property
     def _place(self) -> str:
@@ -292,12 +309,27 @@ class LoadedModel:
     @functools.cached_property
     def companions(self) -> dict[str, bytes]:
         """As of `ModelSource`."""
-        origin = self._model.name_or_path
-        if origin and Path(origin).is_dir():
-            return _companions_in(Path(origin), code=self._trust)
-        # A hub's model knows its commit: no other path that is gone is taken for the name of one.
-        known = origin and getattr(self.config, "_commit_hash", None) is not None
-        return _companions_in(_snapshot(origin) if known else None, code=self._trust)
+        return _companions_in(self._files, code=self._trust)
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """As of `ModelSource`."""
+        return origin_of_directory(self._files, self._model.name_or_path if self._of_hub else "")
+
+    @functools.cached_property
+    def _files(self) -> Path | None:
+        """The directory that the model was loaded from, if it is there."""
+        place = self._model.name_or_path
+        if place and Path(place).is_dir():
+            return Path(place)
+        return _snapshot(place) if self._of_hub else None
+
+    @property
+    def _of_hub(self) -> bool:
+        """A hub's model knows its commit: no other path that is gone is taken for the name of one."""
+        place = self._model.name_or_path
+        known = getattr(self.config, "_commit_hash", None) is not None
+        return bool(place) and not Path(place).is_dir() and known
 
 
 def load_model(
@@ -370,7 +402,7 @@ def _snapshot(name: str) -> Path | None:
     """The directory of a hub's model on this disk, with what accompanies a model, if the hub can be reached for it."""
     for local in (False, True):
         with contextlib.suppress(Exception):
-            return Path(snapshot_download(name, allow_patterns=_patterns(), local_files_only=local))
+            return Path(snapshot_download(name, allow_patterns=[*_patterns(), CARD], local_files_only=local))
     return None
 
 
@@ -410,6 +442,12 @@ def _companion_files(folder: Path, *, code: bool) -> list[Path]:
     ]
 
 
-def _patterns() -> list[str]:
-    """`_COMPANIONS` for names in letters of any case."""
-    return ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern) for pattern in _COMPANIONS]
+def terms_among(names: Iterable[str]) -> list[str]:
+    """The licences, notices and policies among files of these names."""
+    patterns = _patterns(_TERMS)
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _patterns(of: Iterable[str] = _COMPANIONS) -> list[str]:
+    """`_COMPANIONS`, or others, for names in letters of any case."""
+    return ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern) for pattern in of]

@@ -93,7 +93,7 @@ FITS: Registry[Fit] = Registry(
         ),
         Fit(
             "hadamard-low-rank",
-            "the same beside a fitted diagonal",
+            "reduced-rank regression beside a fitted diagonal of the Hadamard domain",
             "ours",
             "H diag(s) Hᵀ + down up",
             _closed_form("hadamard_low_rank"),
@@ -141,7 +141,7 @@ FITS: Registry[Fit] = Registry(
         ),
         Fit(
             "norm-low-rank",
-            "the same by reduced-rank regression; not in auto",
+            "reduced-rank regression on the normed stream, three quarters of the way; not in auto",
             "Izenman 1975, every token normalised",
             "x + ¾ RMSNorm(x) down up",
             _closed_form("norm_low_rank"),
@@ -152,7 +152,7 @@ FITS: Registry[Fit] = Registry(
         ),
         Fit(
             "norm-hadamard",
-            "the same beside a diagonal of the Hadamard domain; not in auto",
+            "norm-low-rank beside a diagonal of the Hadamard domain; not in auto",
             "ours",
             "x + ¾ RMSNorm(x) (H diag(s) Hᵀ + down up)",
             _closed_form("norm_hadamard"),

@@ -61,7 +61,7 @@ SCORES: Registry[Score] = Registry(
         ),
         Score(
             "channel-cosine",
-            "the same per channel, along the tokens",
+            "of the stream at both ends of the span, per channel along the tokens",
             "LinearPatch, the public code",
             lambda statistics: statistics.mean_channel_cosine(),
         ),
@@ -94,7 +94,8 @@ SCORES: Registry[Score] = Registry(
         ),
         Score(
             "healability-layers",
-            "the same for one layer at a time, each removed from the model that was refitted without those before it",
+            "minus the held-out loss once refitted, of one layer at a time, each removed from the model that was "
+            "refitted without those before it",
             "the loop is that of Prune&Comp, arXiv 2507.18212; what heals is ours",
             lambda statistics: -statistics.block_influence(),
             runs_the_model=True,

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearpatch_kernels.evaluation.latency import Speed, compare_speed, model_size
 from linearpatch_kernels.evaluation.notes import left_out
-from linearpatch_kernels.files import RECORDS
 from linearpatch_kernels.forward import Run
 from linearpatch_kernels.healing.choice import Healed, Healer
 from linearpatch_kernels.healing.ways import HEALS
@@ -22,9 +21,10 @@ from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.recipes.log import Log, Reporter
-from linearpatch_kernels.recipes.outputs import DENSE, Result, usage
+from linearpatch_kernels.recipes.outputs import Result, card, recorded
 from linearpatch_kernels.recipes.prune import Cut, plan_cut, report_data, summarise
-from linearpatch_kernels.report.page import QualityRow
+from linearpatch_kernels.report.card import usage
+from linearpatch_kernels.report.page import DENSE, QualityRow
 from linearpatch_kernels.settings import DemoSettings, PruneSettings
 
 _STOCK, _PATCHED, _STRUCTURED = "healed (stock)", "healed (patch)", "healed (structured patch)"
@@ -87,10 +87,11 @@ def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = No
     speeds: dict[str, Speed] = {}
     with log.stage("measure speed"), left_out("the speed", log.note):
         speeds = compare_speed(models, progress=log.progress)
+    summaries = {name: cut.summary(one, name, found, log) | {"notes": [*log.notes]} for name, one in healed.items()}
     with log.stage("save"):
         for name, one in healed.items():
-            files = {f"{RECORDS}/{file}": content for file, content in one.plan.files().items()}
-            cut.save(one.model, places[name], files)
+            files = recorded(one.plan.files(), summaries[name], {})
+            cut.save(one.model, places[name], files | card(summaries[name], log))
     with log.stage("reload and write on"):
         same, continuation = _read_back(places[_STOCK], healed[_STOCK].model)
     rows = tuple(
@@ -100,12 +101,12 @@ def demo(settings: DemoSettings | None = None, *, reporter: Reporter | None = No
     with left_out("the report", log.note):
         magnitudes = cut.magnitudes(log)
         data = dataclasses.replace(
-            report_data(cut, found, log, healed[_PATCHED]),
+            report_data(cut, healed[_PATCHED].plan, found, summaries[_PATCHED], log),
             notes=log.notes,
             quality=rows,
             sample_prompt=_PROMPT,
             sample=continuation,
-            usage=usage(str(places[_STOCK]), cut.source.config, patched=False),
+            usage=usage(str(places[_STOCK]), summaries[_STOCK]["result"]["loader"], patched=False),
             files={str(place): name for name, place in {**places, "report": report_place}.items()},
         )
         save_files(report_place, cut.draw(data, magnitudes, log), overwrite=True)

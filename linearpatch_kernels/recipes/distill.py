@@ -35,8 +35,7 @@ from linearpatch_kernels.files import (
 from linearpatch_kernels.fingerprints import fingerprint_tokenizer, model_difference, tokenizer_difference
 from linearpatch_kernels.forward import check_windows
 from linearpatch_kernels.modeling.families import is_dispatched
-from linearpatch_kernels.modeling.loading import Source
-from linearpatch_kernels.modeling.patched import patches
+from linearpatch_kernels.modeling.loading import Source, terms_among
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
 from linearpatch_kernels.processes import Processes
 from linearpatch_kernels.recipes.inputs import (
@@ -51,10 +50,21 @@ from linearpatch_kernels.recipes.inputs import (
     with_own_text,
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
-from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
+from linearpatch_kernels.recipes.outputs import (
+    Result,
+    card,
+    judged_on,
+    recorded,
+    told_before,
+    told_of_base,
+    told_of_result,
+    verdict_on,
+)
 from linearpatch_kernels.recipes.students import Student, Training, open_student
-from linearpatch_kernels.report.page import QualityRow, ReportData, draw_report
+from linearpatch_kernels.report.card import usage
+from linearpatch_kernels.report.page import DENSE, DROPPED, QualityRow, ReportData, draw_report
 from linearpatch_kernels.report.plots import plot_training
+from linearpatch_kernels.report.steps import steps
 from linearpatch_kernels.settings import DistillSettings, given_path
 from linearpatch_kernels.text import split_windows, token_windows
 
@@ -116,17 +126,23 @@ def distill(
         found |= job.quality(_STRUCTURED, log)
     plan = job.plan.trained(job.student)
     against = {DROPPED: "plain removal", _BEFORE: "before distillation"}
-    verdict = verdict_on(found, _STRUCTURED if costs else _AFTER, against, job.windows, log)
-    about = _about(result.together, run, job.windows.source, costs)
-    summary = plan.summary(found, result, log) | {"distillation": about}
+    row = _STRUCTURED if costs else _AFTER
+    verdict = verdict_on(found, row, against, job.windows, log)
+    about = _about(result.together, run, job.windows, costs)
+    summary = {
+        **job.told(),
+        **plan.summary(found, result, log),
+        "distillation": about,
+        **told_of_result(job.student, row, job.windows),
+    }
     report: dict[str, bytes] = {}
     with log.stage("draw the report"), left_out("the report", log.note):
-        data = _report_data(job, plan, about, found, log)
+        data = _report_data(job, plan, summary, found, log)
         data = dataclasses.replace(data, notes=[*verdict, *log.notes])
         report = _draw(data, result.together, log)
     summary["notes"] = [*log.notes, *verdict]
     with log.stage("save"):
-        job.save(recorded(plan.files(), summary, report))
+        job.save(recorded(plan.files(), summary, report) | card(summary, log))
     job.work.remove(log)
     return DistillResult(
         output=settings.output,
@@ -145,6 +161,7 @@ class _Job:
 
     Attributes:
         plan: what is known of the student; source, student: where its model is from, and the model.
+        teacher, dense: the same of the teacher.
         training: what the training loop is told.
     """
 
@@ -154,6 +171,7 @@ class _Job:
     plan: Student
     source: Source
     student: PreTrainedModel
+    teacher: Source
     dense: PreTrainedModel
     windows: _Windows
     work: _Work
@@ -216,6 +234,13 @@ class _Job:
             )
         return found
 
+    def told(self) -> dict[str, Any]:
+        """For ``summary.json``: how the student was made, and of what."""
+        before = told_before(self.directory)
+        base = before.get("base") or told_of_base(title_of(self.settings.teacher), self.teacher)["base"]
+        # What is carried along is what lies beside the student.
+        return before | {"base": base | {"terms": terms_among(self.source.companions)}}
+
     def save(self, files: Mapping[str, bytes | str]) -> None:
         save_checkpoint(
             self.student,
@@ -267,7 +292,7 @@ def _prepare(directory: Path, settings: DistillSettings, log: Log) -> _Job:
     plan.check_teacher(dense)
     student = plan.prepared(student)
     check_trainable(student, joint_depth(student, plan.begin(student)), training.train, lora_rank=training.lora_rank)
-    return _Job(directory, settings, training, plan, source, student, dense, windows, work, siblings)
+    return _Job(directory, settings, training, plan, source, student, teacher, dense, windows, work, siblings)
 
 
 class _Work:
@@ -325,7 +350,8 @@ _NOTHING = re.compile(r"(?!)")
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-    """Token ids [W, T] in the store's order, which of them train and choose, and the report's own."""
+    """Token ids [W, T] in the store's order, which of them train and choose, and the report's own; and the share of
+    each of several texts in the first."""
 
     all: Tensor
     training: range
@@ -333,6 +359,7 @@ class _Windows:
     evaluation: Tensor | None
     evaluation_source: str
     source: str
+    shares: Mapping[str, float]
 
 
 def _with_own_text(texts: Texts, teacher: Source, settings: DistillSettings, siblings: Processes, log: Log) -> Texts:
@@ -367,7 +394,8 @@ def _make_windows(model: Source, texts: Texts, settings: DistillSettings, log: L
         if share is not None:
             check_windows(model, share)
     source = texts.report_source if texts.report is not None or extra else ""
-    return _Windows(everything, range(training), range(training, training + heldout), evaluation, source, texts.source)
+    ranges = range(training), range(training, training + heldout)
+    return _Windows(everything, *ranges, evaluation, source, texts.source, texts.shares())
 
 
 def _check_teacher(directory: Path, plan: Student, student: Source, teacher: Source) -> None:
@@ -399,7 +427,7 @@ def _shown(log: Log, settings: TrainingSettings, length: int) -> Callable[[str, 
     return show
 
 
-def _about(result: Distillation, run: Training, text: str, structured: Mapping[str, float]) -> dict[str, Any]:
+def _about(result: Distillation, run: Training, windows: _Windows, structured: Mapping[str, float]) -> dict[str, Any]:
     """For ``summary.json``."""
     request = run.answers.request
     return {
@@ -412,32 +440,20 @@ def _about(result: Distillation, run: Training, text: str, structured: Mapping[s
         "length": request.length,
         "training_windows": len(run.training),
         "heldout_windows": len(run.heldout),
-        "text": text,
+        "text": windows.source,
+        "shares": dict(windows.shares),
         "training_seconds": round(result.seconds, 2),
         "structured": dict(structured),
     }
 
 
-def distillation_rows(about: Mapping[str, Any]) -> list[list[str]]:
-    """A run, as ``summary.json`` has it, in a few rows of what and value."""
-    curve = {int(point["step"]): point for point in about["curve"]}
-    labels = f", {about['label_weight']:.0%} the text's own next tokens" if about.get("label_weight") else ""
-    return [
-        ["trained", f"{about['train']}: {about['parameters']:,} parameters"],
-        ["loss", f"{about['loss']} over the teacher's {about['top_k']} likeliest tokens{labels}"],
-        ["text", f"{about['training_windows']} windows of {about['length']} tokens from {about['text']}"],
-        ["steps", f"{about['steps_made']} of {about['steps']}, the best is {about['best_step']}"],
-        ["held-out KL", f"{curve[0]['tail']:.4f} before, {curve[about['best_step']]['tail']:.4f} after"],
-        ["training", f"{about['training_seconds']:.0f} s"],
-    ]
-
-
 def _report_data(
-    job: _Job, plan: Student, about: Mapping[str, Any], found: Mapping[str, Quality], log: Log
+    job: _Job, plan: Student, summary: Mapping[str, Any], found: Mapping[str, Quality], log: Log
 ) -> ReportData:
+    result = summary["result"]
     return ReportData(
         title=f"{title_of(job.directory)}, distilled",
-        steps=[f"{name.capitalize()}: {value}." for name, value in distillation_rows(about)],
+        steps=steps(summary),
         quality=[
             QualityRow(name, plan.num_layers if name == DENSE else plan.layers, one) for name, one in found.items()
         ],
@@ -446,7 +462,7 @@ def _report_data(
         dropped=DROPPED,
         spans=plan.spans(),
         timings=dict(log.seconds),
-        usage=usage("DIR", job.student.config, patched=bool(patches(job.student))),
+        usage=usage("DIR", result["loader"], patched=result["patched"]),
         files={
             **{f"{RECORDS}/{name}": what for name, what in plan.plan_files.items()},
             f"{RECORDS}/summary.json": "the figures above",

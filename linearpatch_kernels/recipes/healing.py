@@ -142,19 +142,6 @@ def told(healed: Healed) -> dict[str, Any]:
     return found
 
 
-def refit_in_words(rows: Sequence[RefitRow]) -> list[str]:
-    """What the fits of a refit changed, and what they left alone and why, for a report."""
-    changed = [row for row in rows if row.projections and row.scale is None]
-    left = dict.fromkeys(row.why for row in rows if row.why)
-    layers = ", ".join(map(str, dict.fromkeys(row.layer for row in changed)))
-    told = f"Fitted {sum(len(row.projections) for row in changed)} projections of the layers {layers} again."
-    absorbed = [
-        f"Layer {row.layer} took over {row.absorbed} neurons of removed layers." for row in rows if row.absorbed
-    ]
-    scaled = [f"The final norm is {row.scale:.3f} times what it was." for row in rows if row.scale is not None]
-    return [*[told] * bool(changed), *absorbed, *scaled, *(f"Left alone: {why}." for why in left)]
-
-
 def _identity(plan: PrunePlan, windows: Windows) -> str:
     """Of model, cut, patches and text, in hex digits."""
     state = hashlib.sha256(json.dumps([plan.to_json(), windows.about], sort_keys=True).encode())

@@ -167,10 +167,14 @@ class Texts:
 
     def own_share(self) -> float:
         """Of the windows, how many the model is to write."""
+        return self.shares().get(self.own, 1.0)
+
+    def shares(self) -> dict[str, float]:
+        """Of the windows to calibrate on, what share each of several texts is to give; nothing where there is one."""
         if not isinstance(self.calibration, Mixture):
-            return 1.0
+            return {}
         weights = self.calibration.weights
-        return weights[self.own] / sum(weights.values())
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     def with_own(self, documents: list[str]) -> Texts:
         """With what the model wrote."""
@@ -278,13 +282,23 @@ def _together(parts: Mapping[str, Content]) -> Content:
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Disjoint windows of text for fitting, for choosing between fits, and for the report (None: the text is used
-    up)."""
+    up).
+
+    Attributes:
+        shares: of several texts in those that are not the report's.
+    """
 
     fit: Tensor
     heldout: Tensor | None
     evaluation: Tensor | None
     about: dict[str, Any]
     evaluation_source: str
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """For ``summary.json``: what the model was calibrated on."""
+        named = {name: self.about[name] for name in ("source", "samples", "heldout", "length")}
+        return {"text": named | ({"shares": dict(self.shares)} if self.shares else {})}
 
 
 def heldout_windows(samples: int) -> int:
@@ -355,6 +369,7 @@ def make_windows(
         evaluation if evaluation is not None and len(evaluation) else None,
         about,
         texts.report_source,
+        texts.shares(),
     )
 
 

@@ -28,13 +28,12 @@ from linearpatch_kernels.merging.plan import MergePlan
 from linearpatch_kernels.merging.settings import VARIANTS, MergeSettings, check_settings
 from linearpatch_kernels.modeling.families import hidden_size, num_layers
 from linearpatch_kernels.modeling.loading import Source
-from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.modeling.saving import check_output, parameter_bytes, save_checkpoint
 from linearpatch_kernels.modeling.units import sublayers
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.fits import FITS, UnusableFit, too_little_text
 from linearpatch_kernels.pruning.search import check_rank, rank_for
-from linearpatch_kernels.recipes.healing import RefitWork, refit_in_words
+from linearpatch_kernels.recipes.healing import RefitWork
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -47,11 +46,21 @@ from linearpatch_kernels.recipes.inputs import (
     title_of,
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
-from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
+from linearpatch_kernels.recipes.outputs import (
+    Result,
+    card,
+    judged_on,
+    recorded,
+    told_of_base,
+    told_of_result,
+    verdict_on,
+)
 from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.recipes.students import plainly_removed
 from linearpatch_kernels.report import page
-from linearpatch_kernels.report.page import QualityRow, ReportData
+from linearpatch_kernels.report.card import usage
+from linearpatch_kernels.report.page import DENSE, DROPPED, QualityRow, ReportData
+from linearpatch_kernels.report.steps import refit_in_words, written
 from linearpatch_kernels.settings import MergeRunSettings
 
 _AS_MERGED, _REFIT = HEALS["none"], HEALS["refit"]
@@ -111,18 +120,20 @@ def merge(
     healing = _whether_healing_helps(job, found, tried)
     against = {DROPPED: "plain removal", _MERGED: "without healing"}
     verdict = verdict_on(found, row, against, job.windows, log)
+    summary = {
+        **told_of_base(title_of(job.model), job.source),
+        **job.windows.told(),
+        **_summarise(plan, found, log),
+        **_healing_told(job, way, result.rows, compared),
+        **told_of_result(result.model, row, job.windows),
+    }
     drawn: dict[str, bytes] = {}
     with left_out("the report", log.note):
-        data = _report_data(job, plan, found, log)
-        steps = [*data.steps, *refit_in_words(result.rows), *healing]
-        patched = bool(patches(result.model))
-        data = dataclasses.replace(
-            data, steps=steps, notes=[*verdict, *log.notes], usage=usage("DIR", result.model.config, patched=patched)
-        )
-        drawn = page.draw_report(data, {}, log.note)
-    summary = _summarise(plan, found, log) | {"notes": [*log.notes, *verdict]}
-    summary |= _healing_told(job, way, result.rows, compared)
-    files = recorded(plan.files(), summary, drawn)
+        data = _report_data(job, plan, found, summary, log)
+        steps = [*data.steps, *healing]
+        drawn = page.draw_report(dataclasses.replace(data, steps=steps, notes=[*verdict, *log.notes]), {}, log.note)
+    summary |= {"seconds": log.rounded_seconds(), "notes": [*log.notes, *verdict]}
+    files = recorded(plan.files(), summary, drawn) | card(summary, log)
     source = job.source
     with log.stage("save"):
         save_checkpoint(
@@ -386,11 +397,6 @@ def merge_rows(plan: MergePlan) -> list[list[str]]:
     return rows
 
 
-def written(node: Any) -> str:
-    """A node of a merge tree: ``[2, [3, 4]]`` -> ``(2 (3 4))``."""
-    return f"({' '.join(map(written, node))})" if isinstance(node, list) else str(node)
-
-
 def _note_little_text(job: _Job, log: Log) -> None:
     dense, fit_windows = job.dense, job.windows.fit
     told: list[str | None] = []
@@ -444,8 +450,10 @@ def _compare(job: _Job, results: Mapping[str, PreTrainedModel], log: Log) -> dic
         )
 
 
-def _report_data(job: _Job, plan: MergePlan, found: Mapping[str, Quality], log: Log) -> ReportData:
-    about = job.windows.about
+def _report_data(
+    job: _Job, plan: MergePlan, found: Mapping[str, Quality], summary: Mapping[str, Any], log: Log
+) -> ReportData:
+    about, result = job.windows.about, summary["result"]
     scored = min(about["samples"], _SCORING_WINDOWS)
     return ReportData(
         title=f"{title_of(job.model)}: {plan.num_layers} layers merged to {plan.layers}",
@@ -454,6 +462,7 @@ def _report_data(job: _Job, plan: MergePlan, found: Mapping[str, Quality], log: 
             + (f", chose on {about['heldout']} others." if about["heldout"] else "."),
             *(f"Made the layers {row[0]} one, at shares {row[2]} ({row[3]})." for row in merge_rows(plan)),
             *_averaged_gains(plan),
+            *refit_in_words(summary.get("refit", ())),
         ],
         quality=[
             QualityRow(name, plan.num_layers if name == DENSE else plan.layers, quality)
@@ -463,6 +472,7 @@ def _report_data(job: _Job, plan: MergePlan, found: Mapping[str, Quality], log: 
         dense=DENSE,
         dropped=DROPPED,
         timings=dict(log.seconds),
+        usage=usage("DIR", result["loader"], patched=result["patched"]),
         files={
             f"{RECORDS}/merge.json": "every merge: layers, shares, the units that were kept, what chose them",
             f"{RECORDS}/summary.json": "the figures above",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
+from linearpatch_kernels import __version__
+from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, told_if_worse
-from linearpatch_kernels.files import RECORDS, json_text
+from linearpatch_kernels.evaluation.notes import left_out
+from linearpatch_kernels.files import RECORDS, json_text, read_json, record
 from linearpatch_kernels.modeling.families import auto_class
+from linearpatch_kernels.modeling.loading import Source, terms_among
+from linearpatch_kernels.modeling.origin import CARD
+from linearpatch_kernels.modeling.patched import patches
 from linearpatch_kernels.recipes.log import Log
-
-DENSE, DROPPED = "dense", "dropped (no patch)"
-"""Rows of every comparison: the model as it was, and as many of its layers plainly removed."""
+from linearpatch_kernels.report.card import model_card
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,17 +78,41 @@ def verdict_on(
     return [line for other, than in against.items() for line in told_if_worse(found, row, other, text, than=than)]
 
 
-def usage(directory: str, config: PretrainedConfig, *, patched: bool) -> str:
-    """Python that loads a result of a model with this config."""
-    place = json.dumps(directory, ensure_ascii=False)  # Python's string, too, whatever is in the name
-    head = auto_class(config).__name__
-    registers = "import linearpatch_kernels.modeling  # registers the patched classes\n" if patched else ""
-    return (
-        f"from transformers import {head}, AutoTokenizer\n"
-        f"{registers}"
-        f"model = {head}.from_pretrained({place})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({place})"
-    )
+def told_of_base(name: str, source: Source) -> dict[str, Any]:
+    """For ``summary.json``: what the result was made of, and what that says of its origin and its terms.
+
+    Args:
+        name: what a report calls it; where it is known on the hub, its name there takes the place.
+    """
+    origin = source.origin
+    told = {"name": origin.repository or name} | origin.to_dict()
+    terms = terms_among(source.companions)
+    return {"base": told | ({"terms": terms} if terms else {})}
+
+
+def told_before(directory: Path) -> dict[str, Any]:
+    """What the summary of a result that is gone on from says of how it was made: its base, its text, its healing.
+
+    Those of earlier versions say less; one that cannot be read says nothing, and changes nothing else.
+    """
+    told: Mapping[str, Any] = {}
+    with contextlib.suppress(InputError):
+        told = read_json(record(directory, "summary.json"), "")
+    kinds = {"base": dict, "text": dict, "heal": str}
+    return {name: told[name] for name, kind in kinds.items() if isinstance(told.get(name), kind)}
+
+
+def told_of_result(model: PreTrainedModel, row: str, windows: Judged) -> dict[str, Any]:
+    """For ``summary.json``: which row of the comparison the result is, what loads it, and what it was measured on."""
+    return {
+        "result": {
+            "row": row,
+            "measured_on": judged_on(windows),
+            "loader": auto_class(model.config).__name__,
+            "patched": bool(patches(model)),
+            "version": __version__,
+        }
+    }
 
 
 def recorded(
@@ -94,3 +122,11 @@ def recorded(
     files: dict[str, bytes | str] = {**plan, "summary.json": json_text(summary)}
     files |= {f"report/{name}": content for name, content in report.items()}
     return {f"{RECORDS}/{name}": content for name, content in files.items()}
+
+
+def card(summary: Mapping[str, Any], log: Log) -> dict[str, bytes | str]:
+    """The model card of a result with this summary, by its file's name."""
+    written: dict[str, bytes | str] = {}
+    with left_out("the model card", log.note):
+        written[CARD] = model_card(summary)
+    return written

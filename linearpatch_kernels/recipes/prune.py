@@ -26,7 +26,7 @@ from linearpatch_kernels.pruning.fits import AUTO
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.pruning.search import Pruning, check_rank, plan_pruning, rank_for
 from linearpatch_kernels.pruning.selection import usable_candidates
-from linearpatch_kernels.recipes.healing import Healing, asked, heal, possible, refit_in_words, told
+from linearpatch_kernels.recipes.healing import Healing, asked, heal, possible, told
 from linearpatch_kernels.recipes.inputs import (
     GivenModel,
     Windows,
@@ -39,12 +39,22 @@ from linearpatch_kernels.recipes.inputs import (
     title_of,
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
-from linearpatch_kernels.recipes.outputs import DENSE, DROPPED, Result, judged_on, recorded, usage, verdict_on
+from linearpatch_kernels.recipes.outputs import (
+    Result,
+    card,
+    judged_on,
+    recorded,
+    told_of_base,
+    told_of_result,
+    verdict_on,
+)
 from linearpatch_kernels.recipes.resuming import Unfinished
 from linearpatch_kernels.recipes.searching import Removal, found_by_search
 from linearpatch_kernels.report import pruning as pruning_report
-from linearpatch_kernels.report.page import QualityRow, ReportData
+from linearpatch_kernels.report.card import usage
+from linearpatch_kernels.report.page import DENSE, DROPPED, QualityRow, ReportData
 from linearpatch_kernels.report.pruning import candidate_rows, prune_report, span_rows
+from linearpatch_kernels.report.steps import steps
 from linearpatch_kernels.settings import PruneSettings
 
 PAPERS = "LinearPatch (the paper's)"
@@ -109,14 +119,15 @@ def prune(
         found = cut.compare(cut.candidates({} if healed.rows else {_row(healed): plan}, log), log)
         found |= cut.compare_models({_row(healed): healed.model} if healed.rows else {}, log)
     verdict = _verdict(cut, healed, found, log)
-    report = _report(cut, healed, found, verdict, log)
-    summary = summarise(plan, found, log) | told(healed) | {"notes": [*log.notes, *verdict]}
+    summary = cut.summary(healed, _row(healed), found, log)
+    report = _report(cut, healed, found, verdict, summary, log)
+    summary |= {"seconds": log.rounded_seconds(), "notes": [*log.notes, *verdict]}
     files = recorded(plan.files(), summary, report)
     with log.stage("save"):
         if settings.plan_only:
             save_files(settings.output, files, overwrite=True)
         else:
-            cut.save(healed.model, settings.output, files)
+            cut.save(healed.model, settings.output, files | card(summary, log))
     cut.forget()
     return PruneResult(
         output=settings.output,
@@ -194,6 +205,16 @@ class Cut:
         pruning = self.pruning
         name = title_of(self.model)
         return prune_report(data, pruning.plan, pruning.statistics, magnitudes, name, noted=log.note)
+
+    def summary(self, healed: Healed, row: str, found: Mapping[str, Quality], log: Log) -> dict[str, Any]:
+        """For ``summary.json``: the model that was healed so, ``row`` of what was found."""
+        return {
+            **told_of_base(title_of(self.model), self.source),
+            **self.windows.told(),
+            **summarise(healed.plan, found, log),
+            **told(healed),
+            **told_of_result(healed.model, row, self.windows),
+        }
 
     def save(self, shallower: PreTrainedModel, output: Path, files: Mapping[str, bytes | str]) -> None:
         """Write what was made of the model, with its tokenizer and these files."""
@@ -285,30 +306,32 @@ def _verdict(cut: Cut, healed: Healed, found: Mapping[str, Quality], log: Log) -
 
 
 def _report(
-    cut: Cut, healed: Healed, found: Mapping[str, Quality], verdict: Sequence[str], log: Log
+    cut: Cut,
+    healed: Healed,
+    found: Mapping[str, Quality],
+    verdict: Sequence[str],
+    summary: Mapping[str, Any],
+    log: Log,
 ) -> dict[str, bytes]:
     """The report's files; what cannot be drawn is left out, with a note."""
     report: dict[str, bytes] = {}
     with log.stage("draw the report"), left_out("the report", log.note):
         magnitudes = cut.magnitudes(log)
-        data = report_data(cut, found, log, healed)
+        data = report_data(cut, healed.plan, found, summary, log)
         data = dataclasses.replace(data, notes=[*verdict, *log.notes])
         report = cut.draw(data, magnitudes, log)
     return report
 
 
-def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed | None = None) -> ReportData:
-    """What the report of a plan says; ``healed``: by which way, where that is not the plan's patches alone."""
-    plan, about = cut.pruning.plan if healed is None else healed.plan, cut.windows.about
+def report_data(
+    cut: Cut, plan: PrunePlan, found: Mapping[str, Quality], summary: Mapping[str, Any], log: Log
+) -> ReportData:
+    """What the report of a plan says; ``summary``: what its model's summary does."""
     layers, kept = plan.num_layers, len(plan.kept_layers)
+    result = summary["result"]
     return ReportData(
         title=f"{title_of(cut.model)}: {layers} layers to {kept}",
-        steps=[
-            f"Calibrated on {about['samples']} windows of {about['length']} tokens from {about['source']}.",
-            f"Removed the layers {', '.join(map(str, plan.spans))} (half-open; chosen by: {plan.score}).",
-            f"Healed the joint{'s' if len(plan.joints) > 1 else ''} with the fit {plan.joints[0].fit}.",
-            *(refit_in_words(healed.rows) if healed is not None else []),
-        ],
+        steps=steps(summary),
         quality=[QualityRow(name, layers if name == DENSE else kept, quality) for name, quality in found.items()],
         quality_text=judged_on(cut.windows),
         dense=DENSE,
@@ -316,7 +339,7 @@ def report_data(cut: Cut, found: Mapping[str, Quality], log: Log, healed: Healed
         candidates=candidate_rows(plan),
         spans=span_rows(plan, cut.pruning.statistics),
         timings=dict(log.seconds),
-        usage=usage("DIR", cut.source.config, patched=any(joint.patch is not None for joint in plan.joints)),
+        usage=usage("DIR", result["loader"], patched=result["patched"]),
         files={
             f"{RECORDS}/plan.json": "spans, kind of patch, what chose them",
             f"{RECORDS}/plan.safetensors": "the patches",

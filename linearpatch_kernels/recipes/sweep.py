@@ -37,9 +37,9 @@ from linearpatch_kernels.recipes.inputs import (
     title_of,
 )
 from linearpatch_kernels.recipes.log import Log, Reporter
-from linearpatch_kernels.recipes.outputs import DENSE, Result, judged_on
+from linearpatch_kernels.recipes.outputs import Result, judged_on
 from linearpatch_kernels.recipes.resuming import Unfinished
-from linearpatch_kernels.report.page import QualityRow, ReportData
+from linearpatch_kernels.report.page import DENSE, QualityRow, ReportData
 from linearpatch_kernels.report.pruning import sweep_report
 from linearpatch_kernels.settings import SweepSettings
 from linearpatch_kernels.span import MOST_LAYERS

@@ -17,6 +17,9 @@ from linearpatch_kernels.evaluation.notes import Noted, left_out, warn
 from linearpatch_kernels.report import words
 from linearpatch_kernels.report.tables import Table, number, percent
 
+DENSE, DROPPED = "dense", "dropped (no patch)"
+"""Rows of every comparison: the model as it was, and as many of its layers plainly removed."""
+
 
 @dataclass(frozen=True)
 class QualityRow:

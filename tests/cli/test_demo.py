@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.command import Run, assert_is_picture, refusal
@@ -33,6 +34,9 @@ def test_the_demo_heals(run: Run, tmp_path: Path) -> None:
     for healed in ("healed (stock)", "healed (patch)", "healed (structured patch)"):
         assert quality["dense"] < quality[healed] < paper < dropped, healed
     for name in ("stock", "patched", "structured"):
+        card = ModelCard.load(out / name / "README.md")
+        assert (card.data.license, card.data.language) == ("apache-2.0", ["en"])
+        assert "# SmolLM2-135M-Instruct: 30 layers to 24" in card.text
         model = AutoModelForCausalLM.from_pretrained(out / name)
         assert model.config.num_hidden_layers == 24
         tokenizer = AutoTokenizer.from_pretrained(out / name)

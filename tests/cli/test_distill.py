@@ -101,7 +101,7 @@ def test_the_result_is_a_patched_checkpoint_that_is_better(world: World, distill
 
 def test_the_report(distilled: Path) -> None:
     report = (distilled / RECORDS / "report" / "report.md").read_text()
-    assert "Held-out kl: " in report
+    assert "Held-out KL: " in report
     assert "24 of 24" in report
     assert_is_picture(distilled / RECORDS / "report" / "distillation.png")
     lines = [json.loads(line) for line in (distilled / RECORDS / "report" / "log.jsonl").read_text().splitlines()]
