@@ -102,7 +102,8 @@ def refit_in_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if row.get("absorbed")
     ]
-    scaled = [f"The final norm is {row['scale']:.3f} times what it was." for row in rows if row.get("scale") is not None]
+    scales = [row["scale"] for row in rows if row.get("scale") is not None]
+    scaled = [f"The final norm is {scale:.3f} times what it was." for scale in scales]
     return [*[told] * bool(changed), *absorbed, *scaled, *(f"Left alone: {why}." for why in left)]
 
 
