@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from transformers import (
 
 import linearpatch_kernels.modeling  # noqa: F401  # registers the patched classes, as a person does
 from tests.support.field import IDS, SMALL, isolated, linearpatch, logits, same, save_model, text_file, tiny
+from tests.support.pages import python_of
 from tests.support.tiny import tiny_tokenizer
 
 KINDS = {"stock": ("--heal", "refit"), "patched": ("--heal", "patch", "--fit", "hadamard-low-rank")}
@@ -119,7 +121,7 @@ def test_greedy_tokens_of_a_compiled_model_with_a_static_cache(llama: Path) -> N
 
 
 def test_continuous_batching_gives_each_prompt_its_own_tokens(of_two_families: Path) -> None:
-    """The cache is bounded here: left to itself, it takes six tenths of the machine's memory on a CPU."""
+    """The cache is bounded here: left to itself, it takes six tenths of the free memory on a CPU."""
     model = loaded(of_two_families)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [3]]
     wanted = [argmax_tokens(model, prompt) for prompt in prompts]
@@ -222,6 +224,19 @@ def test_torchao_quantises_the_layers_and_leaves_the_patch(
     assert same(logits(model), wanted)
     model.save_pretrained(tmp_path / "quantised")
     assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")), wanted)
+
+
+def test_the_python_of_the_page_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="needs pip install 'linearpatch-kernels[test]'")
+    (tmp_path / "DIR").symlink_to(llama)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(python_of("engines/transformers.md"), names)
+    written, batched = capsys.readouterr().out.splitlines()[-2:]
+    assert written.endswith(ast.literal_eval(batched)[0])
+    assert type(names["adapted"].get_base_model()) is type(names["quantised"]) is type(names["chat"].model)
 
 
 # --- where the package is not installed ------------------------------------------------------------------------------
