@@ -2,8 +2,8 @@
 
 vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). It makes two things known:
 
-- for every architecture that vLLM serves, its twin ``LinearPatch<architecture>``, the name that a patched checkpoint has
-  in ``architectures``. `model` makes the class when vLLM asks for it;
+- for every architecture of vLLM's that writes text, its twin ``LinearPatch<architecture>``, the name that a patched
+  checkpoint has in ``architectures``. `model` makes the class when vLLM asks for it;
 - a reader of configs (`config`), with which a patched checkpoint loads without ``--trust-remote-code``.
 
 Where the plug-in is missing, vLLM knows neither name and refuses the checkpoint. Nothing but the standard library is
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 TESTED = ("0.32",)
 """The versions of vLLM (major and minor) that tests/engines ran."""
 PREFIX = "LinearPatch"
+# What the names of architectures that write text end in.
+_WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MODELS = f"{__name__}.model"
 # vLLM shows what loggers below its own say.
 _LOGGER = logging.getLogger("vllm.linearpatch_kernels")
@@ -34,8 +36,9 @@ def register() -> None:
 
         from linearpatch_kernels.engines.vllm.config import add_reader
 
-        stock = [name for name in ModelRegistry.get_supported_archs() if not name.startswith(PREFIX)]
-        for name in stock:
+        for name in [*ModelRegistry.get_supported_archs()]:
+            if name.startswith(PREFIX) or not name.endswith(_WRITES):
+                continue
             # Not the class: that would import vLLM's models, and those may touch the GPU before vLLM forks.
             ModelRegistry.register_model(PREFIX + name, f"{_MODELS}:{PREFIX}{name}")
         add_reader()

@@ -40,7 +40,8 @@ def add_reader() -> None:
             if not patched:
                 return super().parse(model, trust_remote_code, **place, **kwargs)
             # Imported here: it takes seconds, which no other model has to wait for.
-            from linearpatch_kernels.modeling import family_of, twin_of
+            from linearpatch_kernels.modeling.families import family_of
+            from linearpatch_kernels.modeling.patched import twin_of
 
             warn_if_untested()
             twin_of(family_of(entries["model_type"]))
@@ -55,7 +56,7 @@ def add_reader() -> None:
 
 def as_stock(config: Any) -> PretrainedConfig:
     """A patched config as one of the stock class, with ``linearpatch`` and the patched architecture's name."""
-    from linearpatch_kernels.modeling import family_of
+    from linearpatch_kernels.modeling.families import family_of
 
     stock: PretrainedConfig = family_of(config).config_class()
     vars(stock).update({name: value for name, value in vars(config).items() if name != "model_type"})

@@ -29,14 +29,14 @@ class StreamForm:
     """How a class of layers passes the residual stream on.
 
     Attributes:
-        names: the parameters of ``forward``, in order; stream: the one that has the stream, or its first part.
-        has_residual: whether there is a second part, and the layer returns two.
-        is_sum: whether the stream is the sum of the two; else it is the first.
+        names: the parameters of ``forward``, in order.
+        stream: the one that has the stream, or its first part.
+        is_sum: whether the stream is the sum of that and ``residual``, as it is of the two tensors that the layer
+            returns. Else it is the one tensor that the layer returns, or the first of several.
     """
 
     names: tuple[str, ...]
     stream: str
-    has_residual: bool
     is_sum: bool
 
 
@@ -56,7 +56,7 @@ def patched_layer(layer: nn.Module, width: int) -> type[nn.Module]:
 
 @functools.cache
 def _patched_class(stock: Any, form: StreamForm) -> type[nn.Module]:
-    names, stream, has_residual, is_sum = form.names, form.stream, form.has_residual, form.is_sum
+    names, stream, is_sum = form.names, form.stream, form.is_sum
 
     class Layer(stock):
         stock_class = stock
@@ -65,25 +65,29 @@ def _patched_class(stock: Any, form: StreamForm) -> type[nn.Module]:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if self.patch is not None:
                 whole = given[stream]
-                if is_sum and given[_RESIDUAL] is not None:
-                    whole = whole + given[_RESIDUAL]
-                given[stream] = self.patch(whole)
                 if is_sum:
+                    if given[_RESIDUAL] is not None:
+                        whole = whole + given[_RESIDUAL]
                     # As in front of the first layer of all, where there is no sum yet.
                     given[_RESIDUAL] = None
+                given[stream] = self.patch(whole)
             output = super().forward(**given)
             if self.output_patch is None:
                 return output
-            if not has_residual:
-                return self.output_patch(output)
-            last, residual = output
-            if not is_sum:
-                return self.output_patch(last), residual
-            whole = self.output_patch(last + residual)
-            return whole, torch.zeros_like(whole)
+            if is_sum:
+                whole = self.output_patch(output[0] + output[1])
+                return whole, torch.zeros_like(whole)
+            return (self.output_patch(output[0]), *output[1:]) if type(output) is tuple else self.output_patch(output)
 
     Layer.__name__ = Layer.__qualname__ = f"LinearPatch{stock.__name__}"
     return Layer
+
+
+class _Zeros(Tensor):
+    """What a half of a layer returns that writes nothing: zeros, alone or as the first of a pair, as the layer likes."""
+
+    def __iter__(self) -> Any:
+        return iter((self.as_subclass(Tensor), None))
 
 
 class _WritesNothing(nn.Module):
@@ -94,92 +98,81 @@ class _WritesNothing(nn.Module):
         self.width = width
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = [*args, *kwargs.values()]
-        return next(torch.zeros_like(one) for one in given if isinstance(one, Tensor) and one.shape[-1:] == (self.width,))
+        rows = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.shape[-1:] == (self.width,))
+        return torch.zeros_like(next(rows)).as_subclass(_Zeros)
 
 
 def form_of(layer: nn.Module, width: int) -> StreamForm:
     """How a layer passes the residual stream on: measured on a copy whose halves write nothing.
 
-    Such a layer must return the stream that entered it. Which sum of its outputs equals which sum of its inputs tells
-    the forms apart, on random rows.
+    Such a layer must return the stream that entered it. On random rows, with a second part and without, only one form
+    of the stream does.
 
     Raises:
-        InputError: it returns the stream in none of the forms that are known.
+        InputError: none of those that are known does.
     """
     names = tuple(inspect.signature(type(layer).forward).parameters)[1:]
     stream = next((name for name in _STREAM if name in names), None)
     if stream is None:
         raise _unknown(layer, f"its forward takes {', '.join(names)}")
     try:
-        return _measured(layer, width, names, stream)
-    except InputError:
-        raise
+        is_sum = _is_sum(layer, width, names, stream)
     except Exception as error:  # whatever a layer does with inputs that it does not expect
         raise _unknown(layer, f"{type(error).__name__}: {error}") from error
+    if is_sum is None:
+        raise _unknown(layer, "without its halves it does not return the stream that entered it")
+    return StreamForm(names, stream, is_sum)
 
 
 @torch.no_grad()
-def _measured(layer: nn.Module, width: int, names: tuple[str, ...], stream: str) -> StreamForm:
+def _is_sum(layer: nn.Module, width: int, names: tuple[str, ...], stream: str) -> bool | None:
+    """Whether the stream is the sum of two parts; None where it is neither that nor one tensor."""
     empty = copy.copy(layer)
     empty._modules = {
         name: child if child is None or _is_norm(child) else _WritesNothing(width)
         for name, child in layer._modules.items()
     }
-    parameter = next(layer.parameters())
-    made = {"device": parameter.device, "dtype": torch.get_default_dtype()}
-    # Of one row to the next another ratio of the two, so that no form passes for another.
+    device, dtype = next(layer.parameters()).device, torch.get_default_dtype()
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(2, _TOKENS, width, generator=generator, device="cpu")).to(**made)
-    others = {name: value for name, value in _other_inputs(type(layer), names, stream, parameter.device).items()}
-
-    def output(hidden: Tensor, residual: Tensor | None) -> Any:
+    first, second = torch.randn(2, _TOKENS, width, generator=generator, device="cpu").to(device, dtype)
+    others = _other_inputs(type(layer), (stream, _RESIDUAL), device)
+    found = []
+    for residual in (second, None) if _RESIDUAL in names else (None,):
         # Clones, because fused norms write into what they are given.
-        own = {stream: hidden.clone()}
+        own = {stream: first.clone()}
         if _RESIDUAL in names:
-            own[_RESIDUAL] = None if residual is None else residual.clone()
-        return type(layer).forward(empty, **others, **own)
-
-    def same(one: Any, other: Tensor) -> bool:
-        return isinstance(one, Tensor) and one.shape == other.shape and torch.allclose(one, other, rtol=0.02, atol=0.02)
-
-    if _RESIDUAL not in names:
-        if same(output(first, None), first):
-            return StreamForm(names, stream, has_residual=False, is_sum=False)
-        raise _unknown(layer, "without its halves it does not return the stream that entered it")
-    outputs = [output(first, second), output(first, None)]
-    if all(type(one) is tuple and len(one) == 2 for one in outputs):
-        (with_sum, sum_behind), (without, behind) = outputs
-        summed = [same(with_sum + sum_behind, first + second), same(without + behind, first)] if _tensors(outputs) else [0]
-        whole = [same(with_sum, first), same(without, first)]
-        if all(summed) != all(whole):
-            return StreamForm(names, stream, has_residual=True, is_sum=all(summed))
-    raise _unknown(layer, "without its halves it does not return the stream that entered it")
+            own[_RESIDUAL] = residual if residual is None else residual.clone()
+        output = type(layer).forward(empty, **others, **own)
+        head, *rest = output if type(output) is tuple else (output,)
+        is_pair = _RESIDUAL in names and len(rest) == 1 and isinstance(rest[0], Tensor)
+        entered = first if residual is None else first + second
+        found.append((_same(head, first), is_pair and _same(head + rest[0], entered)))
+    is_first, is_sum = (all(column) for column in zip(*found, strict=True))
+    return is_sum if is_first != is_sum else None
 
 
-def _tensors(outputs: list[Any]) -> bool:
-    return all(isinstance(one, Tensor) for output in outputs for one in output)
+def _same(one: Any, other: Tensor) -> bool:
+    # Of the rounding of a 16-bit model, and far from that of another form.
+    return isinstance(one, Tensor) and one.shape == other.shape and torch.allclose(one, other, rtol=0.02, atol=0.02)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether it may stay: it holds gains and no matrix, and a norm of zeros is zero."""
+    """Whether it may stay: it holds gains and no matrix, and makes zeros of zeros."""
     return not [*module.children()] and all(parameter.dim() <= 1 for parameter in module.parameters())
 
 
-def _other_inputs(layer: type[nn.Module], names: tuple[str, ...], stream: str, device: torch.device) -> dict[str, Any]:
-    """What a layer's forward is called with besides the stream: positions, and None for what has no default."""
+def _other_inputs(layer: Any, own: tuple[str, ...], device: torch.device) -> dict[str, Any]:
+    """What a layer's forward must be given besides the stream: positions, and None for all else without a default."""
     inputs: dict[str, Any] = {}
-    for name in names:
-        parameter = inspect.signature(layer.forward).parameters[name]
+    for parameter in [*inspect.signature(layer.forward).parameters.values()][1:]:
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if variadic or name in (stream, _RESIDUAL) or parameter.default is not parameter.empty:
-            continue
-        inputs[name] = torch.arange(_TOKENS, device=device) if "position" in name else None
+        if not variadic and parameter.name not in own and parameter.default is parameter.empty:
+            inputs[parameter.name] = torch.arange(_TOKENS, device=device) if "position" in parameter.name else None
     return inputs
 
 
 def _unknown(layer: nn.Module, why: str) -> InputError:
     return InputError(
-        f"how vLLM's {type(layer).__name__} passes the residual stream on is not known ({why}): serve the checkpoint with "
-        "--model-impl transformers --trust-remote-code"
+        f"how vLLM's {type(layer).__name__} passes the residual stream on is not known ({why}): serve the checkpoint "
+        "with --model-impl transformers --trust-remote-code"
     )
