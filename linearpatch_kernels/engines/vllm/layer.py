@@ -1,8 +1,8 @@
 """A layer of vLLM's with patches in front of it and behind it, and how layers pass the residual stream on.
 
-Most layers of vLLM's pass two tensors on, the output of the last half and the sum of all before, which the next fused
-norm adds up; some pass the sum alone, and some two tensors of which the second means nothing. The residual stream that a
-patch acts on is made of them in another way each time, and only the layer's code knows. So it is measured (`form_of`).
+Most layers of vLLM pass two tensors on: what their last half wrote, and the sum of all before it. The next fused norm
+adds the two. Some layers pass the whole sum alone, and some beside a second tensor that the next layer ignores. A patch
+acts on the whole sum, and only the layer's code says how it comes. So that is measured (`form_of`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def patched_layer(layer: nn.Module, width: int) -> type[nn.Module]:
             "vLLM put another forward in the place of the layer's, which would leave out its patches: run without "
             "weight offloading (--cpu-offload-gb, --offload-backend)"
         )
-    return _patched_class(type(layer), form_of(layer, width))
+    stock: Any = type(layer)
+    return _patched_class(stock, form_of(layer, width))
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def _patched_class(stock: Any, form: StreamForm) -> type[nn.Module]:
             if self.patch is not None:
                 whole = given[stream]
                 if is_sum:
-                    if given[_RESIDUAL] is not None:
+                    if given.get(_RESIDUAL) is not None:
                         whole = whole + given[_RESIDUAL]
                     # As in front of the first layer of all, where there is no sum yet.
                     given[_RESIDUAL] = None
@@ -84,7 +85,7 @@ def _patched_class(stock: Any, form: StreamForm) -> type[nn.Module]:
 
 
 class _Zeros(Tensor):
-    """What a half of a layer returns that writes nothing: zeros, alone or as the first of a pair, as the layer likes."""
+    """What a half of a layer that writes nothing returns: zeros, or a pair of zeros and None where a pair is wanted."""
 
     def __iter__(self) -> Any:
         return iter((self.as_subclass(Tensor), None))

@@ -1,8 +1,8 @@
 """vLLM's own models with patches at their joints.
 
-``LinearPatch<architecture>`` of this module is the subclass of vLLM's class of that architecture: vLLM's constructor
-builds the model, then the layers at the joints get their patches. So quantisation, LoRA, tensor and pipeline parallelism
-are vLLM's own; a patch is in the model's dtype, whole on every process that has its layer.
+``LinearPatch<architecture>`` of this module is a subclass of vLLM's class of that architecture. vLLM's constructor
+builds the model, then the layers at the joints get their patches. So quantisation, LoRA, tensor and pipeline
+parallelism are vLLM's own. A patch has the model's dtype, and is whole in every process that has its layer.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class PatchWeights:
                 )
 
     def check_complete(self) -> None:
-        """InputError where a patch has a tensor that was never loaded; after the first time, some may be loaded again."""
+        """InputError where a tensor of a patch was never loaded. Some may be loaded again later, without the others."""
         missing = sorted(path for own, (path, _) in self.here.items() if own not in self.loaded)
         if missing:
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

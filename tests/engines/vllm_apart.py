@@ -1,4 +1,4 @@
-"""Run by test_vllm.py in vLLM's own environment, where this project is not installed: what vLLM makes of checkpoints.
+"""Run by test_vllm.py in vLLM's own environment, with the plug-in or without: what vLLM makes of checkpoints.
 
 ``vllm_apart.py JOBS RESULTS``: two JSON files. Not a test module, and it may import nothing of this project.
 """
@@ -19,20 +19,15 @@ def asked(job: dict[str, Any]) -> dict[str, Any]:
     """What vLLM writes after every prompt, and per forced sequence the log-probability and the best token of every
     position but the first."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    llm = LLM(
-        model=job["directory"],
-        model_impl="transformers",
-        trust_remote_code=True,
-        dtype="float32",
-        enforce_eager=not job["compiled"],
-        max_model_len=128,
-        max_num_seqs=4,
-    )
+    llm = LLM(model=job["directory"], dtype="float32", max_model_len=128, max_num_seqs=16, **job["options"])
+    adapter = {"lora_request": LoRARequest("adapter", 1, job["adapter"])} if "adapter" in job else {}
 
     def run(sequences: list[list[int]], **settings: Any) -> list[Any]:
         prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
-        return llm.generate(prompts, SamplingParams(temperature=0, ignore_eos=True, **settings), use_tqdm=False)
+        sampling = SamplingParams(temperature=0, ignore_eos=True, **settings)
+        return llm.generate(prompts, sampling, use_tqdm=False, **adapter)
 
     written = run(job["prompts"], max_tokens=job["new_tokens"])
     forced = run(job["forced"], max_tokens=1, prompt_logprobs=1)
@@ -50,6 +45,7 @@ def main() -> None:
     import torch
     import transformers
     import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     outcomes: dict[str, Any] = {
         "versions": {module.__name__: module.__version__ for module in (vllm, torch, transformers)},
@@ -63,6 +59,8 @@ def main() -> None:
         except Exception as error:  # what is looked for, in some of the jobs
             outcomes[name] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
+        # The next model starts anew: one that has experts needs groups of processes that another does not make.
+        cleanup_dist_env_and_memory()
         outcomes["seconds"][name] = round(time.monotonic() - begin)
     outcomes["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
     results.write_text(json.dumps(outcomes))
