@@ -51,7 +51,7 @@ def is_complete(venv: Path) -> bool:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.demo,
-    pytest.mark.timeout(1500),  # an import of vLLM takes up to 85 s, a compiled model minutes
+    pytest.mark.timeout(3000),  # an import of vLLM takes up to 85 s, a compiled model minutes
     pytest.mark.skipif(not is_complete(VENV), reason="no environment with this vLLM: `make vllm` makes it (1.9 GB)"),
 ]
 
@@ -204,17 +204,16 @@ def adapted(directory: Path) -> PreTrainedModel:
     return model
 
 
-class Outcomes(NamedTuple):
-    """What Transformers gives here, by checkpoint; what vLLM gave there: without this package, and with its plug-in."""
+class Made(NamedTuple):
+    """Checkpoints in a folder, what Transformers gives, by checkpoint, and what to ask vLLM of each."""
 
+    root: Path
     expected: dict[str, Expected]
-    alone: dict[str, Any]
-    plugged: dict[str, Any]
+    jobs: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def results(demo: tuple[PreTrainedModel, Any]) -> Iterator[Outcomes]:
-    """In one process for all that runs without this package, and one for all that runs with it."""
+def made(demo: tuple[PreTrainedModel, Any]) -> Iterator[Made]:
     prompts = token_windows(demo[1], demo_text("heldout"), length=24, count=16)
     few = torch.randint(6, WIDTH, (4, 12), generator=torch.Generator().manual_seed(3))
     expected: dict[str, Expected] = {}
@@ -238,12 +237,24 @@ def results(demo: tuple[PreTrainedModel, Any]) -> Iterator[Outcomes]:
         add(ADAPTED, adapted(root / "adapter"), few, directory=str(root / "llama"), adapter=str(root / "adapter"))
         for fault, change in FAULTS.items():
             jobs[fault] = {**jobs[SHORT], "directory": str(changed(root / SHORT, root / fault, change))}
-        alone = {name: {**jobs[name], "options": {**ITS_CODE, **EAGER}} for name in (*FITS, *FAULTS)}
-        alone[SHORT] = {**jobs[SHORT], "options": ITS_CODE}
-        alone["untrusted"] = {**jobs[SHORT], "options": EAGER}
-        plugged = {name: {**jobs[case], "options": options} for name, (case, options) in PLUGGED.items()}
-        plugged = {fault: {**jobs[fault], "options": EAGER} for fault in FAULTS} | plugged
-        yield Outcomes(expected, asked_of_vllm(alone, root), asked_of_vllm(plugged, root, plug_in(root)))
+        yield Made(root, expected, jobs)
+
+
+@pytest.fixture(scope="module")
+def alone(made: Made) -> dict[str, Any]:
+    """What vLLM gives where this package is not installed: in one process for all, because its import takes long."""
+    jobs = {name: {**made.jobs[name], "options": {**ITS_CODE, **EAGER}} for name in (*FITS, *FAULTS)}
+    jobs[SHORT] = {**made.jobs[SHORT], "options": ITS_CODE}
+    jobs["untrusted"] = {**made.jobs[SHORT], "options": EAGER}
+    return asked_of_vllm(jobs, made.root / "alone")
+
+
+@pytest.fixture(scope="module")
+def plugged(made: Made) -> dict[str, Any]:
+    """What vLLM gives with the plug-in."""
+    jobs = {name: {**made.jobs[name], "options": EAGER} for name in FAULTS}
+    jobs |= {name: {**made.jobs[case], "options": options} for name, (case, options) in PLUGGED.items()}
+    return asked_of_vllm(jobs, made.root / "plugged", plug_in(made.root))
 
 
 def plug_in(root: Path) -> Path:
@@ -262,11 +273,10 @@ def plug_in(root: Path) -> Path:
     return folder
 
 
-def asked_of_vllm(jobs: dict[str, Any], root: Path, installed: Path | None = None) -> dict[str, Any]:
-    (root / "jobs.json").write_text(json.dumps(jobs))
+def environment_of_vllm(root: Path, installed: Path | None = None) -> dict[str, str]:
+    """The variables of a process in vLLM's environment, which finds this package in ``installed`` or not at all."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # The processes of one model would share a core that each binds for itself.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -278,12 +288,16 @@ def asked_of_vllm(jobs: dict[str, Any], root: Path, installed: Path | None = Non
         "PYTHONNOUSERSITE": "1",
         "PYTHONSAFEPATH": "1",
     }
-    if installed is not None:
-        environment["PYTHONPATH"] = str(installed)
+    return environment if installed is None else {**environment, "PYTHONPATH": str(installed)}
+
+
+def asked_of_vllm(jobs: dict[str, Any], root: Path, installed: Path | None = None) -> dict[str, Any]:
+    root.mkdir()
+    (root / "jobs.json").write_text(json.dumps(jobs))
     apart = Path(__file__).with_name("vllm_apart.py")
     run = subprocess.run(
         [VENV / "bin" / "python", apart, root / "jobs.json", root / "results.json"],
-        env=environment,
+        env={**environment_of_vllm(root, installed), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         cwd=root,
         capture_output=True,
         text=True,
@@ -315,26 +329,27 @@ def check(name: str, found: dict[str, Any], expected: Expected) -> None:
     assert equal[sure[:, -NEW_TOKENS:].cumprod(dim=1).bool()].all()
 
 
-def test_the_environments(results: Outcomes) -> None:
-    assert not results.alone["package is installed"]
-    assert results.plugged["package is installed"]
-    assert f"vllm-cpu=={results.alone['versions']['vllm']}\n" in REQUIREMENTS.read_text()
+@pytest.mark.parametrize("way", ["alone", "plugged"])
+def test_the_environment(request: pytest.FixtureRequest, way: str) -> None:
+    found = request.getfixturevalue(way)
+    assert found["package is installed"] is (way == "plugged")
+    assert f"vllm-cpu=={found['versions']['vllm']}\n" in REQUIREMENTS.read_text()
 
 
 @pytest.mark.parametrize("case", [*FITS, SHORT])
-def test_the_transformers_backend_runs_the_model_of_transformers(results: Outcomes, case: str) -> None:
-    check(case, results.alone[case], results.expected[case])
+def test_the_transformers_backend_runs_the_model_of_transformers(made: Made, alone: Any, case: str) -> None:
+    check(case, alone[case], made.expected[case])
 
 
 @pytest.mark.parametrize("name", PLUGGED)
-def test_the_plug_in_runs_the_model_of_transformers(results: Outcomes, name: str) -> None:
-    check(name, results.plugged[name], results.expected[PLUGGED[name][0]])
+def test_the_plug_in_runs_the_model_of_transformers(made: Made, plugged: Any, name: str) -> None:
+    check(name, plugged[name], made.expected[PLUGGED[name][0]])
 
 
 @pytest.mark.parametrize("way", ["alone", "plugged"])
-def test_the_patch_matters(results: Outcomes, way: str) -> None:
+def test_the_patch_matters(request: pytest.FixtureRequest, made: Made, way: str) -> None:
     """A patch whose scale is 2 % larger is another model; so is one without a patch."""
-    expected, found = results.expected, getattr(results, way)
+    expected, found = made.expected, request.getfixturevalue(way)
     difference = largest_difference(found["scaled"], expected[SHORT])
     print(f"scaled: log-probabilities differ by up to {difference:.2f}")
     assert difference > 20 * TOLERANCE
@@ -354,11 +369,9 @@ def test_the_patch_matters(results: Outcomes, way: str) -> None:
         ("untrusted", "custom code which must be executed"),
     ],
 )
-def test_the_transformers_backend_refuses_a_model_that_lacks_its_patch(
-    results: Outcomes, fault: str, message: str
-) -> None:
+def test_the_transformers_backend_refuses_a_model_that_lacks_its_patch(alone: Any, fault: str, message: str) -> None:
     """Neither memory that nothing was loaded into, nor the stock model."""
-    found = results.alone[fault]
+    found = alone[fault]
     assert set(found) == {"error"}
     assert re.search(message, found["error"])
 
@@ -373,7 +386,7 @@ def test_the_transformers_backend_refuses_a_model_that_lacks_its_patch(
         ("called_stock", r"no module or parameter named '.*layers\.5\.(output_)?patch'"),
     ],
 )
-def test_the_plug_in_refuses_a_model_that_lacks_its_patch(results: Outcomes, fault: str, message: str) -> None:
-    found = results.plugged[fault]
+def test_the_plug_in_refuses_a_model_that_lacks_its_patch(plugged: Any, fault: str, message: str) -> None:
+    found = plugged[fault]
     assert set(found) == {"error"}
     assert re.search(message, found["error"])

@@ -62,8 +62,9 @@ def main() -> None:
         # The next model starts anew: one that has experts needs groups of processes that another does not make.
         cleanup_dist_env_and_memory()
         outcomes["seconds"][name] = round(time.monotonic() - begin)
-    outcomes["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
-    results.write_text(json.dumps(outcomes))
+        outcomes["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+        # Every time, so that a run that was stopped tells how far it came.
+        results.write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":
