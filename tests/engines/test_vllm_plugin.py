@@ -244,9 +244,7 @@ def test_every_process_of_vllm_imports_next_to_nothing() -> None:
 
 def test_another_vllm_is_named(vllm: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert plugin.untested() is None
-    assert plugin.untested("0.320.1") == (
-        "linearpatch-kernels was tested with vLLM 0.32.x, not 0.320.1: compare what a patched model writes"
-    )
+    assert plugin.untested("0.320.1") == "linearpatch-kernels was tested with vLLM 0.32.x, not 0.320.1"
     # One that lacks what the plug-in needs must go on serving other models.
     del sys.modules["vllm.model_executor.models"].ModelRegistry  # type: ignore[attr-defined]  # the stand-in
     vllm.module.__version__ = "0.11.0"
@@ -283,8 +281,10 @@ def test_the_config_is_the_stock_models_with_the_joints(
     assert ConfigParser.asked == [False, True]
     assert not caplog.records
     vllm.module.__version__ = "1.0.0"
-    parser.parse(tmp_path / "patched", trust_remote_code=False)
-    assert [record.getMessage() for record in caplog.records] == [plugin.untested("1.0.0")]
+    for _ in range(2):
+        parser.parse(tmp_path / "patched", trust_remote_code=False)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith(f"{plugin.untested('1.0.0')}: compare")
 
 
 class Decoder(nn.Module):

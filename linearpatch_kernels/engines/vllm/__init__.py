@@ -13,6 +13,7 @@ imported here: every vLLM process imports this module, whatever model it serves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -55,13 +56,18 @@ def untested(version: str | None = None) -> str | None:
     if ".".join(version.split(".")[:2]) in TESTED:
         return None
     tested = ", ".join(f"{one}.x" for one in TESTED)
-    return f"linearpatch-kernels was tested with vLLM {tested}, not {version}: compare what a patched model writes"
+    return f"linearpatch-kernels was tested with vLLM {tested}, not {version}"
 
 
 def warn_if_untested() -> None:
-    """Say the line of `untested`, where there is one."""
+    """Say the line of `untested`, where there is one, once in this process."""
     if line := untested():
-        _LOGGER.warning(line)
+        _warn(f"{line}: compare what a patched model writes there and in Transformers")
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    _LOGGER.warning(line)
 
 
 @contextlib.contextmanager
