@@ -65,7 +65,7 @@ matrix:
 # vLLM asks for another Transformers than ours, so it has an environment of its own, outside the checkout and kept while it
 # is complete (1.9 GB; Python 3.11). With it, `make slow` has vLLM load results; without it, that test is skipped.
 VLLM := $(or $(LINEARPATCH_VLLM),$(or $(LINEARPATCH_CACHE),$(HOME)/.cache/linearpatch)/vllm)
-VLLM_WANTED := tests/modeling/vllm-requirements.txt
+VLLM_WANTED := tests/engines/vllm-requirements.txt
 
 vllm:
 	cmp -s $(VLLM_WANTED) '$(VLLM)/vllm-requirements.txt' || { \
