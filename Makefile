@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDER := $(VENV)/transformers-4
 OLDEST := $(VENV)/transformers-5.16
+TORCHAO := $(VENV)/torchao
 TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.7.1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -41,7 +42,14 @@ $(VENV)/triton-%/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
 
-slow: $(READY) $(OLDER)/.ready $(TRITONS:%=%/.ready)
+# Not in the environment: where it is installed, Transformers imports it at every start, which takes time and prints.
+$(TORCHAO)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchao==0.18.0
+	touch $@
+
+slow: $(READY) $(OLDER)/.ready $(TORCHAO)/.ready $(TRITONS:%=%/.ready)
+	PYTHONPATH=$(CURDIR)/$(TORCHAO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -k torchao \
+		tests/engines/test_transformers.py
 	TRANSFORMERS_4=$(CURDIR)/$(OLDER) TRITON_VENVS="$(TRITONS:%=$(CURDIR)/%)" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -m slow -n logical --dist loadfile $(SLOW)
 

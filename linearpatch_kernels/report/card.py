@@ -210,7 +210,8 @@ def _loading(result: Mapping[str, Any] | None) -> Section:
         blocks = [
             (f"With {_PACKAGE}:", "python", code),
             ("Without it, by the modeling file in DIR:", "python", f"from transformers import {loader}\n{alone}"),
-            ("With vLLM:", "sh", f"{serve} --model-impl transformers --trust-remote-code"),
+            (f"With vLLM, where {_PACKAGE} is installed beside it:", "sh", serve),
+            ("With vLLM alone:", "sh", f"{serve} --model-impl transformers --trust-remote-code"),
         ]
     told.append(f"Which engine loads what, and what of it was tested, says docs/engines/README.md of {_PACKAGE}.")
     return Section("How to load it", told, blocks=blocks)

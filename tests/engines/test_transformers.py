@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -190,18 +191,24 @@ def int8(quantization: Any) -> Any:
     return quantization.Int8WeightOnlyConfig(version=2)
 
 
+with_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="`make slow` runs it apart, with torchao"
+)
+
+
 def int4(quantization: Any) -> Any:
     """In groups of 32. Version 0.18's ``Int4WeightOnlyConfig`` has no format for a CPU."""
     granularity = quantization.PerGroup(32)
     return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
 
 
+@pytest.mark.slow
+@with_torchao
 @pytest.mark.parametrize(("config", "levels"), [(int8, 2**8), (int4, 2**4)], ids=["int8", "int4"])
 def test_torchao_quantises_the_layers_and_leaves_the_patch(
     llama: Path, config: Callable[[Any], Any], levels: int, tmp_path: Path
 ) -> None:
     """The quantised model is the one that computes with the rounded weights, also when saved and loaded again."""
-    pytest.importorskip("torchao", reason="needs pip install 'linearpatch-kernels[test]'")
     from torchao import quantization
 
     whole = loaded(llama)
@@ -226,10 +233,11 @@ def test_torchao_quantises_the_layers_and_leaves_the_patch(
     assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")), wanted)
 
 
-def test_the_python_of_the_page_runs(
+@pytest.mark.slow
+@with_torchao
+def test_the_python_of_the_page_runs_where_torchao_is(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("torchao", reason="needs pip install 'linearpatch-kernels[test]'")
     (tmp_path / "DIR").symlink_to(llama)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
