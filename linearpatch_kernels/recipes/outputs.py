@@ -16,7 +16,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, told_if_worse
 from linearpatch_kernels.evaluation.notes import left_out
 from linearpatch_kernels.files import RECORDS, json_text, read_json, record
-from linearpatch_kernels.modeling.families import auto_class
+from linearpatch_kernels.modeling.families import auto_class, family_of
 from linearpatch_kernels.modeling.loading import Source, terms_among
 from linearpatch_kernels.modeling.origin import CARD
 from linearpatch_kernels.modeling.patched import patches
@@ -108,7 +108,8 @@ def told_of_result(model: PreTrainedModel, row: str, windows: Judged) -> dict[st
         "result": {
             "row": row,
             "measured_on": judged_on(windows),
-            "loader": auto_class(model.config).__name__,
+            # A patched model of what reads more than text is the whole model, too.
+            "loader": auto_class(family_of(model).config_class()).__name__,
             "patched": bool(patches(model)),
             "version": __version__,
         }
