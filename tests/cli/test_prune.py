@@ -230,7 +230,7 @@ def test_a_model_narrower_than_the_default_rank(world: World, run: Run, tmp_path
 
 
 def test_a_process_of_its_own_finds_the_same(world: World, tmp_path: Path) -> None:
-    arguments = ["--drop", 2, "-o", tmp_path / "out", "--text", world.text, *SMALL]
+    arguments = ["--drop", 2, "--fit", "auto", "-o", tmp_path / "out", "--text", world.text, *SMALL]
     done = run_apart("prune", world.model, *arguments)
     assert done.status == 0, done.stderr
     assert done.errors == []
