@@ -406,7 +406,9 @@ class _Walk:
         assert weights is not None
         paths = tuple(dict.fromkeys(name.rpartition(".")[0] for name in weights))
         row = RefitRow(number, FINAL_NORM, paths, choice.ridge, choice.before, choice.after, scale=scale)
-        return Fitted(weights, Fitted(weights, [row]).onto(self.student))
+        fitted = Fitted(weights, [row])
+        fitted.onto(self.student)
+        return fitted
 
     def _scales(self) -> tuple[NormalEquations, NormalEquations]:
         """What a factor of all that the head reads is fitted on, and judged on."""
@@ -418,7 +420,7 @@ class _Walk:
             )
             pairs.append(some.hidden(model))
         fit = len(range(0, self.sums.fit, _SCALED_ON_ONE_OF))
-        # Every window is one token of one input and one output: what is summed over are numbers, not vectors.
+        # One factor for all channels: every number is a token of one input and one output.
         tokens = (
             (z.flatten().unsqueeze(-1), (wanted.to(z.device) - z).flatten().unsqueeze(-1), None)
             for wanted, z in zip(*pairs, strict=True)
