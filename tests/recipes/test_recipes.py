@@ -296,11 +296,11 @@ def test_a_name_has_one_flag() -> None:
 
 
 def test_no_message_below_the_command_names_a_flag() -> None:
-    """But those of other tools."""
+    """But those of other tools: a plug-in speaks to who started its engine, with the engine's flags."""
     package = ROOT / "linearpatch_kernels"
     found = []
     for file in sorted(package.rglob("*.py")):
-        if "cli" in file.relative_to(package).parts:
+        if {"cli", "engines"} & set(file.relative_to(package).parts):
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise):

@@ -135,7 +135,8 @@ def _is_sum(layer: nn.Module, width: int, names: tuple[str, ...], stream: str) -
     }
     device, dtype = next(layer.parameters()).device, torch.get_default_dtype()
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, _TOKENS, width, generator=generator, device="cpu").to(device, dtype)
+    drawn = torch.randn(2, _TOKENS, width, generator=generator, device="cpu", dtype=dtype)
+    first, second = drawn.to(device)
     others = _other_inputs(type(layer), (stream, _RESIDUAL), device)
     found = []
     for residual in (second, None) if _RESIDUAL in names else (None,):
