@@ -143,9 +143,14 @@ class PatchedPreTrained:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, and the modeling file with which the directory loads where this package is missing."""
-        # Else Transformers gives the tensors the names back that the file they were loaded from had: of format 1.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # a mixin
+        # Transformers 5 gives the tensors the names back that the file they were loaded from had, which may be of
+        # format 1; where it knows of no file, they get those of the stock model's files.
+        loaded_by = vars(self).pop("_weight_conversions", None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # a mixin
+        finally:
+            if loaded_by is not None:
+                self._weight_conversions = loaded_by
         Path(save_directory, "modeling_linearpatch.py").write_text(self.own_code(), encoding="utf-8")
 
 
@@ -255,6 +260,29 @@ def _attach(stack: Any) -> None:
         layers[index].register_module(name, build_joint(descriptions, config.hidden_size))
 
 
+def _share_names(stock: Mapping[Any, Any]) -> None:
+    """Let a patched model's tensors have the names in a file that the stock one's have: engines know no others.
+
+    Transformers 5 holds some otherwise in memory (all experts of a layer as one tensor), and tells by the type and by
+    the classes which.
+
+    Args:
+        stock: the stock class of each patched one.
+    """
+    try:
+        from transformers import conversion_mapping
+    except ImportError:
+        # Transformers 4 holds them as they are in the file.
+        return
+    for patched, base in stock.items():
+        for name in ("model_type", "__name__"):
+            mapping = conversion_mapping.get_checkpoint_conversion_mapping(getattr(base, name, None))
+            if mapping is not None:
+                conversion_mapping.register_checkpoint_conversion_mapping(
+                    getattr(patched, name), mapping, overwrite=True
+                )
+
+
 def patched_classes(
     stock_config: Any, stock_decoder: Any, stock_causal_lm: Any, *, own_code: Callable[[], str]
 ) -> tuple[Any, Any, Any]:
@@ -298,6 +326,7 @@ def patched_classes(
     for patched, base in stock.items():
         patched.stock_class = base
         _name(patched, twin_name(base, stock_config))
+    _share_names(stock)
     for patched in (made, CausalLM):
         patched.own_code = staticmethod(own_code)
     return Config, made, CausalLM

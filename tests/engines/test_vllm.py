@@ -64,7 +64,7 @@ FITS = {"stock": "none", "hadamard": "hadamard-low-rank", "low-rank": "low-rank"
 SHORT = "chain"
 # Random models of four layers, patched at three joints. Their layers pass on two tensors whose sum is the stream (the
 # first three), two of which the first is (Cohere, StableLM) or one (GPT-2, Falcon); those of OLMo 2 are Transformers'
-# own; the last has experts.
+# own; the last two have experts, of which Transformers holds those of a layer in one tensor.
 WIDTH, HEADS = 128, {"num_attention_heads": 4, "num_hidden_layers": 4}
 GROUPED = {"hidden_size": WIDTH, **HEADS, "num_key_value_heads": 2, "head_dim": 32}
 TINY: dict[str, dict[str, Any]] = {
@@ -77,6 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": WIDTH, **HEADS, "num_kv_heads": 2, "new_decoder_architecture": True},
     "olmo2": GROUPED,
     "qwen3_moe": GROUPED,
+    "mixtral": {**GROUPED, "intermediate_size": 256},
 }
 ADAPTED = "llama with an adapter"
 # By vLLM's Transformers backend, which runs the checkpoint's own code.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
@@ -324,10 +325,28 @@ def test_the_command_refits_what_has_no_record_and_merges_only_what_has(tmp_path
         assert (type(again).__name__, num_layers(again)) == (kind, 6)
 
 
+def test_a_twin_has_the_stock_names_in_its_files(tmp_path: Path) -> None:
+    """Engines know no others. Before, it had those of the model in memory, and such files still load."""
+    twin = patched_model(keep_layers(tiny_decoder("mixtral"), [0, 1, 4, 5, 6, 7]), {2: patch()})
+    twin.save_pretrained(tmp_path / "before", save_original_format=False)
+    loaded = ModelSource(tmp_path / "before", device="cpu").load()
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for model in (twin, loaded):
+        saving.save_checkpoint(model, None, tmp_path / "now", overwrite=True)
+        keep_layers(tiny_decoder("mixtral"), range(6)).save_pretrained(tmp_path / "stock")
+        names, stock = (set(load_file(tmp_path / made / "model.safetensors")) for made in ("now", "stock"))
+        assert names - stock == {"model.layers.2.patch.0.weight"}
+        assert stock <= names
+
+
+@pytest.mark.parametrize("joints", [{}, {2: patch}], ids=["stock", "patched"])
 def test_a_mixture_is_read_back_though_its_files_hold_the_experts_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joints: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = keep_layers(tiny_decoder("mixtral"), [0, 1, 4, 5, 6, 7])
+    if joints:
+        cut = patched_model(cut, {joint: make() for joint, make in joints.items()})
     saving.save_checkpoint(cut, None, tmp_path / "made")
     with safe_open(tmp_path / "made" / "model.safetensors", framework="pt") as file:
         assert any("experts.3." in name for name in file.keys())  # noqa: SIM118 - not a mapping
