@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.forward import PLAIN, Run
 from linearpatch_kernels.healing.activations import Sums, Tokens, entering_and_leaving, entering_modules, lacking
-from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, choose_ridge
+from linearpatch_kernels.healing.least_squares import NormalEquations, RidgeChoice, choose_ridge, solving
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.merging.merge import input_parameters, set_parameter
 from linearpatch_kernels.modeling.cut import keep_layers
@@ -82,6 +83,7 @@ def absorb(
     targets: Sequence[Tensor],
     sums: Sums,
     settings: RefitSettings,
+    run: Run = PLAIN,
 ) -> Absorbed | RidgeChoice:
     """The feed-forward half of layer ``index`` with which the stream that leaves the layer comes nearest to a target.
 
@@ -92,6 +94,7 @@ def absorb(
     Args:
         student: not changed; half: of `neurons_that_can_move`; givers: layers of the same kind.
         states, targets: per window [T, d], what enters the layer, and what should leave it.
+        run: told of the rounds, which take minutes where a layer has ten thousand neurons.
     """
     path, precision = half.output.projection, settings.precision
     weight = decoder_layers(student)[index].get_submodule(path).get_parameter("weight").double()
@@ -119,9 +122,12 @@ def absorb(
     all_sums, held = sums.of(both(), precision)
     mine = torch.arange(half.units, dtype=torch.int64, device=weight.device)
     alone = choose_ridge(all_sums.of(mine), held.of(mine), settings.ridges, settings.shrinkage)
+    if alone.ridge is None:
+        return alone
     wide = torch.cat([weight, weight.new_zeros(len(weight), len(shortlist))], 1)
-    choice = choose_inputs(all_sums, held, wide, half.units, settings.ridges, settings.shrinkage)
-    if choice is None or choice.after >= alone.after or int(choice.inputs[-1]) < half.units:
+    inputs = most_useful(all_sums, wide, half.units, alone.ridge, run)
+    choice = weights_of_inputs(all_sums, held, wide, inputs, settings.ridges, settings.shrinkage)
+    if choice.after >= alone.after or int(choice.inputs[-1]) < half.units:
         return alone
     kept = choice.inputs.tolist()
     absorbed = [shortlist[one - half.units] for one in kept if one >= half.units]
@@ -201,58 +207,76 @@ def explained(cross: Tensor, power: Tensor) -> Tensor:
     return cross.square().sum(-1) / power.clamp_min(_EPSILON * float(power.max()) or _EPSILON)
 
 
-def choose_inputs(
-    fit: NormalEquations, held: NormalEquations, weight: Tensor, count: int, ridges: Sequence[float], kept: float = 1.0
-) -> InputChoice | None:
-    """The ``count`` inputs from which a map does best, and its weights; None where no change does better than none.
+@solving()
+def most_useful(fit: NormalEquations, weight: Tensor, count: int, ridge: float, run: Run = PLAIN) -> Tensor:
+    """The numbers of the ``count`` inputs with which a map does best, increasing.
 
     With W the weights before: inputs are given up in rounds, those first whose loss costs least,
-    ``|W_c + D_c|^2 / (gram + ridge)^-1_cc`` with D the solution for those that are left. What stays of the map before
-    (what the inputs given up wrote is fitted on those that stay) is kept whole, and of the change the part ``kept``.
+    ``|W_c + D_c|^2 / (gram + ridge)^-1_cc`` with D the solution for those that are left.
 
     Args:
-        fit, held: of all N inputs; what the output lacks is measured with ``weight``.
+        fit: of all N inputs; what the output lacks is measured with ``weight``.
         weight [d, N]: before, zero for an input that the map does not have yet; float64.
-        ridges: as for `choose_ridge`.
+        ridge: as for `NormalEquations.factor`.
+        run: told how many inputs are left to give up.
     """
-    ridge = choose_ridge(fit, held, ridges).ridge
-    if ridge is None:
-        return None
     inputs = torch.arange(len(fit.gram), dtype=torch.int64, device=fit.gram.device)
+    excess = len(inputs) - count
     while len(inputs) > count:
+        run.report("choosing neurons", excess - (len(inputs) - count), excess)
         part, written = _without_the_rest(fit, weight, inputs)
         factor = part.factor(ridge)
         whole = torch.cholesky_solve(part.cross + written, factor) + weight[:, inputs].T
         costs = whole.square().sum(-1) / torch.cholesky_inverse(factor).diagonal()
         left = max(count, int(_KEPT_IN_A_ROUND * len(inputs)))
         inputs = inputs[costs.topk(left).indices.sort().values]
+    run.report("choosing neurons", excess, excess)
+    return inputs
+
+
+@solving()
+def weights_of_inputs(
+    fit: NormalEquations,
+    held: NormalEquations,
+    weight: Tensor,
+    inputs: Tensor,
+    ridges: Sequence[float],
+    kept: float = 1.0,
+) -> InputChoice:
+    """The weights with which some inputs of a map do without the others.
+
+    What stays of the map before (what the inputs given up wrote is fitted on those that stay) is kept whole, and of the
+    change the part ``kept``.
+
+    Args:
+        fit, held, weight: as for `most_useful`; ridges: as for `choose_ridge`.
+    """
     part, written = _without_the_rest(fit, weight, inputs)
+    judged, lost = _without_the_rest(held, weight, inputs)
+    judged = dataclasses.replace(judged, cross=judged.cross + lost)
     best: tuple[float, float, Tensor, Tensor] | None = None
     for ridge in sorted(ridges):
         factor = part.factor(ridge)
         old, change = (torch.cholesky_solve(cross, factor).T for cross in (written, part.cross))
-        error = held.error_with(_change_of_all(weight, inputs, old + change))
+        error = judged.error_with(old + change)
         if best is not None and error > best[0]:
             break
         best = (error, ridge, old, change)
     assert best is not None
     _, ridge, old, change = best
     partial = old + kept * change
-    after = held.error_with(_change_of_all(weight, inputs, partial)) / max(1, held.tokens)
+    after = judged.error_with(partial) / max(1, held.tokens)
     return InputChoice(inputs, weight[:, inputs] + partial, ridge, after)
 
 
 def _without_the_rest(equations: NormalEquations, weight: Tensor, inputs: Tensor) -> tuple[NormalEquations, Tensor]:
-    """Those of some inputs, toward what the output lacks with all; and ``sum w a b^T``, b what the others wrote."""
-    if len(inputs) == len(equations.gram):
-        return equations, torch.zeros_like(equations.cross)
+    """Those of some inputs, toward what the output lacks with all, but with the error that it has without the others;
+    and ``sum w a b^T``, b what the others wrote."""
     gone = torch.ones(len(equations.gram), dtype=torch.bool, device=inputs.device)
     gone[inputs] = False
-    return equations.of(inputs), equations.gram[inputs][:, gone] @ weight[:, gone].T
-
-
-def _change_of_all(weight: Tensor, inputs: Tensor, change: Tensor) -> Tensor:
-    """A change of the weights of some inputs, and the end of the others, as one of all, [d, N]."""
-    whole = -weight
-    whole[:, inputs] = change
-    return whole
+    if not bool(gone.any()):
+        return equations, torch.zeros_like(equations.cross)
+    lost = torch.zeros_like(weight)
+    lost[:, gone] = -weight[:, gone]
+    without = dataclasses.replace(equations.of(inputs), error=equations.error_with(lost))
+    return without, equations.gram[inputs][:, gone] @ weight[:, gone].T

@@ -17,6 +17,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.evaluation.agreement import Quality, compare_quality, healed_share
 from linearpatch_kernels.evaluation.notes import Noted, warn
 from linearpatch_kernels.forward import PLAIN, Run, Stream
+from linearpatch_kernels.healing.least_squares import solving
 from linearpatch_kernels.healing.refit import (
     Fitted,
     RefitRow,
@@ -147,7 +148,8 @@ class Healer:
         (patch,) = joint.patch
         rank = getattr(patch, "rank", 0) or DEFAULT_RANK
         try:
-            return fit_patch(functools.reduce(operator.add, every), joint.fit, rank=rank)
+            with solving():
+                return fit_patch(functools.reduce(operator.add, every), joint.fit, rank=rank)
         except UnusableFit:
             # The plan's is there, and stays.
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from linearpatch_kernels.evaluation.agreement import compare_quality
 from linearpatch_kernels.forward import PLAIN, Run
 from linearpatch_kernels.healing.absorption import RANKED_ON_ONE_OF
 from linearpatch_kernels.healing.choice import Healer
-from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS
+from linearpatch_kernels.healing.least_squares import BLOCK_TOKENS, now, seconds_of_solving
 from linearpatch_kernels.healing.settings import RefitSettings
 from linearpatch_kernels.healing.ways import Heal
 from linearpatch_kernels.modeling.families import decoder_layers, hidden_size
@@ -28,9 +27,9 @@ _STREAMS = 3
 _SQUARES = 4
 # And where neurons of removed layers are weighed: the sums, and of those that are left the sums, factor and inverse.
 _SQUARES_OF_BOTH = 5
-# Windows to fit on in the two trials that the time is told from; each has one more, held out. The second has one more
+# Windows to fit on in the two trials that the time is told from; each has one more, held out. The first has one more
 # of those that rank neurons, which is what its windows should have.
-_TRIALS = (1, 1 + RANKED_ON_ONE_OF)
+_TRIALS = (1 + RANKED_ON_ONE_OF, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,10 @@ def cost_of_healing(
     settings: RefitSettings | None = None,
     run: Run = PLAIN,
 ) -> Cost:
-    """What `heal_cut` will take for these ways; it is told from healing with one window and with five.
+    """What `heal_cut` will take for these ways.
+
+    It is told from healing with five windows; and with one, too, where most of that is not for solving equations, which
+    takes as long for any number of them.
 
     Args:
         plan, fit_windows [S, T], heldout_windows [H, T], settings, run: as for `heal_cut`; the windows are those of all
@@ -71,19 +73,29 @@ def cost_of_healing(
     windows = (len(fit_windows) + len(heldout_windows)) / run.processes.count
     few = heldout_windows[:1]
     trials = [fit_windows[:count] for count in _TRIALS]
-    taken: list[float] = []
-    for some in trials:
-        healer = Healer(dense, plan.spans, some, few, settings=settings)
-        begin = _now()
-        healed = {way.name: healer.by(way, plan).model for way in ways}
-        taken.append(_now() - begin)
+    tried = Run(progress=lambda what, done, total: run.report(f"on a few windows, {what}", done, total))
+    healed: dict[str, PreTrainedModel] = {}
+
+    def trial(some: Tensor) -> tuple[float, float]:
+        """Seconds in all, and of them for solving."""
+        healer = Healer(dense, plan.spans, some, few, settings=settings, run=tried)
+        begin = now()
+        with seconds_of_solving() as solving:
+            healed.update({way.name: healer.by(way, plan).model for way in ways})
+        return now() - begin, sum(solving)
+
+    taken, solving = trial(trials[0])
+    rest = taken - solving
     # What everything takes for a window more, be it one to fit on or one held out.
-    each = max(0.0, taken[1] - taken[0]) / max(1, len(trials[1]) - len(trials[0]))
-    seconds = max(0.0, taken[0] - each * (len(trials[0]) + 1)) + each * windows
+    each = rest / (len(trials[0]) + 1)
+    if solving < rest and len(trials[0]) > len(trials[1]):
+        less, solving_less = trial(trials[1])
+        each = max(0.0, rest - (less - solving_less)) / (len(trials[0]) - len(trials[1]))
+    seconds = solving + max(0.0, rest - each * (len(trials[0]) + 1)) + each * windows
     if len(ways) > 1:
-        begin = _now()
+        begin = now()
         compare_quality({"dense": dense, **healed}, few, noted=lambda _: None)
-        seconds += (_now() - begin) * len(heldout_windows) / run.processes.count
+        seconds += (now() - begin) * len(heldout_windows) / run.processes.count
     if not any(way.refitted for way in ways):
         return Cost(0, seconds)
     neurons = (settings or RefitSettings()).neurons if any(way.refitted and way.stock for way in ways) else 0
@@ -117,9 +129,3 @@ def _inputs(layer: torch.nn.Module, path: str, outputs: int) -> int:
     weight = layer.get_submodule(path).weight
     assert isinstance(weight, Tensor)
     return weight.numel() // outputs
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

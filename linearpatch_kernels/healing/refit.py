@@ -244,7 +244,7 @@ def refit(
     halves = layer_halves(refitted, [step.index for step in steps])
     windows, sums = _share(fit_windows, heldout_windows, run.processes)
     wanted, found = _streams(dense, refitted, steps, shared.stream or Stream(windows), shared.own)
-    walk = _Walk(dense, refitted, halves, wanted, found, sums, settings, patch_for)
+    walk = _Walk(dense, refitted, halves, wanted, found, sums, settings, patch_for, run)
     rows: list[RefitRow] = []
     with evaluation_mode(dense, refitted):
         for count, step in enumerate(steps, 1):
@@ -366,6 +366,7 @@ class _Walk:
     sums: Sums
     settings: RefitSettings
     patch_for: PatchFor | None
+    run: Run
 
     def fit(self, step: Step, shared: dict[Step, Fitted] | None) -> Fitted:
         """What a step comes to, done to the student; ``shared``: of the first step, `Shared.first`."""
@@ -378,7 +379,7 @@ class _Walk:
             self.wanted.advance(self.dense, step.leaves_at)
             rows = known[step].onto(self.student)
         else:
-            layer = _Layer(self.student, step.index, halves, self.sums, self.settings)
+            layer = _Layer(self.student, step.index, halves, self.sums, self.settings, self.run)
             rows = layer.fit(self.dense, step, self.found, self.wanted)
             if known is not None:
                 known[step] = Fitted(_changes(before, _weights_of(self.student, step, halves)), rows)
@@ -523,9 +524,10 @@ class _Layer:
         halves: Sequence[Half],
         sums: Sums,
         settings: RefitSettings,
+        run: Run = PLAIN,
     ) -> None:
         self._student, self._index, self._halves = student, index, halves
-        self._sums, self._settings = sums, settings
+        self._sums, self._settings, self._run = sums, settings, run
         self._module = decoder_layers(student)[index]
 
     def fit(self, dense: PreTrainedModel, step: Step, found: Stream, wanted: Stream) -> list[RefitRow]:
@@ -565,7 +567,9 @@ class _Layer:
         if step.removed is None or units is None:
             return self.outputs(half, states, targets)
         givers = list(decoder_layers(dense)[slice(*step.removed)])
-        found = absorb(self._student, self._index, units, givers, states, targets, self._sums, self._settings)
+        found = absorb(
+            self._student, self._index, units, givers, states, targets, self._sums, self._settings, self._run
+        )
         part = f"{half.name}-out"
         if isinstance(found, RidgeChoice):
             return [self._taken(part, (units.output.projection,), found, lambda weight, change: weight + change)]

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from linearpatch_kernels.forward import model_logits
-from linearpatch_kernels.healing.absorption import choose_inputs, explained, neurons_that_can_move
+from linearpatch_kernels.forward import Run, model_logits
+from linearpatch_kernels.healing.absorption import explained, most_useful, neurons_that_can_move, weights_of_inputs
 from linearpatch_kernels.healing.least_squares import NormalEquations
 from linearpatch_kernels.healing.refit import refit, steps_of_cut
 from linearpatch_kernels.healing.settings import RefitSettings
@@ -48,9 +48,13 @@ def test_the_inputs_that_a_map_is_made_of_are_found() -> None:
     wanted, weight = torch.randn(2, 4, 9, dtype=torch.float64, generator=generator)
     weight[:, 5:] = 0
     wanted[:, [0, 2, 3, 6, 8]] = 0
-    found = choose_inputs(problem(0, wanted, weight), problem(1, wanted, weight), weight, 4, RIDGES)
-    assert found is not None
-    assert found.inputs.tolist() == [1, 4, 5, 7]
+    fit, held = (problem(seed, wanted, weight) for seed in (0, 1))
+    told: list[tuple[int, int]] = []
+    run = Run(progress=lambda _, done, total: told.append((done, total)))
+    inputs = most_useful(fit, weight, 4, RIDGES[0], run)
+    assert inputs.tolist() == [1, 4, 5, 7]
+    assert told == [(0, 5), (3, 5), (5, 5)]
+    found = weights_of_inputs(fit, held, weight, inputs, RIDGES)
     torch.testing.assert_close(found.weight, wanted[:, [1, 4, 5, 7]], rtol=1e-5, atol=1e-6)
     assert found.after < 1e-9
 
@@ -63,8 +67,8 @@ def test_a_part_of_the_change_is_kept_and_all_of_the_map_before() -> None:
     weight = torch.cat([torch.randn(4, 3, dtype=torch.float64, generator=generator), torch.zeros(4, 3).double()], 1)
     change = torch.randn(4, 3, dtype=torch.float64, generator=generator)
     both = equations(a, a[:, :3] @ change.T)
-    found = choose_inputs(both, both, weight, 3, (1e-9,), kept=0.25)
-    assert found is not None
+    inputs = most_useful(both, weight, 3, 1e-9)
+    found = weights_of_inputs(both, both, weight, inputs, (1e-9,), kept=0.25)
     # Of every input one copy stays.
     assert sorted(one % 3 for one in found.inputs.tolist()) == [0, 1, 2]
     as_the_first = torch.stack([found.weight[:, i] * (2 if c > 2 else 1) for i, c in enumerate(found.inputs.tolist())])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from linearpatch_kernels.healing import cost
+from linearpatch_kernels.healing import cost, least_squares
 from linearpatch_kernels.healing.choice import Healed, Healer
 from linearpatch_kernels.healing.cost import Cost, cost_of_healing, memory_of_refit
 from linearpatch_kernels.healing.settings import RefitSettings
@@ -23,7 +23,7 @@ PLAN = PrunePlan(6, (Joint(Span(2, 4), None),))
 def test_the_time_is_a_constant_and_a_part_that_grows_with_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock on which a way takes 5 seconds and 2 for every window, and a comparison 11 for one."""
     clock = [0.0]
-    monkeypatch.setattr(cost, "_now", lambda: clock[0])
+    monkeypatch.setattr(cost, "now", lambda: clock[0])
 
     def by(self: Any, way: Any, plan: Any) -> Healed:
         clock[0] += 5 + 2 * sum(map(len, self._windows))
@@ -38,6 +38,25 @@ def test_the_time_is_a_constant_and_a_part_that_grows_with_the_windows(monkeypat
     assert cost_of_healing(dense, PLAN, [HEALS["refit"]], FIT, HELD).seconds == pytest.approx(5 + 2 * 30)
     both = [HEALS["none"], HEALS["refit"]]
     assert cost_of_healing(dense, PLAN, both, FIT, HELD).seconds == pytest.approx(2 * (5 + 2 * 30) + 6 * 11)
+
+
+def test_where_solving_takes_most_of_the_time_one_trial_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock on which solving takes 100 seconds, and every window 2."""
+    clock, trials = [0.0], []
+    for module in (cost, least_squares):
+        monkeypatch.setattr(module, "now", lambda: clock[0])
+
+    def by(self: Any, way: Any, plan: Any) -> Healed:
+        trials.append(sum(map(len, self._windows)))
+        clock[0] += 2 * trials[-1]
+        with least_squares.solving():
+            clock[0] += 100
+        return Healed(dense, plan, way)
+
+    monkeypatch.setattr(Healer, "by", by)
+    dense = tiny_model("llama")
+    assert cost_of_healing(dense, PLAN, [HEALS["refit"]], FIT, HELD).seconds == pytest.approx(100 + 2 * 30)
+    assert trials == [6]
 
 
 def test_a_refit_is_told_without_being_made() -> None:
