@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +78,9 @@ _TABLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 class GGUFFile:
     """A GGUF file, and the checkpoint that it was or will be converted to.
 
+    Args:
+        mention: called with a line before the file is converted.
+
     Attributes:
         layers: how many the header names; None where the file has been converted, and the checkpoint's config tells.
 
@@ -85,8 +88,8 @@ class GGUFFile:
         InputError: damaged, one part of several, or of a model that cannot be taken over whole.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mention: Callable[[str], None] = lambda _: None) -> None:
+        self.path, self._mention = path, mention
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
                 raise InputError(f"{path} is not a GGUF file: give a model directory, a .gguf file, or a hub id")
@@ -113,6 +116,10 @@ class GGUFFile:
                 shutil.rmtree(self._checkpoint, ignore_errors=True)
                 try:
                     check_output(self._checkpoint, self._header.float32_bytes)
+                    self._mention(
+                        f"converting {self.path.name}, once: {self._header.float32_bytes / 1e9:.1f} GB in "
+                        f"{self._checkpoint}"
+                    )
                     _convert(self._header, self._config, self._checkpoint)
                 except InputError as error:
                     raise InputError(f"{error} (LINEARPATCH_CACHE names the place for converted models)") from error

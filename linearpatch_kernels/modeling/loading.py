@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +121,7 @@ class ModelSource:
         device_map: instead of a device: ``"auto"``, ``"balanced"``, ``"sequential"``, or module -> device, ``"cpu"`` or
             ``"disk"`` (the weights then stay in the checkpoint's files, and are read for every call).
         trust_remote_code: run the code that a checkpoint brings (a patched checkpoint of ours needs none here).
+        mention: called with a line before a GGUF file is converted.
 
     A quantised checkpoint loads where its library is installed; it answers and measures, but cannot be cut or trained.
 
@@ -138,6 +139,7 @@ class ModelSource:
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, str | int | torch.device] | None = None,
         trust_remote_code: bool = False,
+        mention: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = str(source)
         self._dtype, self._trust = dtype, trust_remote_code
@@ -149,7 +151,7 @@ class ModelSource:
         with reading(self.name, "give a model directory, a .gguf file, or a hub id (owner/name)"):
             path = Path(source).expanduser()
             if path.is_file():
-                self._gguf = GGUFFile(path)
+                self._gguf = GGUFFile(path, mention)
             # An empty name is that of the working directory to pathlib, and of nothing to a person.
             elif path.is_dir() and self.name != "":
                 self._directory = path

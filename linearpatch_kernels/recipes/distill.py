@@ -276,8 +276,10 @@ def _prepare(directory: Path, settings: DistillSettings, log: Log) -> _Job:
     if settings.teacher_device_map is not None and siblings.count > 1:
         raise InputError("`teacher_device_map` spreads the teacher over all devices of one process: start only one")
     with log.stage("load the models"):
-        source = find_model(directory, settings, processes=siblings)
-        teacher = find_model(settings.teacher, settings, processes=siblings, device_map=settings.teacher_device_map)
+        source = find_model(directory, settings, log, processes=siblings)
+        teacher = find_model(
+            settings.teacher, settings, log, processes=siblings, device_map=settings.teacher_device_map
+        )
         _check_teacher(directory, plan, source, teacher)
     with log.stage("tokenise"):
         texts = _with_own_text(texts, teacher, settings, siblings, log)

@@ -89,10 +89,10 @@ def evaluate(
     tasks = _checked_tasks(settings)
     text = demo_text("heldout") if settings.text is None else read_text(settings.text)
     with log.stage("load"):
-        source = find_model(model, settings, tokenizer=tokenizer)
+        source = find_model(model, settings, log, tokenizer=tokenizer)
         if isinstance(model, PreTrainedModel):
             settings = dataclasses.replace(settings, device=str(model_device(model)))
-        teacher = None if settings.teacher is None else find_model(settings.teacher, settings)
+        teacher = None if settings.teacher is None else find_model(settings.teacher, settings, log)
     with log.stage("tokenise"):
         named_model = source.name if isinstance(model, PreTrainedModel) else model
         _check_pair(named_model, source, settings.teacher, teacher)

@@ -79,6 +79,7 @@ class Loading(Protocol):
 def find_model(
     model: GivenModel,
     settings: Loading,
+    log: Log,
     *,
     tokenizer: Any = None,
     processes: Processes | None = None,
@@ -87,6 +88,7 @@ def find_model(
     """MODEL with its config and tokenizer at hand, for all that can be refused before its weights are loaded.
 
     Args:
+        log: told before a GGUF file is converted.
         tokenizer: of a model that is given loaded.
         processes: what a launcher started: it decides the device, unless the settings do.
     """
@@ -106,6 +108,7 @@ def find_model(
         device=settings.device or (str(launched) if launched is not None else "auto"),
         device_map=device_map,
         trust_remote_code=settings.trust_remote_code,
+        mention=log.mention,
     )
 
 

@@ -305,7 +305,7 @@ def _prepare(model: GivenModel, settings: MergeRunSettings, tokenizer: Any, log:
             f"`samples` {settings.samples} is too few for a refit, which fits on some and chooses on others: give at "
             f"least {REFIT_WINDOWS}, or another `heal`"
         )
-    source = find_model(model, settings, tokenizer=tokenizer)
+    source = find_model(model, settings, log, tokenizer=tokenizer)
     check_can_be_cut(source)
     check_settings(_merging(settings), source.num_layers)
     rank = rank_for(settings.rank, source.hidden_size)

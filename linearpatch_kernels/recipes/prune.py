@@ -243,7 +243,7 @@ def plan_cut(model: GivenModel, settings: PruneSettings, log: Log, *, tokenizer:
     if not siblings.first:
         log.silence()
     with log.stage("load the model"):
-        source = find_model(model, settings, tokenizer=tokenizer, processes=siblings)
+        source = find_model(model, settings, log, tokenizer=tokenizer, processes=siblings)
         check_can_be_cut(source)
     removal.check(source.num_layers)
     with log.stage("tokenise"):

@@ -158,7 +158,7 @@ def _prepare(model: GivenModel, settings: SweepSettings, tokenizer: Any, log: Lo
     unfinished = Unfinished(settings.output, "statistics")
     texts = read_texts(settings.text, settings.heldout_text)
     with log.stage("load the model"):
-        source = find_model(model, settings, tokenizer=tokenizer)
+        source = find_model(model, settings, log, tokenizer=tokenizer)
         check_can_be_cut(source)
     for count in drops:
         check_drop(count, source.num_layers)

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.modeling import gguf
 from linearpatch_kernels.modeling.gguf_file import read_file
-from linearpatch_kernels.modeling.loading import load_model
+from linearpatch_kernels.modeling.loading import ModelSource, load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.support.gguf_files import write
 from tests.support.tiny import FAMILY_NAMES, VOCABULARY, tiny_model
@@ -57,6 +57,15 @@ def test_a_gguf_file_is_converted_once(
     write(path, another)
     torch.testing.assert_close(load_model(path, device="cpu")[0](ids).logits, another(ids).logits)
     assert converted == [path]
+
+
+def test_whoever_waits_is_told_of_a_conversion(cache: Path, tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf", tiny_model("llama", layers=2))
+    told: list[str] = []
+    for _ in range(2):
+        ModelSource(tmp_path / "tiny.gguf", device="cpu", mention=told.append).load()
+    (line,) = told
+    assert line.startswith(f"converting tiny.gguf, once: 0.0 GB in {cache}")
 
 
 def test_a_gguf_file_that_is_cut_short(cache: Path, tmp_path: Path) -> None:
