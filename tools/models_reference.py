@@ -251,7 +251,7 @@ def tried(model_type: str) -> str:
         family_of(model_type)
         model = _made(model_type)
         if isinstance(model, str):
-            return f"{NOT_TRIED}: {model}"
+            return _refused_as_text(model_type) or f"{NOT_TRIED}: {model}"
         plain = plan_pruning(model, _tokens(2, seed=2), spans=[_GONE], fit="none").plan
         found = _cut_and_loaded(model, plan=plain)
     except InputError as error:
@@ -270,6 +270,15 @@ def tried(model_type: str) -> str:
         return _refitted(model)
     except InputError as error:
         return f"{PATCHED}: {_line(error)}"
+
+
+def _refused_as_text(model_type: str) -> str | None:
+    """Why a model that reads more than text cannot be cut: what its text's decoder is refused for, made alone."""
+    text = text_config(CONFIG_MAPPING[model_type]()).model_type
+    if text == model_type or text not in model_types():
+        return None
+    found = tried(text)
+    return found.replace("refused: ", f"refused: its `{text}`: ") if found.startswith("refused: ") else None
 
 
 def _refitted(model: PreTrainedModel) -> str:
