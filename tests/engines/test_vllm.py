@@ -8,11 +8,9 @@ installed one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import linearpatch_kernels
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.modeling.families import num_layers
@@ -34,19 +31,10 @@ from linearpatch_kernels.nn import DiagonalPatch
 from linearpatch_kernels.pruning.apply import apply_plan
 from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
-from linearpatch_kernels.text import cache_dir, token_windows
+from linearpatch_kernels.text import token_windows
 from tests.support.tiny import random_patch, tiny_tokenizer
+from tests.support.vllm import REQUIREMENTS, VENV, environment_of_vllm, is_complete, plug_in
 from tools.models_reference import tiny_decoder
-
-REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
-VENV = Path(os.environ.get("LINEARPATCH_VLLM") or cache_dir() / "vllm")
-
-
-def is_complete(venv: Path) -> bool:
-    """The last step of ``make vllm`` is a copy of what it installed."""
-    installed = venv / REQUIREMENTS.name
-    return installed.is_file() and installed.read_bytes() == REQUIREMENTS.read_bytes()
-
 
 pytestmark = [
     pytest.mark.slow,
@@ -258,40 +246,6 @@ def plugged(made: Made) -> dict[str, Any]:
     jobs = {name: {**made.jobs[name], "options": EAGER} for name in FAULTS}
     jobs |= {name: {**made.jobs[case], "options": options} for name, (case, options) in PLUGGED.items()}
     return asked_of_vllm(jobs, made.root / "plugged", plug_in(made.root))
-
-
-def plug_in(root: Path) -> Path:
-    """A folder from which vLLM's environment takes this package as if it were installed there."""
-    package = Path(linearpatch_kernels.__file__).parent
-    folder = root / "installed"
-    about = folder / f"linearpatch_kernels-{linearpatch_kernels.__version__}.dist-info"
-    about.mkdir(parents=True)
-    (folder / package.name).symlink_to(package)
-    (about / "METADATA").write_text(f"Name: linearpatch-kernels\nVersion: {linearpatch_kernels.__version__}\n")
-    named = tomllib.loads((package.parent / "pyproject.toml").read_text())["project"]["entry-points"]
-    for group, points in named.items():
-        (about / "entry_points.txt").write_text(
-            f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in points.items())
-        )
-    return folder
-
-
-def environment_of_vllm(root: Path, installed: Path | None = None) -> dict[str, str]:
-    """The variables of a process in vLLM's environment, which finds this package in ``installed`` or not at all."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # The processes of one model would share a core that each binds for itself.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(root / "vllm-cache"),
-        "HF_HOME": str(root / "home"),
-        "HF_HUB_OFFLINE": "1",
-        # Not by a flag: vLLM starts further processes.
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    return environment if installed is None else {**environment, "PYTHONPATH": str(installed)}
 
 
 def asked_of_vllm(jobs: dict[str, Any], root: Path, installed: Path | None = None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from linearpatch_kernels.modeling.saving import save_checkpoint
-from tests.engines.test_vllm import NEW_TOKENS, VENV, environment_of_vllm, expected_of, plug_in, pytestmark, tiny
+from tests.engines.test_vllm import NEW_TOKENS, expected_of, pytestmark, tiny
 from tests.support.tiny import VOCABULARY, tiny_tokenizer
+from tests.support.vllm import VENV, environment_of_vllm, plug_in
 
 __all__ = ["pytestmark"]
 
