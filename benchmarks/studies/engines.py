@@ -158,13 +158,13 @@ def rows_of(
         if error is not None:
             rows.append([engine, result, f"no: {error.splitlines()[0]:.100}", *[""] * 5])
             continue
-        tokens = torch.tensor(found[0]["written"]) == torch.tensor(should)
+        same = torch.tensor(found[0]["written"]) == torch.tensor(should)
         speeds = []
         for what, tokens in (("prefill", READ), ("decode", NEW)):
             speeds.append(f"{tokens / statistics.median(one[what] for one in found):,.0f}")
             ratios = [one[DENSE][what] / one[result][what] for one in rounds]
             speeds.append(f"{statistics.median(ratios):.2f}")
-        rows.append([engine, result, "yes", f"{int(tokens.sum())} of {tokens.numel()}", *speeds])
+        rows.append([engine, result, "yes", f"{int(same.sum())} of {same.numel()}", *speeds])
     return rows
 
 

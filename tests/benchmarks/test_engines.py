@@ -13,7 +13,7 @@ def test_a_row_holds_a_result_against_the_dense_model_of_the_same_round() -> Non
         {DENSE: told(0.2, 1.0), "cut": told(0.1, 0.5, last=4), "lost": {"error": "ValueError: no such layer\nmore"}},
         {DENSE: told(0.6, 3.0), "cut": told(0.3, 2.0, last=4), "lost": {"error": "ValueError: no such layer\nmore"}},
     ]
-    expected = dict.fromkeys((DENSE, "cut", "lost"), [[1, 2], [3, 3]])
+    expected = {result: [[1, 2], [3, 3]] for result in (DENSE, "cut", "lost")}
     dense, cut, lost = rows_of("an engine", rounds, expected)
     assert dense == ["an engine", DENSE, "yes", "4 of 4", f"{READ / 0.4:,.0f}", "1.00", f"{NEW / 2:,.0f}", "1.00"]
     # Twice as fast in both rounds; to decode, twice and 1.5 times.
