@@ -94,7 +94,7 @@ def absorb(
     Args:
         student: not changed; half: of `neurons_that_can_move`; givers: layers of the same kind.
         states, targets: per window [T, d], what enters the layer, and what should leave it.
-        run: told of the rounds, which take minutes where a layer has ten thousand neurons.
+        run: told of what takes minutes where a layer has ten thousand neurons.
     """
     path, precision = half.output.projection, settings.precision
     weight = decoder_layers(student)[index].get_submodule(path).get_parameter("weight").double()
@@ -106,10 +106,14 @@ def absorb(
     fit, every = range(sums.fit), range(len(states))
     some = fit[::RANKED_ON_ONE_OF]
     reader = _Reader(student, index, half)
+    run.report("ranking neurons", 0, len(givers))
     some_sums, held = Sums(len(some), sums.processes).of(own([*some, *every[sums.fit :]]), precision)
     rest = list(_left(own(some), choose_ridge(some_sums, held, settings.ridges), precision))
     entering = [states[one] for one in some]
-    worth = [explained(*sums.total(*reader.moments(giver, entering, rest, precision))) for giver in givers]
+    worth = []
+    for count, giver in enumerate(givers, 1):
+        worth.append(explained(*sums.total(*reader.moments(giver, entering, rest, precision))))
+        run.report("ranking neurons", count, len(givers))
     del some_sums, rest
     most = torch.stack(worth).flatten().topk(min(settings.neurons, half.units, len(givers) * half.units)).indices
     shortlist = [(int(one) // half.units, int(one) % half.units) for one in most.sort().values]

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from linearpatch_kernels.calibration import Span, calibrate
 from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.modeling.families import num_layers
+from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.patched import patched_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.nn import DiagonalPatch
@@ -68,6 +69,8 @@ TINY: dict[str, dict[str, Any]] = {
     "mixtral": {**GROUPED, "intermediate_size": 256},
 }
 ADAPTED = "llama with an adapter"
+# The demo model with the structured patch, its weights rounded, and what computes with them.
+ROUNDED = "hadamard in bfloat16"
 # By vLLM's Transformers backend, which runs the checkpoint's own code.
 ITS_CODE = {"model_impl": "transformers", "trust_remote_code": True}
 EAGER = {"enforce_eager": True}
@@ -223,6 +226,9 @@ def made(demo: tuple[PreTrainedModel, Any]) -> Iterator[Made]:
             model = tiny(case)
             add(case, model, few)
             save_checkpoint(model, tiny_tokenizer(WIDTH), root / case)
+        rounded = load_model(root / "hadamard", device="cpu", dtype=torch.bfloat16)[0]
+        save_checkpoint(rounded, demo[1], root / ROUNDED)
+        add(ROUNDED, load_model(root / ROUNDED, device="cpu", dtype=torch.float32)[0], prompts)
         add(ADAPTED, adapted(root / "adapter"), few, directory=str(root / "llama"), adapter=str(root / "adapter"))
         # Of what is written alone: vllm_apart.py says why.
         expected[ADAPTED] = Expected(*(rows[:, -NEW_TOKENS:] for rows in expected[ADAPTED]))
@@ -245,6 +251,7 @@ def plugged(made: Made) -> dict[str, Any]:
     """What vLLM gives with the plug-in."""
     jobs = {name: {**made.jobs[name], "options": EAGER} for name in FAULTS}
     jobs |= {name: {**made.jobs[case], "options": options} for name, (case, options) in PLUGGED.items()}
+    jobs[ROUNDED] = {**made.jobs[ROUNDED], "options": {**EAGER, "dtype": "bfloat16"}}
     return asked_of_vllm(jobs, made.root / "plugged", plug_in(made.root))
 
 
@@ -266,7 +273,11 @@ def asked_of_vllm(jobs: dict[str, Any], root: Path, installed: Path | None = Non
 
 
 def largest_difference(found: dict[str, Any], expected: Expected) -> float:
-    return float((torch.tensor(found["logprobs"]) - expected.logprobs).abs().max())
+    return float(differences(found, expected).max())
+
+
+def differences(found: dict[str, Any], expected: Expected) -> Tensor:
+    return (torch.tensor(found["logprobs"]) - expected.logprobs).abs()
 
 
 def check(name: str, found: dict[str, Any], expected: Expected) -> None:
@@ -301,6 +312,19 @@ def test_the_transformers_backend_runs_the_model_of_transformers(made: Made, alo
 @pytest.mark.parametrize("name", PLUGGED)
 def test_the_plug_in_runs_the_model_of_transformers(made: Made, plugged: Any, name: str) -> None:
     check(name, plugged[name], made.expected[PLUGGED[name][0]])
+
+
+def test_in_bfloat16_the_plug_in_is_as_near_to_float32_as_transformers(made: Made, plugged: Any) -> None:
+    expected, found = made.expected[ROUNDED], plugged[ROUNDED]
+    assert "error" not in found, found["error"]
+    model = load_model(made.root / ROUNDED, device="cpu", dtype=torch.bfloat16)[0]
+    forced = torch.tensor(made.jobs[ROUNDED]["forced"])
+    with torch.no_grad():
+        logprobs = model(forced).logits.float().log_softmax(dim=-1)[:, :-1].gather(-1, forced[:, 1:, None])
+    own, its = (logprobs.squeeze(-1) - expected.logprobs).abs(), differences(found, expected)
+    print(f"bfloat16: vLLM's log-probabilities off by {its.mean():.4f}, those of Transformers by {own.mean():.4f}")
+    assert its.mean() <= 2 * own.mean()
+    assert its.max() <= 2 * own.max()
 
 
 @pytest.mark.parametrize("way", ["alone", "plugged"])

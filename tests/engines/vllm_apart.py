@@ -21,7 +21,8 @@ def asked(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(model=job["directory"], dtype="float32", max_model_len=128, max_num_seqs=16, **job["options"])
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, **job["options"]}
+    llm = LLM(model=job["directory"], **options)
     adapter = {"lora_request": LoRARequest("adapter", 1, job["adapter"])} if "adapter" in job else {}
 
     def run(sequences: list[list[int]], **settings: Any) -> list[Any]:
