@@ -7,8 +7,9 @@ a place may be chosen by the loss after its refit.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -236,10 +237,11 @@ class _Chooser:
         refitted = CandidateRefits(self.dense, self.model, self.fit_windows, ends)
         return lambda span, shares, part: losses(refitted(self._merged(span, shares), span), span.start, part)
 
-    def _reported(self, spans: Sequence[Span]) -> Any:
-        for done, span in enumerate(spans, 1):
-            yield span
+    def _reported(self, spans: Sequence[Span]) -> Iterator[Span]:
+        for done, span in enumerate(spans):
             self.run.report("choosing the place", done, len(spans))
+            yield span
+        self.run.report("choosing the place", len(spans), len(spans))
 
     def _place_loss(self, losses: PrefixLosses, measure: Measure, span: Span) -> float:
         if self.settings.place_score.candidate == "removed":
@@ -267,7 +269,10 @@ class _Chooser:
         def shares(point: int) -> list[float]:
             return _of_the_ends(span, point / grid, 1 - point / grid)
 
+        looks = itertools.count(1)
+
         def loss(point: int, quick: bool) -> float:
+            self.run.report("choosing the shares", next(looks), 0)
             # Beside a refit a look at a few windows saves little, and refits leave smaller differences to see.
             few = quick and not self.settings.refits
             return measure(span, shares(point), _QUICK if few else 1.0)

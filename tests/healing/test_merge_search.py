@@ -189,7 +189,9 @@ def test_a_block_is_one_merge_of_its_first_and_last_layer(
     dense: PreTrainedModel, windows: Tensor, heldout: Tensor
 ) -> None:
     assert default_variant(dense, 3) == "come-block"
-    merged, plan = plan_merging(dense, windows, heldout, MergeSettings(layers=3, **VARIANTS["come-block"]))
+    told: list[tuple[Any, ...]] = []
+    settings = MergeSettings(layers=3, **VARIANTS["come-block"])
+    merged, plan = plan_merging(dense, windows, heldout, settings, progress=lambda *one: told.append(one))
     (merge,), (record,) = plan.merges, plan.records
     assert num_layers(merged) == 3
     assert merge.span.length == 4
@@ -197,6 +199,8 @@ def test_a_block_is_one_merge_of_its_first_and_last_layer(
     assert all(given[1] == given[2] == () for given in merge.units.values())
     found = record["losses"]
     assert found[f"{merge.shares[0]:g}"] == min(found.values())
+    # Every look is a refit, which takes half a minute of a model of some size.
+    assert len(found) <= len([one for one in told if one[0] == "choosing the shares"]) <= 10
     refitted = refit_merges(dense, merged, windows).model
     assert min(found.values()) == pytest.approx(loss_of(refitted, heldout), abs=1e-5)
 
