@@ -140,7 +140,6 @@ def by_vllm(results: Mapping[str, Path], *, plugged: bool, **options: Any) -> Fo
 ENGINES: dict[str, Callable[[Mapping[str, Path]], Found]] = {
     "Transformers, with the cache": by_transformers,
     "vLLM, compiled": lambda results: by_vllm(results, plugged=True),
-    "vLLM, eager": lambda results: by_vllm(results, plugged=True, enforce_eager=True),
     "vLLM without this package, by its Transformers backend, eager": lambda results: by_vllm(
         results, plugged=False, enforce_eager=True, model_impl="transformers", trust_remote_code=True
     ),
