@@ -48,7 +48,7 @@ $(TORCHAO)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchao==0.18.0
 	touch $@
 
-# Hugging Face's kernels, which loads the operators, and its check of their ABI. Transformers imports it, too.
+# Hugging Face's kernels, which loads the operators, and its check of their ABI. Not in the environment, as torchao.
 $(KERNELS)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(KERNELS) \
 		kernels==0.17.2 kernel-abi-check==0.14.1 tomlkit==0.15.2

@@ -32,7 +32,8 @@ def operators() -> str:
 
 def operands(dtype: torch.dtype) -> dict[str, Tensor]:
     """Those of a joint, with what the operators make of them."""
-    x, residual = torch.randn(2, 5, WIDTH, WIDTH // 16)[..., 0].to(dtype), torch.randn(2, 5, WIDTH).to(dtype)
+    x = torch.randn(2, WIDTH, 5).to(dtype).mT  # any strides will do
+    residual = torch.randn(2, 5, WIDTH).to(dtype)
     scales = {name: torch.rand(WIDTH) + 0.5 for name in ("scale", "pre_scale", "post_scale")}
     low_rank = {"down": torch.randn(WIDTH, 3) / WIDTH, "up": torch.randn(3, WIDTH)}
     norm_weight = torch.rand(WIDTH) + 0.5

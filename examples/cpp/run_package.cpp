@@ -18,7 +18,7 @@ bool compare(const std::string& package, const joint::File& file) {
 
 int main(int count, char** arguments) try {
   TORCH_CHECK(count == 4, "use: run_package SHARED_OBJECT PACKAGE FILE");
-  setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // else the block reads past the end of a stream that is too narrow
+  setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // without it, a package takes inputs of any shape at their word
   joint::load_kernels(arguments[1]);
   return compare(arguments[2], joint::File(arguments[3])) ? 0 : 1;
 } catch (const c10::Error& error) {

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.pages import ROOT
+from tests.support.pages import ROOT, block_of
 from tools.kernels_layout import VARIANT, operators_modules, write_modules
 
-# Where the package kernels is: not in the environment, because Transformers imports it wherever it is.
+# Where the package kernels is: not in the environment, because Transformers uses it wherever it is.
 KERNELS = os.environ.get("HF_KERNELS")
 compiler = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -116,15 +116,31 @@ def run(program: str, place: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page's lines write."""
     if KERNELS is None:
         pytest.skip("HF_KERNELS does not say where the package kernels is: make slow installs it")
     if compiler is None:
         pytest.skip("no C++ compiler")
     place = tmp_path_factory.mktemp("layout")
+    lines = re.sub(r"\bDIR\b", str(place), block_of(ROOT / "docs/add/engine.md", "sh"))
     finished = subprocess.run(
-        [sys.executable, "tools/kernels_layout.py", place], capture_output=True, text=True, timeout=540, cwd=ROOT
+        ["bash", "-euc", lines],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(KERNELS),
+            "HF_HUB_OFFLINE": "1",
+            "LINEARPATCH_BACKEND": "",
+        },
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    _, function, symbols = finished.stdout.splitlines()
+    assert function.startswith("<function hadamard_patch at ")
+    assert symbols.startswith("[")  # which there are, goes by the compiler and the C library
     return place
 
 
