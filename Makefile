@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 OLDER := $(VENV)/transformers-4
 OLDEST := $(VENV)/transformers-5.16
 TORCHAO := $(VENV)/torchao
+KERNELS := $(VENV)/kernels
 TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.7.1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -47,11 +48,17 @@ $(TORCHAO)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchao==0.18.0
 	touch $@
 
-slow: $(READY) $(OLDER)/.ready $(TORCHAO)/.ready $(TRITONS:%=%/.ready)
+# Hugging Face's kernels, which loads the operators, and its check of their ABI. Not in the environment, as torchao.
+$(KERNELS)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(KERNELS) \
+		kernels==0.17.2 kernel-abi-check==0.14.1 tomlkit==0.15.2
+	touch $@
+
+slow: $(READY) $(OLDER)/.ready $(TORCHAO)/.ready $(KERNELS)/.ready $(TRITONS:%=%/.ready)
 	PYTHONPATH=$(CURDIR)/$(TORCHAO) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -k torchao \
 		tests/engines/test_transformers.py
-	TRANSFORMERS_4=$(CURDIR)/$(OLDER) TRITON_VENVS="$(TRITONS:%=$(CURDIR)/%)" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -m slow -n logical --dist loadfile $(SLOW)
+	TRANSFORMERS_4=$(CURDIR)/$(OLDER) TRITON_VENVS="$(TRITONS:%=$(CURDIR)/%)" HF_KERNELS=$(CURDIR)/$(KERNELS) \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n logical --dist loadfile $(SLOW)
 
 # The oldest Transformers that pyproject claims, in front of the installed one: what reads, cuts and writes models.
 $(OLDEST)/.ready: $(READY)

@@ -37,6 +37,8 @@ BINDINGS = str(Path("csrc/bindings.cpp"))
 
 # libtorch's stable ABI as of 2.11: one file for every later torch and every Python from 3.11 on.
 DEFINITIONS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+if namespace := os.environ.get("LINEARPATCH_NAMESPACE"):  # csrc/common/namespace.h
+    DEFINITIONS.append(("LINEARPATCH_NAMESPACE", namespace))
 COMPILE = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
 CUDA_COMPILE = [
     "-std=c++20",

@@ -1,13 +1,14 @@
 // Everything that torch learns of the compiled kernels: loading this library registers them.
 #include <torch/csrc/stable/library.h>
 
+#include "common/namespace.h"
 #include "hadamard_patch/operators.h"
 #include "topk_kl/cpu/operators.h"
 #ifdef LINEARPATCH_CUDA
 #include "topk_kl/cuda/operators.h"
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(LINEARPATCH_NAMESPACE, CPU, library) {
   library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cpu::hadamard_patch));
   library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cpu::hadamard_patch_backward));
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cpu::add_patch_rms_norm));
@@ -19,7 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(linearpatch, CPU, library) {
 }
 
 #ifdef LINEARPATCH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(linearpatch, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(LINEARPATCH_NAMESPACE, CUDA, library) {
   library.impl("hadamard_patch", TORCH_BOX(&linearpatch::cuda::hadamard_patch));
   library.impl("hadamard_patch_backward", TORCH_BOX(&linearpatch::cuda::hadamard_patch_backward));
   library.impl("add_patch_rms_norm", TORCH_BOX(&linearpatch::cuda::add_patch_rms_norm));

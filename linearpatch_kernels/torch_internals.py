@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from linearpatch_kernels._ops import NAMESPACE
+
 
 def _public_alone() -> bool:
     return os.environ.get("LINEARPATCH_PUBLIC_TORCH", "0") not in ("", "0")
@@ -87,10 +89,10 @@ def has_kernel(operator: str, key: str) -> bool:
     Looked up and not listed: it is asked in every call of a loss, and to list what CUDA has takes torch a millisecond.
     Without: the overload is asked; for an operator that is not defined yet the answer is yes.
     """
-    name = f"linearpatch::{operator}"
+    name = f"{NAMESPACE}::{operator}"
     if _has_kernel is not None and _has_kernel_for is not None:
         return _has_kernel(name) and _has_kernel_for(name, key)
-    defined = getattr(torch.ops.linearpatch, operator, None)
+    defined = getattr(getattr(torch.ops, NAMESPACE), operator, None)
     return defined is None or defined.default.has_kernel_for_dispatch_key(key)
 
 

@@ -18,7 +18,8 @@ from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.support.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+FOLDERS = ("docs", "benchmarks", "examples")
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 ADDRESS = re.compile(r"[a-z]+:", re.IGNORECASE)
 
 

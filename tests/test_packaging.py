@@ -135,7 +135,7 @@ def test_the_source_distribution_is_the_whole_project(tmp_path: Path) -> None:
     """It lacked the tests' helpers, the benchmarks, the docs, and the generator of a file that it had."""
     source = tmp_path / "project"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*IGNORED))
-    parts = ("linearpatch_kernels", "csrc", "tests", "benchmarks", "docs", "tools", ".ci")
+    parts = ("linearpatch_kernels", "csrc", "tests", "benchmarks", "docs", "examples", "tools", ".ci")
     shutil.copytree(ROOT / ".ci", source / ".ci")
     wanted = {str(file.relative_to(source)) for part in parts for file in (source / part).rglob("*") if file.is_file()}
     wanted |= {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}

@@ -52,7 +52,7 @@ inline bool steps_are_nested(const Tensor& t) {
 inline bool share_memory(const Tensor& a, const Optional& b) {
   using torch::stable::detail::from, torch::stable::detail::to;
   std::array<StableIValue, 2> stack{from(a), from(b)};
-  const char* const name = "linearpatch::share_memory";
+  const char* const name = LINEARPATCH_OPERATOR("share_memory");
   require(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
   return to<bool>(stack[0]);
 }

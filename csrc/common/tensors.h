@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "namespace.h"
 
 namespace linearpatch {
 

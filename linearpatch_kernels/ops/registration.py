@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, custom_op
 
+from linearpatch_kernels._ops import NAMESPACE
 from linearpatch_kernels.backend import check_reference_allowed, compiled_for_gpus, triton_serves
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import without_autocast
 from linearpatch_kernels.ops.backends import Kernel, add_operator, added_kernels
 from linearpatch_kernels.torch_internals import called_by, may_be_dual, transformed
 
-_AUTOGRAD = Library("linearpatch", "IMPL")
+_AUTOGRAD = Library(NAMESPACE, "IMPL")
 
 # What the caller of an operator named, for the derivatives that no kernel has: they are computed by none in its place.
 _NAMED: ContextVar[str] = ContextVar("impl", default="auto")
@@ -113,11 +114,11 @@ class Operator:
         variants: Mapping[str, Operator] | None = None,
     ) -> None:
         self.variants = dict(variants or {})
-        self._definition = custom_op(f"linearpatch::{name}", kernel, mutates_args=tuple(mutates_args), schema=schema)
+        self._definition = custom_op(f"{NAMESPACE}::{name}", kernel, mutates_args=tuple(mutates_args), schema=schema)
         self._definition.register_fake(fake)
         self.register_kernel = self._definition.register_kernel
         self.register_vmap = self._definition.register_vmap
-        self.overload = getattr(torch.ops.linearpatch, name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.call = called_by(self.overload)
         self._told, self._otherwise = told, otherwise
         declared = schema.partition(" -> ")[0].strip("()").split(", ")

@@ -1,4 +1,4 @@
-"""The Python of a page, run as its reader would."""
+"""The code of a page, run as its reader would."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 def python_of(page: str) -> str:
     """The one block of Python of a page of docs/."""
-    tokens = MarkdownIt("commonmark").parse((ROOT / "docs" / page).read_text(encoding="utf-8"))
-    (block,) = [token.content for token in tokens if token.type == "fence" and token.info == "python"]
+    return block_of(ROOT / "docs" / page, "python")
+
+
+def block_of(page: Path, language: str) -> str:
+    """The page's one block of code in a language."""
+    tokens = MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8"))
+    (block,) = [token.content for token in tokens if token.type == "fence" and token.info == language]
     return block
 
 

@@ -51,9 +51,9 @@ const Width& width_of(int64_t d) {
   static thread_local const Width* last = nullptr;  // no lock for the width of the call before
   if (last && last->d == d) return *last;
   if (const Width* known = find_width(d)) return *(last = known);
-  const Tensor h = torch::stable::contiguous(call<1>("linearpatch::paley_matrix", {from(d)})[0]);
+  const Tensor h = torch::stable::contiguous(call<1>(LINEARPATCH_OPERATOR("paley_matrix"), {from(d)})[0]);
   if (h.dim() != 2 || h.size(0) != h.size(1) || h.size(0) < 1 || d % h.size(0) || h.scalar_type() != ScalarType::Char)
-    refuse("linearpatch::paley_matrix(" + std::to_string(d) + ") must be int8 [m, m] with an m that divides it");
+    refuse(LINEARPATCH_OPERATOR("paley_matrix(") + std::to_string(d) + ") must be int8 [m, m] with an m that divides it");
   // The order m 2^k is the largest that divides d, so k is.
   const int64_t m = h.size(0), inner = d / m & -(d / m);
   return add_width(d, m, inner, static_cast<const int8_t*>(h.const_data_ptr()));
@@ -301,7 +301,7 @@ std::array<Tensor, 4> fused_gradients(const Tensor& grad, const Tensor& x, const
 Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
   if (!kernel_dtype(x))
-    return call<6>("linearpatch::hadamard_patch_reference",
+    return call<6>(LINEARPATCH_OPERATOR("hadamard_patch_reference"),
                    {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up)})[0];
   const Tensor y = empty_contiguous(x);
   patch_into(x, scale, pre_scale, post_scale, down, up, y);
@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
     Tensor grad, Tensor x, Tensor scale, Optional pre_scale, Optional post_scale, Optional down, Optional up, int64_t needs) {
   check_operands(x, scale, pre_scale, post_scale, down, up);
   const auto reference = [&](int64_t wanted) {
-    return call<8>("linearpatch::hadamard_patch_backward_reference",
+    return call<8>(LINEARPATCH_OPERATOR("hadamard_patch_backward_reference"),
                    {from(grad), from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(wanted)},
                    6);
   };
@@ -351,7 +351,7 @@ std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor 
   check_norm_operands(x, residual, norm_weight);
   const int64_t d = x.size(x.dim() - 1);
   if (!kernel_dtype(x)) {
-    const auto results = call<9>("linearpatch::add_patch_rms_norm_reference",
+    const auto results = call<9>(LINEARPATCH_OPERATOR("add_patch_rms_norm_reference"),
                                  {from(x), from(residual), from(scale), from(norm_weight), from(eps), from(pre_scale),
                                   from(post_scale), from(down), from(up)},
                                  2);

@@ -27,7 +27,7 @@ constexpr int64_t kVector = 16;  // bytes
 const Width& width_of(const Tensor& x) {
   const int64_t d = x.size(x.dim() - 1);
   if (const Width* known = find_width(d)) return *known;
-  const Tensor h = torch::stable::contiguous(call<1>("linearpatch::paley_matrix", {from(d)})[0]);
+  const Tensor h = torch::stable::contiguous(call<1>(LINEARPATCH_OPERATOR("paley_matrix"), {from(d)})[0]);
   const int64_t m = h.size(0), inner = d / m & -(d / m);
   return add_width(d, m, inner, static_cast<const int8_t*>(h.const_data_ptr()));
 }
@@ -250,7 +250,7 @@ Tensor hadamard_patch(Tensor x, Tensor scale, Optional pre_scale, Optional post_
     const Tensor y = empty_contiguous(x);
     if (patch_into(x, {scale, pre_scale, post_scale}, down, up, y)) return y;
   }
-  return call<6>("linearpatch::hadamard_patch_reference",
+  return call<6>(LINEARPATCH_OPERATOR("hadamard_patch_reference"),
                  {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up)})[0];
 }
 
@@ -259,7 +259,7 @@ void hadamard_patch_out(Tensor x, Tensor scale, Optional pre_scale, Optional pos
   check_operands(x, scale, pre_scale, post_scale, down, up);
   check_out(out, x, scale, pre_scale, post_scale, down, up);
   if (kernel_dtype(x) && patch_into(x, {scale, pre_scale, post_scale}, down, up, out)) return;
-  call<7>("linearpatch::hadamard_patch_out_reference",
+  call<7>(LINEARPATCH_OPERATOR("hadamard_patch_out_reference"),
           {from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(out)}, 0);
 }
 
@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_patch_backwa
   check_operands(x, scale, pre_scale, post_scale, down, up);
   check_like("grad", grad, x);
   const auto reference = [&](int64_t wanted) {
-    return call<8>("linearpatch::hadamard_patch_backward_reference",
+    return call<8>(LINEARPATCH_OPERATOR("hadamard_patch_backward_reference"),
                    {from(grad), from(x), from(scale), from(pre_scale), from(post_scale), from(down), from(up), from(wanted)},
                    6);
   };
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor> add_patch_rms_norm(Tensor x, Tensor residual, Tensor 
     if (patch_rows_into(readable(x), {scale, pre_scale, post_scale}, y, readable(residual), norm_weight, normed, eps))
       return {normed, y};
   }
-  const auto results = call<9>("linearpatch::add_patch_rms_norm_reference",
+  const auto results = call<9>(LINEARPATCH_OPERATOR("add_patch_rms_norm_reference"),
                                {from(x), from(residual), from(scale), from(norm_weight), from(eps), from(pre_scale),
                                 from(post_scale), from(down), from(up)},
                                2);

@@ -504,7 +504,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_topk_kl_loss_softcapped(
   if (softcap != 0) check_scale("softcap", softcap);
   if (needs_reference(hidden, &weight, teacher_ids)) {
     const auto results =
-        call<11>("linearpatch::linear_topk_kl_loss_softcapped_reference",
+        call<11>(LINEARPATCH_OPERATOR("linear_topk_kl_loss_softcapped_reference"),
                  {from(hidden), from(weight), from(teacher_probs), from(teacher_ids), from(bias), from(normalization),
                   from(temperature), from(hidden_grad), from(weight_grad), from(bias_grad), from(softcap)},
                  4);
@@ -535,7 +535,7 @@ std::tuple<Tensor, Tensor> topk_kl_loss(Tensor logits, Tensor teacher_probs, Ten
                                         double temperature) {
   check_operands(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
   if (needs_reference(logits, nullptr, teacher_ids)) {
-    const auto results = call<5>("linearpatch::topk_kl_loss_reference",
+    const auto results = call<5>(LINEARPATCH_OPERATOR("topk_kl_loss_reference"),
                                  {from(logits), from(teacher_probs), from(teacher_ids), from(normalization), from(temperature)},
                                  2);
     return {results[0], results[1]};
@@ -557,7 +557,7 @@ Tensor topk_kl_loss_backward(Tensor grad, Tensor logits, Tensor teacher_probs, T
                              std::string normalization, double temperature) {
   check_operands(logits, teacher_probs, teacher_ids, normalization, temperature, nullptr, {});
   if (needs_reference(logits, nullptr, teacher_ids))
-    return call<7>("linearpatch::topk_kl_loss_backward_reference",
+    return call<7>(LINEARPATCH_OPERATOR("topk_kl_loss_backward_reference"),
                    {from(grad), from(logits), from(teacher_probs), from(teacher_ids), from(normalizers),
                     from(normalization), from(temperature)},
                    1)[0];

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearpatch_kernels._ops import NAMESPACE
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.hadamard import paley_factor
 from linearpatch_kernels.ops.backends import Kernel, check_served
@@ -85,7 +86,7 @@ def _no_derivative(*_: Any) -> Any:
     )
 
 
-_TRITON = "linearpatch_kernels.ops.hadamard_patch.triton"
+_TRITON = f"{__package__}.triton"
 
 
 def _kernels(name: str) -> dict[str, Kernel]:
@@ -170,7 +171,7 @@ def _into_bits(patch: Operator) -> Any:
 
 # What the compiled kernels ask Python: the matrix H_m of a width when they first meet it, and whether tensors whose
 # address ranges meet share memory.
-_asked = torch.library.Library("linearpatch", "FRAGMENT")
+_asked = torch.library.Library(NAMESPACE, "FRAGMENT")
 _asked.define("paley_matrix(int d) -> Tensor")
 _asked.impl("paley_matrix", lambda d: paley_factor(d)[0], "CompositeExplicitAutograd")
 _asked.define("share_memory(Tensor a, Tensor? b) -> bool")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearpatch_kernels._ops import NAMESPACE
 from linearpatch_kernels.torch_internals import address
 
 _SLOTS = "Tensor probs, Tensor ids"
@@ -69,5 +70,5 @@ class Kernels:
         return dtype
 
 
-define("linearpatch")
-COMPILED = Kernels("linearpatch")
+define(NAMESPACE)
+COMPILED = Kernels(NAMESPACE)

@@ -41,12 +41,12 @@ _MOST = 2**31 - 1  # the kernels count in 32 bits
 
 
 def _triton(device: torch.device) -> Any:
-    return import_module("linearpatch_kernels.ops.topk_kl.triton") if triton_serves(device.type) else None
+    return import_module(f"{__package__}.triton") if triton_serves(device.type) else None
 
 
 def kernels_of(impl: str) -> Any:
     """What an implementation that is named has the kernels in."""
-    return cuda.COMPILED if impl == "cuda" else import_module("linearpatch_kernels.ops.topk_kl.triton")
+    return cuda.COMPILED if impl == "cuda" else import_module(f"{__package__}.triton")
 
 
 def kernels_for(hidden: Tensor) -> Any:

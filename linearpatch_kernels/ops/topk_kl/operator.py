@@ -70,7 +70,7 @@ def _fake_linear(
     )
 
 
-_GPU = "linearpatch_kernels.ops.topk_kl.gpu"
+_GPU = f"{__package__}.gpu"
 
 
 def _kernel(name: str, impl: str, *, any_width: bool = True) -> Kernel:
