@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from linearpatch_kernels import __version__
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import appearing, check_room, remove_unfinished
 from linearpatch_kernels.modeling import gguf_layout as layout
@@ -25,13 +24,16 @@ from linearpatch_kernels.modeling.families import PATCHED_PREFIX, STOCK_FAMILIES
 from linearpatch_kernels.modeling.gguf import Header, check_tensors, config_of
 from linearpatch_kernels.modeling.gguf_file import StoredTensor, read_file
 from linearpatch_kernels.modeling.gguf_vocabulary import describe_tokenizer
+from linearpatch_kernels.torch_state import own_state
 
 DTYPES: Mapping[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Of the matrices -> gguf's name of it. Vectors stay in float32: llama.cpp computes norms and biases in it alone."""
 
 OURS = "linearpatch."
 """How the keys begin that say what this package did."""
-_VERSION, _BYTES = f"{OURS}version", f"{OURS}tensor_bytes"
+VERSION = f"{OURS}version"
+"""The key by which a file is known as this package's; who describes one says it."""
+_BYTES = f"{OURS}tensor_bytes"
 
 # What stands in a config and changes nothing that a model computes of a text, or is compared otherwise.
 _NOT_COMPUTED = {
@@ -39,6 +41,8 @@ _NOT_COMPUTED = {
     *("attention_dropout", "resid_pdrop", "embd_pdrop", "sliding_window_pattern", "_sliding_window_pattern"),
     *("model_type", "rope_parameters", "sliding_window", "original_max_position_embeddings", *layout.TOKENS),
 }
+# Types of rotary embeddings. (A dynamic one begins as one that is not scaled, which reading back would not tell.)
+_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
 _CLOSE = 1e-5
 # Of the head of the file beside its vocabulary.
 _HEAD_BYTES = 1 << 20
@@ -91,13 +95,14 @@ def check_stock(name: str, config: PretrainedConfig, *, quantised: bool) -> str:
     return architecture
 
 
+@own_state()
 def describe(
     name: str, config: PretrainedConfig, tokenizer: Any, architecture: str, dtype: str, about: Mapping[str, Any]
 ) -> Description:
     """What the file says of a model.
 
     Args:
-        name: of the model, in messages; dtype: one of `DTYPES`; about: more metadata.
+        name: of the model, in messages; dtype: one of `DTYPES`; about: more metadata, `VERSION` among it.
 
     Raises:
         InputError: the file cannot say something that the model computes, or how its tokenizer splits text.
@@ -119,7 +124,6 @@ def describe(
         **({"general.quantization_version": 2} if dtype == "q8_0" else {}),
         **{f"{architecture}.{key}": value for key, value in said.items()},
         **vocabulary.metadata,
-        _VERSION: __version__,
     }
     found = Description(architecture, metadata, tensors, kinds, factors, (*notes, *vocabulary.notes))
     _check_read_back(name, found, config)
@@ -139,9 +143,10 @@ def wrote(file: Path) -> bool:
     except Exception:
         # Whatever it is, this package did not write it.
         return False
-    return _VERSION in metadata and metadata.get(_BYTES) == stored
+    return VERSION in metadata and metadata.get(_BYTES) == stored
 
 
+@own_state()
 @torch.no_grad()
 def write_gguf(
     file: Path,
@@ -200,6 +205,9 @@ def _keys(config: Any, architecture: str) -> tuple[dict[str, Any], dict[str, lis
     said = {key: getattr(config, name) for name, key in layout.SIZES.items()}
     said |= {layout.EPS: float(config.rms_norm_eps), layout.KEY_SIZE: head, layout.VALUE_SIZE: head}
     rope, notes = config.rope_parameters, []
+    for part in rope.values() if architecture == "gemma3" else (rope,):
+        if (kind := part.get("rope_type", "default")) not in _ROPES:
+            raise InputError(f"rotary embeddings of the type {kind} cannot be said in a GGUF file: give another model")
     if architecture == "gemma3":
         said[layout.BASE_IN_WINDOWS] = float(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
@@ -223,7 +231,7 @@ def _keys(config: Any, architecture: str) -> tuple[dict[str, Any], dict[str, lis
 def _scaling(
     rope: Mapping[str, Any], config: Any, rotary: Any, rotated: int
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Keys and tensors of scaled rotary embeddings; a kind that has none is told by reading back."""
+    """Keys and tensors of scaled rotary embeddings."""
     kind, original = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings")
     original = original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     if kind == "linear":

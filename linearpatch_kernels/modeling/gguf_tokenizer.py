@@ -166,15 +166,20 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     merges = [_pair(merge) for merge in vocabulary.said["merges"]]
     ignore = vocabulary.split in WHOLE_WORDS
     tokenizer = Tokenizer(models.BPE(vocab=_numbered(tokens), merges=merges, ignore_merges=ignore))
-    expression = _EXPRESSIONS.get(vocabulary.split)
+    tokenizer.pre_tokenizer = splitter(vocabulary.split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def splitter(split: str) -> pre_tokenizers.Sequence:
+    """What splits a text as llama.cpp does where the file names this way, and spells the parts in bytes."""
+    expression = _EXPRESSIONS.get(split)
     parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)]
     if expression is not None:
         parts.insert(0, pre_tokenizers.Split(Regex(expression), behavior="isolated"))
-    elif vocabulary.split in _DIGIT_SPLITS:
+    elif split in _DIGIT_SPLITS:
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return pre_tokenizers.Sequence(parts)
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:

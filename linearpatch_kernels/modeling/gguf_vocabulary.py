@@ -101,13 +101,33 @@ def _candidates(tokenizer: Any, state: Mapping[str, Any], architecture: str, row
             ways = ways[1:]
     else:
         said["merges"] = [f"{left} {right}" for left, right in pairs]
-        whole = bool(model.get("ignore_merges"))
-        ways = [{"pre": name} for name in sorted(_SPLITS, key=lambda name: (name in reading.WHOLE_WORDS) != whole)]
+        ways = [{"pre": name} for name in _by_likeness(state)]
     template = _template(tokenizer)
     for way in ways:
         metadata = {"general.architecture": architecture}
         metadata |= {f"{PREFIX}{key}": value for key, value in {**said, **way}.items() if value is not None}
         yield metadata | ({TEMPLATE: template} if template else {})
+
+
+def _by_likeness(state: Mapping[str, Any]) -> list[str]:
+    """The ways to split, those first that are made of what the tokenizer is made of."""
+    parts, whole = _parts(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
+
+    def unlike(name: str) -> tuple[bool, bool]:
+        return _parts(json.loads(reading.splitter(name).__getstate__())) != parts, (
+            name in reading.WHOLE_WORDS
+        ) != whole
+
+    return sorted(_SPLITS, key=unlike)
+
+
+def _parts(state: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    """What a pre-tokenizer does, in its order, without what changes no token."""
+    if state is None:
+        return []
+    if state["type"] == "Sequence":
+        return [part for one in state["pretokenizers"] for part in _parts(one)]
+    return [tuple(str(state.get(key)) for key in ("type", "pattern", "behavior", "individual_digits", "use_regex"))]
 
 
 def _tokens(tokenizer: Any, rows: int) -> list[str]:

@@ -13,7 +13,7 @@ from linearpatch_kernels import __version__
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import check_file, expanded, lies_in, record
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
-from linearpatch_kernels.modeling.gguf_export import DTYPES, OURS, check_stock, describe, write_gguf, wrote
+from linearpatch_kernels.modeling.gguf_export import DTYPES, OURS, VERSION, check_stock, describe, write_gguf, wrote
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.recipes.inputs import GivenModel, find_model, on_disk, title_of
@@ -124,7 +124,7 @@ def _told(model: GivenModel, source: Any) -> dict[str, Any]:
     name = str(base.get("title") or base["name"])
     if made:
         name = f"{name.rpartition('/')[2]}, {source.num_layers} of {made['layers_before']} layers"
-    about: dict[str, Any] = {"general.name": name}
+    about: dict[str, Any] = {"general.name": name, VERSION: __version__}
     if made:
         about |= {
             "general.description": f"Made by linearpatch-kernels {__version__}: {made['what']}",
