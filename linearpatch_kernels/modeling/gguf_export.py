@@ -23,6 +23,7 @@ from linearpatch_kernels.modeling import gguf_layout as layout
 from linearpatch_kernels.modeling.families import PATCHED_PREFIX, STOCK_FAMILIES, family_of
 from linearpatch_kernels.modeling.gguf import Header, check_tensors, config_of
 from linearpatch_kernels.modeling.gguf_file import StoredTensor, read_file
+from linearpatch_kernels.modeling.gguf_tokenizer import PREFIX
 from linearpatch_kernels.modeling.gguf_vocabulary import describe_tokenizer
 from linearpatch_kernels.torch_state import own_state
 
@@ -44,6 +45,9 @@ _NOT_COMPUTED = {
 # Types of rotary embeddings. (A dynamic one begins as one that is not scaled, which reading back would not tell.)
 _ROPES = ("default", "linear", "yarn", "llama3", "longrope")
 _CLOSE = 1e-5
+# llama.cpp takes spaces behind special tokens away in a model with one of these in its name, and looks these tokens up
+# then: without them it does not load the file.
+_PHI3_NAMES, _PHI3_TOKENS = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 # Of the head of the file beside its vocabulary.
 _HEAD_BYTES = 1 << 20
 
@@ -119,7 +123,7 @@ def describe(
     metadata = {
         "general.architecture": architecture,
         "general.type": "model",
-        **about,
+        **_named(about, vocabulary.metadata),
         "general.file_type": _file_type(dtype),
         **({"general.quantization_version": 2} if dtype == "q8_0" else {}),
         **{f"{architecture}.{key}": value for key, value in said.items()},
@@ -226,6 +230,15 @@ def _keys(config: Any, architecture: str) -> tuple[dict[str, Any], dict[str, lis
     said |= {layout.ROTATED: rotated, layout.BASE: float(rope["rope_theta"])}
     scaling, factors = _scaling(rope, config, rotary, rotated)
     return {**said, **scaling}, factors, notes
+
+
+def _named(about: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata, without a name by which llama.cpp would take the tokenizer for another one."""
+    called = str(about.get("general.name", "")).lower()
+    tokens = vocabulary.get(f"{PREFIX}tokens", ())
+    is_phi3 = any(name in called for name in _PHI3_NAMES)
+    misleads = is_phi3 and not all(token in tokens for token in _PHI3_TOKENS)
+    return {key: value for key, value in about.items() if not (misleads and key == "general.name")}
 
 
 def _scaling(

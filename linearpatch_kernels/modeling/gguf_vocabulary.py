@@ -72,7 +72,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, architecture: str, ro
         if text is None:
             return Description(
                 {key: value for key, value in metadata.items() if key != "general.architecture"},
-                tuple(_notes(built, tokenizer, normalised)),
+                tuple(_notes(built, tokenizer, normalised, metadata)),
             )
         failed = failed or text
     raise InputError(
@@ -216,11 +216,16 @@ def _split(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _notes(built: Any, tokenizer: Any, normalised: bool) -> Iterator[str]:
+def _notes(built: Any, tokenizer: Any, normalised: bool, metadata: Mapping[str, Any]) -> Iterator[str]:
     special = [f"{token} word {token} {token}" for token in map(str, tokenizer.all_special_tokens)]
     for texts, what in ((_BORDERS, "at the ends of a text"), (special, "around special tokens")):
         if (text := _difference(built, tokenizer, texts)) is not None:
             yield f"spaces {what} are read otherwise from the GGUF file than by the tokenizer ({text!r}, for one)"
+    if metadata.get(f"{PREFIX}add_space_prefix") and any(
+        _split(tokenizer, f"{token}word") != _split(tokenizer, token) + _split(tokenizer, "word")
+        for token in map(str, tokenizer.all_special_tokens)
+    ):
+        yield "llama.cpp puts a space in front of what follows a special token, which the tokenizer does not"
     if normalised:
         yield "the tokenizer composes letters (NFC), which llama.cpp does not: normalise text with decomposed ones"
     if tokenizer.eos_token_id is None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import linearpatch_kernels as lp
 from linearpatch_kernels.errors import InputError
@@ -26,11 +25,10 @@ from linearpatch_kernels.modeling import gguf_export, gguf_vocabulary
 from linearpatch_kernels.modeling.gguf_file import read_file
 from linearpatch_kernels.modeling.loading import load_model
 from tests.support.field import failing
+from tests.support.gguf_models import LLAMA3, ROPES, TOKENIZERS, byte_level, model_for, sentencepiece, with_rope
 from tests.support.pages import ROOT
 from tests.support.tiny import FAMILY_NAMES, tiny_model, tiny_patched_model, tiny_tokenizer
-from tests.support.tokenizers import byte_tokenizer
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
 ODD = [
     "",
     "plain words, 12345 and 3.14",
@@ -45,94 +43,6 @@ ODD = [
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEARPATCH_CACHE", str(tmp_path / "cache"))
-
-
-def byte_level(split: str = "gpt-2") -> PreTrainedTokenizerFast:
-    """Merges of an English sentence, special tokens, a chat template."""
-    trained = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"]
-    names = ["<s>", "</s>", "<pad>", "<tool>"]
-    vocabulary = {token: i for i, token in enumerate([*names[:3], *sorted(trained["vocab"], key=trained["vocab"].get)])}
-    merges = [tuple(merge) for merge in trained["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in ("llama-bpe", "tekken")))
-    parts = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
-        "llama-bpe": [pre_tokenizers.Split(Regex(QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")), "isolated")],
-    }.get(split, [])
-    regex = split in ("gpt-2", "smollm")
-    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    if split == "llama-bpe":
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return named(tokenizer)
-
-
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def sentencepiece(style: str) -> PreTrainedTokenizerFast:
-    """Pieces by score, every way to make one a merge, bytes for the rest: as Llama 2's, Phi-3's and Gemma's."""
-    pieces = ["▁t", "he", "▁the", "qu", "ick", "qui", "▁qui", "▁quick", "wor", "ds", "words", "▁words", "▁▁", "▁a"]
-    letters = sorted({*"▁abcdefghijklmnopqrstuvwxyzABCDEFG.,0123456789'", "ic", "wo", "ui"})
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
-    vocabulary = {token: i for i, token in enumerate(names)}
-    # Gemma's scores are its numbers.
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted({*names[259:]}, key=vocabulary.__getitem__)
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    strip = [decoders.Strip(" ", left=1)]
-    if style == "gemma":
-        tokenizer.normalizer, strip = normalizers.Replace(" ", "▁"), []
-    elif style == "phi3":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    tokenizer.add_special_tokens([AddedToken("<unk>", normalized=False, special=True)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return named(tokenizer, unk_token="<unk>")
-
-
-def named(tokenizer: Tokenizer, **more: str) -> PreTrainedTokenizerFast:
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<s>", "</s>")])
-    special = {"bos_token": "<s>", "eos_token": "</s>", **more}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    made.chat_template = TEMPLATE
-    return made
-
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "llama": lambda: sentencepiece("llama"),
-    "mistral": lambda: byte_level("gpt-2"),
-    "qwen2": lambda: byte_level("qwen2"),
-    "qwen3": lambda: byte_level("qwen2"),
-    "gemma3_text": lambda: sentencepiece("gemma"),
-    "phi3": lambda: sentencepiece("phi3"),
-}
-
-
-def model_for(family: str, tokenizer: Any, layers: int = 3, rows: int = 3, **changes: Any) -> PreTrainedModel:
-    """With more rows than the tokenizer has tokens, as most models have; no window that llama.cpp does not know."""
-    window = 8 if family == "gemma3_text" else None
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"vocab_size": len(tokenizer) + rows, "sliding_window": window, "use_sliding_window": False, **ids}
-    model = tiny_model(family, layers=layers, **{**sizes, **changes})
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "norm.weight")):
-                parameter.copy_(torch.rand(parameter.shape, generator=draw))
-    return model
 
 
 def exported(model: PreTrainedModel, tokenizer: Any, file: Path, dtype: str = "f32") -> Path:
@@ -219,6 +129,20 @@ def test_spaces_around_special_tokens_that_a_file_cannot_say_are_told(tmp_path: 
         exported(model_for("phi3", tokenizer, layers=1), tokenizer, tmp_path / "x.gguf")
 
 
+def test_a_space_that_llama_cpp_puts_behind_a_special_token_is_told(tmp_path: Path) -> None:
+    tokenizer = sentencepiece("llama")
+    with pytest.warns(UserWarning, match="puts a space in front of what follows a special token"):
+        exported(model_for("llama", tokenizer, layers=1), tokenizer, tmp_path / "x.gguf")
+
+
+def test_a_name_by_which_llama_cpp_expects_other_tokens_is_left_out(tmp_path: Path) -> None:
+    """It looks up `<|endoftext|>` in whatever is called Phi-3, and loads nothing that lacks it."""
+    for family, named in (("phi3", False), ("llama", True)):
+        tokenizer = byte_level()
+        metadata, _ = read_file(exported(model_for(family, tokenizer, layers=1), tokenizer, tmp_path / "x.gguf"))
+        assert ("general.name" in metadata) is named
+
+
 def test_letters_that_are_composed_first_are_told(tmp_path: Path) -> None:
     tokenizer = byte_level("qwen2")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
@@ -252,32 +176,6 @@ def assert_same_logits(read: PreTrainedModel, model: PreTrainedModel) -> None:
     ids = torch.randint(3, 200, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-HALVES = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
-ROPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "linear": ("llama", {"rope_type": "linear", "factor": 4.0}),
-    "linear in Mistral": ("mistral", {"rope_type": "linear", "factor": 2.5}),
-    "linear in Gemma": ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
-    "yarn": ("qwen3", YARN),
-    "yarn, all": ("qwen2", YARN | {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}),
-    "llama 3.1": ("llama", LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 8192}),
-    "llama 3.2": ("llama", LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 64}),
-    "longrope": ("phi3", {"rope_type": "longrope", **HALVES, "original_max_position_embeddings": 64}),
-    "part of a head": ("phi3", {"partial_rotary_factor": 0.5}),
-}
-
-
-def with_rope(family: str, tokenizer: Any, rope: dict[str, Any]) -> PreTrainedModel:
-    plain = {"rope_type": "default", "rope_theta": 5e5}
-    if family == "gemma3_text":
-        both = {"full_attention": {**plain, **rope}, "sliding_attention": {**plain, "rope_theta": 1e4}}
-        return model_for(family, tokenizer, rope_parameters=both)
-    changes = {"partial_rotary_factor": 1.0} if family == "phi3" else {}
-    original = {"original_max_position_embeddings": 64} if rope.get("rope_type") == "longrope" else {}
-    return model_for(family, tokenizer, rope_parameters={**plain, **changes, **rope}, **original)
 
 
 @pytest.mark.parametrize("case", list(ROPES))
@@ -509,7 +407,7 @@ import os, signal, sys
 from pathlib import Path
 import linearpatch_kernels as lp
 from linearpatch_kernels.modeling import gguf_export
-from tests.modeling.test_gguf_export import byte_level, model_for
+from tests.support.gguf_models import byte_level, model_for
 
 tokenizer = byte_level()
 gguf_export._packed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
