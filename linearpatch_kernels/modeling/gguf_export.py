@@ -6,16 +6,17 @@ that would be read as another one is refused by the name of what the file cannot
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import appearing, check_room, remove_unfinished
@@ -52,7 +53,7 @@ _PHI3_NAMES, _PHI3_TOKENS = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 _HEAD_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Description:
     """All that a file will say of a model, and the tensors that it will hold.
 
@@ -71,10 +72,15 @@ class Description:
     notes: tuple[str, ...]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by the file's name."""
+        shapes = {name: shape for name, (_, shape) in self.tensors.items()}
+        return shapes | {name: (len(values),) for name, values in self.factors.items()}
+
+    @property
     def tensor_bytes(self) -> int:
         """What all tensors take."""
-        shapes = {name: shape for name, (_, shape) in self.tensors.items()}
-        shapes |= {name: (len(values),) for name, values in self.factors.items()}
+        shapes = self.shapes
         return sum(math.prod(_bytes_shape(shapes[name], kind)) for name, kind in self.kinds.items())
 
 
@@ -131,9 +137,7 @@ def describe(
     }
     found = Description(architecture, metadata, tensors, kinds, factors, (*notes, *vocabulary.notes))
     _check_read_back(name, found, config)
-    return Description(
-        architecture, {**metadata, _BYTES: found.tensor_bytes}, tensors, kinds, factors, (*notes, *vocabulary.notes)
-    )
+    return dataclasses.replace(found, metadata={**metadata, _BYTES: found.tensor_bytes})
 
 
 def wrote(file: Path) -> bool:
@@ -168,17 +172,16 @@ def write_gguf(
     """
     import gguf
 
-    weights, names = model.state_dict(), description.tensors
+    _check_weights(model, description)
     check_room(file, file.parent, description.tensor_bytes + _HEAD_BYTES)
     remove_unfinished(file)
+    weights, shapes = model.state_dict(), description.shapes
     with appearing(file) as opened:
-        # It writes by a name, and by the descriptor that holds the lock nothing is written.
+        # It writes by the name; by the descriptor, which holds the lock, nothing is written.
         writer = gguf.GGUFWriter(opened.name, description.architecture)
         try:
             for key, value in description.metadata.items():
                 _add(writer, key, value)
-            shapes = {stored: shape for stored, (_, shape) in names.items()}
-            shapes |= {stored: (len(values),) for stored, values in description.factors.items()}
             for stored, kind in description.kinds.items():
                 size = math.prod(_bytes_shape(shapes[stored], kind))
                 number = gguf.GGMLQuantizationType[kind]
@@ -190,13 +193,43 @@ def write_gguf(
                 if stored in description.factors:
                     values = torch.tensor(description.factors[stored], dtype=torch.float32, device="cpu")
                 else:
-                    place = names[stored][0]
+                    place = description.tensors[stored][0]
                     weight = weights[place].to("cpu", torch.float32)
                     values = layout.to_file(place, weight, description.architecture, model.config)
                 writer.write_tensor_data(_packed(stored, values, kind))
                 progress("writing tensors", done + 1, len(description.kinds))
         finally:
             writer.close()
+        _check_written(Path(opened.name), description)
+
+
+def _check_weights(model: PreTrainedModel, description: Description) -> None:
+    """InputError unless the model has the weights that were described, all of them plain, and no others."""
+    weights, shapes = model.state_dict(), description.shapes
+    for stored, (place, _) in description.tensors.items():
+        weight = weights.get(place)
+        plain = weight is not None and weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
+        if not plain or weight.shape != shapes[stored]:
+            raise InputError(
+                f"the weight {place} is missing, quantised or not in memory: give a plain model in full precision, on "
+                "one device"
+            )
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if others := sorted(weights.keys() - {place for place, _ in description.tensors.values()} - tied):
+        raise InputError(
+            f"the model holds {others[0]}, which its config does not describe: merge adapters into it first"
+        )
+
+
+def _check_written(file: Path, description: Description) -> None:
+    """InputError where the file does not say, or has no room for, what it was to hold."""
+    import gguf
+
+    metadata, tensors = read_file(file)
+    kinds = {name: gguf.GGMLQuantizationType(tensor.kind).name for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if metadata.keys() != description.metadata.keys() or kinds != description.kinds or shapes != description.shapes:
+        raise InputError("what was written to the GGUF file is not what was to be written: please report this")
 
 
 # --- what the file says ----------------------------------------------------------------------------------------------
@@ -268,9 +301,6 @@ def _scaling(
 
 def _rotary(config: PretrainedConfig) -> Any:
     """The module of a config's rotary embeddings, on the CPU."""
-    from transformers import AutoModel
-    from transformers.initialization import no_init_weights
-
     with torch.device("meta"), no_init_weights():
         module: Any = AutoModel.from_config(config).rotary_emb
     with torch.device("cpu"):
@@ -324,9 +354,7 @@ def _packed(stored: str, values: Tensor, kind: str) -> Any:
 
 def _check_read_back(name: str, description: Description, config: Any) -> None:
     """InputError where the package's reader would make another model of what the file says."""
-    shapes = {stored: shape for stored, (_, shape) in description.tensors.items()}
-    shapes |= {stored: (len(values),) for stored, values in description.factors.items()}
-    tensors = {stored: StoredTensor(Path(name), shape, 0, 0) for stored, shape in shapes.items()}
+    tensors = {stored: StoredTensor(Path(name), shape, 0, 0) for stored, shape in description.shapes.items()}
     header = Header(Path(name), description.metadata, tensors, description.factors)
     try:
         read = config_of(header)

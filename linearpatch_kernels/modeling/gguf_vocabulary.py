@@ -58,7 +58,8 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, architecture: str, ro
         raise InputError(f"the tokenizer is a {type(tokenizer).__name__} without a tokenizer.json: GGUF needs one")
     state = json.loads(backend.to_str())
     kind = state["model"].get("type")
-    if kind != "BPE":
+    if kind != "BPE" or not state["model"]["merges"]:
+        kind = f"{kind}{'' if kind != 'BPE' else ' without merges'}"
         raise InputError(
             f"the tokenizer is of the kind {kind}, and a GGUF file of {architecture} has byte-level or SentencePiece "
             "BPE: export a model with one of these"

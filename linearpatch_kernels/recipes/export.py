@@ -14,6 +14,7 @@ from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import check_file, expanded, lies_in, record
 from linearpatch_kernels.merging.plan import MERGE_FILE, MergePlan
 from linearpatch_kernels.modeling.gguf_export import DTYPES, OURS, VERSION, check_stock, describe, write_gguf, wrote
+from linearpatch_kernels.modeling.loading import Source
 from linearpatch_kernels.processes import check_alone
 from linearpatch_kernels.pruning.plan import PrunePlan
 from linearpatch_kernels.recipes.inputs import GivenModel, find_model, on_disk, title_of
@@ -91,7 +92,7 @@ def export(
     with log.stage("load"):
         loaded = source.load()
     with log.stage("write"):
-        write_gguf(expanded(settings.output), found, loaded, log.progress)
+        write_gguf(expanded(settings.output).resolve(), found, loaded, log.progress)
     summary = {
         "architecture": architecture,
         "layers": source.num_layers,
@@ -114,22 +115,22 @@ def _check_place(output: Path, model: GivenModel) -> None:
     check_file(output, f"`output` {output}", wrote)
 
 
-def _told(model: GivenModel, source: Any) -> dict[str, Any]:
+def _told(model: GivenModel, source: Source) -> dict[str, Any]:
     """Metadata: name, base, licence, and what was removed or merged, as the files beside the model say it."""
-    place = Path(str(on_disk(model) or ""))
-    directory = place if place.is_dir() and str(on_disk(model) or "") else None
+    place = on_disk(model)
+    directory = expanded(place) if place and expanded(place).is_dir() else None
     told = {} if directory is None else told_before(directory)
     base: Mapping[str, Any] = told.get("base") or told_of_base(title_of(model), source)["base"]
-    made = {} if directory is None else _made(directory)
-    name = str(base.get("title") or base["name"])
+    made = {} if directory is None else _made(directory, source.num_layers)
+    name = str(base.get("title") or base.get("name") or title_of(model)).rpartition("/")[2]
     if made:
-        name = f"{name.rpartition('/')[2]}, {source.num_layers} of {made['layers_before']} layers"
+        name += f", {source.num_layers} of {made['layers_before']} layers"
     about: dict[str, Any] = {"general.name": name, VERSION: __version__}
     if made:
         about |= {
             "general.description": f"Made by linearpatch-kernels {__version__}: {made['what']}",
             "general.base_model.count": 1,
-            "general.base_model.0.name": base["name"],
+            "general.base_model.0.name": str(base.get("name") or title_of(model)),
         }
         if base.get("repository"):
             about["general.base_model.0.repo_url"] = f"https://huggingface.co/{base['repository']}"
@@ -143,16 +144,15 @@ def _told(model: GivenModel, source: Any) -> dict[str, Any]:
     return about | ({"general.languages": [*base["languages"]]} if base.get("languages") else {})
 
 
-def _made(directory: Path) -> dict[str, Any]:
-    """What of the base's layers was removed or merged; nothing of a model that was not made here."""
+def _made(directory: Path, layers: int) -> dict[str, Any]:
+    """What of the base's layers was removed or merged; nothing of a model that was not made here, or has another depth
+    than what was."""
     merge_file = record(directory, MERGE_FILE)
-    if merge_file.exists():
-        merges = MergePlan.load(merge_file)
+    if merge_file.exists() and (merges := MergePlan.load(merge_file)).layers == layers:
         tree = " ".join(map(written, merges.tree))
         what = f"of its base's {merges.num_layers} layers these were made one: {tree}"
         return {"layers_before": merges.num_layers, "merged": tree, "what": what}
-    if record(directory, "plan.json").exists():
-        plan = PrunePlan.load(directory)
+    if record(directory, "plan.json").exists() and len((plan := PrunePlan.load(directory)).kept_layers) == layers:
         spans = ",".join(map(str, plan.spans))
         what = f"of its base's {plan.num_layers} layers these were removed (half-open): {spans}"
         return {"layers_before": plan.num_layers, "removed": spans, "what": what}

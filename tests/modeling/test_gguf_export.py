@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf as library
@@ -266,6 +267,18 @@ def test_a_patched_model_is_refused_with_the_alternative(tmp_path: Path) -> None
     assert "`heal` refit" in message
 
 
+def test_weights_that_the_config_does_not_describe_are_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    model = model_for("llama", tokenizer)
+    layer: Any = model.get_decoder().layers[1].mlp
+    layer.up_proj.lora = torch.nn.Linear(4, 4)
+    assert "up_proj.lora.bias, which its config does not describe" in refusal(model, tokenizer, tmp_path)
+    del layer.up_proj.lora
+    layer.to("meta")
+    (tmp_path / "meta").mkdir()
+    assert "is missing, quantised or not in memory" in refusal(model, tokenizer, tmp_path / "meta")
+
+
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     tokenizer = byte_level()
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_head=2, n_layer=2)
@@ -329,7 +342,7 @@ def test_unknown_settings_and_a_full_disk_are_refused(tmp_path: Path, monkeypatc
     ):
         (tmp_path / str(number)).mkdir()
         assert says in refusal(model, tokenizer, tmp_path / str(number), **settings)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=10))
     monkeypatch.setattr(gguf_export, "appearing", lambda _: pytest.fail("a file was begun"))
     assert "and the disk has 0.00 GB free" in refusal(model, tokenizer, tmp_path)
 
@@ -367,6 +380,8 @@ def test_it_replaces_its_own_file_and_no_other(tmp_path: Path) -> None:
     kept((tmp_path / "theirs.gguf").read_bytes())
     with pytest.raises(InputError, match="is a directory"):
         lp.export(model, tokenizer=tokenizer, to="gguf", output=tmp_path)
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        lp.export(model, tokenizer=tokenizer, to="gguf", output="/dev/null")
     with pytest.raises(InputError, match="is what the run reads"):
         lp.export(tmp_path / "ours.gguf", to="gguf", output=tmp_path / "ours.gguf")
     with pytest.raises(InputError, match="in the cache"):
