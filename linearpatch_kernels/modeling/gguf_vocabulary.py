@@ -115,9 +115,8 @@ def _by_likeness(state: Mapping[str, Any]) -> list[str]:
     parts, whole = _parts(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
 
     def unlike(name: str) -> tuple[bool, bool]:
-        return _parts(json.loads(reading.splitter(name).__getstate__())) != parts, (
-            name in reading.WHOLE_WORDS
-        ) != whole
+        its, its_whole = json.loads(reading.splitter(name).__getstate__()), name in reading.WHOLE_WORDS
+        return _parts(its) != parts, its_whole != whole
 
     return sorted(_SPLITS, key=unlike)
 
