@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from linearpatch_kernels.pruning.plan import Joint, PrunePlan
     from linearpatch_kernels.pruning.search import plan_pruning
     from linearpatch_kernels.recipes.evaluate import evaluate
+    from linearpatch_kernels.recipes.export import export
     from linearpatch_kernels.recipes.merge import merge
     from linearpatch_kernels.recipes.prune import prune
     from linearpatch_kernels.recipes.sweep import sweep
@@ -74,6 +75,7 @@ __all__ = [
     "calibrate",
     "distill",
     "evaluate",
+    "export",
     "hadamard_matrix",
     "hadamard_order",
     "hadamard_patch",
@@ -120,7 +122,7 @@ _HOME = {
     "healing.merge_search": ("plan_merging",),
     "pruning.plan": ("Joint", "PrunePlan"),
     "pruning.search": ("plan_pruning",),
-    "recipes": ("evaluate", "merge", "prune", "sweep"),
+    "recipes": ("evaluate", "export", "merge", "prune", "sweep"),
 }
 # The last one is a module itself.
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names} | {"recipes": "recipes"}

@@ -454,6 +454,21 @@ class SweepSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
+    """The file that `export` makes of a stock model."""
+
+    output: Annotated[Path, Option("Where the file goes.", "FILE", flags=("--output", "-o"))]
+    to: Annotated[str, Option("Its format: gguf (llama.cpp and what is built on it).", "FORMAT")]
+    dtype: Annotated[
+        str,
+        Option(
+            "Of its matrices: f32, f16, bf16, or q8_0 (8 bits, and a scale for every 32 numbers; rows that are no "
+            "multiple of 32 stay f16). Norms and biases are f32."
+        ),
+    ] = "f16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoSettings(Settings):
     """The size of the `demo`."""
 

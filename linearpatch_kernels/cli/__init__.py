@@ -1,4 +1,4 @@
-"""The ``linearpatch`` command: prune, merge, distill, evaluate, sweep, inspect, doctor, demo.
+"""The ``linearpatch`` command: prune, merge, distill, evaluate, sweep, export, inspect, doctor, demo.
 
 Every command checks its input before it starts long work, prints one line and exits with status 2 where something is
 wrong, and writes its output whole or not at all. Heavy imports happen inside the commands, so that ``--help`` answers
@@ -24,6 +24,7 @@ from linearpatch_kernels.cli.demo import demo
 from linearpatch_kernels.cli.distill import distill
 from linearpatch_kernels.cli.doctor import doctor, records
 from linearpatch_kernels.cli.evaluate import evaluate
+from linearpatch_kernels.cli.export import export
 from linearpatch_kernels.cli.inspect import inspect
 from linearpatch_kernels.cli.merge import merge
 from linearpatch_kernels.cli.prune import prune
@@ -68,7 +69,7 @@ class _Doctor(_Command):
         """typer sets the one that it was given: none."""
 
 
-for command in (prune, merge, distill, evaluate, sweep, inspect, doctor, demo):
+for command in (prune, merge, distill, evaluate, sweep, export, inspect, doctor, demo):
     app.command(cls=_Doctor if command is doctor else _Command)(command)
 
 

@@ -243,6 +243,7 @@ _FIGURES = (
     {"quality", "seconds"},
     {"points", "seconds"},
     {"perplexity", "windows", "length"},
+    {"architecture", "tensors", "file_bytes"},
     {"backends", "packages"},
 )
 _INSPECTED = {

@@ -8,13 +8,22 @@ from linearpatch_kernels.settings import (
     DemoSettings,
     DistillSettings,
     EvaluateSettings,
+    ExportSettings,
     MergeRunSettings,
     PruneSettings,
     SweepSettings,
     fields_of,
 )
 
-SETTINGS = (PruneSettings, MergeRunSettings, DistillSettings, EvaluateSettings, SweepSettings, DemoSettings)
+SETTINGS = (
+    PruneSettings,
+    MergeRunSettings,
+    DistillSettings,
+    EvaluateSettings,
+    SweepSettings,
+    ExportSettings,
+    DemoSettings,
+)
 
 _FLAGS = {field.name: field.flags[0] for settings in SETTINGS for field in fields_of(settings)}
 

@@ -6,7 +6,7 @@ before work. Niceties of a file system (locks, modes, flushing a directory, an a
 are missing, the work is done without them.
 """
 
-from linearpatch_kernels.files.directories import check_output, save_files, written_whole
+from linearpatch_kernels.files.directories import check_output, check_room, save_files, written_whole
 from linearpatch_kernels.files.entries import Entries
 from linearpatch_kernels.files.owned import (
     MARKER,
@@ -24,16 +24,25 @@ from linearpatch_kernels.files.owned import (
 )
 from linearpatch_kernels.files.reading import finite, json_text, read_json, reading, refuse_mixture, said
 from linearpatch_kernels.files.sealed import KEY, is_sealed, read_seal, write_sealed
-from linearpatch_kernels.files.whole import append_line, final_name, working_alone, write_whole
+from linearpatch_kernels.files.whole import (
+    appearing,
+    append_line,
+    final_name,
+    remove_unfinished,
+    working_alone,
+    write_whole,
+)
 
 __all__ = [
     "KEY",
     "MARKER",
     "RECORDS",
     "Entries",
+    "appearing",
     "append_line",
     "check_file",
     "check_output",
+    "check_room",
     "check_work_directory",
     "claim_work_directory",
     "expanded",
@@ -50,6 +59,7 @@ __all__ = [
     "reading",
     "record",
     "refuse_mixture",
+    "remove_unfinished",
     "remove_work_directory",
     "said",
     "save_files",

@@ -79,12 +79,17 @@ def check_output(
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{directory} cannot be created: {parent} is not a directory one may write to")
     _try_out(directory, target, parent)
+    check_room(directory, parent, needed_bytes)
+
+
+def check_room(name: str | os.PathLike[str], parent: Path, needed_bytes: int) -> None:
+    """InputError where the disk of a directory has less room than what goes there, called ``name``, needs."""
     disk = shutil.disk_usage(parent)
     # Some mounts say of themselves that they hold nothing at all.
     if disk.total and disk.free < needed_bytes:
         raise InputError(
-            f"{directory} needs {needed_bytes / 1e9:.2f} GB and the disk has {disk.free / 1e9:.2f} GB free: make room, "
-            "or give a directory on another disk"
+            f"{name} needs {needed_bytes / 1e9:.2f} GB and the disk has {disk.free / 1e9:.2f} GB free: make room, "
+            "or give a place on another disk"
         )
 
 

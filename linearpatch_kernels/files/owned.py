@@ -224,6 +224,8 @@ def check_file(file: Path, what: str, ours: Callable[[Path], bool] = says_ours, 
     try:
         if file.is_dir():
             raise InputError(f"{what} is a directory: give a file")
+        if file.exists() and not file.is_file():
+            raise InputError(f"{what} is a device or a pipe, which nothing may take the place of: give a file")
         if file.exists() and file.stat().st_size and not ours(file):
             raise InputError(f"{what} exists and is no file of linearpatch's: give another file, or delete it")
         place = file.resolve()

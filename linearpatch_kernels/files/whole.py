@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from linearpatch_kernels.errors import InputError
+from linearpatch_kernels.files.reading import said
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -27,10 +28,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file under a temporary name; what was written is flushed to disk, and then the file renamed."""
+    """A file under a temporary name; what was written is flushed to disk, and then the file renamed.
+
+    It is locked meanwhile, where that is possible, so that `remove_unfinished` tells it from a killed writer's.
+    """
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
+            try_lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -44,6 +49,18 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     flush_directory(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of this file left beside it. Where the file system has no locks nobody can tell theirs
+    from a living one's, and all stays."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.iterdir():
+            if left.name == path.name or final_name(left.name) != path.name or left.is_symlink():
+                continue
+            with open(left, "rb") as file:
+                if try_lock(file.fileno()):
+                    left.unlink(missing_ok=True)
 
 
 def flush_directory(directory: Path) -> None:
@@ -72,7 +89,7 @@ def append_line(path: Path, line: str) -> None:
 
 def _not_written(path: Path, error: OSError) -> InputError:
     return InputError(
-        f"{path} could not be written ({error.strerror}): make room, then give the same command again to go on"
+        f"{path} could not be written ({said(error)}): make room, then give the same command again to go on"
     )
 
 

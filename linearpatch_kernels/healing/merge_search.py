@@ -125,14 +125,14 @@ def search_share(loss: Callable[[int, bool], float], low: int, high: int) -> tup
     """The integer from ``low`` to ``high`` with the lowest loss, from coarse to fine, and the losses found on the way.
 
     Five points over the range by ``loss(point, True)``, a quick estimate; from the best of them on ever smaller steps
-    by ``loss(point, False)``: nine to ten calls in a range of 21 points, five of them quick. It finds the lowest point
-    where the loss falls towards it from both sides at the scale of a coarse step.
+    by ``loss(point, False)``: nine to ten calls in a range of 21 points, five of them quick (`most_looks`). It finds
+    the lowest point where the loss falls towards it from both sides at the scale of a coarse step.
     """
     spacing = (high - low) / 4
     rough = {point: loss(point, True) for point in sorted({low + round(i * spacing) for i in range(5)})}
     best = min(rough, key=lambda point: rough[point])
     found = {best: loss(best, False)}
-    step = max(1, round(spacing) // 2)
+    step = _first_step(low, high)
     while step:
         for point in (best - step, best + step):
             if low <= point <= high and point not in found:
@@ -140,6 +140,15 @@ def search_share(loss: Callable[[int, bool], float], low: int, high: int) -> tup
         best = min(found, key=lambda point: (found[point], point))
         step //= 2
     return best, found
+
+
+def _first_step(low: int, high: int) -> int:
+    return max(1, round((high - low) / 4) // 2)
+
+
+def most_looks(low: int, high: int) -> int:
+    """How many losses `search_share` asks for at the most: five, the best of them again, and two for every step."""
+    return 6 + 2 * _first_step(low, high).bit_length()
 
 
 class PrefixLosses:
@@ -269,15 +278,16 @@ class _Chooser:
         def shares(point: int) -> list[float]:
             return _of_the_ends(span, point / grid, 1 - point / grid)
 
+        low, high = min(low, grid // 2), max(grid - low, grid // 2)
         looks = itertools.count(1)
 
         def loss(point: int, quick: bool) -> float:
-            self.run.report("choosing the shares", next(looks), 0)
+            self.run.report("choosing the shares", next(looks), most_looks(low, high))
             # Beside a refit a look at a few windows saves little, and refits leave smaller differences to see.
             few = quick and not self.settings.refits
             return measure(span, shares(point), _QUICK if few else 1.0)
 
-        best, found = search_share(loss, min(low, grid // 2), max(grid - low, grid // 2))
+        best, found = search_share(loss, low, high)
         return shares(best), {f"{point / grid:g}": value for point, value in sorted(found.items())}
 
 

@@ -90,7 +90,7 @@ class Family:
         per_layer: config attributes with one entry per decoder layer. A record names them: a list of special token ids
             may well have as many entries as the model has layers. None: they are guessed, and the cut is proved.
         logits_options: of a config, the factor on the logits and their soft-cap.
-        gguf: what a GGUF file calls the architecture, where `gguf` reads it.
+        gguf: what a GGUF file calls the architecture, where `gguf` reads it (of several families as the first).
     """
 
     model_type: str
@@ -149,6 +149,7 @@ STOCK_FAMILIES: Registry[Family] = Registry(
             modeling_mistral.MistralDecoderLayer,
             modeling_mistral.MistralModel,
             modeling_mistral.MistralForCausalLM,
+            gguf="llama",
         ),
         Family(
             "qwen2",

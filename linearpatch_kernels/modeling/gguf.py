@@ -22,30 +22,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from linearpatch_kernels.errors import InputError
 from linearpatch_kernels.files import read_json, reading, said, write_whole
+from linearpatch_kernels.modeling import gguf_layout as layout
 from linearpatch_kernels.modeling.families import STOCK_FAMILIES
 from linearpatch_kernels.modeling.gguf_file import MAGIC, StoredTensor, read_file
+from linearpatch_kernels.modeling.gguf_layout import ARCHITECTURES, FREQUENCIES, LONG, SHORT
 from linearpatch_kernels.modeling.gguf_tokenizer import build_tokenizer, unknown_split
 from linearpatch_kernels.modeling.saving import check_output, save_checkpoint
 from linearpatch_kernels.modeling.weights import refuse_missing
 from linearpatch_kernels.text import cache_dir
 
-ARCHITECTURES = {family.gguf: name for name, family in STOCK_FAMILIES.items() if family.gguf is not None}
-"""What a GGUF file calls an architecture (it calls Mistral llama) -> the family, of those that are read here."""
-
 _INSTEAD = "use the model's safetensors"
 _ENDS = 1 << 20
 _WHOLE = 64 << 20
 # Of the conversion below. A checkpoint of another version is made again.
-_VERSION = 4
+_VERSION = 5
 _SEAL = "conversion.json"
 
 # Keys of an architecture that change nothing that these families compute of a text, whatever they say, ...
@@ -69,8 +68,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-_FREQUENCIES, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "unk_token_id": "unknown", "pad_token_id": "padding"}
 # Tables of rotary frequencies in old files, which llama.cpp passes over, too.
 _TABLES = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
@@ -97,8 +94,8 @@ class GGUFFile:
         self.layers: int | None = None
         if not _is_sound(self._checkpoint):
             self._header = _read_header(path)
-            self._config = _config(self._header)
-            _check_tensors(self._header, self._config)
+            self._config = config_of(self._header)
+            check_tensors(self._header, self._config)
             self.layers = int(self._config.num_hidden_layers)
 
     @functools.cached_property
@@ -130,7 +127,7 @@ class GGUFFile:
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
     """Metadata; the tensors by name; the values of those that scale frequencies."""
 
     path: Path
@@ -152,11 +149,11 @@ class _Header:
         return sum(4 * math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(path: Path) -> Header:
     try:
         metadata, tensors = read_file(path)
         _check_kind(path, metadata)
-        scaling = tensors.keys() & {_FREQUENCIES, _LONG, _SHORT}
+        scaling = tensors.keys() & {FREQUENCIES, LONG, SHORT}
         factors = {name: tensors[name].read().flatten().tolist() for name in scaling}
     except InputError:
         raise
@@ -164,7 +161,7 @@ def _read_header(path: Path) -> _Header:
         raise InputError(
             f"{path} is damaged or cut short ({said(error)}): download it again (or join its parts, if it is one)"
         ) from error
-    return _Header(path, metadata, tensors, factors)
+    return Header(path, metadata, tensors, factors)
 
 
 def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -198,14 +195,14 @@ def _other_parts(path: Path, number: int, parts: int) -> str:
 class _Keys:
     """The keys of the file's architecture, each taken by whom it is for; at the end nothing may be left."""
 
-    def __init__(self, header: _Header) -> None:
+    def __init__(self, header: Header) -> None:
         self._path, self._prefix = header.path, f"{header.architecture}."
         found = header.metadata.items()
         self._left = {key.removeprefix(self._prefix): value for key, value in found if key.startswith(self._prefix)}
 
     def take(self, key: str, default: Any = None) -> Any:
         value = self._left.pop(key, default)
-        if isinstance(value, list) and key != "attention.sliding_window_pattern":
+        if isinstance(value, list) and key != layout.WINDOW_PATTERN:
             # One value a layer; they are one where all are the same.
             if len({*map(str, value)}) != 1:
                 self.refuse(key, value, "differs from layer to layer")
@@ -226,7 +223,8 @@ class _Keys:
             raise InputError(f"{self._path} does not say its {self._prefix}{key}: download it again, or {_INSTEAD}")
         if not isinstance(value, int | float) or not math.isfinite(value):
             self.refuse(key, value, "is no number")
-        return float(value)
+        # What was written as 1e-5 and stored in 32 bits is read as 1e-5.
+        return float(str(np.float32(value)))
 
     def refuse(
         self, key: str, value: Any, why: str = "may change what the model computes, and is not read"
@@ -240,41 +238,40 @@ class _Keys:
                 self.refuse(key, value)
 
 
-def _config(header: _Header) -> PretrainedConfig:
+def config_of(header: Header) -> PretrainedConfig:
     """The config of the family with all that the metadata says; what llama.cpp takes where it says nothing."""
     keys, metadata, architecture = _Keys(header), header.metadata, header.architecture
-    layers, hidden, heads = keys.size("block_count"), keys.size("embedding_length"), keys.size("attention.head_count")
+    sizes = {
+        name: keys.size(key) for name, key in layout.SIZES.items() if name not in ("num_key_value_heads", "vocab_size")
+    }
+    layers, hidden, heads = (sizes[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     if header.blocks != layers:
         raise InputError(f"{header.path} says it has {layers} layers and holds {header.blocks}: download it again")
-    context = keys.size("context_length")
+    context = sizes["max_position_embeddings"]
     # The first key sets the default of the second; Transformers needs llama's to undo a permutation.
-    kv_heads = keys.size("attention.head_count_kv", None if architecture == "llama" else heads)
-    head = keys.size("attention.key_length", hidden // heads)
-    if (value := keys.size("attention.value_length", head)) != head:
-        keys.refuse("attention.value_length", value, f"is not the {head} of its keys")
+    kv_heads = keys.size(layout.SIZES["num_key_value_heads"], None if architecture == "llama" else heads)
+    head = keys.size(layout.KEY_SIZE, hidden // heads)
+    if (value := keys.size(layout.VALUE_SIZE, head)) != head:
+        keys.refuse(layout.VALUE_SIZE, value, f"is not the {head} of its keys")
     entries: dict[str, Any] = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
+        **sizes,
         "num_key_value_heads": kv_heads,
-        "intermediate_size": keys.size("feed_forward_length"),
-        "max_position_embeddings": context,
-        "vocab_size": keys.size("vocab_size", _tokens_in(header)),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": keys.size(layout.SIZES["vocab_size"], _tokens_in(header)),
+        "rms_norm_eps": keys.number(layout.EPS),
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
     # The padding token that a class has by default need not be in this vocabulary.
-    said_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
+    said_ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in layout.TOKENS.items()}
     entries |= {name: token for name, token in said_ids.items() if token is not None or name == "pad_token_id"}
     if architecture in ("llama", "qwen3", "gemma3"):
         entries |= {"head_dim": head, "attention_bias": "blk.0.attn_q.bias" in header.tensors}
     elif head * heads != hidden:
-        keys.refuse("attention.key_length", head, f"is not the {hidden} of the width shared out to {heads} heads")
+        keys.refuse(layout.KEY_SIZE, head, f"is not the {hidden} of the width shared out to {heads} heads")
     if architecture == "llama":
         entries["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    rotary = keys.size("rope.dimension_count", head)
+    rotary = keys.size(layout.ROTATED, head)
     if rotary != head and architecture != "phi3":
-        keys.refuse("rope.dimension_count", rotary, f"is not the {head} of its heads")
+        keys.refuse(layout.ROTATED, rotary, f"is not the {head} of its heads")
     rope = _rope(keys, header, head, context)
     if architecture == "gemma3":
         entries |= _gemma3(keys, rope, layers, hidden // heads, head)
@@ -286,14 +283,14 @@ def _config(header: _Header) -> PretrainedConfig:
     scale = keys.number("attention.scale", 0)
     if scale and not math.isclose(scale, ordinary, rel_tol=1e-5):
         keys.refuse("attention.scale", scale, f"is not the {ordinary:.6g} of {head} dimensions")
-    if (window := keys.take("attention.sliding_window", 0)) and not (type(window) is int and window >= context):
-        keys.refuse("attention.sliding_window", window)
+    if (window := keys.take(layout.WINDOW, 0)) and not (type(window) is int and window >= context):
+        keys.refuse(layout.WINDOW, window)
     keys.refuse_rest()
     with reading(header.path, _INSTEAD):
         return STOCK_FAMILIES[ARCHITECTURES[architecture]].config_class(**entries)
 
 
-def _tokens_in(header: _Header) -> int | None:
+def _tokens_in(header: Header) -> int | None:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     return len(tokens) if isinstance(tokens, list) else None
 
@@ -301,25 +298,25 @@ def _tokens_in(header: _Header) -> int | None:
 def _gemma3(keys: _Keys, rope: dict[str, Any], layers: int, share: int, head: int) -> dict[str, Any]:
     """Layers that see a window have their own base, unscaled; scores are scaled by the head's size, or (27B) by the
     width's share."""
-    pattern = keys.take("attention.sliding_window_pattern", 6)
+    pattern = keys.take(layout.WINDOW_PATTERN, 6)
     if isinstance(pattern, list) and len(pattern) == layers:
         windowed = [bool(one) for one in pattern]
     elif type(pattern) is int and pattern > 0:
         windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
     else:
-        keys.refuse("attention.sliding_window_pattern", pattern, "is no pattern")
+        keys.refuse(layout.WINDOW_PATTERN, pattern, "is no pattern")
     scale = keys.number("attention.scale", 0) or (1 / math.sqrt(share if layers == 62 else head))
-    cap = keys.number("final_logit_softcapping", 0)
+    cap = keys.number(layout.LOGIT_CAP, 0)
     return {
         "rope_parameters": {
             "full_attention": rope,
             "sliding_attention": {
                 "rope_type": "default",
-                "rope_theta": keys.number("rope.freq_base_swa", 10_000.0),
+                "rope_theta": keys.number(layout.BASE_IN_WINDOWS, 10_000.0),
             },
         },
         "layer_types": ["sliding_attention" if one else "full_attention" for one in windowed],
-        "sliding_window": keys.size("attention.sliding_window"),
+        "sliding_window": keys.size(layout.WINDOW),
         "query_pre_attn_scalar": round(scale**-2),
         "final_logit_softcapping": cap or None,
     }
@@ -327,7 +324,7 @@ def _gemma3(keys: _Keys, rope: dict[str, Any], layers: int, share: int, head: in
 
 def _phi3(keys: _Keys, rope: dict[str, Any], rotary: float, context: int) -> dict[str, Any]:
     """A part of each head is rotated; a window of 0 is none."""
-    window = keys.take("attention.sliding_window", 0)
+    window = keys.take(layout.WINDOW, 0)
     original = rope.pop("original_max_position_embeddings", context)
     return {
         "rope_parameters": {**rope, "partial_rotary_factor": rotary},
@@ -339,40 +336,40 @@ def _phi3(keys: _Keys, rope: dict[str, Any], rotary: float, context: int) -> dic
 # --- rotary embeddings -----------------------------------------------------------------------------------------------
 
 
-def _rope(keys: _Keys, header: _Header, head: int, context: int) -> dict[str, Any]:
+def _rope(keys: _Keys, header: Header, head: int, context: int) -> dict[str, Any]:
     """`rope_parameters` of a model (of its layers without a window).
 
     llama.cpp scales by a factor without a type, too, and a tensor of factors stands beside any type.
     """
-    theta = keys.number("rope.freq_base", 10_000.0)
-    factor = keys.number("rope.scaling.factor", 0) or keys.number("rope.scale_linear", 0) or 1.0
-    kind = keys.take("rope.scaling.type", "linear")
-    original = keys.size("rope.scaling.original_context_length", context)
+    theta = keys.number(layout.BASE, 10_000.0)
+    factor = keys.number(layout.FACTOR, 0) or keys.number("rope.scale_linear", 0) or 1.0
+    kind = keys.take(layout.SCALING, "linear")
+    original = keys.size(layout.ORIGINAL, context)
     plain = {"rope_type": "default", "rope_theta": theta}
-    longrope = {_LONG, _SHORT} & header.factors.keys()
+    longrope = {LONG, SHORT} & header.factors.keys()
     if longrope or kind == "longrope":
-        alone = factor == 1 and _FREQUENCIES not in header.factors
+        alone = factor == 1 and FREQUENCIES not in header.factors
         if header.architecture != "phi3" or len(longrope) < 2 or not alone:
-            keys.refuse("rope.scaling.type", kind, "does not go with the tensors rope_factors_* here")
+            keys.refuse(layout.SCALING, kind, "does not go with the tensors rope_factors_* here")
         scaling: dict[str, Any] = {
             "rope_type": "longrope",
-            "long_factor": header.factors[_LONG],
-            "short_factor": header.factors[_SHORT],
+            "long_factor": header.factors[LONG],
+            "short_factor": header.factors[SHORT],
             "original_max_position_embeddings": original,
         }
-        if attention := keys.number("rope.scaling.attn_factor", 0):
+        if attention := keys.number(layout.ATTENTION_FACTOR, 0):
             scaling["attention_factor"] = attention
         return plain | scaling
-    if _FREQUENCIES in header.factors:
+    if FREQUENCIES in header.factors:
         if factor != 1 and kind != "none":
-            keys.refuse("rope.scaling.factor", factor, f"scales beside the tensor {_FREQUENCIES}")
+            keys.refuse(layout.FACTOR, factor, f"scales beside the tensor {FREQUENCIES}")
         return plain | _llama3(header, theta, head, original)
     if factor == 1 or kind == "none":
         return plain
     if kind == "linear":
         return plain | {"rope_type": "linear", "factor": factor}
     if kind != "yarn" or header.architecture in ("gemma3", "phi3"):
-        keys.refuse("rope.scaling.type", kind, "cannot be taken over")
+        keys.refuse(layout.SCALING, kind, "cannot be taken over")
     return plain | _yarn(keys, factor, original)
 
 
@@ -380,20 +377,19 @@ def _yarn(keys: _Keys, factor: float, original: int) -> dict[str, Any]:
     if (mixed := keys.number("rope.scaling.yarn_ext_factor", 1)) not in (1, -1):
         keys.refuse("rope.scaling.yarn_ext_factor", mixed, "cannot be taken over")
     # llama.cpp multiplies what the paper prescribes by both.
-    attention = keys.number("rope.scaling.yarn_attn_factor", 1) * keys.number("rope.scaling.attn_factor", 1)
+    attention = keys.number(layout.YARN_ATTENTION, 1) * keys.number(layout.ATTENTION_FACTOR, 1)
     return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "attention_factor": attention * (1 + 0.1 * math.log(factor) if factor > 1 else 1.0),
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1),
+        "attention_factor": attention * layout.yarn_attention(factor),
+        **{name: keys.number(key, default) for name, (key, default) in layout.YARN.items()},
     }
 
 
-def _llama3(header: _Header, theta: float, head: int, original: int) -> dict[str, Any]:
+def _llama3(header: Header, theta: float, head: int, original: int) -> dict[str, Any]:
     """The scaling of Llama 3.1 whose factors the tensor holds; InputError where it is another one."""
-    factors = torch.tensor(header.factors[_FREQUENCIES], dtype=torch.float64)
+    factors = torch.tensor(header.factors[FREQUENCIES], dtype=torch.float64)
     if bool((factors == 1).all()):
         return {}
     plain = theta ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
@@ -403,8 +399,7 @@ def _llama3(header: _Header, theta: float, head: int, original: int) -> dict[str
         scaling = {
             "rope_type": "llama3",
             "factor": float(factors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+            **layout.LLAMA3,
             "original_max_position_embeddings": length,
         }
         config = STOCK_FAMILIES["llama"].config_class(head_dim=head, rope_parameters={"rope_theta": theta, **scaling})
@@ -412,7 +407,7 @@ def _llama3(header: _Header, theta: float, head: int, original: int) -> dict[str
         if torch.allclose(plain / scaled.double(), factors, rtol=1e-4):
             return scaling
     raise InputError(
-        f"{header.path} scales its rotary frequencies by the tensor {_FREQUENCIES}, in another way than Llama 3.1: "
+        f"{header.path} scales its rotary frequencies by the tensor {FREQUENCIES}, in another way than Llama 3.1: "
         f"{_INSTEAD}"
     )
 
@@ -420,7 +415,7 @@ def _llama3(header: _Header, theta: float, head: int, original: int) -> dict[str
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(header: _Header, config: PretrainedConfig) -> None:
+def check_tensors(header: Header, config: PretrainedConfig) -> None:
     """Whether the tensors are those of the config's model, no more and no less, in its shapes; nothing is allocated."""
     path, stored = header.path, {name: tensor.shape for name, tensor in header.tensors.items()}
     embedding = (config.vocab_size, config.hidden_size)
@@ -429,8 +424,8 @@ def _check_tensors(header: _Header, config: PretrainedConfig) -> None:
             f"{path} says its embedding is {[*embedding]} and holds {[*stored.get('token_embd.weight', ())]}: download "
             "it again"
         )
-    expected = {name: tuple(tensor.shape) for name, (_, tensor) in _places(header.architecture, config).items()}
-    read = {_LONG, _SHORT, _FREQUENCIES} & header.factors.keys()
+    expected = {name: tuple(tensor.shape) for name, (_, tensor) in layout.places(header.architecture, config).items()}
+    read = {LONG, SHORT, FREQUENCIES} & header.factors.keys()
     unread = sorted(name for name in stored.keys() - expected.keys() - read if not _TABLES.fullmatch(name))
     if unread:
         raise InputError(
@@ -447,25 +442,10 @@ def _check_tensors(header: _Header, config: PretrainedConfig) -> None:
             )
 
 
-def _places(architecture: str, config: PretrainedConfig) -> dict[str, tuple[str, Tensor]]:
-    """What the file calls a tensor -> its name in Transformers, and one of its shape without memory."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(number, config.num_hidden_layers)
-    with torch.device("meta"), no_init_weights():
-        twin = AutoModelForCausalLM.from_config(config)
-    places = {}
-    for name, tensor in twin.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        places[f"{names.get_name(module)}.{leaf}"] = (name, tensor)
-    return places
-
-
 # --- conversion ------------------------------------------------------------------------------------------------------
 
 
-def _convert(header: _Header, config: PretrainedConfig, target: Path) -> None:
+def _convert(header: Header, config: PretrainedConfig, target: Path) -> None:
     with reading(header.path, _INSTEAD):
         model, tokenizer = _model(header, config), _tokenizer(header)
     save_checkpoint(model, tokenizer, target)
@@ -474,31 +454,20 @@ def _convert(header: _Header, config: PretrainedConfig, target: Path) -> None:
 
 
 @torch.no_grad()
-def _model(header: _Header, config: PretrainedConfig) -> PreTrainedModel:
+def _model(header: Header, config: PretrainedConfig) -> PreTrainedModel:
     """The model with the file's weights in float32."""
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = model.state_dict()
-    for stored_name, (name, _) in _places(header.architecture, config).items():
+    for stored_name, (name, _) in layout.places(header.architecture, config).items():
         if stored_name in header.tensors:
-            weights[name].copy_(_as_transformers_has_it(name, header.tensors[stored_name].read(), header, config))
+            stored = header.tensors[stored_name].read()
+            weights[name].copy_(layout.from_file(name, stored, header.architecture, config))
     model.tie_weights()
     return model.eval()
 
 
-def _as_transformers_has_it(name: str, tensor: Tensor, header: _Header, config: PretrainedConfig) -> Tensor:
-    """What llama.cpp's converter did to a tensor, undone."""
-    if header.architecture == "llama":
-        # It rotates neighbours, and Transformers the two halves of a head.
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if f".{part}." in name:
-                return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-    if header.architecture == "gemma3" and name.endswith("norm.weight"):
-        return tensor - 1
-    return tensor
-
-
-def _tokenizer(header: _Header) -> Any:
+def _tokenizer(header: Header) -> Any:
     if (split := unknown_split(header.metadata)) is not None:
         raise InputError(f"{header.path}: its tokenizer splits text as {split!r}, which is not known here: {_INSTEAD}")
     try:

@@ -62,12 +62,15 @@ _EXPRESSIONS = {
     for name in names.split()
 }
 # Where a word of the vocabulary is one token without merges, and a BOS stands in front unless it is denied.
-_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
-# How the file marks a token: special, or to be found whole in every text.
-_CONTROL, _USER_DEFINED = 3, 4
+# How the file marks a token: special, or to be found whole in every text; and those that nothing here asks for.
+CONTROL, USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
 _SPACE_MARK = "▁"
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 @dataclass(frozen=True)
@@ -124,17 +127,17 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece(vocabulary)
     else:
         raise ValueError(f"its kind is {vocabulary.kind!r}, and not gpt2 or llama")
-    tokenizer.add_special_tokens([_added(token, special=True) for token in vocabulary.marked(_CONTROL)])
+    tokenizer.add_special_tokens([_added(token, special=True) for token in vocabulary.marked(CONTROL)])
     # Gemma's runs of spaces are not added: marked, they are in the vocabulary, and the merges find them.
     known = tokenizer.get_vocab()
-    whole = [token for token in vocabulary.marked(_USER_DEFINED) if token in known]
+    whole = [token for token in vocabulary.marked(USER_DEFINED) if token in known]
     tokenizer.add_tokens([_added(token, special=False) for token in whole])
-    special = {name: vocabulary.special(key) for name, key in _SPECIAL.items()}
+    special = {name: vocabulary.special(key) for name, key in SPECIAL.items()}
     # Without a word of the file: what llama.cpp does.
-    begins = special["bos_token"] is not None and (vocabulary.kind == "llama" or vocabulary.split in _WHOLE_WORDS)
+    begins = special["bos_token"] is not None and (vocabulary.kind == "llama" or vocabulary.split in WHOLE_WORDS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=metadata.get(TEMPLATE),
         add_bos_token=bool(vocabulary.said.get("add_bos_token", begins)),
         add_eos_token=bool(vocabulary.said.get("add_eos_token", False)),
         **special,
@@ -142,8 +145,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
-    prefix = "tokenizer.ggml."
-    said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    said = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     return _Vocabulary(said, str(metadata["general.architecture"]))
 
 
@@ -154,7 +156,7 @@ def _added(token: str, *, special: bool) -> AddedToken:
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     spelling = _spelling_of_bytes()
     alphabet = {*spelling.values()}
-    whole = {*vocabulary.marked(_CONTROL), *vocabulary.marked(_USER_DEFINED)}
+    whole = {*vocabulary.marked(CONTROL), *vocabulary.marked(USER_DEFINED)}
 
     def spelled(token: str) -> str:
         """Some converters write tokens as they read, which no text leads to once its bytes are spelled."""
@@ -162,17 +164,22 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 
     tokens = [spelled(token) for token in vocabulary.tokens]
     merges = [_pair(merge) for merge in vocabulary.said["merges"]]
-    ignore = vocabulary.split in _WHOLE_WORDS
+    ignore = vocabulary.split in WHOLE_WORDS
     tokenizer = Tokenizer(models.BPE(vocab=_numbered(tokens), merges=merges, ignore_merges=ignore))
-    expression = _EXPRESSIONS.get(vocabulary.split)
+    tokenizer.pre_tokenizer = splitter(vocabulary.split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def splitter(split: str) -> pre_tokenizers.Sequence:
+    """What splits a text as llama.cpp does where the file names this way, and spells the parts in bytes."""
+    expression = _EXPRESSIONS.get(split)
     parts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)]
     if expression is not None:
         parts.insert(0, pre_tokenizers.Split(Regex(expression), behavior="isolated"))
-    elif vocabulary.split in _DIGIT_SPLITS:
+    elif split in _DIGIT_SPLITS:
         parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return pre_tokenizers.Sequence(parts)
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:

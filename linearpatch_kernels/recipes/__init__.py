@@ -6,6 +6,7 @@ The command parses, calls one of these and prints. `Reporter` is told what they 
 from linearpatch_kernels.recipes.demo import DemoResult, demo
 from linearpatch_kernels.recipes.distill import DistillResult, distill
 from linearpatch_kernels.recipes.evaluate import Evaluation, TasksFailed, evaluate
+from linearpatch_kernels.recipes.export import ExportResult, export
 from linearpatch_kernels.recipes.log import Quiet, Reporter
 from linearpatch_kernels.recipes.merge import MergeResult, merge
 from linearpatch_kernels.recipes.outputs import Result
@@ -15,6 +16,7 @@ from linearpatch_kernels.settings import (
     DemoSettings,
     DistillSettings,
     EvaluateSettings,
+    ExportSettings,
     MergeRunSettings,
     PruneSettings,
     SweepSettings,
@@ -27,6 +29,8 @@ __all__ = [
     "DistillSettings",
     "EvaluateSettings",
     "Evaluation",
+    "ExportResult",
+    "ExportSettings",
     "MergeResult",
     "MergeRunSettings",
     "PruneResult",
@@ -40,6 +44,7 @@ __all__ = [
     "demo",
     "distill",
     "evaluate",
+    "export",
     "merge",
     "prune",
     "sweep",

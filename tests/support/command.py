@@ -31,8 +31,8 @@ LAYERS, WIDTH, VOCABULARY, CONTEXT = 8, 48, 384, 64
 PACKAGE_ROOT = Path(__file__).parent.parent.parent
 # What `--samples 6 --length 24` with the fit auto needs is 6 + 4 + 16 windows.
 SMALL = ["--samples", "6", "--length", "24", "--rank", "4"]
-COMMANDS = ("prune", "merge", "distill", "evaluate", "sweep", "inspect", "doctor", "demo")
-PROGRESS = re.compile(r"(note: .+|going on from .+|healing by .+|[a-z][a-z ]*: \d+/\d+)")
+COMMANDS = ("prune", "merge", "distill", "evaluate", "sweep", "export", "inspect", "doctor", "demo")
+PROGRESS = re.compile(r"(note: .+|going on from .+|healing by .+|[a-z][a-z, ]*: \d+/\d+)")
 NO_MODEL = "/nowhere/model"
 
 
