@@ -106,14 +106,15 @@ def absorb(
     fit, every = range(sums.fit), range(len(states))
     some = fit[::RANKED_ON_ONE_OF]
     reader = _Reader(student, index, half)
+    # Of stages inside one no end is told: a line each would be many where all is done in a second.
     run.report("ranking neurons", 0, len(givers))
     some_sums, held = Sums(len(some), sums.processes).of(own([*some, *every[sums.fit :]]), precision)
     rest = list(_left(own(some), choose_ridge(some_sums, held, settings.ridges), precision))
     entering = [states[one] for one in some]
     worth = []
-    for count, giver in enumerate(givers, 1):
-        worth.append(explained(*sums.total(*reader.moments(giver, entering, rest, precision))))
+    for count, giver in enumerate(givers):
         run.report("ranking neurons", count, len(givers))
+        worth.append(explained(*sums.total(*reader.moments(giver, entering, rest, precision))))
     del some_sums, rest
     most = torch.stack(worth).flatten().topk(min(settings.neurons, half.units, len(givers) * half.units)).indices
     shortlist = [(int(one) // half.units, int(one) % half.units) for one in most.sort().values]
@@ -234,7 +235,6 @@ def most_useful(fit: NormalEquations, weight: Tensor, count: int, ridge: float, 
         costs = whole.square().sum(-1) / torch.cholesky_inverse(factor).diagonal()
         left = max(count, int(_KEPT_IN_A_ROUND * len(inputs)))
         inputs = inputs[costs.topk(left).indices.sort().values]
-    run.report("choosing neurons", excess, excess)
     return inputs
 
 

@@ -73,12 +73,16 @@ def cost_of_healing(
     windows = (len(fit_windows) + len(heldout_windows)) / run.processes.count
     few = heldout_windows[:1]
     trials = [fit_windows[:count] for count in _TRIALS]
-    tried = Run(progress=lambda what, done, total: run.report(f"on a few windows, {what}", done, total))
+
+    def told(what: str, done: int, total: int) -> None:
+        if done < total:  # the ends are no news
+            run.report(f"on a few windows, {what}", done, total)
+
     healed: dict[str, PreTrainedModel] = {}
 
     def trial(some: Tensor) -> tuple[float, float]:
         """Seconds in all, and of them for solving."""
-        healer = Healer(dense, plan.spans, some, few, settings=settings, run=tried)
+        healer = Healer(dense, plan.spans, some, few, settings=settings, run=Run(progress=told))
         begin = now()
         with seconds_of_solving() as solving:
             healed.update({way.name: healer.by(way, plan).model for way in ways})

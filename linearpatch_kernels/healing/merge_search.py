@@ -279,7 +279,7 @@ class _Chooser:
             return _of_the_ends(span, point / grid, 1 - point / grid)
 
         low, high = min(low, grid // 2), max(grid - low, grid // 2)
-        looks = itertools.count(1)
+        looks = itertools.count()
 
         def loss(point: int, quick: bool) -> float:
             self.run.report("choosing the shares", next(looks), most_looks(low, high))

@@ -53,7 +53,7 @@ def test_the_inputs_that_a_map_is_made_of_are_found() -> None:
     run = Run(progress=lambda _, done, total: told.append((done, total)))
     inputs = most_useful(fit, weight, 4, RIDGES[0], run)
     assert inputs.tolist() == [1, 4, 5, 7]
-    assert told == [(0, 5), (3, 5), (5, 5)]
+    assert told == [(0, 5), (3, 5)]
     found = weights_of_inputs(fit, held, weight, inputs, RIDGES)
     torch.testing.assert_close(found.weight, wanted[:, [1, 4, 5, 7]], rtol=1e-5, atol=1e-6)
     assert found.after < 1e-9

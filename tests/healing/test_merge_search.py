@@ -19,6 +19,7 @@ from linearpatch_kernels.healing.merge_search import (
     PrefixLosses,
     default_variant,
     influence_shares,
+    most_looks,
     plan_merging,
     search_share,
 )
@@ -88,8 +89,15 @@ def test_the_search_finds_the_bottom_of_a_valley(lowest: int) -> None:
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0), (3, 5), (0, 7), (2, 40)])
 def test_the_search_stays_in_its_range(low: int, high: int) -> None:
     for lowest in range(low, high + 1):
-        best, found = search_share(lambda point, _, at=lowest: abs(point - at), low, high)
+        looks: list[int] = []
+
+        def loss(point: int, _: bool, at: int = lowest, looks: list[int] = looks) -> int:
+            looks.append(point)
+            return abs(point - at)
+
+        best, found = search_share(loss, low, high)
         assert best == lowest
+        assert len(looks) <= most_looks(low, high)
         assert all(low <= point <= high for point in found)
 
 
@@ -200,7 +208,8 @@ def test_a_block_is_one_merge_of_its_first_and_last_layer(
     found = record["losses"]
     assert found[f"{merge.shares[0]:g}"] == min(found.values())
     # Every look is a refit, which takes half a minute of a model of some size.
-    assert len(found) <= len([one for one in told if one[0] == "choosing the shares"]) <= 10
+    looks = [one for one in told if one[0] == "choosing the shares"]
+    assert len(found) <= len(looks) <= looks[0][2] == 10
     refitted = refit_merges(dense, merged, windows).model
     assert min(found.values()) == pytest.approx(loss_of(refitted, heldout), abs=1e-5)
 
