@@ -31,6 +31,7 @@ from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.text import token_windows
 from tests.support.vllm import VENV, environment_of_vllm, is_complete, plug_in
+from tests.support.writing import continued
 
 DENSE = "dense"
 PROMPTS, PROMPT, WRITTEN = 8, 32, 32
@@ -66,17 +67,7 @@ def prompts_of(tokenizer: Any) -> torch.Tensor:
 
 
 def written(model: PreTrainedModel, prompts: torch.Tensor, **options: Any) -> list[list[int]]:
-    generate: Any = model.generate
-    found = generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        max_new_tokens=WRITTEN,
-        **options,
-    )
-    return list(found[:, prompts.shape[1] :].tolist())
+    return list(continued(model, prompts, WRITTEN, **options)[:, prompts.shape[1] :].tolist())
 
 
 class Found(NamedTuple):

@@ -2,7 +2,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 
-#include <iostream>
 
 #include "library.h"
 
@@ -34,14 +33,10 @@ bool compare(const joint::File& file) {
   return joint::agrees("add_patch_rms_norm, stream", stream, file["stream"], tolerance) && first && second;
 }
 
-int main(int count, char** arguments) try {
-  TORCH_CHECK(count == 3, "use: call_operators SHARED_OBJECT FILE");
-  joint::load_kernels(arguments[1]);
-  return compare(joint::File(arguments[2])) ? 0 : 1;
-} catch (const c10::Error& error) {
-  std::cerr << "error: " << error.what_without_backtrace() << std::endl;
-  return 2;
-} catch (const std::exception& error) {
-  std::cerr << "error: " << error.what() << std::endl;
-  return 2;
+int main(int count, char** arguments) {
+  return joint::run([&] {
+    TORCH_CHECK(count == 3, "use: call_operators SHARED_OBJECT FILE");
+    joint::load_kernels(arguments[1]);
+    return compare(joint::File(arguments[2]));
+  });
 }

@@ -65,4 +65,14 @@ bool agrees(const char* what, const at::Tensor& found, const at::Tensor& expecte
   return fine;
 }
 
+int run(const std::function<bool()>& program) try {
+  return program() ? 0 : 1;
+} catch (const c10::Error& error) {
+  std::cerr << "error: " << error.what_without_backtrace() << std::endl;
+  return 2;
+} catch (const std::exception& error) {
+  std::cerr << "error: " << error.what() << std::endl;
+  return 2;
+}
+
 }  // namespace joint

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <string>
 
 namespace joint {
@@ -27,5 +28,8 @@ class File {
 
 // Prints the largest difference, and says whether it is within tolerance times the largest expected element.
 bool agrees(const char* what, const at::Tensor& found, const at::Tensor& expected, double tolerance);
+
+// Runs what a program does. Its exit status: 0 where the results agree, 1 where they do not, 2 for an error, which is printed.
+int run(const std::function<bool()>& program);
 
 }  // namespace joint

@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <cstdlib>
-#include <iostream>
 
 #include "library.h"
 
@@ -16,15 +15,11 @@ bool compare(const std::string& package, const joint::File& file) {
   return joint::agrees("block", block.run({hidden}).at(0), file["result"], 1e-5);
 }
 
-int main(int count, char** arguments) try {
-  TORCH_CHECK(count == 4, "use: run_package SHARED_OBJECT PACKAGE FILE");
-  setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // without it, a package takes inputs of any shape at their word
-  joint::load_kernels(arguments[1]);
-  return compare(arguments[2], joint::File(arguments[3])) ? 0 : 1;
-} catch (const c10::Error& error) {
-  std::cerr << "error: " << error.what_without_backtrace() << std::endl;
-  return 2;
-} catch (const std::exception& error) {
-  std::cerr << "error: " << error.what() << std::endl;
-  return 2;
+int main(int count, char** arguments) {
+  return joint::run([&] {
+    TORCH_CHECK(count == 4, "use: run_package SHARED_OBJECT PACKAGE FILE");
+    setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // without it, a package takes inputs of any shape at their word
+    joint::load_kernels(arguments[1]);
+    return compare(arguments[2], joint::File(arguments[3]));
+  });
 }

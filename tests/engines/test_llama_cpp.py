@@ -25,6 +25,7 @@ from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.text import cache_dir, token_windows
 from tests.support.gguf_models import ROPES, TOKENIZERS, byte_level, model_for, with_rope
 from tests.support.tiny import FAMILY_NAMES
+from tests.support.writing import Expected, expected_of
 
 PYTHON = Path(os.environ.get("LINEARPATCH_LLAMA_CPP") or cache_dir() / "llama-cpp" / "bin" / "python")
 
@@ -66,25 +67,13 @@ class Made:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.jobs: dict[str, Any] = {}
-        self.expected: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.expected: dict[str, Expected] = {}
 
     @torch.no_grad()
     def add(self, name: str, model: PreTrainedModel, tokenizer: Any, prompts: Tensor, dtype: str = "f32") -> None:
         file = self.root / f"{name}.gguf"
         lp.export(model, tokenizer=tokenizer, to="gguf", output=file, dtype=dtype)
-        forced = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-            do_sample=False,
-        )
-        logprobs = model(forced).logits.double().log_softmax(dim=-1)[:, :-1]
-        first, second = logprobs.topk(2).values.unbind(dim=-1)
-        tokens = logprobs.gather(-1, forced[:, 1:, None]).squeeze(-1)
-        written = forced[:, prompts.shape[1] :]
-        self.expected[name] = (tokens, logprobs.argmax(dim=-1), first - second, written)
+        forced, self.expected[name] = expected_of(model, prompts, NEW_TOKENS)
         sequences = {"prompts": prompts.tolist(), "forced": forced.tolist(), "new_tokens": NEW_TOKENS}
         context = model.config.max_position_embeddings
         self.jobs[name] = {"file": str(file), "context": min(context, 512), "texts": TEXTS, **sequences}
@@ -129,7 +118,7 @@ CASES = [*(f"demo, {dtype}" for dtype in TOLERANCES), *FAMILY_NAMES, *(c for c i
 @pytest.mark.parametrize("case", CASES)
 def test_it_computes_what_transformers_does(case: str, made: Made, found: dict[str, Any]) -> None:
     assert "error" not in found[case], found[case]["error"]
-    logprobs, best, gaps, written = made.expected[case]
+    written, logprobs, best, gaps = made.expected[case]
     most, mean = TOLERANCES[case.removeprefix("demo, ")] if case.startswith("demo, ") else TOLERANCES["f32"]
     if "gemma" in case.lower():
         most, mean = GEMMA

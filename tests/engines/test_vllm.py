@@ -35,6 +35,7 @@ from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.text import token_windows
 from tests.support.tiny import random_patch, tiny_tokenizer
 from tests.support.vllm import REQUIREMENTS, VENV, environment_of_vllm, is_complete, plug_in
+from tests.support.writing import Expected, expected_of
 from tools.models_reference import tiny_decoder
 
 pytestmark = [
@@ -86,34 +87,6 @@ PLUGGED: dict[str, tuple[str, dict[str, Any]]] = {
     # second process begins with layer 2, at a joint.
     "pipeline parallel": ("llama", {**TWO, "pipeline_parallel_size": 2}),
 }
-
-
-class Expected(NamedTuple):
-    """Of Transformers. Per sequence and position but the first: the log-probability, the best token, and by how much
-    it is better than the second."""
-
-    written: Tensor
-    logprobs: Tensor
-    best: Tensor
-    gaps: Tensor
-
-
-@torch.no_grad()
-def expected_of(model: PreTrainedModel, prompts: Tensor) -> tuple[Tensor, Expected]:
-    """The sequences to force, which are the prompts with what the model writes after them, and what is expected."""
-    sequences = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=None,
-        pad_token_id=0,
-        do_sample=False,
-    )
-    logprobs = model(sequences).logits.log_softmax(dim=-1)[:, :-1]
-    first, second = logprobs.topk(2).values.unbind(dim=-1)
-    tokens = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
-    written = sequences[:, prompts.shape[1] :]
-    return sequences, Expected(written, tokens, logprobs.argmax(dim=-1), first - second)
 
 
 def changed(source: Path, target: Path, change: Any) -> Path:
@@ -215,7 +188,7 @@ def made(demo: tuple[PreTrainedModel, Any]) -> Iterator[Made]:
         root = Path(name)
 
         def add(case: str, model: PreTrainedModel, asked: Tensor, **more: str) -> None:
-            forced, expected[case] = expected_of(model, asked)
+            forced, expected[case] = expected_of(model, asked, NEW_TOKENS)
             sequences = {"prompts": asked.tolist(), "forced": forced.tolist(), "new_tokens": NEW_TOKENS}
             jobs[case] = {"directory": str(root / case), **sequences, **more}
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from linearpatch_kernels.modeling.saving import save_checkpoint
-from tests.engines.test_vllm import NEW_TOKENS, expected_of, pytestmark, tiny
+from tests.engines.test_vllm import NEW_TOKENS, pytestmark, tiny
 from tests.support.tiny import VOCABULARY, tiny_tokenizer
 from tests.support.vllm import VENV, environment_of_vllm, plug_in
+from tests.support.writing import expected_of
 
 __all__ = ["pytestmark"]
 
@@ -45,7 +46,7 @@ def free_port() -> int:
 def server() -> Iterator[Server]:
     model, tokenizer = tiny("llama"), tiny_tokenizer(128)
     prompts = torch.randint(6, VOCABULARY, (CLIENTS, 12), generator=torch.Generator().manual_seed(3))
-    written = expected_of(model, prompts)[1].written
+    written = expected_of(model, prompts, NEW_TOKENS)[1].written
     texts = [tokenizer.decode(row) for row in written]
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
