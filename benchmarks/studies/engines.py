@@ -2,8 +2,9 @@
 
 Of the demo model: merged, refitted (both stock), and with a patch (structured, dense). Each is made anew, with little
 text, because how good it is does not matter here. Every engine loads each from its directory, writes after prompts
-with temperature 0, and reads and writes for the clock: one sequence, float32. In every round of an engine all results
-have their turn, the dense model first, and are held against it. vLLM runs where ``make vllm`` put it.
+with temperature 0, and reads and writes for the clock: one sequence, float32, one thread (two threads that wait for each
+other tell more of what else the machine does). In every round of an engine all results have their turn, the dense model
+first, and are held against it. vLLM runs where ``make vllm`` put it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.support.vllm import VENV, environment_of_vllm, is_complete, plug_in
 from tests.support.writing import continued
 
 DENSE = "dense"
-PROMPTS, PROMPT, WRITTEN = 8, 32, 32
+PROMPTS, PROMPT, WRITTEN = 4, 32, 32
 READ, NEW, REPEATS = 256, 32, 5
 ROUNDS = 2
 HEADER = ("engine", "result", "loads", "same tokens", "prefill", "prefill / dense", "decode", "decode / dense")
@@ -82,7 +83,7 @@ def by_transformers(results: Mapping[str, Path]) -> Found:
     models = {name: load_model(path, device="cpu") for name, path in results.items()}
     prompts = prompts_of(next(iter(models.values()))[1])
     plain = {name: model for name, (model, _) in models.items()}
-    speeds = compare_speed(plain, prompt_tokens=READ, new_tokens=NEW, repeats=REPEATS * ROUNDS)
+    speeds = compare_speed(plain, prompt_tokens=READ, new_tokens=NEW, repeats=REPEATS)
     found = {
         name: {
             "written": written(model, prompts),
@@ -116,6 +117,7 @@ def by_vllm(results: Mapping[str, Path], *, plugged: bool, **options: Any) -> Fo
             env={
                 **environment_of_vllm(root, plug_in(root) if plugged else None),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "OMP_NUM_THREADS": "1",
             },
             cwd=root,
             capture_output=True,
@@ -167,6 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     if not is_complete(VENV):
         parser.error(f"there is no vLLM in {VENV}: `make vllm` installs it")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         results = made(options.models or Path(name))
         expected = {}
@@ -183,7 +186,9 @@ def main() -> None:
             print(markdown(HEADER, rows[-len(results) :]), flush=True)
     print(describe(), versions)
     if options.json:
-        note = f"SmolLM2-135M, float32; tokens per second, of prompts of {READ} tokens and of {NEW} new ones"
+        note = (
+            f"SmolLM2-135M, float32, one thread; tokens per second, of prompts of {READ} tokens and of {NEW} new ones"
+        )
         record(options.json, {"engines": (HEADER, rows)}, versions=versions, note=note)
 
 
