@@ -2,8 +2,8 @@
 
 Of the demo model: merged, refitted (both stock), and with a patch (structured, dense). Each is made anew, with little
 text, because how good it is does not matter here. Every engine loads each from its directory, writes after prompts
-with temperature 0, and reads and writes for the clock: one sequence, float32, one thread (two threads that wait for each
-other tell more of what else the machine does). In every round of an engine all results have their turn, the dense model
+with temperature 0, and reads and writes for the clock: one sequence, float32, one thread (two that wait for each other
+tell more of what else the machine does). In every round of an engine all results have their turn, the dense model
 first, and are held against it. vLLM runs where ``make vllm`` put it.
 """
 
@@ -186,9 +186,7 @@ def main() -> None:
             print(markdown(HEADER, rows[-len(results) :]), flush=True)
     print(describe(), versions)
     if options.json:
-        note = (
-            f"SmolLM2-135M, float32, one thread; tokens per second, of prompts of {READ} tokens and of {NEW} new ones"
-        )
+        note = f"SmolLM2-135M, float32, one thread; tokens per second, of {READ} in a prompt and of {NEW} new ones"
         record(options.json, {"engines": (HEADER, rows)}, versions=versions, note=note)
 
 
