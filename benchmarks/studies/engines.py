@@ -4,13 +4,15 @@ Of the demo model: merged, refitted (both stock), and with a patch (structured, 
 text, because how good it is does not matter here. Every engine loads each from its directory, writes after prompts
 with temperature 0, and reads and writes for the clock: one sequence, float32, one thread (two that wait for each other
 tell more of what else the machine does). In every round of an engine all results have their turn, the dense model
-first, and are held against it. vLLM runs where ``make vllm`` put it.
+first, and are held against it. vLLM runs where ``make vllm`` put it, llama.cpp by a Python that has llama-cpp-python,
+which ``LINEARPATCH_LLAMA_CPP`` names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -31,6 +33,8 @@ from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.text import token_windows
+from tests.support.llama_cpp import PYTHON as LLAMA_CPP
+from tests.support.llama_cpp import can_import
 from tests.support.vllm import VENV, environment_of_vllm, is_complete, plug_in
 from tests.support.writing import continued
 
@@ -95,39 +99,57 @@ def by_transformers(results: Mapping[str, Path]) -> Found:
     return Found([found], {"torch": torch.__version__, "transformers": transformers.__version__})
 
 
+def asked(python: Path, script: str, job: Mapping[str, Any], root: Path, **environment: str) -> Found:
+    """What a script beside this one tells in a process of another environment, asked for tokens and seconds."""
+    _, tokenizer = load_model(demo_model_path(), device="cpu")
+    job = {
+        **job,
+        "prompts": prompts_of(tokenizer).tolist(),
+        "written": WRITTEN,
+        "prompt_tokens": READ,
+        "new_tokens": NEW,
+        "repeats": REPEATS,
+        "rounds": ROUNDS,
+        "vocabulary": len(tokenizer),
+    }
+    (root / "job.json").write_text(json.dumps(job))
+    run = subprocess.run(
+        [python, Path(__file__).with_name(script), root / "job.json", root / "results.json"],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(run.stderr[-3000:])
+    return Found(**json.loads((root / "results.json").read_text()))
+
+
 def by_vllm(results: Mapping[str, Path], *, plugged: bool, **options: Any) -> Found:
     """What vLLM makes of the results, with the plug-in or without this package."""
-    _, tokenizer = load_model(results[DENSE], device="cpu")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        job = {
-            "directories": {kind: str(path) for kind, path in results.items()},
-            "options": options,
-            "prompts": prompts_of(tokenizer).tolist(),
-            "written": WRITTEN,
-            "prompt_tokens": READ,
-            "new_tokens": NEW,
-            "repeats": REPEATS,
-            "rounds": ROUNDS,
-            "vocabulary": len(tokenizer),
-        }
-        (root / "job.json").write_text(json.dumps(job))
-        run = subprocess.run(
-            [VENV / "bin" / "python", Path(__file__).with_name("in_vllm.py"), root / "job.json", root / "results.json"],
-            env={
-                **environment_of_vllm(root, plug_in(root) if plugged else None),
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "OMP_NUM_THREADS": "1",
-            },
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode:
-            raise RuntimeError(run.stderr[-3000:])
-        found = json.loads((root / "results.json").read_text())
-    return Found(found["rounds"], found["versions"])
+        job = {"directories": {kind: str(path) for kind, path in results.items()}, "options": options}
+        environment = environment_of_vllm(root, plug_in(root) if plugged else None)
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        return asked(VENV / "bin" / "python", "in_vllm.py", job, root, **environment)
+
+
+def by_llama_cpp(results: Mapping[str, Path], dtype: str) -> Found:
+    """What llama.cpp makes of what `lp.export` writes."""
+    refused: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        root, files = Path(name), {}
+        for kind, path in results.items():
+            file = root / f"{path.name}.gguf"
+            try:
+                lp.export(path, to="gguf", output=file, dtype=dtype)
+                files[kind] = str(file)
+            except lp.InputError as error:
+                refused[kind] = {"error": str(error).replace(str(path), "this")}
+        found = asked(LLAMA_CPP, "in_llama_cpp.py", {"files": files}, root, **os.environ)
+    return Found([{**one, **refused} for one in found.rounds], found.versions)
 
 
 ENGINES: dict[str, Callable[[Mapping[str, Path]], Found]] = {
@@ -136,6 +158,8 @@ ENGINES: dict[str, Callable[[Mapping[str, Path]], Found]] = {
     "vLLM without this package, by its Transformers backend, eager": lambda results: by_vllm(
         results, plugged=False, enforce_eager=True, model_impl="transformers", trust_remote_code=True
     ),
+    "llama.cpp, f16": lambda results: by_llama_cpp(results, "f16"),
+    "llama.cpp, q8_0": lambda results: by_llama_cpp(results, "q8_0"),
 }
 
 
@@ -169,6 +193,8 @@ def main() -> None:
     options = parser.parse_args()
     if not is_complete(VENV):
         parser.error(f"there is no vLLM in {VENV}: `make vllm` installs it")
+    if not can_import(LLAMA_CPP):
+        parser.error("there is no llama-cpp-python: LINEARPATCH_LLAMA_CPP names a Python that has it")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         results = made(options.models or Path(name))
@@ -176,17 +202,19 @@ def main() -> None:
         for kind, path in results.items():
             model, tokenizer = load_model(path, device="cpu")
             expected[kind] = written(model, prompts_of(tokenizer), use_cache=False)
-        rows, versions = [], {}
+        rows: list[list[str]] = []
+        versions: dict[str, str] = {}
         for engine, run in ENGINES.items():
             found = run(results)
             rows += rows_of(engine, found.rounds, expected)
-            # With vLLM its own torch and transformers.
-            first = "vLLM" if "vllm" in found.versions else "Transformers"
-            versions |= {f"{first}: {name}": version for name, version in found.versions.items()}
+            # vLLM has a torch and a transformers of its own.
+            owner = "vLLM's " if "vllm" in found.versions else ""
+            versions |= {name if name == "vllm" else owner + name: one for name, one in found.versions.items()}
             print(markdown(HEADER, rows[-len(results) :]), flush=True)
     print(describe(), versions)
     if options.json:
-        note = f"SmolLM2-135M, float32, one thread; tokens per second, of {READ} in a prompt and of {NEW} new ones"
+        note = "SmolLM2-135M, float32 where nothing else is named, one thread; tokens per second, "
+        note += f"of {READ} in a prompt and of {NEW} new ones"
         record(options.json, {"engines": (HEADER, rows)}, versions=versions, note=note)
 
 

@@ -7,7 +7,6 @@ and nothing else: ``python -m venv VENV && VENV/bin/pip install llama-cpp-python
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,17 +21,11 @@ from transformers import PreTrainedModel
 
 import linearpatch_kernels as lp
 from linearpatch_kernels.demo_data import demo_text
-from linearpatch_kernels.text import cache_dir, token_windows
+from linearpatch_kernels.text import token_windows
 from tests.support.gguf_models import ROPES, TOKENIZERS, byte_level, model_for, with_rope
+from tests.support.llama_cpp import PYTHON, can_import
 from tests.support.tiny import FAMILY_NAMES
 from tests.support.writing import Expected, expected_of
-
-PYTHON = Path(os.environ.get("LINEARPATCH_LLAMA_CPP") or cache_dir() / "llama-cpp" / "bin" / "python")
-
-
-def can_import(python: Path) -> bool:
-    return python.is_file() and subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode == 0
-
 
 pytestmark = [
     pytest.mark.slow,
