@@ -147,7 +147,8 @@ def by_llama_cpp(results: Mapping[str, Path], dtype: str) -> Found:
                 lp.export(path, to="gguf", output=file, dtype=dtype)
                 files[kind] = str(file)
             except lp.InputError as error:
-                refused[kind] = {"error": str(error).replace(str(path), "this")}
+                # Without what to do instead.
+                refused[kind] = {"error": str(error).partition(":")[0].replace(str(path), "this")}
         found = asked(LLAMA_CPP, "in_llama_cpp.py", {"files": files}, root, **os.environ)
     return Found([{**one, **refused} for one in found.rounds], found.versions)
 

@@ -20,7 +20,7 @@ from benchmarks.publish.results import RESULTS, Table, load
 OWN_FORM = ("gpu-", "matrix")
 NAMES = [file.stem for file in sorted(RESULTS.glob("*.json")) if not file.stem.startswith(OWN_FORM)]
 _RESULTS = ("cpu", "distillation", "gpu", "healing", "merging", "pruning")
-PAGES = ["README.md", *(f"docs/results/{name}.md" for name in _RESULTS)]
+PAGES = ["README.md", "docs/engines/README.md", *(f"docs/results/{name}.md" for name in _RESULTS)]
 
 
 @pytest.mark.parametrize("name", PAGES)
