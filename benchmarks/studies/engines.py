@@ -33,10 +33,10 @@ from linearpatch_kernels.evaluation.latency import compare_speed
 from linearpatch_kernels.modeling.loading import load_model
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from linearpatch_kernels.text import token_windows
-from tests.support.llama_cpp import PYTHON as LLAMA_CPP
-from tests.support.llama_cpp import can_import
-from tests.support.vllm import VENV, environment_of_vllm, is_complete, plug_in
-from tests.support.writing import continued
+from tools.engines.llama_cpp import PYTHON as LLAMA_CPP
+from tools.engines.llama_cpp import can_import
+from tools.engines.vllm import VENV, environment_of_vllm, is_complete, plug_in
+from tools.engines.writing import continued
 
 DENSE = "dense"
 PROMPTS, PROMPT, WRITTEN = 4, 32, 32

@@ -23,9 +23,9 @@ import linearpatch_kernels as lp
 from linearpatch_kernels.demo_data import demo_text
 from linearpatch_kernels.text import token_windows
 from tests.support.gguf_models import ROPES, TOKENIZERS, byte_level, model_for, with_rope
-from tests.support.llama_cpp import PYTHON, can_import
 from tests.support.tiny import FAMILY_NAMES
-from tests.support.writing import Expected, expected_of
+from tools.engines.llama_cpp import PYTHON, can_import
+from tools.engines.writing import Expected, expected_of
 
 pytestmark = [
     pytest.mark.slow,

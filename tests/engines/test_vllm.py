@@ -34,8 +34,8 @@ from linearpatch_kernels.pruning.fits import fit_patch
 from linearpatch_kernels.pruning.plan import Joint, PrunePlan
 from linearpatch_kernels.text import token_windows
 from tests.support.tiny import random_patch, tiny_tokenizer
-from tests.support.vllm import REQUIREMENTS, VENV, environment_of_vllm, is_complete, plug_in
-from tests.support.writing import Expected, expected_of
+from tools.engines.vllm import REQUIREMENTS, VENV, environment_of_vllm, is_complete, plug_in
+from tools.engines.writing import Expected, expected_of
 from tools.models_reference import tiny_decoder
 
 pytestmark = [

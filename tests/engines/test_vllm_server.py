@@ -20,8 +20,8 @@ import torch
 from linearpatch_kernels.modeling.saving import save_checkpoint
 from tests.engines.test_vllm import NEW_TOKENS, pytestmark, tiny
 from tests.support.tiny import VOCABULARY, tiny_tokenizer
-from tests.support.vllm import VENV, environment_of_vllm, plug_in
-from tests.support.writing import expected_of
+from tools.engines.vllm import VENV, environment_of_vllm, plug_in
+from tools.engines.writing import expected_of
 
 __all__ = ["pytestmark"]
 

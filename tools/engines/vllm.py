@@ -9,7 +9,7 @@ from pathlib import Path
 import linearpatch_kernels
 from linearpatch_kernels.text import cache_dir
 
-REQUIREMENTS = Path(__file__).parents[1] / "engines" / "vllm-requirements.txt"
+REQUIREMENTS = Path(__file__).parents[2] / "tests" / "engines" / "vllm-requirements.txt"
 VENV = Path(os.environ.get("LINEARPATCH_VLLM") or cache_dir() / "vllm")
 
 
