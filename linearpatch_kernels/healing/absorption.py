@@ -88,7 +88,7 @@ def absorb(
     """The feed-forward half of layer ``index`` with which the stream that leaves the layer comes nearest to a target.
 
     Its own neurons are fitted first; of the givers', those that explain most of the rest are weighed beside them
-    (`explained`), and as many as the layer has stay (`choose_inputs`). Where held-out windows do not gain by it, the
+    (`explained`), and as many as the layer has stay (`most_useful`). Where held-out windows do not gain by it, the
     result is the change of its projection back alone.
 
     Args:
@@ -256,8 +256,10 @@ def weights_of_inputs(
         fit, held, weight: as for `most_useful`; ridges: as for `choose_ridge`.
     """
     part, written = _without_the_rest(fit, weight, inputs)
-    judged, lost = _without_the_rest(held, weight, inputs)
-    judged = dataclasses.replace(judged, cross=judged.cross + lost)
+    judged, missing = _without_the_rest(held, weight, inputs)
+    lost = -weight
+    lost[:, inputs] = 0
+    judged = dataclasses.replace(judged, cross=judged.cross + missing, error=held.error_with(lost))
     best: tuple[float, float, Tensor, Tensor] | None = None
     for ridge in sorted(ridges):
         factor = part.factor(ridge)
@@ -274,13 +276,9 @@ def weights_of_inputs(
 
 
 def _without_the_rest(equations: NormalEquations, weight: Tensor, inputs: Tensor) -> tuple[NormalEquations, Tensor]:
-    """Those of some inputs, toward what the output lacks with all, but with the error that it has without the others;
-    and ``sum w a b^T``, b what the others wrote."""
+    """Those of some inputs, toward what the output lacks with all; and ``sum w a b^T``, b what the others wrote."""
     gone = torch.ones(len(equations.gram), dtype=torch.bool, device=inputs.device)
     gone[inputs] = False
     if not bool(gone.any()):
         return equations, torch.zeros_like(equations.cross)
-    lost = torch.zeros_like(weight)
-    lost[:, gone] = -weight[:, gone]
-    without = dataclasses.replace(equations.of(inputs), error=equations.error_with(lost))
-    return without, equations.gram[inputs][:, gone] @ weight[:, gone].T
+    return equations.of(inputs), equations.gram[inputs][:, gone] @ weight[:, gone].T

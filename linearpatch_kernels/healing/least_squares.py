@@ -43,10 +43,9 @@ def solving() -> Iterator[None]:
 @contextlib.contextmanager
 def seconds_of_solving() -> Iterator[list[float]]:
     """A list to which what is `solving` inside adds its seconds."""
-    token = _SOLVING.set([])
+    seconds: list[float] = []
+    token = _SOLVING.set(seconds)
     try:
-        seconds = _SOLVING.get()
-        assert seconds is not None
         yield seconds
     finally:
         _SOLVING.reset(token)
